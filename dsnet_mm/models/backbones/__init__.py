@@ -1,0 +1,3 @@
+from .ds_net import DSNet
+
+__all__ = ['DSNet']

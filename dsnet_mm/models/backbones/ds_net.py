@@ -1,0 +1,325 @@
+"""DS-Net: Dual-Stream Network for Visual Recognition (arXiv 2105.14734)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule, ModuleList
+from mmengine.runner import CheckpointLoader
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from dsnet_mm.models.layers import DSBlock, PatchEmbed
+from dsnet_mm.registry import MODELS
+
+
+@MODELS.register_module()
+class DSNet(BaseModule):
+    """Backbone with a local convolution stream and a global attention stream.
+
+    A stem of 4x4 patches and four stages at strides 4, 8, 16 and 32, each made
+    of :class:`DSBlock` s and opened by a 2x2 patch embedding (Table 1). With
+    ISA, the default, these are the paper's starred models:
+
+    ======== ========== ============== =========== =========== ============
+    arch     depths     channels       parameters  parameters  ImageNet-1k
+                                       with ISA    without     (paper)
+    ======== ========== ============== =========== =========== ============
+    tiny     2, 2, 4, 1 64 .. 512      10.5 M      9.1 M       79.0 / 78.1
+    small    3, 4, 8, 3 64 .. 512      23.0 M      19.6 M      82.3 / 81.9
+    base     3, 4, 28,3 64 .. 512      49.3 M      41.8 M      83.1 / 82.8
+    ======== ========== ============== =========== =========== ============
+
+    Every output goes through a norm of its own, ``norm{i}``. The blocks are
+    residual and pre-normalised, so their raw maps grow with depth, and a neck
+    that mixes levels needs comparable ones. It is the norm of ``norm_cfg``:
+    the last one is then the final batch norm of the public classifier, which
+    an ImageNet checkpoint fills, and a batch norm folds into the convolution
+    that follows it. In classification, ``out_indices=(3,)``, only that last
+    one exists.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with
+            ``embed_dims``, ``depths`` and ``num_heads``, one entry a stage.
+        in_channels: Channels of the input picture.
+        alpha: Share of the channels given to the global stream (Table 2).
+        isa: Inter-Scale Alignment: True, False (the models without star), or
+            one way only (Table 3); see :class:`DSBlock`.
+        intra_scale: Streams with intra-scale propagation (Table 3); see
+            :class:`DSBlock`.
+        num_heads: Overrides the heads of ``arch``: one number, or one a stage.
+            The public code has 1, 2, 5, 8, the default; Table 1 says 8.
+        global_factors: Each stage's global stream has ``floor(H / factor)``
+            rows of the stage's H. The default is the public code's, 3x3 at the
+            last stage of a 224 pixel input: only this fits the published
+            multiply-adds. The paper's Fig. 2, stride 32 in every stage, is
+            ``(8, 4, 2, 1)``.
+        mlp_ratio: Width of the hidden layer of the FFNs over their input's.
+        attn_drop_rate: Dropout of the attention weights (0.1 in the public
+            code).
+        drop_path_rate: Stochastic depth of the last block; it rises linearly
+            from 0 over the depth of the whole network.
+        out_indices: Stages whose maps are returned; negative ones count from
+            the last.
+        frozen_stages: -1 freezes nothing, 0 the stem, k also stages 1 to k.
+            Output norms are never frozen: a classification checkpoint has no
+            statistics for them, except the last.
+        norm_eval: Keeps the batch norms inside the stages (not the output
+            norms, see above) at their running statistics while training.
+        norm_cfg: Normalisation of maps; tokens always have LayerNorm.
+        act_cfg: Activation of the FFNs.
+        with_cp: Trades time for memory by gradient checkpointing of each
+            block. Batch norms then see every batch twice in training.
+        init_cfg: Initialisation, as in MMEngine. A checkpoint of an
+            mmpretrain classifier is taken by ``dict(type='Pretrained',
+            checkpoint=..., prefix='backbone.')``.
+
+    Raises:
+        ValueError: If the architecture, alpha, heads, factors or indices are
+            impossible, or if a checkpoint does not fit.
+    """
+
+    arch_zoo = {
+        'tiny': dict(
+            embed_dims=(64, 128, 320, 512), depths=(2, 2, 4, 1), num_heads=(1, 2, 5, 8)
+        ),
+        'small': dict(
+            embed_dims=(64, 128, 320, 512), depths=(3, 4, 8, 3), num_heads=(1, 2, 5, 8)
+        ),
+        'base': dict(
+            embed_dims=(64, 128, 320, 512), depths=(3, 4, 28, 3), num_heads=(1, 2, 5, 8)
+        ),
+    }
+    num_stages = 4
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        *,
+        alpha: float = 0.5,
+        isa: bool | str = True,
+        intra_scale: str = 'both',
+        num_heads: int | Sequence[int] | None = None,
+        global_factors: Sequence[int] = (8, 4, 2, 2),
+        mlp_ratio: float = 4.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (3,),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: dict = dict(type='GELU'),
+        with_cp: bool = False,
+        init_cfg: dict | list | None = dict(
+            type='TruncNormal', layer='Linear', std=0.02
+        ),
+    ) -> None:
+        super().__init__(init_cfg)
+        arch = self._parse_arch(arch)
+        self.embed_dims = tuple(arch['embed_dims'])
+        self.depths = tuple(arch['depths'])
+        if num_heads is None:
+            num_heads = arch['num_heads']
+        elif isinstance(num_heads, int):
+            num_heads = (num_heads,) * self.num_stages
+        self.out_indices = self._parse_out_indices(out_indices)
+        if frozen_stages not in range(-1, self.num_stages + 1):
+            raise ValueError(
+                f'frozen_stages lies in -1 .. {self.num_stages}, got {frozen_stages}.'
+            )
+        per_stage = dict(num_heads=num_heads, global_factors=global_factors)
+        for name, values in per_stage.items():
+            if len(values) != self.num_stages or min(values) < 1:
+                raise ValueError(
+                    f'{name} takes {self.num_stages} positive integers, one a stage, '
+                    f'got {values}.'
+                )
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(self.depths)).tolist()
+        self.patch_embeds = ModuleList()
+        self.stages = ModuleList()
+        for i, channels in enumerate(self.embed_dims):
+            self.patch_embeds.append(
+                PatchEmbed(in_channels, channels, patch_size=4 if i == 0 else 2)
+            )
+            self.stages.append(
+                ModuleList(
+                    DSBlock(
+                        channels,
+                        num_heads[i],
+                        alpha=alpha,
+                        isa=isa,
+                        intra_scale=intra_scale,
+                        global_factor=global_factors[i],
+                        mlp_ratio=mlp_ratio,
+                        attn_drop_rate=attn_drop_rate,
+                        drop_path_rate=drop_path_rates.pop(0),
+                        norm_cfg=norm_cfg,
+                        act_cfg=act_cfg,
+                    )
+                    for _ in range(self.depths[i])
+                )
+            )
+            if i in self.out_indices:
+                self.add_module(f'norm{i}', build_norm_layer(norm_cfg, channels)[1])
+            in_channels = channels
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the feature maps.
+
+        Args:
+            x: Pictures of shape (N, C_in, H, W), of any size.
+
+        Returns:
+            For each i of ``out_indices`` in rising order, a map of shape
+            (N, embed_dims[i], ceil(H / stride), ceil(W / stride)), where
+            stride is 4, 8, 16, 32.
+        """
+        outs = []
+        for i, (patch_embed, stage) in enumerate(
+            zip(self.patch_embeds, self.stages, strict=True)
+        ):
+            x = patch_embed(x)
+            for block in stage:
+                if self.with_cp and x.requires_grad:
+                    x = cp.checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x))
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialises the weights, from a checkpoint where ``init_cfg`` says so.
+
+        Raises:
+            ValueError: If the checkpoint does not fit this architecture.
+        """
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
+            self._check_checkpoint(
+                self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
+            )
+        super().init_weights()
+
+    def train(self, mode: bool = True) -> 'DSNet':
+        """Sets the mode, keeping frozen stages and batch norms as configured."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.stages.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Tells the depth of a parameter for layer-wise learning rate decay.
+
+        Args:
+            param_name: Full name of the parameter.
+            prefix: Part of the name in front of this backbone's own.
+
+        Returns:
+            The layer of the parameter and the number of layers: 0 for the
+            stem, 1 to n for the blocks (a patch embedding counts with the
+            block behind it), and n + 1 for what follows.
+        """
+        num_layers = sum(self.depths) + 2
+        kind, _, rest = param_name.removeprefix(prefix).partition('.')
+        if not param_name.startswith(prefix) or kind not in ('patch_embeds', 'stages'):
+            return num_layers - 1, num_layers
+        stage, block, *_ = rest.split('.')
+        if kind == 'patch_embeds':
+            if stage == '0':
+                return 0, num_layers
+            block = 0
+        return sum(self.depths[: int(stage)]) + int(block) + 1, num_layers
+
+    def _freeze_stages(self) -> None:
+        # frozen_stages=0 is the stem alone; k >= 1 also what leads to stage k.
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [
+            *self.patch_embeds[: max(self.frozen_stages, 1)],
+            *self.stages[: self.frozen_stages],
+        ]
+        for module in frozen:
+            module.eval()
+            for param in module.parameters():
+                param.requires_grad = False
+
+    def _parse_arch(self, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            if arch not in self.arch_zoo:
+                raise ValueError(
+                    f'Unknown arch {arch!r} of DSNet; choose one of '
+                    f'{sorted(self.arch_zoo)}, or give a dict with embed_dims, '
+                    f'depths and num_heads.'
+                )
+            return self.arch_zoo[arch]
+        missing = {'embed_dims', 'depths', 'num_heads'} - set(arch)
+        if missing:
+            raise ValueError(f'The arch dict of DSNet lacks {sorted(missing)}: {arch}.')
+        for key in ('embed_dims', 'depths', 'num_heads'):
+            if len(arch[key]) != self.num_stages:
+                raise ValueError(
+                    f'arch[{key!r}] takes {self.num_stages} values, one a stage, '
+                    f'got {arch[key]}.'
+                )
+        return arch
+
+    def _parse_out_indices(self, out_indices: Sequence[int]) -> tuple[int, ...]:
+        if isinstance(out_indices, int):
+            out_indices = (out_indices,)
+        if not out_indices or any(
+            i not in range(-self.num_stages, self.num_stages) for i in out_indices
+        ):
+            raise ValueError(
+                f'out_indices takes stages from 0 to {self.num_stages - 1} (or from '
+                f'-{self.num_stages} to -1), got {out_indices}.'
+            )
+        return tuple(sorted({i % self.num_stages for i in out_indices}))
+
+    def _check_checkpoint(self, checkpoint: str, prefix: str) -> None:
+        state = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        state = state.get('state_dict', state)
+        given = {
+            key.removeprefix(prefix): value.shape
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        expected = {
+            key: value.shape
+            for key, value in self.state_dict().items()
+            if key.startswith(('patch_embeds.', 'stages.'))
+            and not key.endswith('num_batches_tracked')
+        }
+        absent = [key for key in expected if key not in given]
+        differing = [
+            key for key in expected if key in given and given[key] != expected[key]
+        ]
+        if not absent and not differing:
+            return
+        if differing:
+            key = differing[0]
+            reason = (
+                f'{len(differing)} tensors have another shape, for example {key}: '
+                f'{tuple(given[key])} given, {tuple(expected[key])} expected'
+            )
+        else:
+            reason = (
+                f'{len(absent)} of {len(expected)} tensors are not in it, for '
+                f'example {prefix + absent[0]}'
+            )
+        raise ValueError(
+            f'{checkpoint} does not fit this DSNet (depths {self.depths}): {reason}. '
+            f'Its keys start like {next(iter(state), "nothing")!r}; arch, isa and '
+            f'alpha must be those it was trained with, prefix is {prefix!r} '
+            f"('backbone.' for a classifier or detector), and public DS-Net "
+            f'checkpoints are converted by tools/model_converters/dsnet_to_mm.py.'
+        )

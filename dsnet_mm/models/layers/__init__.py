@@ -1,0 +1,3 @@
+from .ds_block import DSBlock, InterScaleAlignment, PatchEmbed
+
+__all__ = ['DSBlock', 'InterScaleAlignment', 'PatchEmbed']

@@ -1,0 +1,316 @@
+"""The Dual-Stream block of DS-Net (arXiv 2105.14734, Fig. 2) and its parts."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from dsnet_mm.ops import attention, co_attention, split_heads
+
+ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
+INTRA_SCALES = ('both', 'local', 'global')
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes a map bilinearly to (H, W), without anti-aliasing."""
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``."""
+    return x.transpose(1, 2).unflatten(2, size)
+
+
+class PatchEmbed(BaseModule):
+    """Non-overlapping patches, projected linearly: the stem and the transitions.
+
+    A map whose sides are no multiple of the patch is padded with zeros on the
+    right and at the bottom, so that every input size gives
+    ``ceil(H / patch_size)`` rows.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        patch_size: Kernel and stride of the projection, in input pixels.
+        init_cfg: Initialisation, as in MMEngine.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(
+            in_channels, out_channels, kernel_size=patch_size, stride=patch_size
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, ceil(H / p), ceil(W / p))."""
+        pad_h, pad_w = (-side % self.patch_size for side in x.shape[-2:])
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return self.projection(x)
+
+
+class InterScaleAlignment(BaseModule):
+    """Inter-Scale Alignment (ISA): co-attention between the two streams.
+
+    Each stream is normalised and projected to queries, keys and values; local
+    queries read the global stream and global queries read the local one
+    (two different attentions, no weights shared). What a stream has read is
+    projected and added to it.
+
+    Args:
+        channels: Width of either stream.
+        num_heads: Number of attention heads, a divisor of ``channels``.
+        direction: ``'both'``, or one way only, ``'global_to_local'`` or
+            ``'local_to_global'`` (Table 3 of the paper).
+        attn_drop_rate: Dropout of the attention weights, in [0, 1).
+        norm_cfg: Normalisation of the local stream (the global one, which is
+            made of tokens, has LayerNorm).
+        init_cfg: Initialisation, as in MMEngine.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        direction: str = 'both',
+        attn_drop_rate: float = 0.0,
+        norm_cfg: dict = dict(type='BN'),
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.num_heads = num_heads
+        self.direction = direction
+        self.attn_drop_rate = attn_drop_rate
+        # A stream needs queries (1 part) to read, keys and values (2) to be read.
+        local_reads = direction in ('both', 'global_to_local')
+        global_reads = direction in ('both', 'local_to_global')
+        local_parts = local_reads + 2 * global_reads
+        global_parts = global_reads + 2 * local_reads
+        self.local_norm = build_norm_layer(norm_cfg, channels)[1]
+        self.local_qkv = nn.Conv2d(channels, local_parts * channels, 1)
+        self.global_norm = nn.LayerNorm(channels)
+        self.global_qkv = nn.Linear(channels, global_parts * channels)
+        if local_reads:
+            self.local_proj = nn.Linear(channels, channels)
+        if global_reads:
+            self.global_proj = nn.Linear(channels, channels)
+
+    def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:
+        """Aligns the streams.
+
+        Args:
+            local: Local stream f_L, a map of shape (N, C, H, W).
+            global_: Global stream f_G, tokens of shape (N, G, C).
+
+        Returns:
+            Both streams, in the shapes they came in.
+        """
+        size = local.shape[-2:]
+        local_qkv = to_tokens(self.local_qkv(self.local_norm(local)))
+        global_qkv = self.global_qkv(self.global_norm(global_))
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+
+        if self.direction == 'both':
+            h_l, h_g = co_attention(local_qkv, global_qkv, self.num_heads, dropout_p)
+            local = local + to_map(self.local_proj(h_l), size)
+            global_ = global_ + self.global_proj(h_g)
+        elif self.direction == 'global_to_local':
+            (q_l,) = split_heads(local_qkv, self.num_heads, 1)
+            k_g, v_g = split_heads(global_qkv, self.num_heads, 2)
+            h_l = attention(q_l, k_g, v_g, dropout_p)
+            local = local + to_map(self.local_proj(h_l), size)
+        else:
+            (q_g,) = split_heads(global_qkv, self.num_heads, 1)
+            k_l, v_l = split_heads(local_qkv, self.num_heads, 2)
+            global_ = global_ + self.global_proj(attention(q_g, k_l, v_l, dropout_p))
+        return local, global_
+
+
+class DSBlock(BaseModule):
+    """Dual-Stream block (Fig. 2).
+
+    ::
+
+                         x + depth-wise 3x3 (position)
+                                     |  norm, 1x1
+                    f_l  +-----------+-----------+  f_g
+             (1-alpha) C |                       | alpha C, resized to
+                         |                       | (H, W) / global_factor
+        intra    depth-wise 3x3           self-attention
+                     f_L |                       | f_G
+        inter            +<----- ISA: each ----->+
+                         |     reads the other   |
+                     h_L |                       | h_G, resized to (H, W)
+                         +-----------+-----------+
+                                     |  concatenation, 1x1, + x
+                                   FFN, + x
+
+    Normalisation comes before each part, the norm of ``norm_cfg`` for maps and
+    LayerNorm for tokens. The position convolution, the 1x1 convolutions around
+    the streams and the absence of an output projection in the self-attention
+    are not drawn in the figure; they are those of the public code, and with
+    them parameters and multiply-adds equal the paper's tables.
+
+    Args:
+        channels: Width C of input and output.
+        num_heads: Attention heads of the self-attention and of ISA, a divisor
+            of ``alpha * channels``.
+        alpha: Share of the channels that goes to the global stream, in [0, 1].
+            0 leaves a pure convolution block, 1 a pure attention block
+            (Table 2). ``alpha * channels`` must be whole.
+        isa: Inter-Scale Alignment: True or ``'both'``, one way only
+            (``'global_to_local'``, ``'local_to_global'``; Table 3), or False.
+            Needs streams of equal width, ``alpha=0.5``.
+        intra_scale: Streams with intra-scale propagation, ``'both'``,
+            ``'local'`` or ``'global'``. A stream without it enters ISA as it
+            was split; this is our reading of the rows "w/o f_G" and "w/o f_L"
+            of Table 3, which the paper does not detail.
+        global_factor: The global stream has ``floor(H / global_factor)`` rows,
+            at least one, and as many columns in proportion.
+        mlp_ratio: Width of the hidden layer of the FFN over ``channels``.
+        attn_drop_rate: Dropout of the attention weights, in [0, 1).
+        drop_path_rate: Stochastic depth of both residual branches, in [0, 1).
+        norm_cfg: Normalisation of maps.
+        act_cfg: Activation of the FFN.
+        init_cfg: Initialisation, as in MMEngine.
+
+    Raises:
+        ValueError: If alpha, heads and ISA do not fit together.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        alpha: float = 0.5,
+        isa: bool | str = True,
+        intra_scale: str = 'both',
+        global_factor: int = 1,
+        mlp_ratio: float = 4.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: dict = dict(type='GELU'),
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if isa is True:
+            isa = 'both'
+        global_channels = _check_streams(channels, num_heads, alpha, isa, intra_scale)
+        local_channels = channels - global_channels
+        self.split_channels = (global_channels, local_channels)
+        self.num_heads = num_heads
+        self.global_factor = global_factor
+        self.attn_drop_rate = attn_drop_rate
+
+        self.pos_embed = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm1 = build_norm_layer(norm_cfg, channels)[1]
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+
+        self.local_conv = self.global_qkv = self.isa = None
+        if local_channels and intra_scale in ('both', 'local'):
+            self.local_norm = build_norm_layer(norm_cfg, local_channels)[1]
+            self.local_conv = nn.Conv2d(
+                local_channels, local_channels, 3, padding=1, groups=local_channels
+            )
+        if global_channels and intra_scale in ('both', 'global'):
+            self.global_norm = nn.LayerNorm(global_channels)
+            self.global_qkv = nn.Linear(global_channels, 3 * global_channels)
+        if isa:
+            self.isa = InterScaleAlignment(
+                local_channels, num_heads, isa, attn_drop_rate, norm_cfg
+            )
+
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.norm2 = build_norm_layer(norm_cfg, channels)[1]
+        hidden_channels = int(channels * mlp_ratio)
+        self.ffn = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Conv2d(channels, hidden_channels, 1),
+                act=build_activation_layer(act_cfg),
+                fc2=nn.Conv2d(hidden_channels, channels, 1),
+            )
+        )
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        x = x + self.pos_embed(x)
+        x = x + self.drop_path(self.dual_stream(self.norm1(x)))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
+
+    def dual_stream(self, x: Tensor) -> Tensor:
+        """Splits, propagates, aligns and merges the streams."""
+        size = x.shape[-2:]
+        global_size = tuple(max(side // self.global_factor, 1) for side in size)
+        has_global = self.split_channels[0] > 0
+        f_g, f_l = self.proj_in(x).split(self.split_channels, dim=1)
+
+        # Intra-scale propagation
+        if self.local_conv is not None:
+            f_l = f_l + self.local_conv(self.local_norm(f_l))
+        if has_global:
+            f_g = to_tokens(resize(f_g, global_size))
+        if self.global_qkv is not None:
+            f_g = f_g + self.self_attention(f_g)
+
+        # Inter-scale alignment
+        if self.isa is not None:
+            f_l, f_g = self.isa(f_l, f_g)
+
+        if has_global:
+            f_g = resize(to_map(f_g, global_size), size)
+        return self.proj_out(torch.cat([f_l, f_g], dim=1))
+
+    def self_attention(self, f_g: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(d)) V of the global tokens, (N, G, alpha * C)."""
+        q, k, v = split_heads(self.global_qkv(self.global_norm(f_g)), self.num_heads, 3)
+        return attention(q, k, v, self.attn_drop_rate if self.training else 0.0)
+
+
+def _check_streams(
+    channels: int, num_heads: int, alpha: float, isa: bool | str, intra_scale: str
+) -> int:
+    """Returns the width of the global stream, or says what does not fit."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(
+            f'alpha is the share of channels given to attention and lies in '
+            f'[0, 1], got {alpha}.'
+        )
+    global_channels = round(channels * alpha)
+    if abs(global_channels - channels * alpha) > 1e-6:
+        raise ValueError(
+            f'alpha={alpha} splits {channels} channels into parts that are not '
+            f'whole; choose alpha so that alpha * {channels} is an integer.'
+        )
+    if num_heads < 1 or global_channels % num_heads:
+        raise ValueError(
+            f'num_heads={num_heads} does not divide the {global_channels} channels '
+            f'of the global stream (alpha={alpha} of {channels}).'
+        )
+    if isa and isa not in ISA_DIRECTIONS:
+        raise ValueError(f'isa is True, False or one of {ISA_DIRECTIONS}, got {isa!r}.')
+    if isa and 2 * global_channels != channels:
+        raise ValueError(
+            f'Inter-Scale Alignment needs streams of equal width, got alpha={alpha}; '
+            f'use alpha=0.5, or isa=False.'
+        )
+    if intra_scale not in INTRA_SCALES:
+        raise ValueError(f'intra_scale is one of {INTRA_SCALES}, got {intra_scale!r}.')
+    return global_channels

@@ -1,0 +1,230 @@
+"""DS-FPN: the feature pyramid of DS-Net (arXiv 2105.14734, Fig. 3)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+
+from dsnet_mm.models.layers import DSBlock, PatchEmbed
+from dsnet_mm.registry import MODELS
+
+EXTRA_SOURCES = ('on_input', 'on_lateral', 'on_output')
+
+
+@MODELS.register_module()
+class DSFPN(BaseModule):
+    r"""Feature pyramid whose lateral connections are Dual-Stream blocks.
+
+    ::
+
+        stride 4    C1 ---- 1x1 -------------------------(+)-- 3x3 --> F1
+                                                          ^ x2
+        stride 8    C2 ---- 1x1 ---- DS-Block -----------(+)-- 3x3 --> F2
+                                                          ^ x2
+        stride 16   C3 ---- 1x1 ---- DS-Block -----------(+)-- 3x3 --> F3
+                                                          ^ x2
+        stride 32   C4 --+- 1x1 ---- DS-Block -------------+-- 3x3 --> F4
+                         |
+        stride 64        +- 2x2 patch embedding -- DS-Block ---------> F5
+
+    It replaces ``type='FPN'`` in any mmdet detector, with any backbone. Fig. 3
+    draws F2 to F5; the level of stride 4, which Mask R-CNN needs, is that of a
+    plain FPN, because attention for its many positions would cost more than
+    the rest of the pyramid. The figure leaves open where the width changes,
+    whether ISA is on, and whether the sums are smoothed; ``docs/ds_fpn.md``
+    has the parameters and multiply-adds of each choice.
+
+    Args:
+        in_channels: Channels of the backbone's maps, finest first.
+        out_channels: Channels of all outputs.
+        num_outs: Number of outputs; those beyond the backbone's levels are
+            made one from another, each half the size.
+        start_level: First level of the backbone used.
+        end_level: Last level used; -1 is the last there is.
+        add_extra_convs: Source of the first extra level: ``'on_input'`` (or
+            True; the backbone's last map, as Fig. 3 draws it),
+            ``'on_lateral'``, ``'on_output'``, or False for a max-pool of the
+            last output, as in FPN.
+        relu_before_extra_convs: Applies a ReLU before each extra level but the
+            first.
+        no_norm_on_lateral: Leaves the 1x1 lateral convolutions without norm.
+        conv_cfg: Type of the 1x1 and 3x3 convolutions.
+        norm_cfg: Norm of the 1x1 and 3x3 convolutions, None for none, and of
+            the DS-Blocks, where None stands for BN.
+        act_cfg: Activation after the 1x1 and 3x3 convolutions.
+        upsample_cfg: Arguments of the top-down resizing.
+        project_first: Changes the width before the DS-Block (default: all
+            blocks have ``out_channels``, 2.3 times fewer parameters) or after
+            it, at the backbone's own width.
+        num_plain_levels: Number of levels, finest first, with a plain 1x1
+            lateral instead of a DS-Block. None counts those that are more than
+            three steps below the coarsest: one of C1 to C4, none of C2 to C4.
+        smooth: Whether a 3x3 convolution follows each sum, as in FPN.
+        num_heads: Attention heads of the DS-Blocks.
+        alpha: Share of the channels given to attention, see :class:`DSBlock`.
+        isa: Inter-Scale Alignment in the DS-Blocks, see :class:`DSBlock`.
+        global_factors: Factor of the global stream at each level used, see
+            :class:`DSBlock`. None gives all of them the size of the coarsest
+            level of the backbone (stride 32). Extra levels have factor 1.
+        init_cfg: Initialisation, as in MMEngine.
+
+    Raises:
+        ValueError: If levels, widths or factors do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int,
+        start_level: int = 0,
+        end_level: int = -1,
+        add_extra_convs: bool | str = 'on_input',
+        relu_before_extra_convs: bool = False,
+        no_norm_on_lateral: bool = False,
+        conv_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = None,
+        upsample_cfg: dict = dict(mode='nearest'),
+        *,
+        project_first: bool = True,
+        num_plain_levels: int | None = None,
+        smooth: bool = True,
+        num_heads: int = 8,
+        alpha: float = 0.5,
+        isa: bool | str = True,
+        global_factors: Sequence[int] | None = None,
+        init_cfg: dict | list | None = [
+            dict(type='Xavier', layer='Conv2d', distribution='uniform'),
+            dict(type='TruncNormal', layer='Linear', std=0.02),
+        ],
+    ) -> None:
+        super().__init__(init_cfg)
+        levels = range(len(in_channels))
+        if start_level not in levels or end_level not in (-1, *levels[start_level:]):
+            raise ValueError(
+                f'start_level={start_level} and end_level={end_level} do not choose '
+                f'from the {len(in_channels)} levels of in_channels={in_channels}.'
+            )
+        self.levels = (
+            levels[start_level:]
+            if end_level == -1
+            else levels[start_level : end_level + 1]
+        )
+        num_levels = len(self.levels)
+        if num_outs < num_levels:
+            raise ValueError(
+                f'num_outs={num_outs} is less than the {num_levels} levels used '
+                f'({start_level} to {self.levels[-1]}).'
+            )
+        if add_extra_convs is True:
+            add_extra_convs = 'on_input'
+        if add_extra_convs and add_extra_convs not in EXTRA_SOURCES:
+            raise ValueError(
+                f'add_extra_convs is True, False or one of {EXTRA_SOURCES}, '
+                f'got {add_extra_convs!r}.'
+            )
+        if global_factors is None:
+            global_factors = [2 ** (num_levels - 1 - i) for i in range(num_levels)]
+        if len(global_factors) != num_levels:
+            raise ValueError(
+                f'global_factors takes {num_levels} values, one a level used, '
+                f'got {global_factors}.'
+            )
+        if num_plain_levels is None:
+            num_plain_levels = max(num_levels - 3, 0)
+        self.num_outs = num_outs
+        self.add_extra_convs = add_extra_convs
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.upsample_cfg = dict(upsample_cfg)
+
+        def conv(in_dim: int, kernel_size: int, norm: dict | None) -> ConvModule:
+            return ConvModule(
+                in_dim,
+                out_channels,
+                kernel_size,
+                padding=kernel_size // 2,
+                conv_cfg=conv_cfg,
+                norm_cfg=norm,
+                act_cfg=act_cfg,
+                inplace=False,
+            )
+
+        def ds_block(channels: int, global_factor: int) -> DSBlock:
+            return DSBlock(
+                channels,
+                num_heads,
+                alpha=alpha,
+                isa=isa,
+                global_factor=global_factor,
+                norm_cfg=norm_cfg or dict(type='BN'),
+            )
+
+        self.lateral_convs = ModuleList()
+        for i, level in enumerate(self.levels):
+            layers: list[nn.Module] = [
+                conv(in_channels[level], 1, None if no_norm_on_lateral else norm_cfg)
+            ]
+            if i >= num_plain_levels and project_first:
+                layers.append(ds_block(out_channels, global_factors[i]))
+            elif i >= num_plain_levels:
+                layers.insert(0, ds_block(in_channels[level], global_factors[i]))
+            self.lateral_convs.append(nn.Sequential(*layers))
+
+        self.fpn_convs = ModuleList(
+            conv(out_channels, 3, norm_cfg) if smooth else nn.Identity()
+            for _ in self.levels
+        )
+
+        self.extra_convs = ModuleList()
+        if add_extra_convs:
+            for i in range(num_outs - num_levels):
+                first_on_input = i == 0 and add_extra_convs == 'on_input'
+                width = in_channels[self.levels[-1]] if first_on_input else out_channels
+                self.extra_convs.append(
+                    nn.Sequential(
+                        PatchEmbed(width, out_channels, patch_size=2),
+                        ds_block(out_channels, 1),
+                    )
+                )
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Builds the pyramid.
+
+        Args:
+            inputs: Maps of the backbone, (N, in_channels[i], H_i, W_i), finest
+                first.
+
+        Returns:
+            ``num_outs`` maps of shape (N, out_channels, H_i, W_i).
+        """
+        laterals = [
+            lateral_conv(inputs[level])
+            for level, lateral_conv in zip(self.levels, self.lateral_convs, strict=True)
+        ]
+
+        # Top-down path
+        sums = laterals[-1:]
+        for lateral in reversed(laterals[:-1]):
+            size = lateral.shape[-2:]
+            sums.insert(0, lateral + F.interpolate(sums[0], size, **self.upsample_cfg))
+        outs = [fpn_conv(x) for fpn_conv, x in zip(self.fpn_convs, sums, strict=True)]
+
+        # Extra levels
+        if self.add_extra_convs:
+            source = {
+                'on_input': inputs[self.levels[-1]],
+                'on_lateral': sums[-1],
+                'on_output': outs[-1],
+            }[self.add_extra_convs]
+            for i, extra_conv in enumerate(self.extra_convs):
+                if i > 0 and self.relu_before_extra_convs:
+                    source = F.relu(source)
+                source = extra_conv(source)
+                outs.append(source)
+        else:
+            while len(outs) < self.num_outs:
+                outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
+        return tuple(outs)
