@@ -1,0 +1,3 @@
+from .few_shot import sample_few_shot
+
+__all__ = ['sample_few_shot']
