@@ -5,7 +5,11 @@ MMEngine imports this file by itself when a configuration names the scope, so
 without ``custom_imports``.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -13,4 +17,16 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='dsnet_mm',
     locations=['dsnet_mm.models'],
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.engine.layer_decay'],
+)
+DATASETS = Registry(
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.datasets.few_shot_dataset'],
 )
