@@ -1,3 +1,4 @@
 from .ds_net import DSNet
+from .open_clip_encoder import OpenCLIPEncoder
 
-__all__ = ['DSNet']
+__all__ = ['DSNet', 'OpenCLIPEncoder']

@@ -1,0 +1,1 @@
+"""Few-shot classification with CLIP: methods, protocol and report."""

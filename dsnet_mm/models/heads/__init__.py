@@ -1,0 +1,22 @@
+"""Heads. mmpretrain, whose heads they extend, is imported when one is built."""
+
+from dsnet_mm.registry import MODELS
+
+from .clip_adapter import CLIPAdapter
+
+__all__ = ['CLIPAdapter']
+
+
+def __getattr__(name: str) -> type:
+    if name == 'CLIPAdapterHead':
+        from .clip_adapter_head import CLIPAdapterHead
+
+        return CLIPAdapterHead
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+@MODELS.register_module(name='CLIPAdapterHead')
+def _build_clip_adapter_head(**kwargs):
+    from .clip_adapter_head import CLIPAdapterHead
+
+    return CLIPAdapterHead(**kwargs)

@@ -1,0 +1,150 @@
+"""CLIP-Adapter through MMEngine's Runner, from pictures and from cached features."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain', reason='CLIPAdapterHead extends ClsHead')
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+
+def config(tiny_clip, picture_folder, work_dir, cached):
+    if cached:
+        features = dict(folder=str(work_dir / 'cache'), encoder=tiny_clip)
+        pipeline = [dict(type='mmpretrain.PackInputs', input_key='features')]
+        preprocessor = dict()
+    else:
+        features = None
+        pipeline = [
+            dict(type='mmpretrain.LoadImageFromFile'),
+            dict(type='mmpretrain.Resize', scale=(32, 32)),
+            dict(type='mmpretrain.PackInputs'),
+        ]
+        preprocessor = dict(mean=[122.8] * 3, std=[68.5] * 3, to_rgb=True)
+
+    def loader(part):
+        return dict(
+            batch_size=8,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=part == 'train'),
+            collate_fn=dict(type='default_collate'),
+            dataset=dict(
+                type='dsnet_mm.FewShotDataset',
+                dataset=str(picture_folder),
+                part=part,
+                shots=8,
+                features=features,
+                views=3,
+                pipeline=pipeline,
+            ),
+        )
+
+    return Config(
+        dict(
+            default_scope='mmpretrain',
+            work_dir=str(work_dir),
+            model=dict(
+                type='ImageClassifier',
+                data_preprocessor=preprocessor,
+                backbone=dict(type='dsnet_mm.OpenCLIPEncoder', **tiny_clip),
+                head=dict(
+                    type='dsnet_mm.CLIPAdapterHead',
+                    encoder=tiny_clip,
+                    class_names=str(picture_folder),
+                    adapter=dict(alpha=0.8),
+                ),
+            ),
+            train_dataloader=loader('train'),
+            test_dataloader=loader('test'),
+            test_evaluator=dict(type='Accuracy'),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.03)),
+            train_cfg=dict(by_epoch=True, max_epochs=25),
+            test_cfg=dict(),
+            randomness=dict(seed=0),
+            log_level='WARNING',
+        )
+    )
+
+
+@pytest.mark.parametrize('cached', [False, True], ids=['pictures', 'features'])
+def test_adapter_learns_and_clip_does_not(tiny_clip, picture_folder, tmp_path, cached):
+    runner = Runner.from_cfg(config(tiny_clip, picture_folder, tmp_path, cached))
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    runner.train()
+    changed = {
+        k for k, v in runner.model.state_dict().items() if not torch.equal(v, before[k])
+    }
+    assert changed == {
+        'head.adapter.visual_adapter.0.weight',
+        'head.adapter.visual_adapter.2.weight',
+    }
+    assert not runner.model.backbone.clip.training
+    accuracy = runner.test()['accuracy/top1']
+    assert accuracy > 60  # three plain colours
+
+
+def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
+    from safetensors.torch import save_file
+
+    from dsnet_mm.models.heads import CLIPAdapterHead
+
+    for options in (
+        dict(),
+        dict(encoder=tiny_clip, class_names=['a', 'b'], **dict(text_features='x')),
+    ):
+        with pytest.raises(ValueError, match='either encoder and class_names, or'):
+            CLIPAdapterHead(**options)
+    with pytest.raises(FileNotFoundError, match='there is no file'):
+        CLIPAdapterHead(text_features=str(tmp_path / 'none.safetensors'))
+
+    head = CLIPAdapterHead(encoder=tiny_clip, class_names=['a', 'b'])
+    file = tmp_path / 'text.safetensors'
+    adapter = head.adapter
+    save_file(
+        {'text_features': adapter.text_features, 'logit_scale': adapter.logit_scale},
+        file,
+    )
+    same = CLIPAdapterHead(text_features=str(file))
+    assert torch.equal(same.adapter.text_features, adapter.text_features)
+
+
+def test_import_is_light():
+    """Neither mmpretrain nor open_clip is imported before something needs it."""
+    import subprocess
+
+    code = (
+        'import sys, dsnet_mm.models, dsnet_mm.datasets\n'
+        'print([m for m in ("mmpretrain", "open_clip", "mmdet") if m in sys.modules])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == '[]'
+    assert done.stderr == ''
+
+
+@pytest.mark.parametrize(
+    ('missing', 'build'),
+    [
+        ('mmpretrain', "MODELS.build(dict(type='CLIPAdapterHead'))"),
+        ('open_clip', "MODELS.build(dict(type='OpenCLIPEncoder', model='RN50'))"),
+    ],
+)
+def test_missing_package_is_named_when_needed(missing, build):
+    import subprocess
+
+    code = (
+        f'import sys; sys.modules[{missing!r}] = None\n'
+        'import dsnet_mm.models\n'
+        'from dsnet_mm.registry import MODELS\n'
+        f'try: {build}\n'
+        'except ImportError as error: print(error)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    assert missing in done.stdout
+    assert 'pip install' in done.stdout
