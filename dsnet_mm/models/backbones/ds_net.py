@@ -73,7 +73,8 @@ class DSNet(BaseModule):
             block. Batch norms then see every batch twice in training.
         init_cfg: Initialisation, as in MMEngine. A checkpoint of an
             mmpretrain classifier is taken by ``dict(type='Pretrained',
-            checkpoint=..., prefix='backbone.')``.
+            checkpoint=..., prefix='backbone.')``; ``checkpoint=None`` keeps the
+            place in a configuration and initialises at random.
 
     Raises:
         ValueError: If the architecture, alpha, heads, factors or indices are
@@ -112,10 +113,10 @@ class DSNet(BaseModule):
         norm_cfg: dict = dict(type='BN'),
         act_cfg: dict = dict(type='GELU'),
         with_cp: bool = False,
-        init_cfg: dict | list | None = dict(
-            type='TruncNormal', layer='Linear', std=0.02
-        ),
+        init_cfg: dict | list | None = None,
     ) -> None:
+        if init_cfg is None or (_is_pretrained(init_cfg) and not init_cfg['checkpoint']):
+            init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
         super().__init__(init_cfg)
         arch = self._parse_arch(arch)
         self.embed_dims = tuple(arch['embed_dims'])
@@ -201,7 +202,7 @@ class DSNet(BaseModule):
         Raises:
             ValueError: If the checkpoint does not fit this architecture.
         """
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
+        if _is_pretrained(self.init_cfg):
             self._check_checkpoint(
                 self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
             )
@@ -323,3 +324,7 @@ class DSNet(BaseModule):
             f"('backbone.' for a classifier or detector), and public DS-Net "
             f'checkpoints are converted by tools/model_converters/dsnet_to_mm.py.'
         )
+
+
+def _is_pretrained(init_cfg: dict | list) -> bool:
+    return isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'

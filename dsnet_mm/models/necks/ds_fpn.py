@@ -31,8 +31,8 @@ class DSFPN(BaseModule):
 
     It replaces ``type='FPN'`` in any mmdet detector, with any backbone. Fig. 3
     draws F2 to F5; the level of stride 4, which Mask R-CNN needs, is that of a
-    plain FPN, because attention for its many positions would cost more than
-    the rest of the pyramid. The figure leaves open where the width changes,
+    plain FPN: a DS-Block for its many positions would double the neck's
+    multiply-adds. The figure leaves open where the width changes,
     whether ISA is on, and whether the sums are smoothed; ``docs/ds_fpn.md``
     has the parameters and multiply-adds of each choice.
 
@@ -55,12 +55,13 @@ class DSFPN(BaseModule):
             the DS-Blocks, where None stands for BN.
         act_cfg: Activation after the 1x1 and 3x3 convolutions.
         upsample_cfg: Arguments of the top-down resizing.
-        project_first: Changes the width before the DS-Block (default: all
-            blocks have ``out_channels``, 2.3 times fewer parameters) or after
-            it, at the backbone's own width.
+        project_first: Changes the width before the DS-Block, so that all
+            blocks have ``out_channels`` (default: fewer parameters, and heads
+            and widths that do not depend on the backbone), or after it, at the
+            backbone's own width (fewer multiply-adds).
         num_plain_levels: Number of levels, finest first, with a plain 1x1
-            lateral instead of a DS-Block. None counts those that are more than
-            three steps below the coarsest: one of C1 to C4, none of C2 to C4.
+            lateral instead of a DS-Block. None leaves DS-Blocks on the three
+            coarsest, as drawn.
         smooth: Whether a 3x3 convolution follows each sum, as in FPN.
         num_heads: Attention heads of the DS-Blocks.
         alpha: Share of the channels given to attention, see :class:`DSBlock`.

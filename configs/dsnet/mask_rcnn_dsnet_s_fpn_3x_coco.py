@@ -1,0 +1,5 @@
+# Mask R-CNN, DS-Net-S* with a plain FPN, COCO, 36 epochs (3x), multi-scale.
+# Not trained by us.
+_base_ = 'mask_rcnn_dsnet_s_3x_coco.py'
+
+model = dict(neck=dict(type='FPN'))

@@ -1,0 +1,4 @@
+# Mask R-CNN, DS-Net-T* with a plain FPN, COCO, 12 epochs (1x). Not trained by us.
+_base_ = 'mask_rcnn_dsnet_t_coco.py'
+
+model = dict(neck=dict(type='FPN'))

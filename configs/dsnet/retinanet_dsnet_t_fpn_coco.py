@@ -1,0 +1,4 @@
+# RetinaNet, DS-Net-T* with a plain FPN, COCO, 12 epochs (1x). Not trained by us.
+_base_ = 'retinanet_dsnet_t_coco.py'
+
+model = dict(neck=dict(type='FPN'))
