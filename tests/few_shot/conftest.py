@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+torch.set_num_threads(1)  # models this small only wait for a second one
+
 TINY = {
     'embed_dim': 16,
     'vision_cfg': {

@@ -1,0 +1,206 @@
+"""Evaluation, and selection that does not see the test split."""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .features import Features
+from .methods import FewShotData, Method
+
+SELECTIONS = ('val', 'cv', 'fixed')
+"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
+``'cv'``: cross-validation within the shots. ``'fixed'``: the values of the method."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a classifier did.
+
+    Attributes:
+        accuracy: Top-1 accuracy in percent.
+        ece: Expected calibration error over 15 bins, in percent.
+        loss: Mean cross-entropy.
+    """
+
+    accuracy: float
+    ece: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(classifier: nn.Module, data: Features, chunk: int = 4096) -> Score:
+    """Score a classifier on the first view of labelled features.
+
+    Args:
+        classifier: Features (N, D) to logits (N, K).
+        data: The features.
+        chunk: Pictures at once, which bounds the memory.
+
+    Returns:
+        Its score.
+    """
+    confidence, correct, loss = [], [], 0.0
+    for f, labels in zip(
+        data.features[0].split(chunk), data.labels.split(chunk), strict=True
+    ):
+        logits = classifier(f).float()
+        loss += F.cross_entropy(logits, labels, reduction='sum').item()
+        top = logits.softmax(-1).max(-1)
+        confidence.append(top.values)
+        correct.append(top.indices == labels)
+    confidence, correct = torch.cat(confidence), torch.cat(correct).float()
+    return Score(
+        100 * correct.mean().item(),
+        100 * calibration_error(confidence, correct),
+        loss / len(data),
+    )
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error.
+
+    Args:
+        confidence: Probability of the predicted class (N,).
+        correct: 1 where it is right, else 0, (N,).
+        bins: Number of bins of equal width.
+
+    Returns:
+        Mean gap between confidence and accuracy, 0 to 1.
+    """
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins).index_add(0, index, confidence - correct)
+    return gap.abs().sum().item() / len(confidence)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted classifier and how it came about.
+
+    Attributes:
+        classifier: Features (N, D) to logits (N, K).
+        options: Its hyper-parameters.
+        selection: How they were chosen: one of ``SELECTIONS``, or ``'oracle'``.
+        val_accuracy: Accuracy they were chosen by, in percent, or None.
+        tried: Number of combinations tried.
+        fit_seconds: Time of the final fit alone.
+        select_seconds: Time of everything.
+    """
+
+    classifier: nn.Module
+    options: dict
+    selection: str
+    val_accuracy: float | None
+    tried: int
+    fit_seconds: float
+    select_seconds: float
+
+
+def select(
+    method: Method,
+    data: FewShotData,
+    val: Features | None,
+    selection: str = 'val',
+    overrides: dict | None = None,
+) -> Fit:
+    """Choose hyper-parameters and fit.
+
+    The best accuracy wins; of equal ones the least loss. Training pictures are never
+    used to validate what was fitted to them, and validation pictures never to fit.
+    Where there is nothing to choose by (``val`` is empty, or one shot cannot be
+    split) the method's own values are taken and the result says ``'fixed'``.
+
+    Args:
+        method: The method.
+        data: Training data.
+        val: Validation features; for an oracle those of the test split.
+        selection: One of ``SELECTIONS``, or ``'oracle'``, which takes ``val`` too.
+        overrides: Hyper-parameters that are not searched but set.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ValueError: If ``selection`` is unknown.
+    """
+    if selection not in (*SELECTIONS, 'oracle'):
+        raise ValueError(f'selection must be one of {SELECTIONS}, got {selection!r}.')
+    started = time.perf_counter()
+    defaults = {**method.defaults, **(overrides or {})}
+    early, late = (
+        [
+            dict(zip(grid, values, strict=True))
+            for values in itertools.product(*grid.values())
+        ]
+        for grid in (
+            {k: v for k, v in chosen.items() if k not in (overrides or {})}
+            for chosen in (method.grid, method.late_grid)
+        )
+    )
+    folds = min(data.shots, 4)
+    if len(early) * len(late) == 1:
+        selection = 'fixed'
+    if selection == 'cv' and folds > 1:
+        rounds = list(_folds(data, folds))
+    elif selection in ('val', 'oracle') and val is not None and len(val):
+        rounds = [(data, val)]
+    else:
+        selection, rounds = 'fixed', []
+
+    kept: dict[int, tuple[nn.Module, float]] = {}
+    scores: dict[tuple[int, int], tuple[float, float]] = {}
+    for i, options in enumerate(early if rounds else []):
+        for part, held_out in rounds:
+            begun = time.perf_counter()
+            classifier = method.fit(part, **{**defaults, **options})
+            if selection != 'cv':
+                kept[i] = classifier, time.perf_counter() - begun
+            for j, attributes in enumerate(late):
+                score = evaluate(_with(classifier, attributes), held_out)
+                accuracy, loss = scores.get((i, j), (0.0, 0.0))
+                scores[i, j] = (
+                    accuracy + score.accuracy / len(rounds),
+                    loss - score.loss / len(rounds),
+                )
+    options, attributes, val_accuracy = {}, {}, None
+    if scores:
+        i, j = max(scores, key=lambda key: (round(scores[key][0], 6), scores[key][1]))
+        options, attributes, val_accuracy = early[i], late[j], scores[i, j][0]
+    if scores and i in kept:
+        classifier, fit_seconds = kept[i]
+    else:
+        begun = time.perf_counter()
+        classifier = method.fit(data, **{**defaults, **options})
+        fit_seconds = time.perf_counter() - begun
+    return Fit(
+        _with(classifier, attributes),
+        {**defaults, **options, **attributes},
+        selection,
+        val_accuracy,
+        max(len(scores), 1),
+        fit_seconds,
+        time.perf_counter() - started,
+    )
+
+
+def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(classifier, name, value)
+    return classifier
+
+
+def _folds(data: FewShotData, count: int):
+    """Pairs of training part and held-out features, balanced over classes."""
+    labels = data.train.labels
+    position = torch.zeros_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        position[members] = torch.arange(len(members))
+    for fold in range(count):
+        held_out = position % count == fold
+        shots = int((~held_out).sum() / len(data.class_names))
+        part = data.subset((~held_out).nonzero()[:, 0], max(shots, 1))
+        yield part, data.train.take(held_out.nonzero()[:, 0])

@@ -1,0 +1,180 @@
+"""The whole run: order of events, resuming, table, plot, deployed file, sentences."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsnet_mm.few_shot import FeatureCache, FewShotConfig, run
+from dsnet_mm.few_shot import runner as runner_module
+from dsnet_mm.few_shot.report import half_interval, write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tiny_clip, picture_folder, tmp_path):
+    return FewShotConfig(
+        dataset=str(picture_folder),
+        **tiny_clip,
+        methods=('tip_adapter', 'clip_adapter'),
+        oracle=('tip_adapter',),
+        shots=(1, 4),
+        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, epochs=20)},
+        views=2,
+        cache_dir=str(tmp_path / 'cache'),
+    )
+
+
+def test_run_opens_test_once_and_last(config, tmp_path, monkeypatch):
+    from dsnet_mm.datasets.few_shot import load_task
+
+    test_paths = {item[0] for item in load_task(config.dataset).split['test']}
+    opened = []
+    images = FeatureCache.images
+
+    def spy(self, items, views=0):
+        opened.append(bool(test_paths & {item[0] for item in items}))
+        return images(self, items, views)
+
+    monkeypatch.setattr(FeatureCache, 'images', spy)
+    work_dir = tmp_path / 'run'
+    records = run(config, work_dir, quiet=True)
+    assert opened.count(True) == 1
+
+    log = (work_dir / 'run.log').read_text().splitlines()
+    kinds = [re.search(r'INFO (\w+ \w+)', line).group(1) for line in log]
+    (at,) = (i for i, kind in enumerate(kinds) if kind == 'test split')
+    assert '13 classifiers are fixed' in log[at]
+    oracle = [i for i, line in enumerate(log) if 'fitted' in line and 'oracle' in line]
+    assert all(i > at for i in oracle) and len(oracle) == 6
+    others = [i for i, kind in enumerate(kinds) if kind.startswith('fitted')]
+    assert all(i < at for i in set(others) - set(oracle))
+    assert len(records) == 1 + 2 * 3 * 3
+
+    text = write_report(work_dir, records)
+    assert (work_dir / 'results.md').read_text() == text
+    assert (work_dir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
+    assert 'Tip-Adapter (oracle)' in text and 'not a result' in text
+    assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d \|', text)
+    assert '24 test pictures, seeds 1, 2, 3' in text
+    about = json.loads((work_dir / 'run.json').read_text())
+    assert about['class_names'] == ['blue', 'green sea', 'red']
+
+
+def test_killed_run_goes_on(config, tmp_path, monkeypatch):
+    work_dir = tmp_path / 'run'
+    select, calls = runner_module.select, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return select(*args)
+
+    monkeypatch.setattr(runner_module, 'select', failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, work_dir, quiet=True)
+    assert len(list((work_dir / 'runs').iterdir())) == 3
+    calls.clear()
+    monkeypatch.setattr(
+        runner_module, 'select', lambda *a: calls.append(1) or select(*a)
+    )
+    records = run(config, work_dir, quiet=True)
+    assert len(calls) == len(records) - 3
+    calls.clear()
+    assert run(config, work_dir, quiet=True) == records
+    assert not calls
+
+
+def test_folder_of_another_run_is_refused(config, tmp_path):
+    from dataclasses import replace
+
+    small = replace(config, methods=(), oracle=(), shots=(1,), seeds=(1,))
+    run(small, tmp_path / 'run', quiet=True)
+    with pytest.raises(FileExistsError, match='another run, with other seeds'):
+        run(replace(small, seeds=(2,)), tmp_path / 'run', quiet=True)
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'thesis.tex').touch()
+    with pytest.raises(FileExistsError, match='holds no few-shot run'):
+        run(small, tmp_path / 'other', quiet=True)
+
+
+def test_too_many_shots_fail_before_anything_is_written(config, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match='fewer than the 16 shots'):
+        run(replace(config, shots=(1, 16)), tmp_path / 'run', quiet=True)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_config_refuses(config):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="no method 'tip'"):
+        replace(config, methods=('tip',))
+    with pytest.raises(ValueError, match='name methods in oracle'):
+        replace(config, selection='oracle')
+    with pytest.raises(ValueError, match='at least one each'):
+        replace(config, seeds=())
+
+
+def test_interval_is_student_t():
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)
+    assert half_interval([1.0, 2.0]) is None
+
+
+def test_command_line_and_snippet_of_the_docs(config, picture_folder, tmp_path):
+    work_dir = tmp_path / 'run'
+    command = [
+        *(sys.executable, str(ROOT / 'tools' / 'few_shot.py'), 'run'),
+        *('--dataset', config.dataset, '--model', config.model),
+        *('--pretrained', config.pretrained, '--methods', 'clip_adapter'),
+        *('--shots', '4', '--seeds', '1', '--work-dir', str(work_dir)),
+        *('--cfg-options', 'views=0', f'cache_dir={tmp_path / "cache"}'),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'CLIP-Adapter' in done.stdout
+
+    docs = (ROOT / 'docs' / 'clip_adapter.md').read_text()
+    (snippet,) = re.findall(
+        r'```python\n(from dsnet_mm.few_shot import load.*?)```', docs, re.S
+    )
+    assert len(snippet.strip().splitlines()) <= 10
+    file = work_dir / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
+    assert file.stat().st_size < 50_000
+    snippet = re.sub(r"'[^']*\.safetensors'", repr(str(file)), snippet)
+    snippet = re.sub(
+        r"'[^']*\.jpg'", repr(str(picture_folder / 'red' / '0.png')), snippet
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', snippet], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(
+        r'(blue|green sea|red) 0\.\d+|(blue|green sea|red) 1\.0', done.stdout
+    )
+
+    command[command.index('--seeds') + 1] = '2'
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f'error: {work_dir} holds another run, with other seeds; choose another folder.'
+    )
+
+
+def test_doctor_command(picture_folder, tmp_path):
+    command = [sys.executable, str(ROOT / 'tools' / 'few_shot.py'), 'doctor']
+    done = subprocess.run(
+        [*command, str(picture_folder), '--decode'], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    done = subprocess.run(
+        [*command, 'dtd', '--data-root', str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert 'split_zhou_DescribableTextures.json' in done.stderr
