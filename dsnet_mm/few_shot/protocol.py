@@ -32,7 +32,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(classifier: nn.Module, data: Features, chunk: int = 4096) -> Score:
+def evaluate(classifier: nn.Module, data: Features, chunk: int = 1024) -> Score:
     """Score a classifier on the first view of labelled features.
 
     Args:

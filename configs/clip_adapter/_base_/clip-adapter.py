@@ -1,0 +1,62 @@
+# One CLIP-Adapter, trained by MMEngine's Runner on cached features, 16 shots. The
+# files that inherit from this one name the encoder and the data set.
+_base_ = 'mmpretrain::_base_/default_runtime.py'
+
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(),
+    backbone=dict(type='dsnet_mm.OpenCLIPEncoder'),
+    head=dict(type='dsnet_mm.CLIPAdapterHead', adapter=dict(preset='paper', alpha=0.2)),
+)
+
+# Preprocessing 'clip' or 'warp', see docs/clip_adapter.md.
+features = dict(folder='work_dirs/few_shot_features', preprocessing='clip')
+draw = dict(
+    type='dsnet_mm.FewShotDataset',
+    shots=16,
+    seed=1,
+    features=features,
+    pipeline=[dict(type='PackInputs', input_key='features')],
+)
+loader = dict(batch_size=256, num_workers=0, collate_fn=dict(type='default_collate'))
+train_dataloader = dict(
+    **loader,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(part='train', views=10, **draw),
+)
+val_dataloader = dict(
+    **loader,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(part='val', **draw),
+)
+test_dataloader = dict(
+    **loader,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(part='test', **draw),
+)
+val_evaluator = dict(type='Accuracy', topk=1)
+test_evaluator = dict(type='Accuracy', topk=1)
+
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01))
+param_scheduler = dict(
+    type='CosineAnnealingLR', by_epoch=True, end=100, convert_to_iter_based=True
+)
+train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=20)
+val_cfg = dict()
+test_cfg = dict()
+default_hooks = dict(checkpoint=dict(interval=100, max_keep_ckpts=1))
+randomness = dict(seed=0)
+
+# All methods, 1 to 16 shots, three seeds: python tools/few_shot.py run CONFIG.
+few_shot = dict(
+    methods=[
+        'linear_probe',
+        'tip_adapter',
+        'tip_adapter_f',
+        'task_res',
+        'clip_adapter',
+        'clip_adapter_paper',
+        'clip_adapter_released',
+    ],
+    preprocessing='clip',
+)

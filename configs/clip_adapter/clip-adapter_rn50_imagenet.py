@@ -1,0 +1,11 @@
+_base_ = '_base_/clip-adapter_rn50.py'
+
+task = dict(dataset='imagenet')
+# The seven prompts of Tip-Adapter. ImageNet has no validation split of its own.
+model = dict(head=dict(class_names='imagenet', prompts='imagenet_7'))
+train_dataloader = dict(dataset=task)
+val_dataloader = None
+val_evaluator = None
+val_cfg = None
+test_dataloader = dict(dataset=task)
+few_shot = dict(prompts='imagenet_7', selection='cv', **task)

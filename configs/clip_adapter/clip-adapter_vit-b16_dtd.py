@@ -1,0 +1,8 @@
+_base_ = '_base_/clip-adapter_vit-b16.py'
+
+task = dict(dataset='dtd')
+model = dict(head=dict(class_names='dtd'))
+train_dataloader = dict(dataset=task)
+val_dataloader = dict(dataset=task)
+test_dataloader = dict(dataset=task)
+few_shot = task

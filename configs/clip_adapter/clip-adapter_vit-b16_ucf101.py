@@ -1,0 +1,8 @@
+_base_ = '_base_/clip-adapter_vit-b16.py'
+
+task = dict(dataset='ucf101')
+model = dict(head=dict(class_names='ucf101'))
+train_dataloader = dict(dataset=task)
+val_dataloader = dict(dataset=task)
+test_dataloader = dict(dataset=task)
+few_shot = task

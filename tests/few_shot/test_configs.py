@@ -1,0 +1,67 @@
+"""The configurations of the data sets."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from dsnet_mm.datasets.few_shot import DATASETS
+from dsnet_mm.few_shot import FewShotConfig
+
+FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
+TRAINED = [name for name, info in DATASETS.items() if info.counts[0]]
+
+
+def load(name):
+    return Config.fromfile(FOLDER / f'clip-adapter_{name}.py')
+
+
+@pytest.mark.parametrize('encoder', ['rn50', 'vit-b16'])
+@pytest.mark.parametrize('dataset', TRAINED)
+def test_one_data_set_and_encoder_throughout(encoder, dataset):
+    cfg = load(f'{encoder}_{dataset}')
+    few_shot = FewShotConfig(**cfg.few_shot)
+    model = {'rn50': 'RN50-quickgelu', 'vit-b16': 'ViT-B-16-quickgelu'}[encoder]
+    assert (few_shot.dataset, few_shot.model) == (dataset, model)
+    assert few_shot.pretrained == 'openai'
+    assert cfg.model.head.class_names == dataset
+    assert cfg.model.backbone.model == cfg.model.head.encoder.model == model
+    for part in ('train', 'val', 'test'):
+        loader = cfg[f'{part}_dataloader']
+        if loader is None:
+            assert (part, dataset) == ('val', 'imagenet')
+            continue
+        assert (loader.dataset.dataset, loader.dataset.part) == (dataset, part)
+        assert loader.dataset.features.encoder.model == model
+
+
+def test_there_are_eleven():
+    assert len(TRAINED) == 11
+
+
+@pytest.mark.parametrize('name', ['rn50_eurosat', 'rn50_eurosat_pictures'])
+def test_configuration_trains(name, tiny_clip, picture_folder, tmp_path):
+    cfg = load(name)
+    cfg.work_dir, cfg.log_level = str(tmp_path), 'WARNING'
+    cfg.model.backbone.update(tiny_clip)
+    cfg.model.head.update(encoder=tiny_clip, class_names=str(picture_folder))
+    for part in ('train', 'val', 'test'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        dataset.update(dataset=str(picture_folder), shots=4)
+        if dataset.features is None:
+            size = {'RandomResizedCrop': 'scale', 'ResizeEdge': 'scale'}
+            for step in dataset.pipeline:
+                if step.type in size:
+                    step.scale = 32
+                if step.type == 'CenterCrop':
+                    step.crop_size = 32
+        else:
+            dataset.features.update(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
+    cfg.train_cfg.update(max_epochs=2, val_interval=1)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert 0 <= runner.test()['accuracy/top1'] <= 100

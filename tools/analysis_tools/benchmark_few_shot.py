@@ -1,0 +1,98 @@
+"""Time few-shot training and evaluation on a problem of ImageNet's size.
+
+The features are random: 16,000 of width 1,024 in 1,000 classes, and 50,000 to test.
+The released code of CLIP-Adapter runs image encoder and text tower at every step; a
+few of its steps are timed and scaled.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from dsnet_mm.few_shot.features import Features
+from dsnet_mm.few_shot.methods import METHODS, FewShotData, fit_zero_shot
+from dsnet_mm.few_shot.protocol import evaluate
+from dsnet_mm.models import OpenCLIPEncoder
+
+CLASSES, SHOTS, WIDTH, TESTS, BATCH = 1000, 16, 1024, 50_000, 256
+
+
+def timed(call: Callable[[], object]) -> tuple[object, float]:
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
+
+
+def peak() -> int:
+    """Most memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def released_step(images: int, texts: int) -> float:
+    """Seconds of a step of the released procedure with RN50.
+
+    Args:
+        images: Pictures encoded; scaled to a batch.
+        texts: Prompts encoded; scaled to the number of classes.
+    """
+    encoder = OpenCLIPEncoder('RN50-quickgelu')
+    pictures = torch.randn(images, 3, 224, 224)
+    tokens = encoder.tokenizer(['a photo of a thing.'] * texts)
+    with torch.no_grad():
+        encoder(pictures[:2]), encoder.encode_text(tokens[:2])
+        _, image_seconds = timed(lambda: encoder(pictures))
+        _, text_seconds = timed(lambda: encoder.encode_text(tokens))
+    return image_seconds * BATCH / images + text_seconds * CLASSES / texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--epochs', type=int, default=200)
+    parser.add_argument('--images', type=int, default=32, help='of the released step')
+    parser.add_argument('--texts', type=int, default=50, help='of the released step')
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    text = F.normalize(torch.randn(CLASSES, WIDTH), dim=-1)
+    labels = torch.arange(CLASSES).repeat_interleave(SHOTS)
+    features = text[labels] + 0.05 * torch.randn(len(labels), WIDTH)
+    data = FewShotData(
+        Features(features[None], labels),
+        SHOTS,
+        text,
+        100.0,
+        tuple(map(str, range(CLASSES))),
+    )
+    labels = torch.randint(CLASSES, (TESTS,))
+    test = Features((text[labels] + 0.05 * torch.randn(TESTS, WIDTH))[None], labels)
+
+    table = Table('what', 'seconds', title=f'{torch.get_num_threads()} threads')
+    method = METHODS['clip_adapter']
+    options = {**method.defaults, 'epochs': args.epochs, 'batch_size': BATCH}
+    _, training = timed(lambda: method.fit(data, **options))
+    table.add_row(
+        f'visual adapter, {args.epochs} epochs of batch {BATCH}', f'{training:.1f}'
+    )
+    steps = args.epochs * -(-CLASSES * SHOTS // BATCH)
+    released = steps * released_step(args.images, args.texts)
+    table.add_row('the same by the released procedure, scaled', f'{released:,.0f}')
+    table.add_row('ratio', f'{released / training:,.0f}')
+
+    before = peak()
+    _, seconds = timed(lambda: evaluate(fit_zero_shot(data), test))
+    table.add_row(f'zero-shot on {TESTS:,} features', f'{seconds:.1f}')
+    tip = METHODS['tip_adapter']
+    classifier = tip.fit(data, **tip.defaults)
+    _, seconds = timed(lambda: evaluate(classifier, test))
+    table.add_row(f'Tip-Adapter on {TESTS:,} features', f'{seconds:.1f}')
+    table.add_row('memory added by both, MiB', str(peak() - before))
+    Console().print(table)
+
+
+if __name__ == '__main__':
+    main()
