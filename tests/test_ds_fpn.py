@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_every_parameter_learns(options):
     neck.init_weights()
     outs = neck(maps(128, 160))
     assert len(outs) == neck.num_outs
-    for finer, coarser in zip(outs, outs[1:], strict=False):
+    for finer, coarser in pairwise(outs):
         assert coarser.shape[2] == -(-finer.shape[2] // 2)
     sum((out * torch.randn_like(out)).sum() for out in outs).backward()
     silent = [

@@ -24,7 +24,7 @@ VARIANTS = [
 
 def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:
     """Fig. 2 position by position: loops and explicit softmax, ISA both ways."""
-    n, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     half = channels // 2
     heads, d = block.num_heads, half // block.num_heads
 
@@ -299,9 +299,9 @@ def test_pretrained(tmp_path):
         assert torch.equal(loaded[name], value), name
 
     other = DSNet(TINY | dict(embed_dims=(16, 32, 48, 96)), init_cfg=init_cfg)
-    with pytest.raises(ValueError, match='does not fit.*another shape.*given'):
+    with pytest.raises(ValueError, match=r'does not fit.*another shape.*given'):
         other.init_weights()
     without_prefix = DSNet(TINY, init_cfg=init_cfg | dict(prefix=''))
-    with pytest.raises(ValueError, match="are not in it.*prefix is ''"):
+    with pytest.raises(ValueError, match=r"are not in it.*prefix is ''"):
         without_prefix.init_weights()
     DSNet(TINY, init_cfg=init_cfg | dict(checkpoint=None)).init_weights()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -341,14 +342,18 @@ def _commit() -> str | None:
 def _log_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding='utf-8')
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    console = RichHandler(logging.WARNING, show_path=False)
     package = logging.getLogger('dsnet_mm.few_shot')
-    level = package.level
+    level, package.propagate = package.level, False
     package.setLevel(logging.INFO)
     package.addHandler(handler)
+    package.addHandler(console)
     try:
         yield
     finally:
         package.removeHandler(handler)
+        package.removeHandler(console)
+        package.propagate = True
         package.setLevel(level)
         handler.close()
 

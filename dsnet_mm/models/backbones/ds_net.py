@@ -115,7 +115,8 @@ class DSNet(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list | None = None,
     ) -> None:
-        if init_cfg is None or (_is_pretrained(init_cfg) and not init_cfg['checkpoint']):
+        without_checkpoint = _is_pretrained(init_cfg) and not init_cfg['checkpoint']
+        if init_cfg is None or without_checkpoint:
             init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
         super().__init__(init_cfg)
         arch = self._parse_arch(arch)
@@ -326,5 +327,5 @@ class DSNet(BaseModule):
         )
 
 
-def _is_pretrained(init_cfg: dict | list) -> bool:
+def _is_pretrained(init_cfg: dict | list | None) -> bool:
     return isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'

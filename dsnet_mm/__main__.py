@@ -1,0 +1,61 @@
+"""``python -m dsnet_mm``: what is installed, which ops are live, and why not."""
+
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .environment import (
+    SUPPORTED,
+    find_installed,
+    find_problems,
+    mmcv_ops,
+    nvcc_version,
+    python_version,
+)
+
+
+def main() -> int:
+    """Prints the report; returns 1 if something has to be mended."""
+    table = Table('package', 'version', 'distribution', title=f'dsnet_mm {__version__}')
+    table.add_row('python', python_version(), '')
+    for name in ('torch', 'torchvision', *SUPPORTED):
+        installed = find_installed(name)
+        if installed:
+            table.add_row(name, installed.version, ', '.join(installed.distributions))
+        else:
+            table.add_row(name, 'not installed', '')
+
+    mmengine = find_installed('mmengine')
+    family = 'none'
+    if mmengine:
+        onedl = any(name.startswith('onedl') for name in mmengine.distributions)
+        family = 'onedl (maintained)' if onedl else 'official'
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    live, detail = mmcv_ops()
+    facts = {
+        'OpenMMLab family': family,
+        'torch is built for': f'CUDA {torch.version.cuda}'
+        if torch.version.cuda
+        else 'CPU',
+        'GPUs': ', '.join(torch.cuda.get_device_name(i) for i in range(gpus)) or 'none',
+        'nvcc': nvcc_version(),
+        'mmcv ops': f'live ({detail})' if live else f'not live: {detail}',
+        'dsnet_mm co-attention': 'torch.nn.functional.scaled_dot_product_attention',
+    }
+    console = Console()
+    console.print(table)
+    for name, value in facts.items():
+        console.print(f'{name}: {value}', highlight=False)
+    problems = find_problems()
+    for problem in problems:
+        console.print(f'[red]Problem:[/red] {problem}', highlight=False, soft_wrap=True)
+    if not problems:
+        console.print('[green]Everything fits together.[/green]')
+    return bool(problems)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What is installed, whether it fits together, and what to do if not."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from packaging.version import Version
+
+# Import name -> lowest version that works, first version that is not known to.
+SUPPORTED = {
+    'mmengine': ('0.10.4', '1.0'),
+    'mmcv': ('2.0.0', '2.4'),
+    'mmdet': ('3.2.0', '4.0'),
+    'mmpretrain': ('1.2.0', '2.0'),
+    'open_clip': ('3.0', '4.0'),
+}
+# Import name -> distribution of the maintained line, pinned.
+ONEDL = {
+    'mmengine': 'onedl-mmengine==0.10.12',
+    'mmcv': 'onedl-mmcv==2.3.6',
+    'mmdet': 'onedl-mmdetection==3.5.1',
+    'mmpretrain': 'onedl-mmpretrain==1.3.6',
+    'open_clip': 'open_clip_torch',
+}
+
+
+class Installed(NamedTuple):
+    """An installed package: its distributions and their common version."""
+
+    distributions: tuple[str, ...]
+    version: str
+
+
+def find_installed(name: str) -> Installed | None:
+    """Looks a package up by its import name, without importing it."""
+    names = tuple(sorted(set(packages_distributions().get(name, ()))))
+    return Installed(names, version(names[0])) if names else None
+
+
+def install_command(name: str) -> str:
+    """Returns the command that installs a package as this project pins it."""
+    flag = '' if name in ('mmengine', 'open_clip') else '--no-build-isolation '
+    return f"pip install {flag}'{ONEDL[name]}'"
+
+
+def require(*names: str, user: str) -> None:
+    """Checks that packages are there in a version that works.
+
+    Args:
+        *names: Import names, keys of ``SUPPORTED``.
+        user: What needs them, for the message.
+
+    Raises:
+        ImportError: If one is missing or outside the supported versions.
+    """
+    for name in names:
+        low, high = SUPPORTED[name]
+        installed = find_installed(name)
+        if installed is None:
+            found = 'is not installed'
+        elif not Version(low) <= Version(installed.version) < Version(high):
+            found = f'is {installed.version} here'
+        else:
+            continue
+        raise ImportError(
+            f'{user} needs {name} (>={low}, <{high}), which {found}; '
+            f'{install_command(name)}'
+        )
+
+
+def find_problems() -> list[str]:
+    """Returns one sentence for each thing that does not fit, with its remedy."""
+    problems = []
+    for name in SUPPORTED:
+        try:
+            require(name, user='dsnet_mm')
+        except ImportError as error:
+            problems.append(str(error))
+            continue
+        installed = find_installed(name)
+        if len(installed.distributions) > 1:
+            both = ' and '.join(installed.distributions)
+            problems.append(
+                f'{both} are both installed and write the same files of {name}; '
+                f'pip uninstall {" ".join(installed.distributions)}, then '
+                f'{install_command(name)}'
+            )
+    try:
+        importlib.import_module('cv2')
+    except ImportError as error:
+        problems.append(
+            f'OpenCV does not import ({error}); pip uninstall opencv-python '
+            f'opencv-python-headless, then pip install opencv-python-headless'
+        )
+    if find_spec('mmcv') and not mmcv_ops()[0]:
+        problems.append(
+            f'mmcv has no compiled ops, so mmdet does not work ({mmcv_ops()[1]}); '
+            f'with torch installed first: pip install --no-cache-dir '
+            f'--force-reinstall --no-deps --no-build-isolation {ONEDL["mmcv"]}'
+        )
+    mmengine = find_installed('mmengine')
+    setuptools = find_installed('setuptools')
+    if (
+        mmengine
+        and mmengine.distributions == ('mmengine',)
+        and setuptools
+        and Version(setuptools.version) >= Version('82')
+    ):
+        problems.append(
+            f'setuptools {setuptools.version} has no pkg_resources, which the '
+            f"official mmengine needs; pip install 'setuptools<82'"
+        )
+    return problems
+
+
+def mmcv_ops() -> tuple[bool, str]:
+    """Tells whether mmcv's compiled ops load, and for what, or why not."""
+    try:
+        importlib.import_module('mmcv._ext')
+        ops = importlib.import_module('mmcv.ops')
+    except ImportError as error:
+        return False, str(error)
+    cuda = ops.get_compiling_cuda_version()
+    return True, 'CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
+
+
+def nvcc_version() -> str:
+    """Returns the release of nvcc, or 'none'."""
+    if not shutil.which('nvcc'):
+        return 'none'
+    out = subprocess.run(['nvcc', '--version'], capture_output=True, text=True).stdout
+    return next((w for w in out.split() if w.startswith('V')), 'unknown').lstrip('V')
+
+
+def python_version() -> str:
+    """Returns the version of the running Python."""
+    return '.'.join(map(str, sys.version_info[:3]))

@@ -1,0 +1,699 @@
+"""The command-line tools, on data sets of a few small pictures."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from dsnet_mm.engine.config import (
+    add_config_arguments,
+    add_run_arguments,
+    check_data,
+    load_checkpoint,
+    load_config,
+    set_data_root,
+    set_run,
+)
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+COCO, FOLDERS = 'data_root=sets/coco', 'data_root=sets/folders'
+
+BACKBONE = """
+    backbone=dict(
+        _delete_=True, type='dsnet_mm.DSNet', out_indices=({levels}),
+        arch=dict(
+            embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+        ),
+    ),
+    neck=dict(
+        _delete_=True, type='dsnet_mm.DSFPN', in_channels=[{widths}],
+        out_channels=16, num_outs=5, num_heads=1,
+    ),
+"""
+# Only the data root of the base, data/coco/, is wrong for the pictures here.
+DETECTION = """
+_base_ = [
+    'mmdet::_base_/models/{model}_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_{task}.py',
+    'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+load = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(64, 64)),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask={masks}),
+    dict(type='PackDetInputs'),
+]
+metainfo = dict(classes=('square', 'disc'))
+loader = dict(
+    num_workers=0, persistent_workers=False,
+    dataset=dict(metainfo=metainfo, pipeline=load),
+)
+train_dataloader = loader
+val_dataloader = loader
+test_dataloader = loader
+train_cfg = dict(max_epochs=2)
+param_scheduler = []
+randomness = dict(seed=0)
+"""
+RETINANET = (
+    DETECTION.format(model='retinanet', task='detection', masks=False)
+    + f"""
+model = dict({BACKBONE.format(levels='1, 2, 3', widths='16, 32, 32')}
+    bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
+    test_cfg=dict(score_thr=0.0, max_per_img=10),
+)
+custom_hooks = [dict(type='EMAHook')]
+"""
+)
+MASK_RCNN = (
+    DETECTION.format(model='mask-rcnn', task='instance', masks=True)
+    + f"""
+model = dict({BACKBONE.format(levels='0, 1, 2, 3', widths='16, 16, 32, 32')}
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=2),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(
+            num_convs=1, in_channels=16, conv_out_channels=16, num_classes=2
+        ),
+    ),
+)
+"""
+)
+# Nothing random and no batch norm: two processes must train what one does.
+CLASSIFIER = """
+_base_ = ['mmpretrain::_base_/default_runtime.py']
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset', data_root='data/none', data_prefix='train',
+        pipeline=pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset', data_root='data/none', data_prefix='val',
+        pipeline=pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='Accuracy', topk=1)
+test_evaluator = val_evaluator
+train_cfg = dict(by_epoch=True, max_epochs=2)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+randomness = dict(seed=0)
+data_preprocessor = dict(mean=[127.5] * 3, std=[127.5] * 3, num_classes=2)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='dsnet_mm.DSNet', norm_cfg=dict(type='GN', num_groups=4),
+        arch=dict(
+            embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+        ),
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=32),
+)
+"""
+
+
+def draw(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, list[int]]:
+    """A 64 x 64 picture of a square (0) or disc (1), and its left, top, w, h."""
+    image = rng.integers(0, 60, (64, 64, 3), np.uint8)
+    size = int(rng.integers(20, 36))
+    left, top = (int(rng.integers(0, 64 - size)) for _ in range(2))
+    if kind == 0:
+        cv2.rectangle(image, (left, top), (left + size, top + size), (40, 200, 250), -1)
+    else:
+        center = (left + size // 2, top + size // 2)
+        cv2.circle(image, center, size // 2, (250, 120, 60), -1)
+    return image, [left, top, size, size]
+
+
+def write_coco(root: Path, split: str, num: int) -> None:
+    """Writes a split in the layout of COCO 2017."""
+    rng = np.random.default_rng(num)
+    pictures = root / f'{split}2017'
+    pictures.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(1, num + 1):
+        image, (x, y, w, h) = draw(rng, i % 2)
+        cv2.imwrite(str(pictures / f'{i}.png'), image)
+        images.append(dict(id=i, file_name=f'{i}.png', height=64, width=64))
+        annotations.append(
+            dict(
+                id=i,
+                image_id=i,
+                category_id=i % 2 + 1,
+                bbox=[x, y, w, h],
+                area=w * h,
+                iscrowd=0,
+                segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+            )
+        )
+    categories = [dict(id=1, name='square'), dict(id=2, name='disc')]
+    path = root / 'annotations' / f'instances_{split}2017.json'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with configurations, and data sets in ``sets``."""
+    folder = tmp_path_factory.mktemp('tools')
+    write_coco(folder / 'sets' / 'coco', 'train', 4)
+    write_coco(folder / 'sets' / 'coco', 'val', 2)
+    rng = np.random.default_rng(0)
+    for split, num in (('train', 4), ('val', 2)):
+        for kind, name in enumerate(('square', 'disc')):
+            path = folder / 'sets' / 'folders' / split / name
+            path.mkdir(parents=True)
+            for i in range(num):
+                cv2.imwrite(str(path / f'{i}.png'), draw(rng, kind)[0])
+    for name, text in (
+        ('retinanet', RETINANET),
+        ('mask_rcnn', MASK_RCNN),
+        ('classifier', CLASSIFIER),
+    ):
+        (folder / f'{name}.py').write_text(text)
+    (folder / 'damaged.pth').write_text('no checkpoint')
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(folder)
+    # Threads only get in each other's way in nets as small as these.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tool(name: str) -> ModuleType:
+    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *args: str) -> str:
+    """Runs a tool as users do and returns what it printed."""
+    program = 'bash' if name.endswith('.sh') else sys.executable
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    done = subprocess.run(
+        [program, str(TOOLS / name), *args],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def written(printed: str) -> dict:
+    """The metrics in the file that the last line of test.py names."""
+    match = re.fullmatch(r'Metrics are in (.+)\.', printed.strip().splitlines()[-1])
+    return json.loads(Path(match[1]).read_text())
+
+
+@pytest.fixture(scope='module')
+def detector(folder: Path) -> Path:
+    """Checkpoint of a RetinaNet that train.py trained."""
+    os.chdir(folder)
+    printed = run('train.py', 'retinanet.py', '--cfg-options', 'data_root=sets/coco')
+    logs = sorted(Path('work_dirs/retinanet').glob('*_*'))
+    assert printed.splitlines()[-1] == (
+        f'Checkpoints are in work_dirs/retinanet, logs in {logs[0]}.'
+    )
+    return Path('work_dirs/retinanet/epoch_2.pth')
+
+
+@pytest.fixture(scope='module')
+def classifier(folder: Path) -> Path:
+    """Checkpoint of a classifier that train.py trained in one process."""
+    os.chdir(folder)
+    printed = run(
+        'train.py',
+        'classifier.py',
+        '--work-dir=one',
+        '--resume',
+        '--cfg-options',
+        'data_root=sets/folders/',
+    )
+    assert 'one holds nothing to resume from; training starts anew' in printed
+    return Path('one/epoch_2.pth')
+
+
+# --- Training and testing -------------------------------------------------------
+
+
+def test_detector_trains_resumes_and_tests(
+    detector: Path, capsys: pytest.CaptureFixture
+) -> None:
+    state = torch.load(detector, weights_only=False)
+    assert 'ema_state_dict' in state
+    assert state['message_hub']['log_scalars']['val/coco/bbox_mAP'].current() >= 0
+    data = ['--cfg-options', 'data_root=sets/coco/']
+    tool('train.py').main(
+        ['retinanet.py', '--resume', '--no-validate', *data, 'train_cfg.max_epochs=3']
+    )
+    assert (
+        torch.load(detector.with_name('epoch_3.pth'), weights_only=False)['meta'][
+            'epoch'
+        ]
+        == 3
+    )
+    log = capsys.readouterr().out
+    assert 'resumed epoch: 2, iter: 4' in log
+    assert 'Epoch(val)' not in log
+
+    tool('test.py').main(['retinanet.py', str(detector), *data])
+    assert 'coco/bbox_mAP' in written(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('name', ['retinanet', 'classifier'])
+def test_outputs_and_flips(
+    name: str,
+    detector: Path,
+    classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    data, checkpoint, pictures, num = {
+        'retinanet': (COCO, detector, ['1.png', '2.png'], 2),
+        'classifier': (FOLDERS, classifier, ['0.png_0.png', '1.png_0.png'], 4),
+    }[name]
+    out, show = tmp_path / 'predictions.pkl', tmp_path / 'drawn'
+    args = [f'{name}.py', str(checkpoint), '--cfg-options', data]
+    tool('test.py').main([*args, f'--out={out}', f'--show-dir={show}'])
+    metrics = written(capsys.readouterr().out)
+    predictions = pickle.loads(out.read_bytes())
+    assert len(predictions) == num
+    assert sorted(path.name for path in show.iterdir()) == pictures
+
+    flipped = tmp_path / 'flipped.pkl'
+    tool('test.py').main([*args, f'--out={flipped}', '--tta'])
+    assert written(capsys.readouterr().out).keys() == metrics.keys()
+    means = pickle.loads(flipped.read_bytes())
+    if name == 'retinanet':
+        predictions, means = (
+            [sample['pred_instances'] for sample in samples]
+            for samples in (predictions, means)
+        )
+    key = 'scores' if name == 'retinanet' else 'pred_score'
+    for plain, mean in zip(predictions, means, strict=True):
+        assert plain[key].tolist() != mean[key].tolist()
+
+
+def test_two_processes_train_and_test_as_one(
+    classifier: Path, capsys: pytest.CaptureFixture
+) -> None:
+    args = ['--cfg-options', 'data_root=sets/folders']
+    gloo = 'env_cfg.dist_cfg.backend=gloo'
+    run(
+        'dist_train.sh',
+        'classifier.py',
+        '2',
+        '--work-dir',
+        'two processes',
+        *args,
+        gloo,
+        'train_dataloader.batch_size=2',
+    )
+    one = torch.load(classifier, weights_only=False)['state_dict']
+    start = torch.load('one/epoch_1.pth', weights_only=False)['state_dict']
+    two = torch.load('two processes/epoch_2.pth', weights_only=False)['state_dict']
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5, msg=key)
+    assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3
+
+    config, checkpoint = 'classifier.py', str(classifier)
+    printed = run('dist_test.sh', config, checkpoint, '2', *args, gloo)
+    tool('test.py').main([config, checkpoint, *args])
+    assert written(printed) == written(capsys.readouterr().out)
+
+
+# --- Shell ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh']
+)
+def test_scripts_say_how_they_are_used(name: str) -> None:
+    done = subprocess.run(['bash', TOOLS / name], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(rf'^Usage: .*{name} \S*CONFIG|JOB_NAME CONFIG', done.stderr)
+
+
+def printed_by(name: str, program: str, folder: Path, *args: str, **env: str) -> str:
+    """The arguments that a script calls a program with, each in brackets."""
+    fake = folder / program
+    fake.write_text('#!/bin/sh\nfor arg; do printf "[%s]" "$arg"; done\n')
+    fake.chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ['PATH']])
+    return subprocess.run(
+        ['bash', TOOLS / name, *args],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ, PATH=path) | env,
+    ).stdout
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_slurm_scripts_keep_arguments_whole(name: str, tmp_path: Path) -> None:
+    args = ['gpu', 'job', 'a b.py', 'c d', '--flag']
+    env = dict(GPUS='4', SRUN_ARGS='--time 5 --quiet')
+    printed = printed_by(f'slurm_{name}.sh', 'srun', tmp_path, *args, **env)
+    assert '[--gres][gpu:4][--ntasks][4][--ntasks-per-node][4]' in printed
+    assert '[--time][5][--quiet]' in printed
+    assert '[a b.py]' in printed
+    assert '[c d]' in printed
+    assert printed.endswith('[--launcher][slurm][--flag]')
+
+
+@pytest.mark.parametrize(
+    ('name', 'args'), [('train', ['a b.py']), ('test', ['a b.py', 'c d.pth'])]
+)
+def test_dist_scripts_meet_other_machines(
+    name: str, args: list[str], tmp_path: Path
+) -> None:
+    env = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='first', PORT='7')
+    args = [*args, '8', '--flag']
+    printed = printed_by(f'dist_{name}.sh', 'torchrun', tmp_path, *args, **env)
+    assert printed.startswith(
+        '[--nnodes][2][--node-rank][1][--master-addr][first][--master-port][7]'
+        '[--nproc-per-node][8]'
+    )
+    assert '[a b.py]' in printed
+    assert printed.endswith('[--launcher][pytorch][--flag]')
+
+
+# --- Errors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('args', 'sentence'),
+    [
+        ('train.py none.py', 'there is no configuration file none.py'),
+        ('train.py retinanet.py', 'no data/coco/; .*instances_train2017.json and'),
+        ('train.py retinanet.py --cfg-options data_root=sets', 'no sets/annotations/'),
+        (
+            f'train.py retinanet.py --cfg-options {COCO} '
+            'val_dataloader.dataset.data_prefix.img=other',
+            'val_dataloader: there is no sets/coco/other',
+        ),
+        (
+            f'train.py retinanet.py --cfg-options {COCO} val_evaluator.ann_file=a.json',
+            'val_evaluator: there is no a.json; CocoMetric reads a.json',
+        ),
+        (
+            'train.py classifier.py',
+            'no data/none; CustomDataset reads train in',
+        ),
+        ('train.py classifier.py --cfg-options lr', "takes KEY=VALUE, got 'lr'"),
+        (
+            'train.py classifier.py --cfg-options default_scope=other',
+            "default_scope='other'",
+        ),
+        (
+            f'train.py classifier.py --cfg-options {FOLDERS} load_from=a.pth',
+            'there is no checkpoint a.pth',
+        ),
+        (
+            f'train.py classifier.py --cfg-options {FOLDERS} '
+            'model.backbone.init_cfg.type=Pretrained '
+            'model.backbone.init_cfg.checkpoint=a.pth',
+            'there is no checkpoint a.pth; the model starts from it',
+        ),
+        (
+            f'train.py classifier.py --resume a.pth --cfg-options {FOLDERS}',
+            'there is no checkpoint a.pth',
+        ),
+        ('train.py classifier.py --auto-scale-lr', 'auto_scale_lr.base_batch_size=N'),
+        (
+            f'train.py classifier.py --launcher pytorch --cfg-options {FOLDERS}',
+            'env_cfg.dist_cfg.backend=gloo',
+        ),
+        ('train.py classifier.py --amp', '--amp needs a GPU'),
+        ('test.py classifier.py a.pth', 'there is no checkpoint a.pth'),
+        ('test.py classifier.py damaged.pth', 'no data/none'),
+        (
+            f'test.py classifier.py damaged.pth --cfg-options {FOLDERS}',
+            'damaged.pth cannot be read as a checkpoint',
+        ),
+        ('test.py classifier.py damaged.pth --out a.json', 'takes the name of a .pkl'),
+        ('test.py classifier.py a.pth --out taken.pkl', 'taken.pkl exists'),
+        ('test.py classifier.py a.pth --tta --show-dir a', 'leave one of them out'),
+        (
+            'analysis_tools/plot_predictions.py classifier.py a.pth a.png',
+            'is no detector',
+        ),
+        (
+            'analysis_tools/plot_predictions.py retinanet.py a.pth taken.png',
+            'taken.png exists; replace it by --overwrite',
+        ),
+    ],
+)
+def test_errors_are_a_sentence(
+    args: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr('dsnet_mm.engine.config.get_device', lambda: 'cpu')
+    Path('taken.pkl').touch()
+    Path('taken.png').touch()
+    name, *args = args.split()
+    module = tool(name)
+    if name == 'train.py':
+        monkeypatch.setattr(module, 'get_device', lambda: 'cpu')
+    with pytest.raises(SystemExit) as exit_:
+        module.main(args)
+    assert exit_.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_checkpoints_are_not_trained_over(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train = tool('train.py').main
+    data = ['--cfg-options', FOLDERS]
+    with pytest.raises(SystemExit):
+        train(['classifier.py', '--work-dir=one', *data])
+    assert 'by --resume, or choose another --work-dir' in capsys.readouterr().err
+
+    copy = tmp_path / 'epoch_1.pth'
+    copy.touch()
+    with pytest.raises(SystemExit):
+        train(['classifier.py', f'--work-dir={tmp_path}', '--resume', *data])
+    assert 'name it by --resume CHECKPOINT' in capsys.readouterr().err
+
+    (tmp_path / 'last_checkpoint').write_text('moved/epoch_1.pth')
+    with pytest.raises(SystemExit):
+        train(['classifier.py', f'--work-dir={tmp_path}', '--resume', *data])
+    assert 'no checkpoint moved/epoch_1.pth' in capsys.readouterr().err
+
+    weights = tmp_path / 'weights.pth'
+    torch.save(torch.load(classifier, weights_only=False)['state_dict'], weights)
+    with pytest.raises(SystemExit):
+        train(['classifier.py', f'--resume={weights}', *data])
+    assert f'--cfg-options load_from={weights}' in capsys.readouterr().err
+
+
+def test_checkpoints_of_other_models_are_refused(
+    detector: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        tool('test.py').main(['classifier.py', str(detector), '--cfg-options', FOLDERS])
+    error = capsys.readouterr().err
+    assert (
+        re.search(
+            r'does not fit .*: \d+ tensors are missing, for example '
+            r'head\.fc\.\w+; \d+ tensors are unknown to the model, for example \w+\.',
+            error,
+        )
+        or 'another shape' in error
+    )
+
+
+# --- Helpers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('root', ['data/coco/tiny', './data/coco/tiny/', 'a b,c/'])
+def test_data_root_moves_data_sets_and_evaluators(root: str) -> None:
+    cfg = load_config('retinanet.py', {'data_root': root})
+    stem = root.rstrip('/')
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root.rstrip('/') == stem
+    for split in ('val', 'test'):
+        ann_file = cfg[f'{split}_evaluator'].ann_file
+        assert ann_file == f'{stem}/annotations/instances_val2017.json'
+    assert cfg.data_root == f'{stem}/'
+
+
+def test_other_options_are_merged_after_data_root() -> None:
+    options = {'data_root': 'new', 'val_dataloader.dataset.data_root': 'data/coco/'}
+    cfg = load_config('retinanet.py', options)
+    assert cfg.val_dataloader.dataset.data_root == 'data/coco/'
+    assert cfg.test_dataloader.dataset.data_root == 'new/'
+
+
+def test_data_root_reaches_wrapped_data_sets() -> None:
+    inner = dict(type='CocoDataset', data_root='old', ann_file='old/a.json')
+    dataset = dict(type='ConcatDataset', datasets=[inner, dict(inner, ann_file='b')])
+    cfg = Config(dict(train_dataloader=dict(dataset=dataset)))
+    set_data_root(cfg, 'new')
+    first, second = cfg.train_dataloader.dataset.datasets
+    assert (first.data_root, first.ann_file) == ('new', 'new/a.json')
+    assert (second.data_root, second.ann_file) == ('new', 'b')
+
+
+@pytest.mark.parametrize('roots', [('a', 'b'), (None, None)])
+def test_data_root_needs_one_to_replace(roots: tuple) -> None:
+    loaders = {
+        f'{split}_dataloader': dict(dataset=dict(type='D', data_root=root))
+        for split, root in zip(('train', 'val'), roots, strict=True)
+    }
+    with pytest.raises(ValueError, match=r'train_dataloader\.dataset\.data_root=new'):
+        set_data_root(Config(loaders), 'new')
+
+
+@pytest.mark.parametrize(
+    'dataset',
+    [
+        dict(type='CIFAR10', data_root='none'),
+        dict(type='CocoDataset', data_root='s3://none/', ann_file='a.json'),
+        dict(type='CocoDataset', data_root='none', backend_args=dict(backend='x')),
+    ],
+)
+def test_data_from_elsewhere_is_not_looked_for(dataset: dict) -> None:
+    check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+
+
+def test_imagenet_reads_the_folder_of_its_split(tmp_path: Path) -> None:
+    dataset = dict(type='ImageNet', data_root=str(tmp_path), split='train')
+    cfg = Config(dict(train_dataloader=dict(dataset=dataset)))
+    with pytest.raises(FileNotFoundError, match=rf'no {tmp_path}/train'):
+        check_data(cfg, ['train'])
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_fitting_checkpoint_is_loaded(prefix: str, tmp_path: Path) -> None:
+    net = small_net()
+    state = {
+        prefix + key: value + 1
+        for key, value in net.state_dict().items()
+        if not key.endswith('num_batches_tracked')
+    }
+    torch.save(dict(state_dict=state, meta=dict(epoch=7)), tmp_path / 'a.pth')
+    before = net[0].weight.clone()
+    checkpoint = load_checkpoint(net, str(tmp_path / 'a.pth'))
+    assert checkpoint['meta'] == dict(epoch=7)
+    assert torch.equal(net[0].weight, before + 1)
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        ({'0.bias': None}, r'1 tensors are missing, for example 0\.bias'),
+        ({'2.bias': torch.zeros(1)}, r'1 tensors are unknown .* example 2\.bias'),
+        ({'0.bias': torch.zeros(9)}, r'1 tensors have another shape.* 0\.bias.*\[9\]'),
+    ],
+)
+def test_misfit_is_told(change: dict, sentence: str, tmp_path: Path) -> None:
+    state = small_net().state_dict() | change
+    state = {key: value for key, value in state.items() if value is not None}
+    torch.save(state, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=sentence):
+        load_checkpoint(small_net(), str(tmp_path / 'a.pth'))
+
+
+def test_processes_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = []
+    monkeypatch.setenv('LOCAL_RANK', '0')  # so that it is put back
+    monkeypatch.delenv('LOCAL_RANK')
+    monkeypatch.setattr('dsnet_mm.engine.config.get_device', lambda: 'cpu')
+    monkeypatch.setattr(torch.distributed, 'init_process_group', backends.append)
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args(['a/net.py', '--launcher=pytorch', '--local-rank=1'])
+    wrapper = dict(find_unused_parameters=True)
+    env_cfg = dict(dist_cfg=dict(backend='gloo'))
+    cfg = Config(dict(model_wrapper_cfg=wrapper, env_cfg=env_cfg))
+    set_run(cfg, args)
+    assert cfg.work_dir == os.path.join('work_dirs', 'net')
+    assert cfg.launcher == 'pytorch'
+    assert os.environ['LOCAL_RANK'] == '1'
+    assert backends == ['gloo']
+    assert cfg.model_wrapper_cfg.device_ids is None
+    assert cfg.model_wrapper_cfg.find_unused_parameters
+
+
+def test_amp_and_scaled_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = tool('train.py')
+    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+    cfg = load_config('retinanet.py', {})
+    train.set_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    train.set_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
+
+
+# --- Pictures -------------------------------------------------------------------
+
+
+def test_masks_are_drawn_and_not_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plot = tool('analysis_tools/plot_predictions.py')
+    plot.init_default_scope('mmdet')
+    model = plot.MODELS.build(load_config('mask_rcnn.py', {}).model)
+    checkpoint, out = tmp_path / 'a.pth', tmp_path / 'new' / 'a.png'
+    torch.save(model.state_dict(), checkpoint)
+    args = ['mask_rcnn.py', str(checkpoint)]
+    data = ['--cfg-options', COCO]
+    plot.main([*args, str(out), '--num=9', '--score-thr=0', *data])
+    sheet = cv2.imread(str(out))
+    cell, gap = plot.CELL, plot.GAP
+    assert sheet.shape == (plot.TITLE + 2 * (cell + gap), 2 * cell + gap, 3)
+    truth, prediction = sheet[plot.TITLE :, :cell], sheet[plot.TITLE :, -cell:]
+    assert (truth[: cell // 2] != prediction[: cell // 2]).any()
+    # The first picture shows a disc; its box has the second colour of tab10.
+    assert (np.abs(truth[:cell].astype(int) - (14, 127, 255)) < 2).all(axis=2).any()
+    assert os.listdir(out.parent) == ['a.png']
+
+    with pytest.raises(SystemExit):
+        tool('test.py').main([*args, '--tta', f'--work-dir={tmp_path}', *data])
+    assert 'this model predicts masks too' in capsys.readouterr().err

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Installs this package and all it needs, pinned, into a virtual environment.
+# What is there already is left alone, so a second call does nothing twice.
+#
+#   [PYTHON=python3.11] bash tools/install.sh [.venv]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${1:-.venv}
+python=${PYTHON:-python3}
+log=$venv/mmcv-build.log
+
+say() { printf '== %s\n' "$*"; }
+stop() { printf 'Error: %s\n' "$*" >&2; exit 1; }
+run() { "$venv/bin/python" "$@"; }
+pip() { run -m pip --disable-pip-version-check "$@"; }
+pin() { sed -n "s/^ *\"\($1==[^\"]*\)\",*$/\1/p" pyproject.toml; }
+
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+    stop "Python 3.10 to 3.12 is needed and $python is $("$python" -V 2>&1);" \
+        "name another one with PYTHON=..."
+command -v c++ >/dev/null || command -v g++ >/dev/null ||
+    stop 'a C++ compiler is needed to build the ops of mmcv and none was found;' \
+        'install g++.'
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+
+say 'Build tools'
+pip install -q 'setuptools>=77,<82' wheel ninja packaging
+
+say 'PyTorch'
+run -c 'import torch, torchvision' 2>/dev/null ||
+    pip install 'torch>=2.6,<2.14' torchvision
+
+# Which ops mmcv needs: CUDA ones only where there is a GPU and a compiler for it.
+cuda=$(run - <<'PY'
+import re, shutil, subprocess, torch
+if not torch.cuda.is_available():
+    print('no')
+elif not shutil.which('nvcc'):
+    print('no nvcc')
+else:
+    text = subprocess.run(['nvcc', '--version'], capture_output=True, text=True).stdout
+    major = re.search(r'release (\d+)', text)
+    same = major and major[1] == torch.version.cuda.split('.')[0]
+    print('yes' if same else 'no nvcc')
+PY
+)
+if [ "$cuda" = 'no nvcc' ]; then
+    say "This machine has a GPU, but no nvcc for torch's CUDA version: mmcv is built" \
+        'for the CPU, and detectors cannot run on the GPU. Install that CUDA toolkit,' \
+        'then: make clean setup'
+fi
+[ "$cuda" = yes ] || export CUDA_VISIBLE_DEVICES=
+
+mmcv_works() {
+    run - "$cuda" <<'PY' 2>/dev/null
+import sys
+import mmcv._ext
+from mmcv.ops import get_compiling_cuda_version
+sys.exit(sys.argv[1] == 'yes' and get_compiling_cuda_version() == 'not available')
+PY
+}
+
+install_mmcv() {
+    # Not isolated: an isolated build does not see torch and makes no ops.
+    CFLAGS='-g0 -O2' MAX_JOBS=${MAX_JOBS:-$(nproc)} MMCV_WITH_OPS=1 \
+        pip install -v --no-build-isolation "$@" "$(pin onedl-mmcv)" 2>&1 |
+        tee "$log" | awk '
+            match($0, /\[[0-9]+\/[0-9]+\]/) {
+                split(substr($0, RSTART + 1, RLENGTH - 2), n, "/")
+                printf "\r   compiled %d of %d files", n[1], n[2]
+                fflush(); shown = 1
+            }
+            END { if (shown) print "" }' ||
+        { tail -n 30 "$log" >&2; stop "mmcv did not build; all of its output: $log"; }
+}
+
+say 'mmcv with its ops (10 minutes on two cores if no wheel of it is cached)'
+if ! mmcv_works; then
+    install_mmcv
+    # A cached wheel may have no ops, or be built for another torch.
+    mmcv_works || install_mmcv --force-reinstall --no-deps --no-cache-dir
+    mmcv_works || stop "mmcv was built but its ops do not load; see $log"
+fi
+
+say 'mmdet, mmpretrain, open_clip, this package'
+pip install -q --no-build-isolation -e '.[onedl,test,lint]'
+
+# Two OpenCVs come as dependencies and share their files; the one with windows
+# needs libGL, which slim machines lack. Keep the other.
+if pip show -q opencv-python 2>/dev/null; then
+    say 'OpenCV without windows'
+    opencv=$(pip show opencv-python | sed -n 's/^Version: //p')
+    pip uninstall -q -y opencv-python opencv-python-headless
+    pip install -q --no-deps "opencv-python-headless==$opencv"
+fi
+
+run -m dsnet_mm

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Evaluate on a Slurm cluster.
+set -euo pipefail
+
+if [[ $# -lt 4 ]]; then
+    echo "Usage: [GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=]" \
+        "$0 PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]" >&2
+    exit 2
+fi
+GPUS=${GPUS:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
+read -ra srun_args <<< "${SRUN_ARGS:-}"
+
+exec srun --partition "$1" --job-name "$2" \
+    --gres "gpu:$GPUS_PER_NODE" \
+    --ntasks "$GPUS" \
+    --ntasks-per-node "$GPUS_PER_NODE" \
+    --cpus-per-task "${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    "${srun_args[@]}" \
+    python -u "$(dirname "$0")/test.py" "$3" "$4" --launcher slurm "${@:5}"

@@ -1,0 +1,141 @@
+"""Evaluate a checkpoint of a detector or a classifier."""
+
+import argparse
+import json
+import os
+from copy import deepcopy
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.registry import METRICS
+from mmengine.runner import Runner
+
+from dsnet_mm.engine.config import (
+    add_config_arguments,
+    add_run_arguments,
+    check_data,
+    check_file,
+    load_checkpoint,
+    load_config,
+    set_run,
+    unwrap,
+    user_errors,
+)
+
+
+def set_show_dir(cfg: Config, folder: str) -> None:
+    """Lets the visualisation hook of mmdet or mmpretrain write every picture.
+
+    Args:
+        cfg: Configuration, changed in place.
+        folder: Folder of the pictures.
+    """
+    if cfg.default_scope == 'mmdet':
+        # Made absolute: the hook puts a relative one somewhere in the work dir.
+        hook = dict(
+            type='DetVisualizationHook', draw=True, test_out_dir=os.path.abspath(folder)
+        )
+    else:
+        hook = dict(type='VisualizationHook', enable=True, interval=1, out_dir=folder)
+    cfg.merge_from_dict(dict(default_hooks=dict(visualization=hook)))
+
+
+def set_tta(cfg: Config) -> None:
+    """Averages predictions over flips, or as the configuration says.
+
+    Args:
+        cfg: Configuration, changed in place. Its ``tta_model`` and
+            ``tta_pipeline`` are used where it has them.
+    """
+    dataset = cfg.test_dataloader.dataset
+    pipeline = deepcopy(dataset.pipeline)
+    pack = pipeline.pop()
+    if cfg.default_scope == 'mmdet':
+        pack.pop('meta_keys', None)  # the default ones tell of the flip
+        tta = dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+        )
+    else:
+        tta = dict(type='AverageClsScoreTTA')
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+    pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
+    dataset.pipeline = cfg.get('tta_pipeline', pipeline)
+    cfg.model = dict(**cfg.get('tta_model', tta), module=cfg.model)
+
+
+def write_metrics(metrics: dict, path: Path) -> None:
+    """Writes metrics as JSON, all or nothing.
+
+    Args:
+        metrics: Names and numbers.
+        path: The file.
+    """
+    part = path.with_name(path.name + '.part')
+    text = json.dumps(metrics, indent=2, default=lambda value: value.tolist())
+    part.write_text(text + '\n')
+    os.replace(part, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    add_run_arguments(parser)
+    parser.add_argument('--out', help='write all predictions to this new .pkl file')
+    parser.add_argument('--show-dir', help='draw all predictions into this folder')
+    parser.add_argument(
+        '--tta', action='store_true', help='average over flipped pictures'
+    )
+    args = parser.parse_args(argv)
+
+    with user_errors(parser):
+        if args.out and not args.out.endswith(('.pkl', '.pickle')):
+            raise ValueError(f'--out takes the name of a .pkl file, got {args.out}')
+        if args.out and os.path.exists(args.out):
+            raise ValueError(f'{args.out} exists and is left alone; choose another')
+        cfg = load_config(args.config, args.cfg_options)
+        if args.tta and args.show_dir and cfg.default_scope == 'mmpretrain':
+            raise ValueError(
+                '--show-dir does not draw the flipped pictures that --tta gives a '
+                'classifier; leave one of them out'
+            )
+        check_file(args.checkpoint, 'checkpoint', 'training writes them as .pth files')
+        check_data(cfg, ['test'])
+        set_run(cfg, args)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    if args.show_dir:
+        set_show_dir(cfg, args.show_dir)
+    if args.tta:
+        set_tta(cfg)
+
+    runner = Runner.from_cfg(cfg)
+    with user_errors(parser):
+        # MMEngine loads it again, for its hooks, and would only warn of a misfit.
+        load_checkpoint(runner.model, args.checkpoint)
+        if args.tta and getattr(unwrap(runner.model), 'with_mask', False):
+            raise ValueError(
+                '--tta merges boxes only, and this model predicts masks too; leave '
+                '--tta out'
+            )
+    if args.out:
+        mmdet = cfg.default_scope == 'mmdet'
+        dump = 'mmdet.DumpDetResults' if mmdet else 'mmengine.DumpResults'
+        runner.test_evaluator.metrics.append(
+            METRICS.build(dict(type=dump, out_file_path=args.out))
+        )
+    metrics = runner.test()
+    if is_main_process():
+        path = Path(cfg.work_dir, runner.timestamp, 'metrics.json')
+        write_metrics(metrics, path)
+        print(f'Metrics are in {path}.')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,163 @@
+"""Train a detector or a classifier from its configuration."""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from dsnet_mm.engine.config import (
+    add_config_arguments,
+    add_run_arguments,
+    check_data,
+    check_file,
+    check_pretrained,
+    load_checkpoint,
+    load_config,
+    set_run,
+    user_errors,
+)
+
+
+def set_amp(cfg: Config) -> None:
+    """Switches to mixed precision.
+
+    Args:
+        cfg: Configuration, changed in place.
+
+    Raises:
+        ValueError: If MMEngine has none for this machine.
+    """
+    device = get_device()
+    if device in ('cpu', 'mps'):
+        raise ValueError(
+            f'--amp needs a GPU, and this machine trains on {device}, where MMEngine '
+            f'has no mixed precision; leave --amp out'
+        )
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def set_auto_scale_lr(cfg: Config) -> None:
+    """Scales the learning rate with the total batch size.
+
+    Args:
+        cfg: Configuration, changed in place.
+
+    Raises:
+        ValueError: If it does not tell for which batch size its rate is.
+    """
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise ValueError(
+            '--auto-scale-lr needs the batch size for which the learning rate was '
+            'chosen, and the configuration has none; add --cfg-options '
+            'auto_scale_lr.base_batch_size=N'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def set_start(cfg: Config, resume: str | None) -> None:
+    """Sets where training starts: anew, from weights, or where it had stopped.
+
+    Args:
+        cfg: Configuration, changed in place.
+        resume: Checkpoint to resume from, ``'auto'`` for the latest of the
+            working directory (if there is none, training starts anew), or None
+            for what the configuration says.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If checkpoints in the working directory would be lost.
+    """
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    if resume in (None, 'auto'):
+        last = Path(cfg.work_dir, 'last_checkpoint')
+        kept = last.is_file() or any(last.parent.glob('*.pth'))
+        if kept and resume is None:
+            raise ValueError(
+                f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
+                f'it by --resume, or choose another --work-dir'
+            )
+        if kept and not last.is_file():
+            raise ValueError(
+                f'{cfg.work_dir} holds checkpoints but no file last_checkpoint that '
+                f'names the latest; name it by --resume CHECKPOINT'
+            )
+        resume = find_latest_checkpoint(cfg.work_dir) if kept else None
+    cfg.resume = resume is not None
+    if cfg.resume:
+        cfg.load_from = resume
+    if cfg.get('load_from'):
+        check_file(
+            cfg.load_from,
+            'checkpoint',
+            'name one by --resume CHECKPOINT or --cfg-options load_from=CHECKPOINT',
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    add_run_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint, without a name from the latest in --work-dir',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision (GPU only)'
+    )
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not evaluate while training'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the batch size of all GPUs together',
+    )
+    args = parser.parse_args(argv)
+
+    with user_errors(parser):
+        cfg = load_config(args.config, args.cfg_options)
+        if args.no_validate:
+            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        if args.amp:
+            set_amp(cfg)
+        if args.auto_scale_lr:
+            set_auto_scale_lr(cfg)
+        check_data(cfg, ('train', 'val'))
+        check_pretrained(cfg)
+        set_run(cfg, args)
+        set_start(cfg, args.resume)
+
+    runner = Runner.from_cfg(cfg)
+    if cfg.resume:
+        with user_errors(parser):
+            checkpoint = load_checkpoint(runner.model, cfg.load_from)
+            if 'message_hub' not in checkpoint:
+                raise ValueError(
+                    f'{cfg.load_from} holds weights and no state of a training; start '
+                    f'from it by --cfg-options load_from={cfg.load_from}'
+                )
+    elif args.resume:
+        runner.logger.info(
+            f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
+        )
+    runner.train()
+    if is_main_process():
+        logs = Path(cfg.work_dir, runner.timestamp)
+        print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')
+
+
+if __name__ == '__main__':
+    main()
