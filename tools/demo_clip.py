@@ -12,7 +12,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from dsnet_mm.few_shot import FewShotConfig, run
-from dsnet_mm.few_shot.demo import pretrain, write_pictures
+from dsnet_mm.few_shot.demo import (
+    cifar_pairs,
+    pretrain,
+    scene_pairs,
+    write_cifar,
+    write_pictures,
+)
 from dsnet_mm.few_shot.report import write_report
 
 METHODS = (
@@ -27,13 +33,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo_clip'))
     parser.add_argument('--steps', type=int, default=1000, help='of the pre-training')
+    parser.add_argument(
+        '--cifar10',
+        type=Path,
+        help='ZIP of real pictures, cifar10/{train,test}/class/*.jpg, instead of drawn '
+        'ones: six classes train the model, four are the task',
+    )
     parser.add_argument('--methods', nargs='+', default=METHODS)
     parser.add_argument('--shots', nargs='+', type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument('--seeds', nargs='+', type=int, default=[1, 2, 3])
     args = parser.parse_args()
 
-    write_pictures(args.work_dir / 'held_out')
-    model, weights = pretrain(args.work_dir, args.steps)
+    if args.cifar10 is None:
+        write_pictures(args.work_dir / 'held_out')
+        pairs = scene_pairs()
+    elif args.cifar10.is_file():
+        write_cifar(args.work_dir / 'held_out', args.cifar10)
+        pairs = cifar_pairs(args.cifar10)
+    else:
+        sys.exit(f'error: there is no file {args.cifar10}.')
+    model, weights = pretrain(args.work_dir, pairs, args.steps)
     config = FewShotConfig(
         dataset=str(args.work_dir / 'held_out'),
         model=str(model),

@@ -1,6 +1,10 @@
 """The demo without a download, cut short."""
 
+from io import BytesIO
+from zipfile import ZipFile
+
 import numpy as np
+from PIL import Image
 
 from dsnet_mm.datasets.few_shot import load_task
 from dsnet_mm.few_shot import demo
@@ -35,13 +39,36 @@ def test_pictures_are_a_task(tmp_path):
     assert not list(tmp_path.glob('.*'))
 
 
+def small_clip(out):
+    return demo.pretrain(out, demo.scene_pairs(4), steps=2, quiet=True)
+
+
 def test_pretraining_is_repeatable_and_done_once(tmp_path):
-    config, weights = demo.pretrain(tmp_path / 'a', steps=2, batch_size=4, quiet=True)
+    config, weights = small_clip(tmp_path / 'a')
     encoder = OpenCLIPEncoder(str(config), str(weights))
     assert (encoder.embed_dims, encoder.image_size) == (128, demo.SIZE)
     before = weights.stat().st_mtime_ns
-    assert demo.pretrain(tmp_path / 'a', steps=2, quiet=True) == (config, weights)
+    assert small_clip(tmp_path / 'a') == (config, weights)
     assert weights.stat().st_mtime_ns == before
-    other = demo.pretrain(tmp_path / 'b', steps=2, batch_size=4, quiet=True)
-    digest = OpenCLIPEncoder(*map(str, other)).digest()
-    assert digest == encoder.digest()
+    other = OpenCLIPEncoder(*map(str, small_clip(tmp_path / 'b')))
+    assert other.digest() == encoder.digest()
+
+
+def test_cifar_classes_are_apart(tmp_path):
+    names = ('airplane', 'cat', *demo.CIFAR_HELD_OUT)
+    with ZipFile(tmp_path / 'cifar.zip', 'w') as file:
+        for part in ('train', 'test'):
+            for name in names:
+                for i in range(5):
+                    buffer = BytesIO()
+                    Image.new('RGB', (32, 32), (50 * i, 0, 0)).save(buffer, 'JPEG')
+                    path = f'cifar10/{part}/{name}/{i}.jpg'
+                    file.writestr(path, buffer.getvalue())
+    images, captions = next(demo.cifar_pairs(tmp_path / 'cifar.zip', 16))
+    assert images.shape == (16, 3, demo.SIZE, demo.SIZE)
+    assert {c.rstrip('.').split()[-1] for c in captions} == {'airplane', 'cat'}
+    demo.write_cifar(tmp_path / 'held_out', tmp_path / 'cifar.zip', train=5, test=3)
+    task = load_task(tmp_path / 'held_out')
+    assert task.class_names == demo.CIFAR_HELD_OUT
+    sizes = {part: len(items) for part, items in task.split.items()}
+    assert sizes == {'train': 16, 'val': 4, 'test': 12}
