@@ -367,6 +367,7 @@ _COOP = dict(
 )
 _FAST = dict(optimizer='AdamW', lr=1e-3, epochs=100, batch_size=256)
 _ALPHAS = (0.2, 0.4, 0.6, 0.8)
+_FAST_GRID = dict(lr=(1e-3, 1e-4), epochs=(50, 200))
 _TIP = dict(alpha=1.0, beta=1.0)
 _TIP_GRID = dict(
     alpha=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
@@ -393,28 +394,28 @@ METHODS: dict[str, Method] = {
         'CLIP-Adapter',
         fit_clip_adapter,
         dict(alpha=0.2, **_FAST),
-        dict(alpha=_ALPHAS, lr=(1e-3, 1e-4)),
+        dict(alpha=_ALPHAS, **_FAST_GRID),
         source='adapter of the paper, our recipe for cached features',
     ),
     'clip_adapter_learnt': Method(
         'CLIP-Adapter, learnt ratio',
         fit_clip_adapter,
         dict(alpha=0.5, learn_ratio=True, **_FAST),
-        dict(lr=(1e-3, 1e-4)),
+        _FAST_GRID,
         source='adapter of the paper with a constant ratio that is learnt',
     ),
     'clip_adapter_text': Method(
         'CLIP-Adapter, text',
         fit_clip_adapter,
         dict(alpha=0.2, visual=False, text=True, **_FAST),
-        dict(alpha=_ALPHAS, lr=(1e-3, 1e-4)),
+        dict(alpha=_ALPHAS, **_FAST_GRID),
         source='text adapter of the paper, our recipe',
     ),
     'clip_adapter_both': Method(
         'CLIP-Adapter, visual and text',
         fit_clip_adapter,
         dict(alpha=0.2, text=True, **_FAST),
-        dict(alpha=_ALPHAS, lr=(1e-3, 1e-4)),
+        dict(alpha=_ALPHAS, **_FAST_GRID),
         source='both adapters of the paper, our recipe',
     ),
     'clip_adapter_paper': Method(
