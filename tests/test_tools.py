@@ -671,6 +671,15 @@ def test_amp_and_scaled_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
 
 
+def test_ema_is_one_option() -> None:
+    train = tool('train.py')
+    cfg = load_config('mask_rcnn.py', {})
+    train.set_ema(cfg)
+    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook']
+    with pytest.raises(ValueError, match='leave --ema out'):
+        train.set_ema(cfg)
+
+
 # --- Pictures -------------------------------------------------------------------
 
 

@@ -38,7 +38,16 @@ def main(argv: list[str] | None = None) -> None:
         help='classification pictures of each class held out',
     )
     parser.add_argument(
-        '--size', type=int, default=default.size, help='height and width in pixels'
+        '--size',
+        type=int,
+        default=default.size,
+        help='height and width of a detection picture, in pixels',
+    )
+    parser.add_argument(
+        '--cls-size',
+        type=int,
+        default=default.cls_size,
+        help='height and width of a classification picture',
     )
     parser.add_argument('--seed', type=int, default=default.seed, help='random seed')
     parser.add_argument(

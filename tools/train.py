@@ -40,6 +40,24 @@ def set_amp(cfg: Config) -> None:
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
+def set_ema(cfg: Config) -> None:
+    """Keeps an exponential average of the weights, and evaluates that.
+
+    Args:
+        cfg: Configuration, changed in place.
+
+    Raises:
+        ValueError: If it keeps one already.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    if any('EMAHook' in str(hook['type']) for hook in hooks):
+        raise ValueError(
+            '--ema adds an EMAHook and the configuration has one; leave --ema out'
+        )
+    ema = dict(type='EMAHook', momentum=2e-4, update_buffers=True)
+    cfg.custom_hooks = [*hooks, ema]
+
+
 def set_auto_scale_lr(cfg: Config) -> None:
     """Scales the learning rate with the total batch size.
 
@@ -118,6 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         '--amp', action='store_true', help='train in mixed precision (GPU only)'
     )
     parser.add_argument(
+        '--ema', action='store_true', help='keep and evaluate an average of the weights'
+    )
+    parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate while training'
     )
     parser.add_argument(
@@ -133,6 +154,8 @@ def main(argv: list[str] | None = None) -> None:
             cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         if args.amp:
             set_amp(cfg)
+        if args.ema:
+            set_ema(cfg)
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
         check_data(cfg, ('train', 'val'))

@@ -747,19 +747,22 @@ class SceneSettings:
         val: Detection pictures for validation, at least 1.
         cls_train: Classification pictures of each class for training.
         cls_val: Classification pictures of each class for validation.
-        size: Height and width of a picture in pixels, at least 64.
+        size: Height and width of a detection picture in pixels, at least 64.
+        cls_size: The same of a classification picture. At half of ``size`` its one
+            object is about as large as those of the scenes.
         seed: Zero or more.
     """
 
-    train: int = 600
+    train: int = 1000
     val: int = 100
-    cls_train: int = 150
-    cls_val: int = 25
+    cls_train: int = 800
+    cls_val: int = 50
     size: int = 128
+    cls_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {'train': 1, 'val': 1, 'cls_train': 0, 'cls_val': 0, 'size': 64}
+        least = {'train': 1, 'val': 1, 'size': 64, 'cls_size': 64}
         for what, value in asdict(self).items():
             _check_int(what, value, least.get(what, 0))
 
@@ -847,13 +850,21 @@ def make_scenes(
                 f'{out} holds a set made with other settings ({"; ".join(changes)}); '
                 f'choose another folder or allow overwriting'
             )
-    shared = {'size': settings.size, 'seed': settings.seed, 'progress': progress}
+    shared = {'seed': settings.seed, 'progress': progress}
     with _replacing(out) as fresh:
         objects = write_detection(
-            fresh, num_train=settings.train, num_val=settings.val, **shared
+            fresh,
+            num_train=settings.train,
+            num_val=settings.val,
+            size=settings.size,
+            **shared,
         )
         write_classification(
-            fresh, num_train=settings.cls_train, num_val=settings.cls_val, **shared
+            fresh,
+            num_train=settings.cls_train,
+            num_val=settings.cls_val,
+            size=settings.cls_size,
+            **shared,
         )
         preview(fresh)
         manifest = {**wanted, 'objects': objects}

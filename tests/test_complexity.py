@@ -1,0 +1,114 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dsnet_mm.engine.complexity import count_complexity
+
+TOOL = Path(__file__).resolve().parents[1] / 'tools/analysis_tools/get_flops.py'
+
+
+@pytest.fixture(scope='module')
+def get_flops():
+    spec = importlib.util.spec_from_file_location('get_flops', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_counts_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.LayerNorm(8)
+            self.linear = nn.Linear(8, 5, bias=False)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+            x = nn.functional.scaled_dot_product_attention(
+                x[:, None], x[:, None], x[:, None]
+            )
+            return self.linear(nn.functional.gelu(x))
+
+    tokens = 4 * 6
+    counts = count_complexity(Net(), torch.zeros(1, 3, 4, 6))
+    assert counts.params == 3 * 9 * 8 + 8 + 16 + 40
+    assert counts.multiply_adds == tokens * (27 * 8 + 2 * tokens * 8 + 8 * 5)
+    assert counts.elementwise == tokens * 8 * (1 + 5 + 1)
+    assert counts.uncounted == ()
+
+
+def test_an_operator_without_formula_is_named():
+    @torch.library.custom_op('dsnet_mm_test::twice', mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    assert count_complexity(Net(), torch.zeros(2)).uncounted == (
+        'dsnet_mm_test::twice',
+    )
+
+
+def test_the_papers_tables(get_flops):
+    """Tables 2 and 4, to their printed digits."""
+    measured = {name: counts for name, _, _, counts in get_flops.published_models()}
+    params = {name: f'{c.params / 1e6:.1f}' for name, c in measured.items()}
+    assert params == {
+        'DS-Net-T': '9.1',
+        'DS-Net-T*': '10.5',
+        'DS-Net-S': '19.6',  # 19.7 in the paper
+        'DS-Net-S*': '23.0',
+        'DS-Net-B': '41.8',  # 48.8 in the paper, which cannot be
+        'DS-Net-B*': '49.3',
+        'T, alpha=0': '8.6',
+        'T, alpha=0.25': '8.7',
+        'T, alpha=0.5': '9.1',
+        'T, alpha=0.75': '9.8',
+        'T, alpha=1': '10.7',
+    }
+    products = {n: f'{c.multiply_adds / 1e9:.1f}' for n, c in measured.items()}
+    assert products['DS-Net-T'] == '1.6'
+    assert products['DS-Net-T*'] == '1.8'
+    assert products['DS-Net-S'] == '3.1'  # 3 in the paper, without a decimal
+    assert products['DS-Net-S*'] == '3.5'
+    assert products['DS-Net-B*'] == '8.3'  # 8.4 in the paper
+    # Table 2 has three decimals, and element-wise operations in them.
+    all_operations = {
+        name.removeprefix('T, alpha='): f'{(c.multiply_adds + c.elementwise) / 1e9:.3f}'
+        for name, c in measured.items()
+        if 'alpha' in name
+    }
+    assert all_operations == {
+        '0': '1.573',
+        '0.25': '1.578',
+        '0.5': '1.592',
+        '0.75': '1.615',
+        '1': '1.647',
+    }
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape'),
+    [('dsnet-tiny_8xb128_in1k.py', '224'), ('retinanet_dsnet_t_coco.py', '128')],
+)
+def test_configurations(get_flops, config, shape, monkeypatch, capsys):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmpretrain')
+    path = TOOL.parents[2] / 'configs' / 'dsnet' / config
+    monkeypatch.setattr('sys.argv', ['get_flops.py', str(path), '--shape', shape])
+    get_flops.main()
+    out = capsys.readouterr().out
+    assert '10.53' in out if 'in1k' in config else 'retinanet_dsnet_t_coco' in out
+
+
+def test_unknown_target(get_flops, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['get_flops.py', 'nothing.py'])
+    with pytest.raises(SystemExit):
+        get_flops.main()
+    assert 'nothing.py is neither' in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Every configuration is built and does one training step and one inference."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
+DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if '_coco' in p.name)
+CLASSIFICATION = sorted(CONFIGS.glob('*_in1k.py'), key=lambda p: p.name)
+
+
+def trained(model, data: dict, cfg: Config) -> dict[str, float]:
+    """One training step as MMEngine does it; every loss must be finite."""
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    losses = {k: float(v) for k, v in model.train_step(data, optim_wrapper).items()}
+    assert all(np.isfinite(value) for value in losses.values()), losses
+    moved = sum(
+        not torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    ) / len(before)
+    assert moved > 0.9
+    return losses
+
+
+def test_all_are_listed():
+    assert len(DETECTION) == 18
+    assert len(CLASSIFICATION) == 3
+    others = {p.name for p in CONFIGS.glob('*.py')} - set(DETECTION)
+    assert others - {p.name for p in CLASSIFICATION} == {
+        'dsnet-demo_scenes.py',
+        'mask_rcnn_dsnet_demo_scenes.py',
+    }
+
+
+@pytest.mark.parametrize('name', DETECTION)
+def test_detection(name):
+    testing = pytest.importorskip('mmdet.testing')
+    pytest.importorskip('mmcv._ext')
+    cfg = Config.fromfile(CONFIGS / name)
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    data = testing.demo_mm_inputs(
+        2, [[3, 128, 160], [3, 96, 128]], num_classes=80, with_mask=model.with_mask
+    )
+    losses = trained(model.train(), data, cfg)
+    assert ('loss_mask' in losses) == name.startswith('mask_rcnn')
+    levels = model.extract_feat(torch.zeros(1, 3, 128, 160))
+    strides = [128 // level.shape[2] for level in levels]
+    head = model.rpn_head if name.startswith('mask_rcnn') else model.bbox_head
+    assert strides == [stride[0] for stride in head.prior_generator.strides]
+    for sample in model.eval().test_step(data):
+        assert sample.pred_instances.bboxes.isfinite().all()
+
+
+def test_detection_pipelines(tmp_path):
+    """1x and 3x read COCO's own layout."""
+    pytest.importorskip('mmdet')
+    from .test_tools import write_coco
+
+    init_default_scope('mmdet')
+    write_coco(tmp_path, 'train', 4)
+    for name in ('mask_rcnn_dsnet_s_coco.py', 'mask_rcnn_dsnet_s_3x_coco.py'):
+        dataset = Config.fromfile(CONFIGS / name).train_dataloader.dataset
+        dataset.data_root = str(tmp_path)
+        sizes = {min(DATASETS.build(dataset)[0]['inputs'].shape[1:]) for _ in range(8)}
+        assert (len(sizes) > 1) == ('3x' in name)
+        assert max(sizes) <= 800
+
+
+@pytest.mark.parametrize('path', CLASSIFICATION, ids=lambda p: p.name)
+def test_classification(path, tmp_path):
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(path)
+    init_default_scope('mmpretrain')
+    for split in ('train', 'val'):
+        folder = tmp_path / split / 'n01440764'
+        folder.mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8)
+        cv2.imwrite(str(folder / 'picture.jpg'), noise)
+    samples = []
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = str(tmp_path)
+        samples.append(DATASETS.build(loader.dataset)[0])
+        assert samples[-1]['inputs'].shape == (3, 224, 224)
+
+    torch.manual_seed(0)
+    preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
+    # Mixup and CutMix come with train_cfg, and need no more than two pictures.
+    model = MODELS.build(cfg.model | dict(data_preprocessor=preprocessor))
+    model.init_weights()
+    data = dict(
+        inputs=[samples[0]['inputs'], samples[0]['inputs'].flip(2)],
+        data_samples=[samples[0]['data_samples'], samples[0]['data_samples'].clone()],
+    )
+    cfg.optim_wrapper.setdefault('type', 'OptimWrapper')
+    trained(model.train(), data, cfg)
+    (prediction,) = model.eval().test_step(
+        dict(inputs=[samples[1]['inputs']], data_samples=[samples[1]['data_samples']])
+    )
+    assert prediction.pred_score.shape == (1000,)
+    assert float(prediction.pred_score.sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_layer_wise_decay():
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / 'mask_rcnn_dsnet_t_coco.py')
+    cfg.merge_from_dict(
+        {
+            'optim_wrapper.constructor': 'dsnet_mm.LayerDecayOptimWrapperConstructor',
+            'optim_wrapper.paramwise_cfg.layer_decay_rate': 0.5,
+        }
+    )
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    scales = {group['param_name']: group['lr_scale'] for group in groups}
+    last = 'backbone.stages.3.0.proj_out.weight'
+    assert scales['neck.lateral_convs.0.0.conv.weight'] == 1
+    assert scales[last] == 0.5
+    assert scales['backbone.patch_embeds.0.projection.weight'] == 0.5**10
+    assert {g['weight_decay'] for g in groups if '.norm' in g['param_name']} == {0.0}
