@@ -2,6 +2,7 @@
 
 import torch
 from mmengine.dataset import BaseDataset
+from mmengine.device import get_device
 
 from dsnet_mm.registry import DATASETS
 
@@ -66,7 +67,7 @@ class FewShotDataset(BaseDataset):
         from dsnet_mm.models import OpenCLIPEncoder
 
         options = dict(self.features)
-        encoder = OpenCLIPEncoder(**options.pop('encoder'))
+        encoder = OpenCLIPEncoder(**options.pop('encoder')).to(get_device())
         cache = FeatureCache(encoder=encoder, **options)
         found = cache.images(items, self.views if self.part == 'train' else 0)
         return [
