@@ -10,9 +10,10 @@ CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 
-# Threads that wait by spinning become ten times slower on a machine that does
-# anything else.
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that wait by spinning become ten times slower on a machine that
+# does anything else; this lets them sleep soon.
+export GOMP_SPINCOUNT ?= 10000
+
 
 .PHONY: setup demo test lint format doctor clean
 

@@ -4,12 +4,20 @@ import importlib
 import shutil
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from packaging.version import Version
 
+# Import name -> distributions that provide it, the one we pin first.
+DISTRIBUTIONS = {
+    'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
+    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
+    'mmdet': ('onedl-mmdetection', 'mmdet'),
+    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
+    'open_clip': ('open_clip_torch',),
+}
 # Import name -> lowest version that works, first version that is not known to.
 SUPPORTED = {
     'mmengine': ('0.10.4', '1.0'),
@@ -18,18 +26,17 @@ SUPPORTED = {
     'mmpretrain': ('1.2.0', '2.0'),
     'open_clip': ('3.0', '4.0'),
 }
-# Import name -> distribution of the maintained line, pinned.
-ONEDL = {
-    'mmengine': 'onedl-mmengine==0.10.12',
-    'mmcv': 'onedl-mmcv==2.3.6',
-    'mmdet': 'onedl-mmdetection==3.5.1',
-    'mmpretrain': 'onedl-mmpretrain==1.3.6',
-    'open_clip': 'open_clip_torch',
+# Import name -> version of the maintained line that this package is tested with.
+PINNED = {
+    'mmengine': '0.10.12',
+    'mmcv': '2.3.6',
+    'mmdet': '3.5.1',
+    'mmpretrain': '1.3.6',
 }
 
 
 class Installed(NamedTuple):
-    """An installed package: its distributions and their common version."""
+    """An installed package: its distributions and the version of the first."""
 
     distributions: tuple[str, ...]
     version: str
@@ -37,14 +44,22 @@ class Installed(NamedTuple):
 
 def find_installed(name: str) -> Installed | None:
     """Looks a package up by its import name, without importing it."""
-    names = tuple(sorted(set(packages_distributions().get(name, ()))))
-    return Installed(names, version(names[0])) if names else None
+    found = {}
+    for distribution in DISTRIBUTIONS.get(name, (name,)):
+        try:
+            found[distribution] = version(distribution)
+        except PackageNotFoundError:
+            continue
+    return Installed(tuple(found), next(iter(found.values()))) if found else None
 
 
 def install_command(name: str) -> str:
     """Returns the command that installs a package as this project pins it."""
+    pin = DISTRIBUTIONS[name][0]
+    if name in PINNED:
+        pin += f'=={PINNED[name]}'
     flag = '' if name in ('mmengine', 'open_clip') else '--no-build-isolation '
-    return f"pip install {flag}'{ONEDL[name]}'"
+    return f'pip install {flag}{pin}'
 
 
 def require(*names: str, user: str) -> None:
@@ -100,7 +115,8 @@ def find_problems() -> list[str]:
         problems.append(
             f'mmcv has no compiled ops, so mmdet does not work ({mmcv_ops()[1]}); '
             f'with torch installed first: pip install --no-cache-dir '
-            f'--force-reinstall --no-deps --no-build-isolation {ONEDL["mmcv"]}'
+            f'--force-reinstall --no-deps --no-build-isolation '
+            f'onedl-mmcv=={PINNED["mmcv"]}'
         )
     mmengine = find_installed('mmengine')
     setuptools = find_installed('setuptools')

@@ -304,4 +304,7 @@ def test_pretrained(tmp_path):
     without_prefix = DSNet(TINY, init_cfg=init_cfg | dict(prefix=''))
     with pytest.raises(ValueError, match=r"are not in it.*prefix is ''"):
         without_prefix.init_weights()
+    shallower = DSNet(TINY | dict(depths=(1, 1, 1, 1)), init_cfg=init_cfg)
+    with pytest.raises(ValueError, match=r'tensors more, for example stages\.2\.1'):
+        shallower.init_weights()
     DSNet(TINY, init_cfg=init_cfg | dict(checkpoint=None)).init_weights()

@@ -127,4 +127,23 @@ def test_doctor_names_the_command(monkeypatch):
     assert 'mmengine and onedl-mmengine are both installed' in problems
     assert 'pip uninstall mmengine onedl-mmengine' in problems
     assert 'mmcv (>=2.0.0, <2.4), which is 1.7.0 here' in problems
-    assert "pip install --no-build-isolation 'onedl-mmdetection==3.5.1'" in problems
+    assert 'pip install --no-build-isolation onedl-mmdetection==3.5.1' in problems
+
+
+def test_pins_are_those_of_pyproject():
+    from dsnet_mm.environment import DISTRIBUTIONS, PINNED
+
+    pyproject = (Path(__file__).parents[1] / 'pyproject.toml').read_text()
+    for name, pinned in PINNED.items():
+        assert f'"{DISTRIBUTIONS[name][0]}=={pinned}"' in pyproject
+
+
+def test_missing_mmcv_is_told_with_the_command(tmp_path):
+    done = run(
+        'from dsnet_mm import environment\n'
+        'environment.DISTRIBUTIONS["mmcv"] = ("onedl-mmcv-absent",)\n'
+        'import dsnet_mm.models',
+        tmp_path,
+    )
+    assert 'dsnet_mm.models needs mmcv (>=2.0.0, <2.4)' in done.stderr
+    assert 'pip install --no-build-isolation' in done.stderr

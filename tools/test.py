@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.tta:
         set_tta(cfg)
 
-    runner = Runner.from_cfg(cfg)
     with user_errors(parser):
+        runner = Runner.from_cfg(cfg)
         # MMEngine loads it again, for its hooks, and would only warn of a misfit.
         load_checkpoint(runner.model, args.checkpoint)
         if args.tta and getattr(unwrap(runner.model), 'with_mask', False):

@@ -19,6 +19,7 @@ from dsnet_mm.engine.config import (
     set_run,
     user_errors,
 )
+from dsnet_mm.models import DSNet
 
 
 def set_amp(cfg: Config) -> None:
@@ -163,7 +164,11 @@ def main(argv: list[str] | None = None) -> None:
         set_run(cfg, args)
         set_start(cfg, args.resume)
 
-    runner = Runner.from_cfg(cfg)
+    with user_errors(parser):
+        runner = Runner.from_cfg(cfg)
+        for module in runner.model.modules():
+            if isinstance(module, DSNet):
+                module.check_checkpoint()
     if cfg.resume:
         with user_errors(parser):
             checkpoint = load_checkpoint(runner.model, cfg.load_from)

@@ -1,3 +1,7 @@
+from dsnet_mm.environment import require
+
+require('mmengine', 'mmcv', user='dsnet_mm.models')
+
 from .backbones import DSNet, OpenCLIPEncoder
 from .heads import CLIPAdapter
 from .layers import DSBlock, InterScaleAlignment

@@ -203,11 +203,64 @@ class DSNet(BaseModule):
         Raises:
             ValueError: If the checkpoint does not fit this architecture.
         """
-        if _is_pretrained(self.init_cfg):
-            self._check_checkpoint(
-                self.init_cfg['checkpoint'], self.init_cfg.get('prefix', '')
-            )
+        self.check_checkpoint()
         super().init_weights()
+
+    def check_checkpoint(self) -> None:
+        """Looks whether the checkpoint of ``init_cfg``, if there is one, fits.
+
+        MMEngine would only warn, and train from random weights.
+
+        Raises:
+            ValueError: If it does not fit this architecture.
+        """
+        if not _is_pretrained(self.init_cfg):
+            return
+        checkpoint = self.init_cfg['checkpoint']
+        prefix = self.init_cfg.get('prefix') or ''
+        if prefix and not prefix.endswith('.'):
+            prefix += '.'
+        state = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        state = state.get('state_dict', state)
+
+        def stage_tensors(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+            # The output norms may differ: a classifier has the last one only.
+            return {
+                key: value.shape
+                for key, value in state.items()
+                if key.startswith(('patch_embeds.', 'stages.'))
+                and not key.endswith('num_batches_tracked')
+            }
+
+        expected = stage_tensors(self.state_dict())
+        given = stage_tensors(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+        differing = [k for k in expected if k in given and given[k] != expected[k]]
+        absent = [k for k in expected if k not in given]
+        unknown = [k for k in given if k not in expected]
+        if differing:
+            key = differing[0]
+            problem = (
+                f'{len(differing)} tensors have another shape, for example {key}: '
+                f'{tuple(given[key])} given, {tuple(expected[key])} expected'
+            )
+        elif absent:
+            problem = (
+                f'{len(absent)} of {len(expected)} tensors are not in it, for '
+                f'example {prefix}{absent[0]}'
+            )
+        elif unknown:
+            problem = f'it has {len(unknown)} tensors more, for example {unknown[0]}'
+        else:
+            return
+        raise ValueError(
+            f'{checkpoint} does not fit this DSNet (depths {self.depths}): {problem}. '
+            f'Its keys start like {next(iter(state), "nothing")!r}; arch, isa and '
+            f'alpha must be those it was trained with, prefix is {prefix!r} '
+            f"('backbone.' for a classifier or detector), and public DS-Net "
+            f'checkpoints are converted by tools/model_converters/dsnet_to_mm.py.'
+        )
 
     def train(self, mode: bool = True) -> 'DSNet':
         """Sets the mode, keeping frozen stages and batch norms as configured."""
@@ -286,45 +339,6 @@ class DSNet(BaseModule):
                 f'-{self.num_stages} to -1), got {out_indices}.'
             )
         return tuple(sorted({i % self.num_stages for i in out_indices}))
-
-    def _check_checkpoint(self, checkpoint: str, prefix: str) -> None:
-        state = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-        state = state.get('state_dict', state)
-        given = {
-            key.removeprefix(prefix): value.shape
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        expected = {
-            key: value.shape
-            for key, value in self.state_dict().items()
-            if key.startswith(('patch_embeds.', 'stages.'))
-            and not key.endswith('num_batches_tracked')
-        }
-        absent = [key for key in expected if key not in given]
-        differing = [
-            key for key in expected if key in given and given[key] != expected[key]
-        ]
-        if not absent and not differing:
-            return
-        if differing:
-            key = differing[0]
-            reason = (
-                f'{len(differing)} tensors have another shape, for example {key}: '
-                f'{tuple(given[key])} given, {tuple(expected[key])} expected'
-            )
-        else:
-            reason = (
-                f'{len(absent)} of {len(expected)} tensors are not in it, for '
-                f'example {prefix + absent[0]}'
-            )
-        raise ValueError(
-            f'{checkpoint} does not fit this DSNet (depths {self.depths}): {reason}. '
-            f'Its keys start like {next(iter(state), "nothing")!r}; arch, isa and '
-            f'alpha must be those it was trained with, prefix is {prefix!r} '
-            f"('backbone.' for a classifier or detector), and public DS-Net "
-            f'checkpoints are converted by tools/model_converters/dsnet_to_mm.py.'
-        )
 
 
 def _is_pretrained(init_cfg: dict | list | None) -> bool:
