@@ -14,7 +14,6 @@ DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # does anything else; this lets them sleep soon.
 export GOMP_SPINCOUNT ?= 10000
 
-
 .PHONY: setup demo test lint format doctor clean
 
 setup: $(VENV)/.installed

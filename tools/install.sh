@@ -75,7 +75,7 @@ install_mmcv() {
         { tail -n 30 "$log" >&2; stop "mmcv did not build; all of its output: $log"; }
 }
 
-say 'mmcv with its ops (10 minutes on two cores if no wheel of it is cached)'
+say 'mmcv with its ops (about 5 minutes on two cores if no wheel of it is cached)'
 if ! mmcv_works; then
     install_mmcv
     # A cached wheel may have no ops, or be built for another torch.
