@@ -1,6 +1,7 @@
-# make demo   installs, then trains and evaluates a small Mask R-CNN; a picture
-# make test   installs, then runs the tests
-# make doctor what is installed, which ops are live, and why not
+# make demo       installs, then trains and evaluates a small Mask R-CNN; a picture
+# make demo-clip  installs, then trains a small CLIP and compares few-shot methods
+# make test       installs, then runs the tests
+# make doctor     what is installed, which ops are live, and why not
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # does anything else; this lets them sleep soon.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo test lint format doctor clean
+.PHONY: setup demo demo-clip test lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ demo: setup
 	$(BIN)/python tools/test.py $(DET_CONFIG) $(DET_DIR)/last.pth
 	$(BIN)/python tools/analysis_tools/plot_predictions.py $(DET_CONFIG) \
 		$(DET_DIR)/last.pth $(DET_DIR)/predictions.png --overwrite
+
+demo-clip: setup
+	$(BIN)/python tools/demo_clip.py
 
 test: setup
 	$(BIN)/python -m pytest

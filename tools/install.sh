@@ -84,7 +84,7 @@ if ! mmcv_works; then
 fi
 
 say 'mmdet, mmpretrain, open_clip, this package'
-pip install -q --no-build-isolation -e '.[onedl,test,lint]'
+pip install -q --no-build-isolation -e '.[onedl,clip,test,lint]'
 
 # Two OpenCVs come as dependencies and share their files; the one with windows
 # needs libGL, which slim machines lack. Keep the other.

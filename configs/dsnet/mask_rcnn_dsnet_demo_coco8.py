@@ -27,7 +27,14 @@ test_pipeline = [
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+            'instances',
+        ),
     ),
 ]
 eight = dict(
@@ -42,12 +49,12 @@ eight = dict(
 train_dataloader = dict(batch_size=4, dataset=dict(**eight, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**eight, test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-# Without a file of annotations the truth is that of the pictures evaluated.
+# Without a file of annotations the truth is `instances` of the pictures evaluated.
 val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator
 
 max_iters = 600
-train_cfg = dict(max_iters=max_iters, val_interval=200)
+train_cfg = dict(max_iters=max_iters, val_interval=300)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
     dict(type='CosineAnnealingLR', by_epoch=False, T_max=max_iters, eta_min=1e-5),
