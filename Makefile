@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SCENES := data/scenes
+CSRC := $(shell find dsnet_mm/ops/csrc -type f)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py tools/install.sh
+$(VENV)/.installed: pyproject.toml setup.py tools/install.sh $(CSRC)
 	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
 	touch $@
 
@@ -36,13 +37,15 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 doctor: setup
 	$(BIN)/python -m dsnet_mm
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info dsnet_mm/ops/_C.*.so dsnet_mm/ops/build_info.json

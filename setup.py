@@ -22,10 +22,17 @@ SOURCES = ('co_attention.cpp', 'cpu/co_attention_cpu.cpp')
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 
 
+def note(**info: str) -> None:
+    """Writes down what the ops are built for, or why they are not; for the doctor."""
+    BUILD_INFO.write_text(json.dumps(info))
+
+
 class BuildPy(build_py):
     """Adds configurations and tools to the wheel, where mim looks for them."""
 
     def run(self) -> None:
+        if not self.distribution.ext_modules:
+            note(reason=why_not())
         super().run()
         if self.editable_mode:
             return
@@ -40,6 +47,11 @@ class BuildPy(build_py):
         shutil.copy('model-index.yml', mim)
 
 
+def mmcv_headers() -> Path:
+    """Returns the headers of the installed mmcv, found without importing it."""
+    return Path(find_spec('mmcv').origin).parent / 'ops/csrc/common'
+
+
 def why_not() -> str | None:
     """Tells what the ops cannot be compiled without."""
     if os.environ.get('DSNET_MM_WITH_OPS') == '0':
@@ -50,6 +62,8 @@ def why_not() -> str | None:
             f'{" and ".join(missing)} cannot be seen by the build '
             f'(pip install --no-build-isolation shows it what is installed)'
         )
+    if not (mmcv_headers() / 'pytorch_device_registry.hpp').is_file():
+        return 'the installed mmcv has no C++ headers'
     if not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))):
         return 'there is no C++ compiler'
     return None
@@ -64,27 +78,20 @@ def ops() -> dict:
             sys.exit(message)
         # pip swallows what a build prints, so the doctor repeats it.
         print(message, file=sys.stderr)
-        BUILD_INFO.write_text(json.dumps(dict(reason=reason)))
         return {}
 
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildOps(BuildExtension):
-        """Notes what the ops are built for, which the doctor compares."""
-
         def run(self) -> None:
+            note(torch=torch.__version__)
             super().run()
-            info = json.dumps(dict(torch=torch.__version__))
-            BUILD_INFO.write_text(info)
-            if not self.inplace:
-                Path(self.build_lib, BUILD_INFO).write_text(info)
 
-    mmcv = Path(find_spec('mmcv').origin).parent
     extension = CppExtension(
         'dsnet_mm.ops._C',
         [str(CSRC / source) for source in SOURCES],
-        include_dirs=[str(mmcv / 'ops/csrc/common')],
+        include_dirs=[str(mmcv_headers())],
         depends=[str(path) for path in sorted(CSRC.rglob('*.h*'))],
         extra_compile_args=['-O3', '-g0', '-fno-math-errno', '-Wno-psabi'],
     )

@@ -15,6 +15,8 @@ from .reference import reference_co_attention, split_heads
 
 PATHS = ('reference', 'sdpa', 'native')
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 _BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
 
 
@@ -104,9 +106,7 @@ def select_path(device: str) -> tuple[str, str]:
     """
     forced = os.environ.get('DSNET_MM_OPS')
     if forced and forced not in PATHS:
-        raise ValueError(
-            f'DSNET_MM_OPS is one of {", ".join(PATHS)}, got {forced!r}.'
-        )
+        raise ValueError(f'DSNET_MM_OPS is one of {", ".join(PATHS)}, got {forced!r}.')
     if forced == 'native' and native.WHY_NOT:
         raise ValueError(
             f'DSNET_MM_OPS=native, but the compiled op is not there '
@@ -119,7 +119,7 @@ def select_path(device: str) -> tuple[str, str]:
     if device not in native.DEVICES:
         return 'sdpa', f'the op is not compiled for {device}'
     # Exported programs run where this package is not.
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return 'sdpa', 'exported programs hold PyTorch operators only'
     return 'native', 'compiled'
 
@@ -154,7 +154,9 @@ def _check(
         )
     for x in (local_qkv, global_qkv):
         if x.dtype not in DTYPES:
-            raise TypeError(f'co_attention takes floating point tensors, got {x.dtype}.')
+            raise TypeError(
+                f'co_attention takes floating point tensors, got {x.dtype}.'
+            )
     if local_qkv.dtype != global_qkv.dtype and not torch.is_autocast_enabled(
         local_qkv.device.type
     ):

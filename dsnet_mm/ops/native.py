@@ -19,15 +19,16 @@ def _load() -> str | None:
     """Loads the compiled ops, or tells why they are not there."""
     info_file = Path(__file__).with_name('build_info.json')
     info = json.loads(info_file.read_text()) if info_file.is_file() else {}
+    # Checked first: a library for another torch may load and then crash.
+    if info.get('torch', torch.__version__) != torch.__version__:
+        return f'built for torch {info["torch"]}, you have {torch.__version__}'
     try:
         importlib.import_module('dsnet_mm.ops._C')
+    except ModuleNotFoundError:
+        return (
+            f'not compiled ({info["reason"]})' if 'reason' in info else 'not compiled'
+        )
     except ImportError as error:
-        if 'torch' in info and info['torch'] != torch.__version__:
-            return f'built for torch {info["torch"]}, you have {torch.__version__}'
-        if 'reason' in info:
-            return f'not compiled: {info["reason"]}'
-        if isinstance(error, ModuleNotFoundError):
-            return 'not compiled'
         return f'it does not load: {error}'
     return None
 
@@ -104,7 +105,9 @@ def _flops(local_shape, global_shape, *args, **kwargs) -> int:
     return 8 * samples * length * global_shape[1] * (width // 3)
 
 
-def _backward_flops(grad_local, grad_global, local_shape, global_shape, *args, **kwargs):
+def _backward_flops(
+    grad_local, grad_global, local_shape, global_shape, *args, **kwargs
+):
     """Five products where the forward has two."""
     return _flops(local_shape, global_shape) * 5 // 2
 

@@ -10,15 +10,16 @@ namespace dsnet {
 
 Outputs co_attention_impl(const Tensor& local_qkv, const Tensor& global_qkv,
                           const Tensor& seed, int64_t num_heads, double dropout_p) {
-  return DISPATCH_DEVICE_IMPL(co_attention_impl, local_qkv, global_qkv, seed,
-                              num_heads, dropout_p);
+  return DISPATCH_DEVICE_IMPL(co_attention_impl, local_qkv, global_qkv, seed, num_heads,
+                              dropout_p);
 }
 
-Gradients co_attention_backward_impl(
-    const Tensor& grad_local, const Tensor& grad_global, const Tensor& local_qkv,
-    const Tensor& global_qkv, const Tensor& local_out, const Tensor& global_out,
-    const Tensor& local_lse, const Tensor& global_lse, const Tensor& seed,
-    int64_t num_heads, double dropout_p) {
+Gradients co_attention_backward_impl(const Tensor& grad_local,
+                                     const Tensor& grad_global, const Tensor& local_qkv,
+                                     const Tensor& global_qkv, const Tensor& local_out,
+                                     const Tensor& global_out, const Tensor& local_lse,
+                                     const Tensor& global_lse, const Tensor& seed,
+                                     int64_t num_heads, double dropout_p) {
   return DISPATCH_DEVICE_IMPL(co_attention_backward_impl, grad_local, grad_global,
                               local_qkv, global_qkv, local_out, global_out, local_lse,
                               global_lse, seed, num_heads, dropout_p);
@@ -52,22 +53,22 @@ void check(const Tensor& local_qkv, const Tensor& global_qkv, const Tensor& seed
 Outputs co_attention(const Tensor& local_qkv, const Tensor& global_qkv,
                      const Tensor& seed, int64_t num_heads, double dropout_p) {
   check(local_qkv, global_qkv, seed, num_heads, dropout_p);
-  return co_attention_impl(with_rows(local_qkv), with_rows(global_qkv), seed,
-                           num_heads, dropout_p);
+  return co_attention_impl(with_rows(local_qkv), with_rows(global_qkv), seed, num_heads,
+                           dropout_p);
 }
 
-Gradients co_attention_backward(
-    const Tensor& grad_local, const Tensor& grad_global, const Tensor& local_qkv,
-    const Tensor& global_qkv, const Tensor& local_out, const Tensor& global_out,
-    const Tensor& local_lse, const Tensor& global_lse, const Tensor& seed,
-    int64_t num_heads, double dropout_p) {
+Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_global,
+                                const Tensor& local_qkv, const Tensor& global_qkv,
+                                const Tensor& local_out, const Tensor& global_out,
+                                const Tensor& local_lse, const Tensor& global_lse,
+                                const Tensor& seed, int64_t num_heads,
+                                double dropout_p) {
   check(local_qkv, global_qkv, seed, num_heads, dropout_p);
   const auto fits = [&](const Tensor& x, const Tensor& qkv) {
     return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == qkv.size(1) &&
            x.size(2) * 3 == qkv.size(2) && x.scalar_type() == qkv.scalar_type();
   };
-  const auto exact =
-      local_qkv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto exact = local_qkv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto is_lse = [&](const Tensor& x, const Tensor& qkv) {
     return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == num_heads &&
            x.size(2) == qkv.size(1) && x.scalar_type() == exact;
@@ -85,16 +86,15 @@ Gradients co_attention_backward(
 
 template <c10::DispatchKey key, c10::DeviceType device>
 Outputs co_attention_autocast(const Tensor& local_qkv, const Tensor& global_qkv,
-                              const Tensor& seed, int64_t num_heads,
-                              double dropout_p) {
+                              const Tensor& seed, int64_t num_heads, double dropout_p) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dsnet_mm::co_attention", "")
                              .typed<decltype(co_attention)>();
   const auto dtype = at::autocast::get_autocast_dtype(device);
   return op.call(at::autocast::cached_cast(dtype, local_qkv, device),
-                 at::autocast::cached_cast(dtype, global_qkv, device), seed,
-                 num_heads, dropout_p);
+                 at::autocast::cached_cast(dtype, global_qkv, device), seed, num_heads,
+                 dropout_p);
 }
 
 }  // namespace
@@ -110,15 +110,14 @@ TORCH_LIBRARY(dsnet_mm, m) {
       "float dropout_p) -> (Tensor, Tensor)");
 }
 
-#define DSNET_REGISTER(DEVICE)                                 \
-  TORCH_LIBRARY_IMPL(dsnet_mm, DEVICE, m) {                    \
-    m.impl("co_attention", co_attention);                      \
-    m.impl("co_attention_backward", co_attention_backward);    \
-  }                                                            \
-  TORCH_LIBRARY_IMPL(dsnet_mm, Autocast##DEVICE, m) {          \
-    m.impl("co_attention",                                     \
-           co_attention_autocast<c10::DispatchKey::Autocast##DEVICE, \
-                                 c10::DeviceType::DEVICE>);    \
+#define DSNET_REGISTER(DEVICE)                                                       \
+  TORCH_LIBRARY_IMPL(dsnet_mm, DEVICE, m) {                                          \
+    m.impl("co_attention", co_attention);                                            \
+    m.impl("co_attention_backward", co_attention_backward);                          \
+  }                                                                                  \
+  TORCH_LIBRARY_IMPL(dsnet_mm, Autocast##DEVICE, m) {                                \
+    m.impl("co_attention", co_attention_autocast<c10::DispatchKey::Autocast##DEVICE, \
+                                                 c10::DeviceType::DEVICE>);          \
   }
 
 DSNET_REGISTER(CPU)

@@ -106,9 +106,9 @@ inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t height = rows / count + (i < rows % count);
     switch (height) {
-#define DSNET_TILE(M)                                        \
-  case M:                                                    \
-    tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add);  \
+#define DSNET_TILE(M)                                       \
+  case M:                                                   \
+    tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
     break;
       DSNET_TILE(1)
       DSNET_TILE(2)
@@ -164,7 +164,7 @@ void transpose(int64_t rows, int64_t cols, const T* src, int64_t src_row, T* dst
       Vec<T> x[n];
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) x[i] = vec(src + (r + i) * src_row + c);
-      // Swaps the off-diagonal blocks of 2 * s by 2 * s elements.
+    // Swaps the off-diagonal blocks of 2 * s by 2 * s elements.
 #pragma GCC unroll 4
       for (int s = 1; s < n; s *= 2) {
         bits low, high;
@@ -239,8 +239,8 @@ inline Vec<T> kept(const Dropout& dropout, const uint32_t* keys, int64_t lane,
 // -------------------------------------------------------------------- forward
 
 template <typename S, typename T>
-void attend(const Head<S>& head, int64_t first, int64_t count, S* out,
-            int64_t out_row, T* lse, char* memory) {
+void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
+            T* lse, char* memory) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width, padded = pad<T>(width), cols = pad<T>(count);
   Arena arena(memory);
@@ -291,8 +291,7 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out,
       if (begin)
         for (int64_t c = 0; c < width; ++c) vec(sum + c * kQueries + i) *= shrink;
     }
-    matmul(width, cols, n, v, int64_t(1), v_row, p, kQueries, sum, kQueries,
-           begin > 0);
+    matmul(width, cols, n, v, int64_t(1), v_row, p, kQueries, sum, kQueries, begin > 0);
   }
 
   for (int64_t i = 0; i < cols; i += lanes) {
@@ -313,9 +312,9 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out,
 // of the lanes.
 template <typename S, typename T>
 void differentiate(const Head<S>& head, const S* out, int64_t out_row,
-                   const S* grad_out, int64_t grad_row, const T* lse,
-                   int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
-                   T* grad_q, T* grad_k, T* grad_v, int64_t padded, char* memory) {
+                   const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
+                   int64_t q_end, int64_t k_begin, int64_t k_end, T* grad_q, T* grad_k,
+                   T* grad_v, int64_t padded, char* memory) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width;
   Arena arena(memory);
@@ -352,8 +351,7 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
     for (int64_t i = 0; i < count; ++i) {
       T dot = 0;
       for (int64_t c = 0; c < width; ++c)
-        dot += g_rows[i * padded + c] *
-               static_cast<T>(out[(first + i) * out_row + c]);
+        dot += g_rows[i * padded + c] * static_cast<T>(out[(first + i) * out_row + c]);
       delta[i] = dot;
     }
     if (head.dropout) row_keys(*head.dropout, head.row + first, cols, keys);

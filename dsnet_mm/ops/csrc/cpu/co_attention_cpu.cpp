@@ -51,13 +51,11 @@ class Arena {
 // Enough for either pass of a head of this width, in double.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (5 * kQueries * padded + 2 * kKeys * (kQueries + padded) +
-              8 * kQueries) +
+  return 8 * (5 * kQueries * padded + 2 * kKeys * (kQueries + padded) + 8 * kQueries) +
          16 * 64;
 }
 
-void row_keys(const Dropout& dropout, uint64_t first, int64_t count,
-              uint32_t* keys) {
+void row_keys(const Dropout& dropout, uint64_t first, int64_t count, uint32_t* keys) {
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t words = query_words(dropout.seed, first + i);
     keys[i] = static_cast<uint32_t>(words);
@@ -109,16 +107,16 @@ int instructions() {
   }();
   return best;
 }
-#define DSNET_BEST(KERNEL, ...)           \
-  switch (instructions()) {               \
-    case 2:                               \
-      avx512::KERNEL(__VA_ARGS__);        \
-      break;                              \
-    case 1:                               \
-      avx2::KERNEL(__VA_ARGS__);          \
-      break;                              \
-    default:                              \
-      baseline::KERNEL(__VA_ARGS__);      \
+#define DSNET_BEST(KERNEL, ...)      \
+  switch (instructions()) {          \
+    case 2:                          \
+      avx512::KERNEL(__VA_ARGS__);   \
+      break;                         \
+    case 1:                          \
+      avx2::KERNEL(__VA_ARGS__);     \
+      break;                         \
+    default:                         \
+      baseline::KERNEL(__VA_ARGS__); \
   }
 #else
 #define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
@@ -197,17 +195,18 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
   // The longer tasks first: those that read the longer stream.
   const int order = d.tokens[0] > d.tokens[1];
   const int64_t split = d.count() * panels[order];
-  run(d.count() * (panels[0] + panels[1]), arena_size(d.width()), [&](int64_t i, char* memory) {
-    const int reader = i < split ? order : 1 - order;
-    if (i >= split) i -= split;
-    const int64_t h = i / panels[reader], first = i % panels[reader] * kQueries;
-    const int64_t count = std::min(kQueries, d.tokens[reader] - first);
-    const int64_t row = out[reader].stride(1);
-    const Head<S> head = d.head(reader, h);
-    S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
-    T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
-    DSNET_BEST(attend, head, first, count, o, row, l, memory);
-  });
+  run(d.count() * (panels[0] + panels[1]), arena_size(d.width()),
+      [&](int64_t i, char* memory) {
+        const int reader = i < split ? order : 1 - order;
+        if (i >= split) i -= split;
+        const int64_t h = i / panels[reader], first = i % panels[reader] * kQueries;
+        const int64_t count = std::min(kQueries, d.tokens[reader] - first);
+        const int64_t row = out[reader].stride(1);
+        const Head<S> head = d.head(reader, h);
+        S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
+        T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
+        DSNET_BEST(attend, head, first, count, o, row, l, memory);
+      });
 }
 
 // A task takes a chunk of the longer stream and all of the shorter one. What it
@@ -231,8 +230,8 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
   const int64_t part_size = rest * padded;
 
   // Writes rows of a packed gradient: part 0, 1, 2 of it is q, k, v.
-  const auto write = [&](int stream, int64_t h, int part, int64_t first,
-                         int64_t count, const T* src, int64_t src_row) {
+  const auto write = [&](int stream, int64_t h, int part, int64_t first, int64_t count,
+                         const T* src, int64_t src_row) {
     const int64_t row = grad[stream].stride(1);
     S* dst = grad[stream].data_ptr<S>() + h / d.heads * grad[stream].stride(0) +
              part * d.channels + h % d.heads * width + first * row;
@@ -243,29 +242,28 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
 
   const int64_t bytes = arena_size(width) + 2 * size * padded * sizeof(T);
   run(2 * tasks, bytes, [&](int64_t i, char* memory) {
-      T* own = reinterpret_cast<T*>(memory + arena_size(width));
-      const int64_t task = i / 2, h = task / chunks;
-      const int64_t begin = task % chunks * size;
-      const int64_t end = std::min(begin + size, length);
-      T* part = parts.data_ptr<T>() + task * 3 * part_size;
-      const int reader = i % 2 ? shorter : longer;
-      const Head<S> head = d.head(reader, h);
-      const int64_t row = out[reader].stride(1), grad_row = grad_out[reader].stride(1);
-      const S* o = rows_of<S>(out[reader], h, d.heads);
-      const S* g = rows_of<S>(grad_out[reader], h, d.heads);
-      const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
-      if (reader == longer) {
-        DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end,
-                   int64_t(0), rest, own, part + part_size, part + 2 * part_size,
-                   padded, memory);
-        write(longer, h, 0, begin, end - begin, own, padded);
-      } else {
-        T* own_v = own + size * padded;
-        DSNET_BEST(differentiate, head, o, row, g, grad_row, l, int64_t(0), rest,
-                   begin, end, part, own, own_v, padded, memory);
-        write(longer, h, 1, begin, end - begin, own, padded);
-        write(longer, h, 2, begin, end - begin, own_v, padded);
-      }
+    T* own = reinterpret_cast<T*>(memory + arena_size(width));
+    const int64_t task = i / 2, h = task / chunks;
+    const int64_t begin = task % chunks * size;
+    const int64_t end = std::min(begin + size, length);
+    T* part = parts.data_ptr<T>() + task * 3 * part_size;
+    const int reader = i % 2 ? shorter : longer;
+    const Head<S> head = d.head(reader, h);
+    const int64_t row = out[reader].stride(1), grad_row = grad_out[reader].stride(1);
+    const S* o = rows_of<S>(out[reader], h, d.heads);
+    const S* g = rows_of<S>(grad_out[reader], h, d.heads);
+    const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
+    if (reader == longer) {
+      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end, int64_t(0),
+                 rest, own, part + part_size, part + 2 * part_size, padded, memory);
+      write(longer, h, 0, begin, end - begin, own, padded);
+    } else {
+      T* own_v = own + size * padded;
+      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, int64_t(0), rest, begin,
+                 end, part, own, own_v, padded, memory);
+      write(longer, h, 1, begin, end - begin, own, padded);
+      write(longer, h, 2, begin, end - begin, own_v, padded);
+    }
   });
 
   at::parallel_for(0, d.count() * 3, 1, [&](int64_t begin, int64_t end) {
@@ -296,20 +294,19 @@ Outputs co_attention_cpu(const Tensor& local_qkv, const Tensor& global_qkv,
   if (n > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention", [&] {
-          forward(Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p,
-                                       seed),
-                  out, lse);
+          forward(
+              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+              out, lse);
         });
   return {out[0], out[1], lse[0], lse[1]};
 }
 
-Gradients co_attention_backward_cpu(const Tensor& grad_local,
-                                    const Tensor& grad_global,
-                                    const Tensor& local_qkv,
-                                    const Tensor& global_qkv, const Tensor& local_out,
-                                    const Tensor& global_out, const Tensor& local_lse,
-                                    const Tensor& global_lse, const Tensor& seed,
-                                    int64_t num_heads, double dropout_p) {
+Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad_global,
+                                    const Tensor& local_qkv, const Tensor& global_qkv,
+                                    const Tensor& local_out, const Tensor& global_out,
+                                    const Tensor& local_lse, const Tensor& global_lse,
+                                    const Tensor& seed, int64_t num_heads,
+                                    double dropout_p) {
   const Tensor grad_out[2] = {grad_local, grad_global};
   const Tensor out[2] = {local_out, global_out};
   const Tensor lse[2] = {local_lse, global_lse};
@@ -319,9 +316,9 @@ Gradients co_attention_backward_cpu(const Tensor& grad_local,
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention_backward",
         [&] {
-          backward(Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p,
-                                        seed),
-                   grad_out, out, lse, grad);
+          backward(
+              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+              grad_out, out, lse, grad);
         });
   return {grad[0], grad[1]};
 }
