@@ -94,17 +94,21 @@ def test_the_papers_tables(get_flops):
 
 
 @pytest.mark.parametrize(
-    ('config', 'shape'),
-    [('dsnet-tiny_8xb128_in1k.py', '224'), ('retinanet_dsnet_t_coco.py', '128')],
+    ('config', 'shape', 'params'),
+    [
+        ('dsnet-tiny_8xb128_in1k.py', '224', '10.53'),
+        ('retinanet_dsnet_t_fpn_coco.py', '128', '19.68'),
+    ],
 )
-def test_configurations(get_flops, config, shape, monkeypatch, capsys):
+def test_configurations(get_flops, config, shape, params, monkeypatch, capsys):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmpretrain')
     path = TOOL.parents[2] / 'configs' / 'dsnet' / config
     monkeypatch.setattr('sys.argv', ['get_flops.py', str(path), '--shape', shape])
     get_flops.main()
     out = capsys.readouterr().out
-    assert '10.53' in out if 'in1k' in config else 'retinanet_dsnet_t_coco' in out
+    assert f'{shape} x {shape}' in out
+    assert params in out
 
 
 def test_unknown_target(get_flops, monkeypatch, capsys):

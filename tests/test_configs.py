@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
-DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if '_coco' in p.name)
+DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if p.name.endswith('_coco.py'))
 CLASSIFICATION = sorted(CONFIGS.glob('*_in1k.py'), key=lambda p: p.name)
 
 
@@ -19,7 +19,7 @@ def trained(model, data: dict, cfg: Config) -> dict[str, float]:
     """One training step as MMEngine does it; every loss must be finite."""
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    losses = {k: float(v) for k, v in model.train_step(data, optim_wrapper).items()}
+    losses = {k: v.item() for k, v in model.train_step(data, optim_wrapper).items()}
     assert all(np.isfinite(value) for value in losses.values()), losses
     moved = sum(
         not torch.equal(v, before[k]) for k, v in model.state_dict().items()
@@ -34,6 +34,7 @@ def test_all_are_listed():
     others = {p.name for p in CONFIGS.glob('*.py')} - set(DETECTION)
     assert others - {p.name for p in CLASSIFICATION} == {
         'dsnet-demo_scenes.py',
+        'mask_rcnn_dsnet_demo_coco8.py',
         'mask_rcnn_dsnet_demo_scenes.py',
     }
 
@@ -48,7 +49,7 @@ def test_detection(name):
     model = MODELS.build(cfg.model)
     model.init_weights()
     data = testing.demo_mm_inputs(
-        2, [[3, 128, 160], [3, 96, 128]], num_classes=80, with_mask=model.with_mask
+        2, [[3, 96, 128], [3, 64, 96]], num_classes=80, with_mask=model.with_mask
     )
     losses = trained(model.train(), data, cfg)
     assert ('loss_mask' in losses) == name.startswith('mask_rcnn')
@@ -58,6 +59,39 @@ def test_detection(name):
     assert strides == [stride[0] for stride in head.prior_generator.strides]
     for sample in model.eval().test_step(data):
         assert sample.pred_instances.bboxes.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'name', ['mask_rcnn_dsnet_demo_scenes.py', 'mask_rcnn_dsnet_demo_coco8.py']
+)
+def test_demo_detection(name):
+    testing = pytest.importorskip('mmdet.testing')
+    pytest.importorskip('mmcv._ext')
+    cfg = Config.fromfile(CONFIGS / name)
+    cfg.model.backbone.init_cfg.checkpoint = None
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    data = testing.demo_mm_inputs(2, [[3, 128, 128]] * 2, num_classes=4, with_mask=True)
+    assert 'loss_mask' in trained(model.train(), data, cfg)
+    model.eval().test_step(data)
+
+
+def test_demo_classification():
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.structures import DataSample
+
+    cfg = Config.fromfile(CONFIGS / 'dsnet-demo_scenes.py')
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    data = dict(
+        inputs=torch.randint(0, 256, (4, 3, 64, 64)),
+        data_samples=[DataSample().set_gt_label(i) for i in range(4)],
+    )
+    cfg.optim_wrapper.setdefault('type', 'OptimWrapper')
+    trained(model.train(), data, cfg)
+    assert len(model.eval().test_step(data)) == 4
 
 
 def test_detection_pipelines(tmp_path):
@@ -70,6 +104,7 @@ def test_detection_pipelines(tmp_path):
     for name in ('mask_rcnn_dsnet_s_coco.py', 'mask_rcnn_dsnet_s_3x_coco.py'):
         dataset = Config.fromfile(CONFIGS / name).train_dataloader.dataset
         dataset.data_root = str(tmp_path)
+        dataset.metainfo = dict(classes=('square', 'disc'))
         sizes = {min(DATASETS.build(dataset)[0]['inputs'].shape[1:]) for _ in range(8)}
         assert (len(sizes) > 1) == ('3x' in name)
         assert max(sizes) <= 800
@@ -87,8 +122,14 @@ def test_classification(path, tmp_path):
         cv2.imwrite(str(folder / 'picture.jpg'), noise)
     samples = []
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        loader.dataset.data_root = str(tmp_path)
-        samples.append(DATASETS.build(loader.dataset)[0])
+        # The ImageNet data set insists on a thousand folders.
+        dataset = dict(
+            type='CustomDataset',
+            data_root=str(tmp_path),
+            data_prefix=loader.dataset.split,
+            pipeline=loader.dataset.pipeline,
+        )
+        samples.append(DATASETS.build(dataset)[0])
         assert samples[-1]['inputs'].shape == (3, 224, 224)
 
     torch.manual_seed(0)

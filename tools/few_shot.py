@@ -1,10 +1,11 @@
-"""Few-shot classification: run all methods on a data set, or look it over.
+"""Few-shot classification: run methods, test a classifier, look over a data set.
 
 ``run`` takes a configuration file, or just a data set and a model::
 
     python tools/few_shot.py run configs/clip_adapter/clip-adapter_rn50_eurosat.py
     python tools/few_shot.py run --dataset my_pictures --model RN50-quickgelu \
         --pretrained openai --shots 1 4 16
+    python tools/few_shot.py test work_dirs/RUN/classifiers/FILE.safetensors imagenet_a
     python tools/few_shot.py doctor eurosat
 """
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from dsnet_mm.datasets.few_shot import diagnose
-from dsnet_mm.few_shot import FewShotConfig, run
+from dsnet_mm.few_shot import FewShotConfig, run, transfer
 from dsnet_mm.few_shot.report import write_report
 
 
@@ -43,6 +44,10 @@ def parse_args() -> argparse.Namespace:
         default={},
         help='other options as key=value, see FewShotConfig',
     )
+    tests = commands.add_parser('test', help='test a classifier on another data set')
+    tests.add_argument('classifier', help='safetensors file that run wrote')
+    tests.add_argument('dataset', help='name, folder or CSV file')
+    tests.add_argument('--data-root', default='data')
     doctor = commands.add_parser('doctor', help='say what is wrong with a data set')
     doctor.add_argument('dataset', help='name, folder or CSV file')
     doctor.add_argument('--data-root', default='data')
@@ -90,7 +95,11 @@ def main() -> None:
         problems = diagnose(args.dataset, args.data_root, args.decode)
         sys.exit('\n'.join(problems) if problems else None)
     try:
-        run_command(args)
+        if args.command == 'run':
+            run_command(args)
+        else:
+            score = transfer(args.classifier, args.dataset, args.data_root)
+            print(f'accuracy {score.accuracy:.2f} %, ECE {score.ece:.2f} %')
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         sys.exit(f'error: {error}')
 

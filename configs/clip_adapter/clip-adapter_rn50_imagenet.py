@@ -8,4 +8,10 @@ val_dataloader = None
 val_evaluator = None
 val_cfg = None
 test_dataloader = dict(dataset=task)
-few_shot = dict(prompts='imagenet_7', selection='cv', **task)
+few_shot = dict(
+    prompts='imagenet_7',
+    selection='cv',
+    # CoOp's epochs on ImageNet, whatever the shots
+    overrides=dict(clip_adapter_released=dict(epochs=50)),
+    **task,
+)

@@ -25,7 +25,7 @@ model = dict(
 )
 
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=64,
     num_workers=0,
     dataset=dict(
         type='CustomDataset',
@@ -42,7 +42,7 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
 )
 val_dataloader = dict(
-    batch_size=32,
+    batch_size=64,
     num_workers=0,
     dataset=dict(
         type='CustomDataset',
@@ -57,12 +57,12 @@ val_evaluator = dict(type='Accuracy', topk=1)
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
 
-max_epochs = 6
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
+max_epochs = 8
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=4)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
@@ -75,5 +75,8 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=max_epochs))
+default_hooks = dict(
+    logger=dict(interval=25),
+    checkpoint=dict(interval=max_epochs, filename_tmpl='last.pth'),
+)
 randomness = dict(seed=0)

@@ -120,8 +120,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_iters = 900
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=450)
+max_iters = 1000
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

@@ -381,7 +381,8 @@ def load_task(
     if missing:
         raise ValueError(f'{name} has no picture of the classes {missing}.')
     class_names = tuple(names[label] for label in range(len(names)))
-    check_class_names(class_names)
+    if name not in DATASETS:  # ImageNet has two names twice
+        check_class_names(class_names)
     if split['train']:
         trained = {item[1] for item in split['train']}
         empty = [cls for label, cls in enumerate(class_names) if label not in trained]

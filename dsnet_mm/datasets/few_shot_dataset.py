@@ -2,6 +2,7 @@
 
 import torch
 from mmengine.dataset import BaseDataset
+from mmengine.device import get_device
 
 from dsnet_mm.registry import DATASETS
 
@@ -66,18 +67,16 @@ class FewShotDataset(BaseDataset):
         from dsnet_mm.models import OpenCLIPEncoder
 
         options = dict(self.features)
-        encoder = OpenCLIPEncoder(**options.pop('encoder'))
+        encoder = OpenCLIPEncoder(**options.pop('encoder')).to(get_device())
         cache = FeatureCache(encoder=encoder, **options)
         found = cache.images(items, self.views if self.part == 'train' else 0)
-        return [
-            dict(views=found.features[:, i], gt_label=int(label))
-            for i, label in enumerate(found.labels)
-        ]
+        self._cached = found.features
+        return [dict(gt_label=int(label)) for label in found.labels]
 
     def prepare_data(self, idx: int) -> dict:
         """One sample, after the pipeline."""
         sample = self.get_data_info(idx)
-        if 'views' in sample:
-            views = sample.pop('views')
-            sample['features'] = views[torch.randint(len(views), ())]
+        if self.features is not None:
+            view = torch.randint(len(self._cached), ())
+            sample['features'] = self._cached[view, idx]
         return self.pipeline(sample)

@@ -3,7 +3,7 @@
 from .classifiers import load_classifier, save_classifier
 from .features import FeatureCache
 from .methods import METHODS
-from .runner import FewShotConfig, run
+from .runner import FewShotConfig, run, transfer
 
 __all__ = [
     'METHODS',
@@ -12,4 +12,5 @@ __all__ = [
     'load_classifier',
     'run',
     'save_classifier',
+    'transfer',
 ]

@@ -140,7 +140,9 @@ class DeployedClassifier:
 
     Attributes:
         classifier: Image features (N, D) to logits (N, K).
+        encoder: The frozen towers.
         class_names: Names by label.
+        preprocessing: One of ``PREPROCESSINGS``.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class DeployedClassifier:
         self.classifier = classifier
         self.encoder = encoder
         self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
         self.transform = build_transform(encoder, preprocessing)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(classifier: nn.Module, data: Features, chunk: int = 1024) -> Score:
+def evaluate(
+    classifier: Callable[[Tensor], Tensor], data: Features, chunk: int = 1024
+) -> Score:
     """Score a classifier on the first view of labelled features.
 
     Args:
@@ -192,7 +195,7 @@ def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
     return classifier
 
 
-def _folds(data: FewShotData, count: int):
+def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Features]]:
     """Pairs of training part and held-out features, balanced over classes."""
     labels = data.train.labels
     position = torch.zeros_like(labels)

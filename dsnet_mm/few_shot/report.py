@@ -206,6 +206,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     """
     import io
 
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     cells = collect(records)
@@ -214,22 +215,27 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     axes = figure.subplots()
     axes.axhline(zero_shot.mean, color='0.35', ls='--', lw=1.2, label=zero_shot.label)
     markers = 'osD^vP*X<>hp'
-    for i, label in enumerate(dict.fromkeys(c.label for c in cells if c.shots)):
+    labels = list(dict.fromkeys(c.label for c in cells if c.shots))
+    for i, label in enumerate(labels):
         line = sorted((c for c in cells if c.label == label), key=lambda c: c.shots)
         is_main = label == METHODS[REFERENCE].title
-        axes.errorbar(
-            [c.shots for c in line],
+        # Side by side, so that intervals can be told apart.
+        shift = 2 ** (0.25 * (i / max(len(labels) - 1, 1) - 0.5))
+        _, _, bars = axes.errorbar(
+            [c.shots * shift for c in line],
             [c.mean for c in line],
             [c.interval or 0 for c in line],
             label=label,
-            color=f'C{i % 10}',
+            color='black' if is_main else colormaps['tab20'](2 * i % 20 + i // 10),
             marker=markers[i % len(markers)],
             ls=':' if 'oracle' in label else '-',
             lw=2.4 if is_main else 1.3,
             ms=5,
-            capsize=2,
+            elinewidth=1,
             zorder=3 if is_main else 2,
         )
+        for bar in bars:
+            bar.set_alpha(0.4)
     shots = sorted({c.shots for c in cells} - {0})
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))

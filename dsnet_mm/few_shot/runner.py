@@ -27,7 +27,7 @@ from dsnet_mm.models.backbones import OpenCLIPEncoder
 from .classifiers import load_classifier, save_classifier
 from .features import FeatureCache, Features, write_atomic
 from .methods import METHODS, FewShotData, num_learnt
-from .protocol import SELECTIONS, evaluate, select
+from .protocol import SELECTIONS, Score, evaluate, select
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,11 @@ def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> lis
         for method in methods
         if method != 'zero_shot'
     ]
+    if not task.split['train']:
+        raise ValueError(
+            f'{task.name} has no training pictures; test a classifier of another data '
+            f'set on it.'
+        )
     for shots in config.shots:
         sample_few_shot(task.split, shots, config.seeds[0])  # fails early
     _claim_folder(work_dir, config, task)
@@ -284,6 +289,52 @@ class _Runner:
             records.append(record)
             self.step(3 if job.oracle and tested else 1, job.name)
         return records
+
+
+def transfer(
+    classifier_file: str | Path,
+    dataset: str | Path,
+    data_root: str | Path = 'data',
+    cache_dir: str | Path = 'work_dirs/few_shot_features',
+    encoder: OpenCLIPEncoder | None = None,
+) -> Score:
+    """Test a classifier on the test split of another data set.
+
+    For ImageNet's shifted sets, say, or any data set whose classes are among those of
+    the classifier: the others are left out.
+
+    Args:
+        classifier_file: File of ``save_classifier``.
+        dataset: See :func:`load_task`.
+        data_root: Folder of the public data sets.
+        cache_dir: Folder of the features.
+        encoder: See :func:`load_classifier`.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: If the classifier does not know a class.
+        FileNotFoundError: If a file is missing.
+    """
+    deployed = load_classifier(classifier_file, encoder)
+    task = load_task(dataset, data_root)
+    unknown = sorted(set(task.class_names) - set(deployed.class_names))
+    if unknown:
+        raise ValueError(
+            f'the classifier does not know {len(unknown)} of the classes of '
+            f'{task.name}, such as {unknown[0]!r}.'
+        )
+    if task.class_names == deployed.class_names:
+        columns = list(range(len(task.class_names)))
+    else:
+        columns = [deployed.class_names.index(name) for name in task.class_names]
+    cache = FeatureCache(
+        cache_dir, deployed.encoder, preprocessing=deployed.preprocessing
+    )
+    return evaluate(
+        lambda f: deployed.classifier(f)[:, columns], cache.images(task.split['test'])
+    )
 
 
 def _read(path: Path) -> dict:

@@ -155,8 +155,17 @@ def test_encoder_refuses(tiny_clip, encoder):
         half(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match='float16 does not run on the CPU'):
         encoder(torch.zeros(1, 3, 32, 32, dtype=torch.float16))
-    with pytest.raises(ValueError, match="duplicate class names 'cat'"):
-        encoder.encode_classes(['cat', 'cat'], 'photo')
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    import open_clip
+
+    def create_model(*args, **kwargs):
+        raise RuntimeError('Failed to download weights')
+
+    monkeypatch.setattr(open_clip, 'create_model', create_model)
+    with pytest.raises(FileNotFoundError, match='give their file as pretrained'):
+        OpenCLIPEncoder('RN50-quickgelu', 'openai')
 
 
 def test_bfloat16_is_close_to_float32(tiny_clip, encoder):

@@ -182,6 +182,13 @@ def test_imagenet_layouts(tmp_path):
         assert len(task.split['train']) == (2 if name == 'imagenet' else 0)
 
 
+def test_imagenet_may_have_a_name_twice(tmp_path):
+    place = tmp_path / 'imagenet-rendition'
+    make_folder(place / 'imagenet-r', {'n01': 1, 'n02': 1})
+    (place / 'classnames.txt').write_text('n01 missile\nn02 missile\n')
+    assert load_task('imagenet_r', tmp_path).class_names == ('missile', 'missile')
+
+
 def test_aircraft_layout(tmp_path):
     folder = tmp_path / 'fgvc_aircraft'
     folder.mkdir()

@@ -1,8 +1,8 @@
 """The whole run: order of events, resuming, table, plot, deployed file, sentences."""
 
+import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +90,33 @@ def test_killed_run_goes_on(config, tmp_path, monkeypatch):
     assert not calls
 
 
+def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_path):
+    import shutil
+    from dataclasses import replace
+
+    from dsnet_mm.datasets.few_shot import load_task
+    from dsnet_mm.few_shot import load_classifier, transfer
+
+    small = replace(config, methods=('clip_adapter',), oracle=(), shots=(4,))
+    (_, first, *_) = run(small, tmp_path / 'run', quiet=True)
+    file = tmp_path / 'run' / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
+    options = dict(cache_dir=tmp_path / 'cache', encoder=encoder)
+    same = transfer(file, picture_folder, **options)
+    assert same.accuracy == pytest.approx(first['test']['accuracy'])
+
+    for name in ('red', 'blue'):
+        shutil.copytree(picture_folder / name, tmp_path / 'two' / name)
+    test = load_task(tmp_path / 'two').split['test']
+    features = FeatureCache(tmp_path / 'cache', encoder).images(test)
+    logits = load_classifier(file, encoder).classifier(features.features[0])
+    expected = (logits[:, [0, 2]].argmax(1) == features.labels).float().mean()
+    two = transfer(file, tmp_path / 'two', **options)
+    assert two.accuracy == pytest.approx(100 * expected.item())
+    (tmp_path / 'two' / 'blue').rename(tmp_path / 'two' / 'mauve')
+    with pytest.raises(ValueError, match=r"does not know 1 of .* such as 'mauve'"):
+        transfer(file, tmp_path / 'two', **options)
+
+
 def test_folder_of_another_run_is_refused(config, tmp_path):
     from dataclasses import replace
 
@@ -127,54 +154,64 @@ def test_interval_is_student_t():
     assert half_interval([1.0, 2.0]) is None
 
 
-def test_command_line_and_snippet_of_the_docs(config, picture_folder, tmp_path):
+@pytest.fixture
+def tool(monkeypatch):
+    """tools/few_shot.py, called with arguments."""
+    path = ROOT / 'tools' / 'few_shot.py'
+    spec = importlib.util.spec_from_file_location('few_shot_tool', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['few_shot.py', *map(str, arguments)])
+        module.main()
+
+    return call
+
+
+def test_command_line_and_snippet_of_the_docs(
+    tool, config, picture_folder, tmp_path, capsys
+):
     work_dir = tmp_path / 'run'
     command = [
-        *(sys.executable, str(ROOT / 'tools' / 'few_shot.py'), 'run'),
-        *('--dataset', config.dataset, '--model', config.model),
+        *('run', '--dataset', config.dataset, '--model', config.model),
         *('--pretrained', config.pretrained, '--methods', 'clip_adapter'),
-        *('--shots', '4', '--seeds', '1', '--work-dir', str(work_dir)),
-        *('--cfg-options', 'views=0', f'cache_dir={tmp_path / "cache"}'),
+        *('--shots', '4', '--work-dir', work_dir),
+        *('--cfg-options', 'views=0', f'cache_dir={tmp_path / "cache"}', '--seeds'),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert 'CLIP-Adapter' in done.stdout
-
-    docs = (ROOT / 'docs' / 'clip_adapter.md').read_text()
-    (snippet,) = re.findall(
-        r'```python\n(from dsnet_mm.few_shot import load.*?)```', docs, re.S
-    )
-    assert len(snippet.strip().splitlines()) <= 10
-    file = work_dir / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
-    assert file.stat().st_size < 50_000
-    snippet = re.sub(r"'[^']*\.safetensors'", repr(str(file)), snippet)
-    snippet = re.sub(
-        r"'[^']*\.jpg'", repr(str(picture_folder / 'red' / '0.png')), snippet
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', snippet], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.match(
-        r'(blue|green sea|red) 0\.\d+|(blue|green sea|red) 1\.0', done.stdout
-    )
-
-    command[command.index('--seeds') + 1] = '2'
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
+    tool(*command, '1')
+    assert 'CLIP-Adapter' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        tool(*command, '2')
+    assert stopped.value.code == (
         f'error: {work_dir} holds another run, with other seeds; choose another folder.'
     )
 
+    docs = (ROOT / 'docs' / 'clip_adapter.md').read_text()
+    (snippet,) = re.findall(r'```python\n(from [^`]*load_classifier.*?)```', docs, re.S)
+    assert len(snippet.strip().splitlines()) <= 10
+    file = work_dir / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
+    assert file.stat().st_size < 50_000
+    for suffix, path in (('safetensors', file), ('jpg', picture_folder / 'red/0.png')):
+        snippet = re.sub(rf"'[^']*\.{suffix}'", repr(str(path)), snippet)
+    capsys.readouterr()
+    exec(snippet, {})
+    assert re.match(r'(blue|green sea|red) [01]\.\d+', capsys.readouterr().out)
 
-def test_doctor_command(picture_folder, tmp_path):
-    command = [sys.executable, str(ROOT / 'tools' / 'few_shot.py'), 'doctor']
-    done = subprocess.run(
-        [*command, str(picture_folder), '--decode'], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, '')
-    done = subprocess.run(
-        [*command, 'dtd', '--data-root', str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert 'split_zhou_DescribableTextures.json' in done.stderr
+
+def test_doctor_command(tool, picture_folder, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        tool('doctor', picture_folder, '--decode')
+    assert stopped.value.code is None
+    with pytest.raises(SystemExit, match=r'split_zhou_DescribableTextures\.json'):
+        tool('doctor', 'dtd', '--data-root', tmp_path)
+
+
+def test_configuration_without_few_shot_is_refused(tool, tmp_path):
+    (tmp_path / 'other.py').write_text('model = dict()')
+    with pytest.raises(SystemExit, match='has no few_shot'):
+        tool('run', tmp_path / 'other.py')
+    with pytest.raises(SystemExit, match='name the dataset and the model'):
+        tool('run')
+    with pytest.raises(SystemExit, match='unknown option'):
+        tool('run', '--dataset', 'x', '--model', 'y', '--cfg-options', 'shot=1')

@@ -100,6 +100,8 @@ def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no file'):
         CLIPAdapterHead(text_features=str(tmp_path / 'none.safetensors'))
 
+    with pytest.raises(ValueError, match="duplicate class names 'a'"):
+        CLIPAdapterHead(encoder=tiny_clip, class_names=['a', 'b', 'a'])
     head = CLIPAdapterHead(encoder=tiny_clip, class_names=['a', 'b'])
     file = tmp_path / 'text.safetensors'
     adapter = head.adapter

@@ -26,7 +26,7 @@ PAPER = {
     'DS-Net-T*': (dict(arch='tiny'), '10.5', '1.8'),
     'DS-Net-S': (dict(arch='small', isa=False), '19.7', '3'),
     'DS-Net-S*': (dict(arch='small'), '23', '3.5'),
-    'DS-Net-B': (dict(arch='base', isa=False), '48.8 (impossible)', '7.6'),
+    'DS-Net-B': (dict(arch='base', isa=False), '48.8', '7.6'),
     'DS-Net-B*': (dict(arch='base'), '49.3', '8.4'),
     'T, alpha=0': (dict(arch='tiny', isa=False, alpha=0.0), '8.6', '1.573'),
     'T, alpha=0.25': (dict(arch='tiny', isa=False, alpha=0.25), '8.7', '1.578'),
@@ -79,7 +79,9 @@ def dsfpn_choices(height: int, width: int) -> Iterator[tuple[str, Complexity]]:
         yield name, count_complexity(neck, maps)
 
 
-def count_config(path: Path, options: dict | None, shape: list[int]) -> Complexity:
+def count_config(
+    path: Path, options: dict | None, shape: tuple[int, int]
+) -> Complexity:
     """Counts the model of a configuration on one picture of ``shape``."""
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
@@ -114,19 +116,16 @@ def main() -> None:
     if args.shape and len(args.shape) > 2:
         parser.error(f'--shape takes one or two numbers, got {args.shape}.')
 
-    table = Table()
-    columns = ('params, M', 'multiply-adds, G', 'with element-wise, G')
-    counts_of_config = None
+    columns = ('params, M', 'MACs, G', '+ element-wise')
+    uncounted: tuple[str, ...] = ()
     if args.target == 'dsnet':
-        for column in ('224 x 224', *columns, 'paper: params', 'paper: FLOPs'):
-            table.add_column(column)
+        table = Table('', *columns, 'paper: params', 'paper: FLOPs', title='224 x 224')
         for name, params, multiply_adds, counts in published_models():
             table.add_row(name, *row(counts), params, multiply_adds)
     elif args.target == 'dsfpn':
-        shape = (args.shape or [800, 1344]) * 2
-        for column in (f'DS-FPN, {shape[0]} x {shape[1]}', *columns):
-            table.add_column(column)
-        for name, counts in dsfpn_choices(*shape[:2]):
+        height, width = ((args.shape or [800, 1344]) * 2)[:2]
+        table = Table('', *columns, title=f'DS-FPN, {height} x {width}')
+        for name, counts in dsfpn_choices(height, width):
             table.add_row(name, *row(counts))
     else:
         path = Path(args.target)
@@ -135,14 +134,15 @@ def main() -> None:
                 f'{path} is neither a configuration file nor "dsnet" or "dsfpn".'
             )
         detection = Config.fromfile(path).get('default_scope') == 'mmdet'
-        shape = ((args.shape or ([800, 1344] if detection else [224])) * 2)[:2]
-        counts_of_config = count_config(path, args.cfg_options, shape)
-        for column in (f'{path.stem}, {shape[0]} x {shape[1]}', *columns):
-            table.add_column(column)
-        table.add_row('', *row(counts_of_config))
+        default = [800, 1344] if detection else [224]
+        height, width = ((args.shape or default) * 2)[:2]
+        counts = count_config(path, args.cfg_options, (height, width))
+        uncounted = counts.uncounted
+        table = Table(*columns, title=f'{path.name}, {height} x {width}')
+        table.add_row(*row(counts))
     Console().print(table)
-    if counts_of_config and counts_of_config.uncounted:
-        print('Not counted:', ', '.join(counts_of_config.uncounted))
+    if uncounted:
+        print('Not counted:', ', '.join(uncounted))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from dsnet_mm.datasets.few_shot import check_class_names, resolve_prompts
+from dsnet_mm.datasets.few_shot import resolve_prompts
 from dsnet_mm.registry import MODELS
 
 
@@ -40,6 +40,7 @@ class OpenCLIPEncoder(BaseModule):
         ImportError: If open_clip is not installed.
         ValueError: If the weights were trained with the other kind of GELU than the
             model has, or the model or ``amp`` is unknown.
+        FileNotFoundError: If the weights can be neither found nor downloaded.
     """
 
     def __init__(
@@ -66,7 +67,16 @@ class OpenCLIPEncoder(BaseModule):
             name = Path(name).stem
         if not name.startswith(('hf-hub:', 'local-dir:')):
             _check_model(name, pretrained)
-        self.clip = open_clip.create_model(name, pretrained=pretrained)
+        try:
+            self.clip = open_clip.create_model(name, pretrained=pretrained)
+        except RuntimeError as error:
+            if 'download' not in str(error):
+                raise
+            raise FileNotFoundError(
+                f'the weights {pretrained!r} of {name!r} are not on this machine and '
+                f'cannot be downloaded; get them elsewhere and give their file as '
+                f'pretrained.'
+            ) from error
         self.tokenizer = open_clip.get_tokenizer(name)
         self.requires_grad_(False)
         self.eval()
@@ -128,10 +138,9 @@ class OpenCLIPEncoder(BaseModule):
             Text features (K, D) of length 1.
 
         Raises:
-            ValueError: If a name is empty or there twice, or a prompt is wrong.
+            ValueError: If a prompt is wrong.
         """
         names = [name.replace('_', ' ') for name in class_names]
-        check_class_names(names)
         prompts = resolve_prompts(prompts)
         texts = [prompt.replace('{}', name) for name in names for prompt in prompts]
         device = next(self.parameters()).device

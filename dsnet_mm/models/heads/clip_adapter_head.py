@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dsnet_mm.datasets.few_shot import check_class_names, load_task
 from dsnet_mm.models.backbones.open_clip_encoder import OpenCLIPEncoder
 
 from .clip_adapter import CLIPAdapter
@@ -40,7 +41,7 @@ class CLIPAdapterHead(ClsHead):
 
     Raises:
         ValueError: If the class names or text features do not come from exactly one
-            place.
+            place, or a name is empty or there twice.
         FileNotFoundError: If a file is missing.
     """
 
@@ -62,9 +63,9 @@ class CLIPAdapterHead(ClsHead):
                 'text_features.'
             )
         if has_names:
-            if isinstance(class_names, str):
-                from dsnet_mm.datasets.few_shot import load_task
-
+            if not isinstance(class_names, str):
+                check_class_names(class_names)
+            else:
                 task = load_task(class_names, data_root, prompts)
                 class_names, prompts = task.class_names, task.prompts
             clip = OpenCLIPEncoder(**{**encoder, 'amp': None})
