@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SCENES := data/scenes
 CSRC := $(shell find dsnet_mm/ops/csrc -type f)
+SHIM := $(wildcard tests/cuda_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
@@ -37,12 +38,12 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(SHIM)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) $(SHIM)
 
 doctor: setup
 	$(BIN)/python -m dsnet_mm

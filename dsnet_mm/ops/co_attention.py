@@ -81,9 +81,13 @@ def sdpa_co_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`co_attention` by two calls of PyTorch's attention.
 
-    On the CPU, PyTorch holds the attention matrices if ``dropout_p`` is
-    positive or the last axis of an input is strided.
+    Inputs whose last axis is strided are copied: PyTorch's fused kernels do not
+    take them. On the CPU they have no dropout either; with it, PyTorch holds
+    the attention matrices.
     """
+    local_qkv, global_qkv = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (local_qkv, global_qkv)
+    )
     q_l, k_l, v_l = split_heads(local_qkv, num_heads, 3)
     q_g, k_g, v_g = split_heads(global_qkv, num_heads, 3)
     h_l = attention(q_l, k_g, v_g, dropout_p)

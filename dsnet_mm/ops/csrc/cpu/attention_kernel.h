@@ -238,71 +238,110 @@ inline Vec<T> kept(const Dropout& dropout, const uint32_t* keys, int64_t lane,
 
 // -------------------------------------------------------------------- forward
 
+// A panel of queries and what it has read so far.
+template <typename T>
+struct Panel {
+  Panel(Arena& arena, int64_t padded)
+      : q(arena.take<T>(padded * kQueries)),
+        sum(arena.take<T>(padded * kQueries)),
+        top(arena.take<T>(kQueries)),
+        total(arena.take<T>(kQueries)),
+        keys(arena.take<uint32_t>(2 * kQueries)) {}
+
+  T *q, *sum;      // [channel][query]
+  T *top, *total;  // largest score, sum of 2^(score - top)
+  uint32_t* keys;  // of the dropout
+};
+
+// Turns scores of n keys into weights 2^(score - top) of a panel and shrinks
+// what it has summed to a new top.
+template <typename T>
+void read_scores(const Dropout* dropout, const Panel<T>& x, int64_t begin, int64_t n,
+                 int64_t cols, int64_t width, T* p) {
+  constexpr int lanes = Vector<T>::lanes;
+  for (int64_t i = 0; i < cols; i += lanes) {
+    const Vec<T> before = vec(x.top + i);
+    Vec<T> peak = before;
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec<T> s = vec(p + j * kQueries + i);
+      peak = s > peak ? s : peak;
+    }
+    const Vec<T> shrink = exp2(before - peak);
+    Vec<T> mass = vec(x.total + i) * shrink;
+    for (int64_t j = 0; j < n; ++j) {
+      T* s = p + j * kQueries + i;
+      const Vec<T> e = exp2(vec(s) - peak);
+      mass += e;
+      vec(s) = e;
+    }
+    if (dropout)
+      for (int64_t j = 0; j < n; ++j)
+        vec(p + j * kQueries + i) *= kept<T>(*dropout, x.keys, i, begin + j);
+    vec(x.top + i) = peak;
+    vec(x.total + i) = mass;
+    if (begin)
+      for (int64_t c = 0; c < width; ++c) vec(x.sum + c * kQueries + i) *= shrink;
+  }
+}
+
+// Queries [first, first + count) of a head, at most kPanels panels. All panels
+// read a block of keys before the next one is fetched.
 template <typename S, typename T>
 void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
             T* lse, char* memory) {
   constexpr int lanes = Vector<T>::lanes;
-  const int64_t width = head.width, padded = pad<T>(width), cols = pad<T>(count);
+  const int64_t width = head.width, padded = pad<T>(width);
   Arena arena(memory);
   T* rows = arena.take<T>(kQueries * padded);
-  T* q = arena.take<T>(padded * kQueries);    // [channel][query]
-  T* sum = arena.take<T>(padded * kQueries);  // [channel][query]
-  T* p = arena.take<T>(kKeys * kQueries);     // [key][query]
+  T* p = arena.take<T>(kKeys * kQueries);  // [key][query]
   T* k_rows = arena.take<T>(kKeys * width);
   T* v_rows = arena.take<T>(kKeys * width);
-  T* top = arena.take<T>(kQueries);
-  T* total = arena.take<T>(kQueries);
-  uint32_t* keys = arena.take<uint32_t>(2 * kQueries);
-
   const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
-  load(count, width, head.q + first * head.q_row, head.q_row, rows, cols, padded,
-       scale);
-  transpose(cols, padded, rows, padded, q, kQueries);
-  if (head.dropout) row_keys(*head.dropout, head.row + first, cols, keys);
-  std::fill(top, top + cols, -std::numeric_limits<T>::infinity());
-  std::fill(total, total + cols, T(0));
+  const auto panels = [&](auto body) {
+    for (int64_t i = 0; i * kQueries < count; ++i)
+      body(i, std::min<int64_t>(kQueries, count - i * kQueries));
+  };
+
+  std::vector<Panel<T>> state;
+  panels([&](int64_t i, int64_t queries) {
+    state.emplace_back(arena, padded);
+    const Panel<T>& x = state.back();
+    const int64_t row = first + i * kQueries, cols = pad<T>(queries);
+    load(queries, width, head.q + row * head.q_row, head.q_row, rows, cols, padded,
+         scale);
+    transpose(cols, padded, rows, padded, x.q, kQueries);
+    if (head.dropout) row_keys(*head.dropout, head.row + row, cols, x.keys);
+    std::fill(x.top, x.top + cols, -std::numeric_limits<T>::infinity());
+    std::fill(x.total, x.total + cols, T(0));
+    std::fill(x.sum, x.sum + padded * kQueries, T(0));
+  });
 
   for (int64_t begin = 0; begin < head.keys; begin += kKeys) {
     const int64_t n = std::min<int64_t>(kKeys, head.keys - begin);
     int64_t k_row = head.kv_row, v_row = head.kv_row;
     const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
     const T* v = as_rows<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
-    matmul(n, cols, width, k, k_row, int64_t(1), q, kQueries, p, kQueries, false);
-    for (int64_t i = 0; i < cols; i += lanes) {
-      const Vec<T> before = vec(top + i);
-      Vec<T> peak = before;
-      for (int64_t j = 0; j < n; ++j) {
-        const Vec<T> s = vec(p + j * kQueries + i);
-        peak = s > peak ? s : peak;
-      }
-      const Vec<T> shrink = exp2(before - peak);
-      Vec<T> mass = vec(total + i) * shrink;
-      for (int64_t j = 0; j < n; ++j) {
-        T* s = p + j * kQueries + i;
-        const Vec<T> e = exp2(vec(s) - peak);
-        mass += e;
-        vec(s) = e;
-      }
-      if (head.dropout)
-        for (int64_t j = 0; j < n; ++j)
-          vec(p + j * kQueries + i) *= kept<T>(*head.dropout, keys, i, begin + j);
-      vec(top + i) = peak;
-      vec(total + i) = mass;
-      if (begin)
-        for (int64_t c = 0; c < width; ++c) vec(sum + c * kQueries + i) *= shrink;
-    }
-    matmul(width, cols, n, v, int64_t(1), v_row, p, kQueries, sum, kQueries, begin > 0);
+    panels([&](int64_t i, int64_t queries) {
+      const Panel<T>& x = state[i];
+      const int64_t cols = pad<T>(queries);
+      matmul(n, cols, width, k, k_row, int64_t(1), x.q, kQueries, p, kQueries, false);
+      read_scores<T>(head.dropout, x, begin, n, cols, width, p);
+      matmul(width, cols, n, v, int64_t(1), v_row, p, kQueries, x.sum, kQueries, true);
+    });
   }
 
-  for (int64_t i = 0; i < cols; i += lanes) {
-    const Vec<T> inverse = T(1) / vec(total + i);
-    for (int64_t c = 0; c < width; ++c) vec(sum + c * kQueries + i) *= inverse;
-  }
-  for (int64_t c = width; c < padded; ++c)
-    std::fill(sum + c * kQueries, sum + c * kQueries + cols, T(0));
-  transpose(padded, cols, sum, kQueries, rows, padded);
-  store(count, width, rows, padded, out, out_row, T(1));
-  for (int64_t i = 0; i < count; ++i) lse[i] = top[i] + std::log2(total[i]);
+  panels([&](int64_t i, int64_t queries) {
+    const Panel<T>& x = state[i];
+    const int64_t row = i * kQueries, cols = pad<T>(queries);
+    for (int64_t j = 0; j < cols; j += lanes) {
+      const Vec<T> inverse = T(1) / vec(x.total + j);
+      for (int64_t c = 0; c < width; ++c) vec(x.sum + c * kQueries + j) *= inverse;
+    }
+    transpose(padded, cols, x.sum, kQueries, rows, padded);
+    store(queries, width, rows, padded, out + row * out_row, out_row, T(1));
+    for (int64_t j = 0; j < queries; ++j)
+      lse[row + j] = x.top[j] + std::log2(x.total[j]);
+  });
 }
 
 // ------------------------------------------------------------------- backward

@@ -20,6 +20,7 @@
 namespace dsnet {
 
 constexpr int64_t kQueries = 64;  // of a panel: a multiple of all vectors
+constexpr int64_t kPanels = 4;    // that share the keys in the cache
 constexpr int64_t kKeys = 72;     // of a block: a multiple of the tile, 6
 
 // One head of one sample, in one direction.
@@ -51,8 +52,9 @@ class Arena {
 // Enough for either pass of a head of this width, in double.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (5 * kQueries * padded + 2 * kKeys * (kQueries + padded) + 8 * kQueries) +
-         16 * 64;
+  return 8 * ((2 * kPanels + 1) * kQueries * padded + 2 * kKeys * (kQueries + padded) +
+              3 * kPanels * kQueries) +
+         64 * 64;
 }
 
 void row_keys(const Dropout& dropout, uint64_t first, int64_t count, uint32_t* keys) {
@@ -190,23 +192,28 @@ S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
 template <typename S>
 void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
   using T = Compute<S>;
-  const int64_t panels[2] = {ceil_div(d.tokens[0], kQueries),
-                             ceil_div(d.tokens[1], kQueries)};
+  // More panels to a task are faster, as long as all threads have tasks.
+  const int64_t panels =
+      d.count() * (ceil_div(d.tokens[0], kQueries) + ceil_div(d.tokens[1], kQueries));
+  const int64_t queries =
+      kQueries * std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kPanels);
+  const int64_t parts[2] = {ceil_div(d.tokens[0], queries),
+                            ceil_div(d.tokens[1], queries)};
   // The longer tasks first: those that read the longer stream.
   const int order = d.tokens[0] > d.tokens[1];
-  const int64_t split = d.count() * panels[order];
-  run(d.count() * (panels[0] + panels[1]), arena_size(d.width()),
-      [&](int64_t i, char* memory) {
-        const int reader = i < split ? order : 1 - order;
-        if (i >= split) i -= split;
-        const int64_t h = i / panels[reader], first = i % panels[reader] * kQueries;
-        const int64_t count = std::min(kQueries, d.tokens[reader] - first);
-        const int64_t row = out[reader].stride(1);
-        const Head<S> head = d.head(reader, h);
-        S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
-        T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
-        DSNET_BEST(attend, head, first, count, o, row, l, memory);
-      });
+  const int64_t split = d.count() * parts[order];
+  const int64_t tasks = d.count() * (parts[0] + parts[1]);
+  run(tasks, arena_size(d.width()), [&](int64_t i, char* memory) {
+    const int reader = i < split ? order : 1 - order;
+    if (i >= split) i -= split;
+    const int64_t h = i / parts[reader], first = i % parts[reader] * queries;
+    const int64_t count = std::min(queries, d.tokens[reader] - first);
+    const int64_t row = out[reader].stride(1);
+    const Head<S> head = d.head(reader, h);
+    S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
+    T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
+    DSNET_BEST(attend, head, first, count, o, row, l, memory);
+  });
 }
 
 // A task takes a chunk of the longer stream and all of the shorter one. What it
