@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SCENES := data/scenes
+CSRC := $(shell find dsnet_mm/ops/csrc -type f)
+SHIM := $(wildcard tests/cuda_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
@@ -19,7 +21,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py tools/install.sh
+$(VENV)/.installed: pyproject.toml setup.py tools/install.sh $(CSRC)
 	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
 	touch $@
 
@@ -40,13 +42,15 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(SHIM)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC) $(SHIM)
 
 doctor: setup
 	$(BIN)/python -m dsnet_mm
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info dsnet_mm/ops/_C.*.so dsnet_mm/ops/build_info.json

@@ -1,16 +1,38 @@
-"""Build steps that pyproject.toml cannot express."""
+"""Build steps that pyproject.toml cannot express: the compiled ops.
 
+Environment variables:
+    DSNET_MM_WITH_OPS: 1 to fail where the ops cannot be compiled, 0 to leave
+        them out. By default they are compiled if torch, mmcv and a compiler
+        are there; pip needs ``--no-build-isolation`` to see the first two.
+    MAX_JOBS: How many files are compiled at a time.
+"""
+
+import json
+import os
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+
+CSRC = Path('dsnet_mm/ops/csrc')
+SOURCES = ('co_attention.cpp', 'cpu/co_attention_cpu.cpp')
+BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
+
+
+def note(**info: str) -> None:
+    """Writes down what the ops are built for, or why they are not; for the doctor."""
+    BUILD_INFO.write_text(json.dumps(info))
 
 
 class BuildPy(build_py):
     """Adds configurations and tools to the wheel, where mim looks for them."""
 
     def run(self) -> None:
+        if not self.distribution.ext_modules:
+            note(reason=why_not())
         super().run()
         if self.editable_mode:
             return
@@ -25,4 +47,57 @@ class BuildPy(build_py):
         shutil.copy('model-index.yml', mim)
 
 
-setup(cmdclass={'build_py': BuildPy})
+def mmcv_headers() -> Path:
+    """Returns the headers of the installed mmcv, found without importing it."""
+    return Path(find_spec('mmcv').origin).parent / 'ops/csrc/common'
+
+
+def why_not() -> str | None:
+    """Tells what the ops cannot be compiled without."""
+    if os.environ.get('DSNET_MM_WITH_OPS') == '0':
+        return 'DSNET_MM_WITH_OPS=0'
+    missing = [name for name in ('torch', 'mmcv') if find_spec(name) is None]
+    if missing:
+        return (
+            f'{" and ".join(missing)} cannot be seen by the build '
+            f'(pip install --no-build-isolation shows it what is installed)'
+        )
+    if not (mmcv_headers() / 'pytorch_device_registry.hpp').is_file():
+        return 'the installed mmcv has no C++ headers'
+    if not any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))):
+        return 'there is no C++ compiler'
+    return None
+
+
+def ops() -> dict:
+    """Returns the arguments of ``setup`` that compile the ops, if any can be."""
+    reason = why_not()
+    if reason:
+        message = f'dsnet_mm is built without its compiled ops: {reason}.'
+        if os.environ.get('DSNET_MM_WITH_OPS') == '1':
+            sys.exit(message)
+        # pip swallows what a build prints, so the doctor repeats it.
+        print(message, file=sys.stderr)
+        return {}
+
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildOps(BuildExtension):
+        def run(self) -> None:
+            note(torch=torch.__version__)
+            super().run()
+
+    extension = CppExtension(
+        'dsnet_mm.ops._C',
+        [str(CSRC / source) for source in SOURCES],
+        include_dirs=[str(mmcv_headers())],
+        depends=[str(path) for path in sorted(CSRC.rglob('*.h*'))],
+        extra_compile_args=['-O3', '-g0', '-fno-math-errno', '-Wno-psabi'],
+    )
+    return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildOps))
+
+
+arguments = ops()
+arguments.setdefault('cmdclass', {})['build_py'] = BuildPy
+setup(**arguments)

@@ -144,6 +144,16 @@ def mmcv_ops() -> tuple[bool, str]:
     return True, 'CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
 
 
+def co_attention_path(device: str) -> str:
+    """Tells how the co-attention is computed on a type of device, and why."""
+    ops = importlib.import_module('dsnet_mm.ops')
+    try:
+        path, reason = ops.select_path(device)
+    except ValueError as error:
+        return str(error)
+    return f'{path} ({reason})'
+
+
 def nvcc_version() -> str:
     """Returns the release of nvcc, or 'none'."""
     if not shutil.which('nvcc'):

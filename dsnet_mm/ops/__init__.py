@@ -1,3 +1,17 @@
-from .co_attention import attention, co_attention, split_heads
+from .co_attention import (
+    attention,
+    co_attention,
+    sdpa_co_attention,
+    select_path,
+)
+from .reference import dropout_mask, reference_co_attention, split_heads
 
-__all__ = ['attention', 'co_attention', 'split_heads']
+__all__ = [
+    'attention',
+    'co_attention',
+    'dropout_mask',
+    'reference_co_attention',
+    'sdpa_co_attention',
+    'select_path',
+    'split_heads',
+]

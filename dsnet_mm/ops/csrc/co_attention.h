@@ -1,0 +1,33 @@
+// The implementations that each device registers; see co_attention.cpp.
+#pragma once
+
+#include <tuple>
+
+#include "dropout.h"
+#include "pytorch_cpp_helper.hpp"
+#include "pytorch_device_registry.hpp"
+
+// MMCV's registry keeps one table for each name and signature in a process:
+// the namespace sets ours apart.
+namespace dsnet {
+
+using at::Tensor;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor>;
+
+Outputs co_attention_impl(const Tensor& local_qkv, const Tensor& global_qkv,
+                          const Tensor& seed, int64_t num_heads, double dropout_p);
+
+Gradients co_attention_backward_impl(const Tensor& grad_local,
+                                     const Tensor& grad_global, const Tensor& local_qkv,
+                                     const Tensor& global_qkv, const Tensor& local_out,
+                                     const Tensor& global_out, const Tensor& local_lse,
+                                     const Tensor& global_lse, const Tensor& seed,
+                                     int64_t num_heads, double dropout_p);
+
+inline Dropout make_dropout(double p, int64_t seed) {
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(p * 4294967296.),
+          1 / (1 - p)};
+}
+
+}  // namespace dsnet

@@ -1,0 +1,336 @@
+// Co-attention on the CPU: what runs in parallel, and for which instructions.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "../co_attention.h"
+#include "../dropout.h"
+
+namespace dsnet {
+
+constexpr int64_t kQueries = 64;  // of a panel: a multiple of all vectors
+constexpr int64_t kPanels = 4;    // that share the keys in the cache
+constexpr int64_t kKeys = 72;     // of a block: a multiple of the tile, 6
+
+// One head of one sample, in one direction.
+template <typename S>
+struct Head {
+  const S *q, *k, *v;
+  int64_t q_row, kv_row;  // strides
+  int64_t keys, width;
+  uint64_t row;            // number of its first query among all, for dropout
+  const Dropout* dropout;  // or null
+};
+
+// Hands out aligned pieces of a block of memory.
+class Arena {
+ public:
+  explicit Arena(char* memory) : next_(memory) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+// Enough for either pass of a head of this width, in double.
+int64_t arena_size(int64_t width) {
+  const int64_t padded = (width + 15) / 16 * 16;
+  return 8 * ((2 * kPanels + 1) * kQueries * padded + 2 * kKeys * (kQueries + padded) +
+              3 * kPanels * kQueries) +
+         64 * 64;
+}
+
+void row_keys(const Dropout& dropout, uint64_t first, int64_t count, uint32_t* keys) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t words = query_words(dropout.seed, first + i);
+    keys[i] = static_cast<uint32_t>(words);
+    keys[kQueries + i] = static_cast<uint32_t>(words >> 32);
+  }
+}
+
+}  // namespace dsnet
+
+// The same source for three instruction sets; PyTorch's own check of the
+// machine (and ATEN_CPU_CAPABILITY) decides which one runs.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DSNET_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define DSNET_ISA avx512
+#define DSNET_BYTES 64
+#include "attention_kernel.h"
+#undef DSNET_ISA
+#undef DSNET_BYTES
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define DSNET_ISA avx2
+#define DSNET_BYTES 32
+#include "attention_kernel.h"
+#undef DSNET_ISA
+#undef DSNET_BYTES
+#pragma GCC pop_options
+#endif
+#define DSNET_ISA baseline
+#define DSNET_BYTES 16
+#include "attention_kernel.h"
+#undef DSNET_ISA
+#undef DSNET_BYTES
+
+namespace dsnet {
+namespace {
+
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// Calls KERNEL<S, T> of the best instruction set.
+#ifdef DSNET_X86
+int instructions() {
+  static const int best = [] {
+    const std::string name = at::get_cpu_capability();
+    return name == "AVX512" ? 2 : name == "AVX2" ? 1 : 0;
+  }();
+  return best;
+}
+#define DSNET_BEST(KERNEL, ...)      \
+  switch (instructions()) {          \
+    case 2:                          \
+      avx512::KERNEL(__VA_ARGS__);   \
+      break;                         \
+    case 1:                          \
+      avx2::KERNEL(__VA_ARGS__);     \
+      break;                         \
+    default:                         \
+      baseline::KERNEL(__VA_ARGS__); \
+  }
+#else
+#define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
+#endif
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs tasks of unequal length on all threads: whoever is free takes the next.
+template <typename Task>
+void run(int64_t count, int64_t bytes, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
+    for (int64_t i = next++; i < count; i = next++)
+      task(i, static_cast<char*>(memory.get()));
+  });
+}
+
+// Both directions, each as a list of heads.
+template <typename S>
+struct Directions {
+  Directions(const Tensor& local_qkv, const Tensor& global_qkv, int64_t heads,
+             double dropout_p, const Tensor& seed)
+      : samples(local_qkv.size(0)),
+        heads(heads),
+        channels(local_qkv.size(2) / 3),
+        tokens{local_qkv.size(1), global_qkv.size(1)},
+        qkv{local_qkv, global_qkv} {
+    if (dropout_p > 0) {
+      dropout = make_dropout(dropout_p, seed.item<int64_t>());
+      has_dropout = true;
+    }
+  }
+
+  int64_t width() const { return channels / heads; }
+  int64_t count() const { return samples * heads; }
+
+  // Head ``i`` of stream ``reader``, 0 the local and 1 the global one.
+  Head<S> head(int reader, int64_t i) const {
+    const auto part = [&](const Tensor& x, int64_t n) {
+      return x.const_data_ptr<S>() + i / heads * x.stride(0) + n * channels +
+             i % heads * width();
+    };
+    const Tensor &own = qkv[reader], &other = qkv[1 - reader];
+    return {part(own, 0),
+            part(other, 1),
+            part(other, 2),
+            own.stride(1),
+            other.stride(1),
+            tokens[1 - reader],
+            width(),
+            static_cast<uint64_t>(reader * count() * tokens[0] + i * tokens[reader]),
+            has_dropout ? &dropout : nullptr};
+  }
+
+  int64_t samples, heads, channels, tokens[2];
+  Tensor qkv[2];
+  Dropout dropout{};
+  bool has_dropout = false;
+};
+
+// (N, L, C) -> where the rows of a head begin; C is contiguous.
+template <typename S>
+S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
+  const int64_t width = x.size(2) / heads;
+  return const_cast<S*>(x.const_data_ptr<S>()) + head / heads * x.stride(0) +
+         head % heads * width;
+}
+
+template <typename S>
+void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
+  using T = Compute<S>;
+  // More panels to a task are faster, as long as all threads have tasks.
+  const int64_t panels =
+      d.count() * (ceil_div(d.tokens[0], kQueries) + ceil_div(d.tokens[1], kQueries));
+  const int64_t queries =
+      kQueries * std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kPanels);
+  const int64_t parts[2] = {ceil_div(d.tokens[0], queries),
+                            ceil_div(d.tokens[1], queries)};
+  // The longer tasks first: those that read the longer stream.
+  const int order = d.tokens[0] > d.tokens[1];
+  const int64_t split = d.count() * parts[order];
+  const int64_t tasks = d.count() * (parts[0] + parts[1]);
+  run(tasks, arena_size(d.width()), [&](int64_t i, char* memory) {
+    const int reader = i < split ? order : 1 - order;
+    if (i >= split) i -= split;
+    const int64_t h = i / parts[reader], first = i % parts[reader] * queries;
+    const int64_t count = std::min(queries, d.tokens[reader] - first);
+    const int64_t row = out[reader].stride(1);
+    const Head<S> head = d.head(reader, h);
+    S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
+    T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
+    DSNET_BEST(attend, head, first, count, o, row, l, memory);
+  });
+}
+
+// A task takes a chunk of the longer stream and all of the shorter one. What it
+// finds for its chunk is final; for the shorter stream the parts of all chunks
+// are summed after. Chunks are at least as long as the shorter stream, so the
+// parts together are no longer than the two streams; and they depend on the
+// shapes alone, so that sums do not change with the number of threads.
+template <typename S>
+void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
+              const Tensor (&out)[2], const Tensor (&lse)[2], Tensor (&grad)[2]) {
+  using T = Compute<S>;
+  const int longer = d.tokens[1] > d.tokens[0], shorter = 1 - longer;
+  const int64_t length = d.tokens[longer], rest = d.tokens[shorter];
+  const int64_t width = d.width(), padded = ceil_div(width, 16) * 16;
+  const int64_t wanted = std::max<int64_t>(ceil_div(rest, 64) * 64, 512);
+  const int64_t chunks = ceil_div(length, wanted);
+  const int64_t size = ceil_div(ceil_div(length, chunks), 64) * 64;
+  const int64_t tasks = d.count() * chunks;
+  // Of the shorter stream, for each task: the gradients of q, k and v.
+  const Tensor parts = at::empty({tasks, 3, rest, padded}, lse[0].options());
+  const int64_t part_size = rest * padded;
+
+  // Writes rows of a packed gradient: part 0, 1, 2 of it is q, k, v.
+  const auto write = [&](int stream, int64_t h, int part, int64_t first, int64_t count,
+                         const T* src, int64_t src_row) {
+    const int64_t row = grad[stream].stride(1);
+    S* dst = grad[stream].data_ptr<S>() + h / d.heads * grad[stream].stride(0) +
+             part * d.channels + h % d.heads * width + first * row;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < width; ++c)
+        dst[r * row + c] = static_cast<S>(src[r * src_row + c]);
+  };
+
+  const int64_t bytes = arena_size(width) + 2 * size * padded * sizeof(T);
+  run(2 * tasks, bytes, [&](int64_t i, char* memory) {
+    T* own = reinterpret_cast<T*>(memory + arena_size(width));
+    const int64_t task = i / 2, h = task / chunks;
+    const int64_t begin = task % chunks * size;
+    const int64_t end = std::min(begin + size, length);
+    T* part = parts.data_ptr<T>() + task * 3 * part_size;
+    const int reader = i % 2 ? shorter : longer;
+    const Head<S> head = d.head(reader, h);
+    const int64_t row = out[reader].stride(1), grad_row = grad_out[reader].stride(1);
+    const S* o = rows_of<S>(out[reader], h, d.heads);
+    const S* g = rows_of<S>(grad_out[reader], h, d.heads);
+    const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
+    if (reader == longer) {
+      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end, int64_t(0),
+                 rest, own, part + part_size, part + 2 * part_size, padded, memory);
+      write(longer, h, 0, begin, end - begin, own, padded);
+    } else {
+      T* own_v = own + size * padded;
+      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, int64_t(0), rest, begin,
+                 end, part, own, own_v, padded, memory);
+      write(longer, h, 1, begin, end - begin, own, padded);
+      write(longer, h, 2, begin, end - begin, own_v, padded);
+    }
+  });
+
+  at::parallel_for(0, d.count() * 3, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* sum = parts.data_ptr<T>() + (i / 3 * chunks * 3 + i % 3) * part_size;
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+        const T* part = sum + chunk * 3 * part_size;
+        for (int64_t j = 0; j < part_size; ++j) sum[j] += part[j];
+      }
+      write(shorter, i / 3, i % 3, 0, rest, sum, padded);
+    }
+  });
+}
+
+}  // namespace
+
+Outputs co_attention_cpu(const Tensor& local_qkv, const Tensor& global_qkv,
+                         const Tensor& seed, int64_t num_heads, double dropout_p) {
+  const auto options = local_qkv.options();
+  const auto exact =
+      options.dtype(options.dtype() == at::kDouble ? at::kDouble : at::kFloat);
+  const int64_t n = local_qkv.size(0), channels = local_qkv.size(2) / 3;
+  const int64_t l = local_qkv.size(1), g = global_qkv.size(1);
+  Tensor out[2] = {at::empty({n, l, channels}, options),
+                   at::empty({n, g, channels}, options)};
+  Tensor lse[2] = {at::empty({n, num_heads, l}, exact),
+                   at::empty({n, num_heads, g}, exact)};
+  if (n > 0)
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention", [&] {
+          forward(
+              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+              out, lse);
+        });
+  return {out[0], out[1], lse[0], lse[1]};
+}
+
+Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad_global,
+                                    const Tensor& local_qkv, const Tensor& global_qkv,
+                                    const Tensor& local_out, const Tensor& global_out,
+                                    const Tensor& local_lse, const Tensor& global_lse,
+                                    const Tensor& seed, int64_t num_heads,
+                                    double dropout_p) {
+  const Tensor grad_out[2] = {grad_local, grad_global};
+  const Tensor out[2] = {local_out, global_out};
+  const Tensor lse[2] = {local_lse, global_lse};
+  Tensor grad[2] = {at::empty(local_qkv.sizes(), local_qkv.options()),
+                    at::empty(global_qkv.sizes(), global_qkv.options())};
+  if (local_qkv.size(0) > 0)
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention_backward",
+        [&] {
+          backward(
+              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+              grad_out, out, lse, grad);
+        });
+  return {grad[0], grad[1]};
+}
+
+REGISTER_DEVICE_IMPL(co_attention_impl, CPU, co_attention_cpu);
+REGISTER_DEVICE_IMPL(co_attention_backward_impl, CPU, co_attention_backward_cpu);
+
+}  // namespace dsnet

@@ -1,0 +1,122 @@
+"""The compiled co-attention op as PyTorch sees it.
+
+``dsnet_mm::co_attention(local_qkv, global_qkv, seed, num_heads, dropout_p)``
+returns h_L and h_G, and for each the logarithm (to base 2, as all exponentials
+of the kernels) of the softmax's denominator, (N, num_heads, L or G), from which
+the backward recomputes the attention weights.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _load() -> str | None:
+    """Loads the compiled ops, or tells why they are not there."""
+    info_file = Path(__file__).with_name('build_info.json')
+    info = json.loads(info_file.read_text()) if info_file.is_file() else {}
+    # Checked first: a library for another torch may load and then crash.
+    if info.get('torch', torch.__version__) != torch.__version__:
+        return f'built for torch {info["torch"]}, you have {torch.__version__}'
+    try:
+        importlib.import_module('dsnet_mm.ops._C')
+    except ModuleNotFoundError:
+        return (
+            f'not compiled ({info["reason"]})' if 'reason' in info else 'not compiled'
+        )
+    except ImportError as error:
+        return f'it does not load: {error}'
+    return None
+
+
+#: Devices the op can be compiled for.
+DEVICES = ('cpu',)
+#: Why the compiled op cannot be used, or None.
+WHY_NOT = _load()
+
+
+def co_attention(
+    local_qkv: Tensor, global_qkv: Tensor, num_heads: int, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The compiled :func:`dsnet_mm.ops.co_attention`, whose inputs are checked.
+
+    A projection whose last axis is strided is copied; any other is read where
+    it is.
+    """
+    # A tensor, so that a compiled graph can draw it.
+    device = local_qkv.device
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+    else:
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+    h_l, h_g, _, _ = torch.ops.dsnet_mm.co_attention(
+        local_qkv, global_qkv, seed, num_heads, dropout_p
+    )
+    return h_l, h_g
+
+
+def _shapes(local_qkv, global_qkv, seed, num_heads, dropout_p):
+    dtype = torch.float64 if local_qkv.dtype == torch.float64 else torch.float32
+    outs, lses = [], []
+    for x in (local_qkv, global_qkv):
+        samples, length, width = x.shape
+        outs.append(x.new_empty(samples, length, width // 3))
+        lses.append(x.new_empty(samples, num_heads, length, dtype=dtype))
+    return *outs, *lses
+
+
+def _backward_shapes(grad_local, grad_global, local_qkv, global_qkv, *args):
+    return local_qkv.new_empty(local_qkv.shape), global_qkv.new_empty(global_qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    local_qkv, global_qkv, seed, ctx.num_heads, ctx.dropout_p = inputs
+    ctx.save_for_backward(local_qkv, global_qkv, *output, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_local, grad_global, grad_local_lse, grad_global_lse):
+    local_qkv, global_qkv, local_out, global_out, *rest = ctx.saved_tensors
+    if grad_local is None:
+        grad_local = torch.zeros_like(local_out)
+    if grad_global is None:
+        grad_global = torch.zeros_like(global_out)
+    grads = torch.ops.dsnet_mm.co_attention_backward(
+        grad_local,
+        grad_global,
+        local_qkv,
+        global_qkv,
+        local_out,
+        global_out,
+        *rest,
+        ctx.num_heads,
+        ctx.dropout_p,
+    )
+    return *grads, None, None, None
+
+
+def _flops(local_shape, global_shape, *args, **kwargs) -> int:
+    """Two directions, two products each, two operations per multiply-add."""
+    samples, length, width = local_shape
+    return 8 * samples * length * global_shape[1] * (width // 3)
+
+
+def _backward_flops(
+    grad_local, grad_global, local_shape, global_shape, *args, **kwargs
+):
+    """Five products where the forward has two."""
+    return _flops(local_shape, global_shape) * 5 // 2
+
+
+if WHY_NOT is None:
+    torch.library.register_fake('dsnet_mm::co_attention', _shapes)
+    torch.library.register_fake('dsnet_mm::co_attention_backward', _backward_shapes)
+    torch.library.register_autograd(
+        'dsnet_mm::co_attention', _backward, setup_context=_save
+    )
+    register_flop_formula(torch.ops.dsnet_mm.co_attention)(_flops)
+    register_flop_formula(torch.ops.dsnet_mm.co_attention_backward)(_backward_flops)

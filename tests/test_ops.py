@@ -1,0 +1,492 @@
+"""The co-attention: every path against the explicit softmax in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsnet_mm.ops import (
+    co_attention,
+    dropout_mask,
+    native,
+    reference_co_attention,
+    sdpa_co_attention,
+    select_path,
+)
+
+REPO = Path(__file__).resolve().parents[1]
+needs_native = pytest.mark.skipif(
+    native.WHY_NOT is not None, reason=f'no compiled op: {native.WHY_NOT}'
+)
+# N, L, G, heads, width of a head: one token, fewer tokens than a vector has
+# lanes, more than a panel (64) and a block (72) and multiples of nothing, all
+# heads and widths at their extremes, chunks of either stream in backward.
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 7, 5, 3, 8),
+    (2, 64, 72, 1, 16),
+    (1, 150, 67, 2, 24),
+    (1, 49, 196, 5, 32),
+    (1, 1100, 40, 1, 40),
+    (1, 30, 1300, 2, 64),
+    (1, 33, 65, 16, 128),
+]
+# Relative to the largest value; the backward sums up to 1300 of them.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def streams(n, length, rest, heads, width, dtype=torch.float64, grad=True):
+    torch.manual_seed(length * rest)
+    local = torch.randn(n, length, 3 * heads * width, dtype=dtype)
+    global_ = torch.randn(n, rest, 3 * heads * width, dtype=dtype)
+    return local.requires_grad_(grad), global_.requires_grad_(grad)
+
+
+def seed(number=-(3**39)):
+    return torch.tensor([number])
+
+
+def native_op(local, global_, heads, dropout_p=0.0, at=None):
+    """The op itself, with a seed of our own."""
+    at = seed() if at is None else at
+    return torch.ops.dsnet_mm.co_attention(local, global_, at, heads, dropout_p)[:2]
+
+
+def outputs_and_gradients(path, local, global_, *args):
+    """What ``path`` returns, and the gradients of a weighted sum of it."""
+    local, global_ = (x.detach().requires_grad_() for x in (local, global_))
+    outs = path(local, global_, *args)
+    weights = [torch.cos(torch.arange(o.numel()).view(o.shape) / 3) for o in outs]
+    grads = torch.autograd.grad(
+        outs,
+        (local, global_),
+        [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)],
+    )
+    return *outs, *grads
+
+
+def worst(measured, expected):
+    """Largest error of any tensor, relative to its largest value."""
+    return max(
+        ((m.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
+        if e.abs().max() > 1e-12
+        else (m.double() - e).abs().max().item()
+        for m, e in zip(measured, expected, strict=True)
+    )
+
+
+@needs_native
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_native_equals_reference(shape, dtype, dropout_p):
+    heads = shape[3]
+    inputs = streams(*shape, dtype)
+    measured = outputs_and_gradients(native_op, *inputs, heads, dropout_p)
+    expected = outputs_and_gradients(
+        reference_co_attention, *(x.double() for x in inputs), heads, dropout_p, seed()
+    )
+    assert worst(measured, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_sdpa_equals_reference(shape):
+    inputs = streams(*shape)
+    measured = outputs_and_gradients(sdpa_co_attention, *inputs, shape[3])
+    expected = outputs_and_gradients(reference_co_attention, *inputs, shape[3])
+    assert worst(measured, expected) < 1e-12
+
+
+@needs_native
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('shape', [(1, 150, 67, 2, 32), (1, 1100, 40, 1, 40)])
+def test_low_precision_is_as_exact_as_plain_pytorch(shape, dtype):
+    heads = shape[3]
+    inputs = streams(*shape, dtype)
+    measured = outputs_and_gradients(native_op, *inputs, heads)
+    plain = outputs_and_gradients(reference_co_attention, *inputs, heads)
+    exact = outputs_and_gradients(
+        reference_co_attention, *(x.double() for x in inputs), heads
+    )
+    for m, p, e in zip(measured, plain, exact, strict=True):
+        assert m.dtype == dtype
+        assert (m - e).abs().max() <= 2 * (p - e).abs().max()
+
+
+@needs_native
+def test_large_scores_neither_overflow_nor_vanish():
+    local, global_ = streams(1, 100, 80, 1, 32, torch.float32, grad=False)
+    inputs = local * 30, global_ * 30  # scores of +-5000
+    measured = native_op(*inputs, 1)
+    expected = reference_co_attention(*(x.double() for x in inputs), 1)
+    assert worst(measured, expected) < 1e-3
+
+
+@needs_native
+def test_nan_reaches_what_reads_it():
+    local, global_ = streams(1, 70, 80, 1, 8, torch.float32, grad=False)
+    local[0, 69, 0] = torch.nan  # the query of the last local token
+    h_l, h_g = native_op(local, global_, 1)
+    assert h_l[0, 69].isnan().all()
+    assert not h_l[0, :69].isnan().any() and not h_g.isnan().any()
+
+
+@needs_native
+@pytest.mark.parametrize('dropout_p', [0.0, 0.4])
+def test_gradcheck(dropout_p):
+    inputs = streams(2, 9, 4, 2, 8)
+    assert torch.autograd.gradcheck(
+        lambda a, b: native_op(a, b, 2, dropout_p), inputs, fast_mode=True
+    )
+
+
+@needs_native
+@pytest.mark.parametrize('needed', [0, 1])
+def test_one_output_and_one_input_with_gradient(needed):
+    local, global_ = streams(1, 12, 6, 1, 8)
+    (measured,) = torch.autograd.grad(
+        native_op(local, global_, 1)[needed].sum(), (local, global_)[1 - needed]
+    )
+    (expected,) = torch.autograd.grad(
+        reference_co_attention(local, global_, 1)[needed].sum(),
+        (local, global_)[1 - needed],
+    )
+    torch.testing.assert_close(measured, expected)
+
+
+@needs_native
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, grad):
+    local, global_ = streams(2, 10, 6, 2, 8, dtype, grad)
+    op = torch.ops.dsnet_mm.co_attention.default
+    torch.library.opcheck(op, (local, global_, seed(), 2, 0.1))
+    outs = [x.detach() for x in op(local, global_, seed(), 2, 0.1)]
+    torch.library.opcheck(
+        torch.ops.dsnet_mm.co_attention_backward.default,
+        (*outs[:2], local.detach(), global_.detach(), *outs, seed(), 2, 0.1),
+    )
+
+
+@needs_native
+@pytest.mark.parametrize(
+    'view',
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # channels first
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: torch.stack([x, x], 2)[:, :, 0],
+        lambda x: x[:1].expand(2, -1, -1),
+    ],
+    ids=['channels-first', 'part of the tokens', 'every other row', 'expanded'],
+)
+def test_strided_inputs(view):
+    inputs = [view(x.detach()) for x in streams(2, 70, 20, 2, 8)]
+    expected = outputs_and_gradients(reference_co_attention, *inputs, 2)
+    measured = outputs_and_gradients(native_op, *inputs, 2)
+    assert worst(measured, expected) < 1e-13
+
+
+@needs_native
+def test_strided_gradients():
+    local, global_ = streams(1, 20, 10, 1, 8)
+    h_l, h_g = native_op(local, global_, 1)
+    # Of a sum over channels: expanded, with strides of 0.
+    measured = torch.autograd.grad(h_l.sum() + h_g.sum(), (local, global_))
+    expected = torch.autograd.grad(
+        [o for o in reference_co_attention(local, global_, 1)],
+        (local, global_),
+        [torch.ones_like(h_l), torch.ones_like(h_g)],
+    )
+    assert worst(measured, expected) < 1e-13
+
+
+@pytest.mark.parametrize('path', ['reference', 'sdpa', 'native'])
+def test_empty_batch(path, monkeypatch):
+    if path == 'native' and native.WHY_NOT:
+        pytest.skip(native.WHY_NOT)
+    monkeypatch.setenv('DSNET_MM_OPS', path)
+    local, global_ = streams(0, 6, 4, 2, 8)
+    h_l, h_g = co_attention(local, global_, 2)
+    assert h_l.shape == (0, 6, 16) and h_g.shape == (0, 4, 16)
+    (h_l.sum() + h_g.sum()).backward()
+    assert local.grad.shape == local.shape
+
+
+# -------------------------------------------------------------------- dropout
+
+
+def test_dropout_mask_is_random_in_every_direction():
+    mask = dropout_mask(torch.Size([2, 2, 256, 256]), 0.25, seed()).double()
+    # Four standard deviations of a mean of 256 draws are 0.11.
+    for dim in (2, 3):
+        means = mask.mean(dim)
+        assert (means - 0.75).abs().max() < 0.15
+    assert abs(mask.mean() - 0.75) < 4 * 0.433 / mask.numel() ** 0.5
+    rows = (mask - 0.75).view(1024, 256)
+    correlation = rows @ rows.T / (256 * 0.1875) - torch.eye(1024)
+    assert correlation.abs().max() < 0.45  # seven standard deviations
+    columns = rows.T @ rows / (1024 * 0.1875) - torch.eye(256)
+    assert columns.abs().max() < 0.22
+    other = dropout_mask(torch.Size([2, 2, 256, 256]), 0.25, seed(1)).double()
+    assert abs(((mask - 0.75) * (other - 0.75)).mean()) < 4 * 0.1875 / 512
+
+
+@needs_native
+def test_dropped_weights_are_those_of_the_mask():
+    # One-hot values and equal scores show the weights themselves.
+    n, length, rest, heads = 2, 70, 16, 2
+    local = torch.zeros(n, length, 3 * heads * 16)
+    global_ = torch.zeros(n, rest, 3 * heads * 16)
+    global_[..., 64:] = torch.eye(16).repeat(1, heads)
+    h_l, _ = native_op(local, global_, heads, 0.5)
+    weights = h_l.unflatten(-1, (heads, 16)).transpose(1, 2)
+    expected = dropout_mask(torch.Size([n, heads, length, rest]), 0.5, seed())
+    assert torch.equal(weights > 0, expected)
+    torch.testing.assert_close(weights, expected * (2 / rest))
+
+
+@needs_native
+def test_dropout_draws_from_the_generator_of_torch():
+    local, global_ = streams(1, 20, 10, 1, 8, grad=False)
+    torch.manual_seed(0)
+    first = native.co_attention(local, global_, 1, 0.5)
+    second = native.co_attention(local, global_, 1, 0.5)
+    torch.manual_seed(0)
+    again = native.co_attention(local, global_, 1, 0.5)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], second[0])
+
+
+# ------------------------------------------------------ memory, threads, FLOPs
+
+
+@needs_native
+def test_no_allocation_is_near_the_attention_matrix():
+    length, rest = 16800, 1050
+    local, global_ = streams(1, length, rest, 1, 32, torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        h_l, h_g = native.co_attention(local, global_, 1, 0.1)
+        (h_l.sum() + h_g.sum()).backward()
+    sizes = [event.self_cpu_memory_usage for event in profile.events()]
+    inputs = 4 * (local.numel() + global_.numel())
+    matrix = 4 * length * rest
+    # What is allocated, whether freed or not: outputs and gradients among it.
+    assert inputs < sum(size for size in sizes if size > 0) < 3 * inputs < matrix / 3
+    assert max(sizes) <= inputs
+
+
+@needs_native
+def test_peak_of_the_process_is_linear_in_the_tokens():
+    done = python(
+        'import torch; from resource import *; from tests.test_ops import *\n'
+        'def run(*shape):\n'
+        '    outs = native.co_attention(*streams(*shape, torch.float32), shape[3])\n'
+        '    sum(o.sum() for o in outs).backward()\n'
+        'run(1, 64, 64, 1, 32)\n'
+        'before = getrusage(RUSAGE_SELF).ru_maxrss\n'
+        'run(1, 16800, 1050, 4, 32)\n'
+        'print(getrusage(RUSAGE_SELF).ru_maxrss - before)'
+    )
+    assert done.returncode == 0, done.stderr
+    # In KiB; one matrix of attention weights of one direction takes 275625.
+    assert int(done.stdout) < 275625 / 2
+
+
+@needs_native
+def test_result_does_not_depend_on_the_number_of_threads():
+    local, global_ = streams(1, 1500, 600, 2, 32, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(native_op, local, global_, 2, 0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@needs_native
+def test_flops_are_those_of_sdpa():
+    local, global_ = streams(2, 50, 20, 2, 8)
+    counts = []
+    for path in (native_op, sdpa_co_attention):
+        with FlopCounterMode(display=False) as counter:
+            sum(o.sum() for o in path(local, global_, 2)).backward()
+        counts.append(counter.get_total_flops())
+    # The counter knows no formula of the CPU's own attention kernel.
+    assert counts[0] == 8 * 2 * 50 * 20 * 16 * 7 // 2
+    assert counts[1] in (0, counts[0])
+
+
+@needs_native
+@pytest.mark.parametrize('capability', ['default', 'avx2'])
+def test_older_instruction_sets(capability):
+    code = (
+        'import torch; from tests.test_ops import *\n'
+        'for shape in SHAPES[2:6]:\n'
+        '    for dtype in TOLERANCE:\n'
+        '        test_native_equals_reference(shape, dtype, 0.3)\n'
+        'print(torch.backends.cpu.get_cpu_capability())'
+    )
+    done = python(code, ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    if capability.upper() not in done.stdout:
+        pytest.skip(f'this machine runs {done.stdout.strip()}')
+
+
+# ------------------------------------------------- compile, export, autocast
+
+
+@needs_native
+def test_compiles_to_one_graph():
+    torch._dynamo.reset()
+    inputs = streams(1, 20, 10, 2, 8, torch.float32)
+    # Everything but inductor, whose first kernel takes minutes to compile.
+    compiled = torch.compile(co_attention, fullgraph=True, backend='aot_eager')
+    measured = outputs_and_gradients(compiled, *inputs, 2)
+    expected = outputs_and_gradients(co_attention, *inputs, 2)
+    assert worst(measured, [e.double() for e in expected]) < 1e-6
+    torch.manual_seed(0)
+    dropped = compiled(*inputs, 2, 0.5)
+    assert not torch.equal(dropped[0], measured[0])
+
+
+class Module(torch.nn.Module):
+    def forward(self, local, global_):
+        return co_attention(local, global_, 2)
+
+
+def test_exports_to_operators_of_pytorch():
+    inputs = streams(1, 20, 10, 2, 8, torch.float32, grad=False)
+    program = torch.export.export(Module(), inputs)
+    assert 'dsnet_mm' not in str(program.graph)
+    for m, e in zip(program.module()(*inputs), co_attention(*inputs, 2), strict=True):
+        torch.testing.assert_close(m, e)
+
+
+@needs_native
+def test_autocast_runs_the_op_in_its_dtype():
+    local, global_ = streams(1, 20, 10, 2, 8, torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        outs = co_attention(local, global_.bfloat16(), 2)
+    assert {o.dtype for o in outs} == {torch.bfloat16}
+    expected = native_op(local.bfloat16(), global_.bfloat16(), 2)
+    assert all(map(torch.equal, outs, expected))
+    sum(o.sum() for o in outs).backward()
+    assert local.grad.dtype == torch.float32
+
+
+# --------------------------------------------------------- selection, messages
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, 'PYTHONPATH': str(REPO), **environment},
+    )
+
+
+HIDE = 'import sys; sys.modules["dsnet_mm.ops._C"] = None\n'
+
+
+def test_without_extension():
+    done = python(
+        HIDE + 'import dsnet_mm, dsnet_mm.ops as ops, torch\n'
+        'local, rest = torch.randn(1, 6, 48), torch.randn(1, 4, 48)\n'
+        'ops.co_attention(local, rest, 2, 0.1)\n'
+        'print(*ops.select_path("cpu"))'
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    assert done.stdout.startswith('sdpa the compiled op is not there: ')
+
+
+def test_native_without_extension():
+    done = python(
+        HIDE + 'import dsnet_mm.ops; dsnet_mm.ops.select_path("cpu")',
+        DSNET_MM_OPS='native',
+    )
+    assert 'pip install --no-build-isolation -e .' in done.stderr.splitlines()[-1]
+
+
+def test_extension_of_another_torch_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, '__file__', str(tmp_path / 'native.py'))
+    (tmp_path / 'build_info.json').write_text(json.dumps(dict(torch='1.0.0')))
+    assert native._load() == f'built for torch 1.0.0, you have {torch.__version__}'
+
+
+@needs_native
+def test_forced_paths(monkeypatch):
+    local, global_ = streams(1, 6, 4, 2, 8)
+    operators = dict(reference='aten::softmax', sdpa='scaled_dot', native='dsnet_mm::')
+    for path, operator in operators.items():
+        monkeypatch.setenv('DSNET_MM_OPS', path)
+        with torch.profiler.profile() as profile:
+            co_attention(local, global_, 2)
+        ran = {name for name in operators.values() for e in profile.events()
+               if name in e.name}  # fmt: skip
+        assert operator in ran
+        assert path == 'sdpa' or ran == {operator}
+        assert select_path('cpu') == (path, f'DSNET_MM_OPS={path}')
+    monkeypatch.setenv('DSNET_MM_OPS', 'fast')
+    with pytest.raises(ValueError, match=r"one of reference, sdpa, native, got 'fast'"):
+        co_attention(local, global_, 2)
+
+
+@needs_native
+def test_native_is_chosen(monkeypatch):
+    monkeypatch.delenv('DSNET_MM_OPS', raising=False)
+    assert select_path('cpu') == ('native', 'compiled')
+    assert select_path('meta')[0] == 'sdpa'
+
+
+def test_doctor_tells_the_path_and_why(monkeypatch):
+    from dsnet_mm.environment import co_attention_path
+
+    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
+    assert co_attention_path('cpu') == 'sdpa (DSNET_MM_OPS=sdpa)'
+    monkeypatch.setenv('DSNET_MM_OPS', 'none')
+    assert co_attention_path('cpu').startswith('DSNET_MM_OPS is one of')
+
+
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        (lambda a, b: (a[0], b, 2), ValueError, r'takes projections of shape'),
+        (lambda a, b: (a[:1], b, 2), ValueError, r'different batch sizes'),
+        (lambda a, b: (a[..., :24], b, 2), ValueError, r'different widths'),
+        (lambda a, b: (a, b, 3), ValueError, r'num_heads=3 heads'),
+        (lambda a, b: (a, b, 0), ValueError, r'num_heads=0 heads'),
+        (lambda a, b: (a, b[:, :0], 2), ValueError, r'one token at least'),
+        (lambda a, b: (a, b, 2, 1.0), ValueError, r'lies in \[0, 1\), got 1.0'),
+        (lambda a, b: (a, b.to('meta'), 2), ValueError, r'on different devices'),
+        (lambda a, b: (a, b.float(), 2), TypeError, r'different dtypes'),
+        (lambda a, b: (a.int(), b.int(), 2), TypeError, r'floating point'),
+    ],
+)
+def test_wrong_inputs(change, error, message):
+    with pytest.raises(error, match=message):
+        co_attention(*change(*streams(2, 6, 4, 2, 8, grad=False)))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ('shapes', 'message'),
+    [
+        ([(1, 6, 48), (1, 4, 24)], 'takes'),
+        ([(1, 6, 48), (2, 4, 48)], 'takes'),
+        ([(1, 0, 48), (1, 4, 48)], 'takes'),
+    ],
+)
+def test_the_op_itself_checks_shapes(shapes, message):
+    with pytest.raises(RuntimeError, match=message):
+        native_op(*(torch.randn(shape) for shape in shapes), 2)

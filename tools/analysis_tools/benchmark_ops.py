@@ -1,0 +1,135 @@
+"""Times the paths of the co-attention on the shapes of a DS-Net.
+
+The paths run in turn, so that whatever else the machine does meets all of them;
+the table shows medians, and how many times faster the compiled op is. SDPA is
+two calls of PyTorch's attention with the copies they need.
+
+    python tools/analysis_tools/benchmark_ops.py --threads 2 --dtype bfloat16
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dsnet_mm.ops import native, sdpa_co_attention
+
+HEADS = (1, 2, 5, 8)
+WIDTH = 32  # of a head, in all stages
+GLOBAL_FACTORS = (8, 4, 2, 2)
+PATHS = dict(native=native.co_attention, sdpa=sdpa_co_attention)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--dtype', nargs='+', default=['float32', 'bfloat16'])
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        '--seconds', type=float, default=2.0, help='spent on each line of the table'
+    )
+    parser.add_argument(
+        '--layout',
+        choices=['tokens', 'map'],
+        default='tokens',
+        help='memory of the local projection: of a channels-last map, or of a '
+        'channels-first one, which both paths have to copy',
+    )
+    return parser.parse_args()
+
+
+def stage_inputs(
+    stage: int,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns packed projections as the blocks of a stage produce them."""
+    height, width = (side // 2 ** (stage + 2) for side in size)
+    factor = GLOBAL_FACTORS[stage]
+    length, rest = height * width, (height // factor) * (width // factor)
+    channels = 3 * HEADS[stage] * WIDTH
+    options = dict(dtype=dtype, device=device)
+    if layout == 'map':
+        local = torch.randn(batch, channels, length, **options).transpose(1, 2)
+    else:
+        local = torch.randn(batch, length, channels, **options)
+    global_ = torch.randn(batch, rest, channels, **options)
+    return local.requires_grad_(), global_.requires_grad_()
+
+
+def time_passes(inputs: tuple[Tensor, Tensor], heads: int, seconds: float) -> dict:
+    """Returns (forward, backward) seconds of each path, medians of turns."""
+    grads = [torch.randn(*x.shape[:2], x.shape[2] // 3).to(x) for x in inputs]
+    synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    times = {name: [] for name in PATHS}
+    end = time.perf_counter() + seconds
+    turns = 0
+    while turns < 4 or time.perf_counter() < end:
+        for name, path in PATHS.items():
+            synchronize()
+            start = time.perf_counter()
+            outs = path(*inputs, heads)
+            synchronize()
+            middle = time.perf_counter()
+            torch.autograd.grad(outs, inputs, grads)
+            synchronize()
+            times[name].append((middle - start, time.perf_counter() - middle))
+        turns += 1
+    # The first turn warms up.
+    return {
+        name: [median(column) for column in zip(*pairs[1:], strict=True)]
+        for name, pairs in times.items()
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    if native.WHY_NOT:
+        raise SystemExit(f'There is nothing to compare: {native.WHY_NOT}.')
+    torch.set_num_threads(args.threads)
+    table = Table(
+        'dtype',
+        'input',
+        'stage',
+        'tokens',
+        *(f'{which} native, ms' for which in ('forward', 'backward')),
+        *(f'{which} against SDPA' for which in ('forward', 'backward')),
+        'GFLOP/s',
+        title=f'DS-Net-S, torch {torch.__version__}, {args.threads} threads, '
+        f'{torch.backends.cpu.get_cpu_capability()}, {args.device}, {args.layout}',
+    )
+    for dtype in args.dtype:
+        for batch, size in ((8, (224, 224)), (1, (800, 1344))):
+            for stage, heads in enumerate(HEADS):
+                inputs = stage_inputs(
+                    stage, batch, size, getattr(torch, dtype), args.device, args.layout
+                )
+                times = time_passes(inputs, heads, args.seconds)
+                (forward, backward), sdpa = times['native'], times['sdpa']
+                length, rest = (x.shape[1] for x in inputs)
+                flops = 8 * batch * length * rest * heads * WIDTH
+                table.add_row(
+                    dtype,
+                    f'{batch} x {size[0]} x {size[1]}',
+                    str(stage + 1),
+                    f'{length}, {rest}',
+                    f'{forward * 1e3:.2f}',
+                    f'{backward * 1e3:.2f}',
+                    f'{sdpa[0] / forward:.2f} x',
+                    f'{sdpa[1] / backward:.2f} x',
+                    f'{flops * 3.5 / (forward + backward) / 1e9:.0f}',
+                )
+    Console(width=120).print(table)
+
+
+if __name__ == '__main__':
+    main()
