@@ -223,19 +223,17 @@ class DSNet(BaseModule):
         state = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         state = state.get('state_dict', state)
 
-        def stage_tensors(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+        def stage_shapes(state: dict[str, Tensor], prefix: str) -> dict:
             # The output norms may differ: a classifier has the last one only.
+            stages = (f'{prefix}patch_embeds.', f'{prefix}stages.')
             return {
-                key: value.shape
+                key.removeprefix(prefix): tuple(value.shape)
                 for key, value in state.items()
-                if key.startswith(('patch_embeds.', 'stages.'))
-                and not key.endswith('num_batches_tracked')
+                if key.startswith(stages) and not key.endswith('num_batches_tracked')
             }
 
-        expected = stage_tensors(self.state_dict())
-        given = stage_tensors(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        )
+        expected = stage_shapes(self.state_dict(), '')
+        given = stage_shapes(state, prefix)
         differing = [k for k in expected if k in given and given[k] != expected[k]]
         absent = [k for k in expected if k not in given]
         unknown = [k for k in given if k not in expected]
@@ -243,7 +241,7 @@ class DSNet(BaseModule):
             key = differing[0]
             problem = (
                 f'{len(differing)} tensors have another shape, for example {key}: '
-                f'{tuple(given[key])} given, {tuple(expected[key])} expected'
+                f'{given[key]} given, {expected[key]} expected'
             )
         elif absent:
             problem = (
