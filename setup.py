@@ -4,6 +4,8 @@ Environment variables:
     DSNET_MM_WITH_OPS: 1 to fail where the ops cannot be compiled, 0 to leave
         them out. By default they are compiled if torch, mmcv and a compiler
         are there; pip needs ``--no-build-isolation`` to see the first two.
+    FORCE_CUDA: 1 to compile for CUDA where there is no GPU; the architectures
+        are those of TORCH_CUDA_ARCH_LIST, sm_80 and later.
     MAX_JOBS: How many files are compiled at a time.
 """
 
@@ -19,6 +21,7 @@ from setuptools.command.build_py import build_py
 
 CSRC = Path('dsnet_mm/ops/csrc')
 SOURCES = ('co_attention.cpp', 'cpu/co_attention_cpu.cpp')
+CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 
 
@@ -81,19 +84,28 @@ def ops() -> dict:
         return {}
 
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+    )
 
     class BuildOps(BuildExtension):
         def run(self) -> None:
             note(torch=torch.__version__)
             super().run()
 
-    extension = CppExtension(
+    wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
+    cuda = bool(torch.version.cuda and CUDA_HOME and wanted)
+    flags = ['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
+    extension = (CUDAExtension if cuda else CppExtension)(
         'dsnet_mm.ops._C',
-        [str(CSRC / source) for source in SOURCES],
+        [str(CSRC / source) for source in SOURCES + CUDA_SOURCES * cuda],
         include_dirs=[str(mmcv_headers())],
-        depends=[str(path) for path in sorted(CSRC.rglob('*.h*'))],
-        extra_compile_args=['-O3', '-g0', '-fno-math-errno', '-Wno-psabi'],
+        depends=[str(path) for path in sorted(CSRC.rglob('*.*h'))],
+        define_macros=[('MMCV_WITH_CUDA', None)] * cuda,
+        extra_compile_args=dict(cxx=flags, nvcc=['-O3']),
     )
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildOps))
 

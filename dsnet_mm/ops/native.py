@@ -33,8 +33,6 @@ def _load() -> str | None:
     return None
 
 
-#: Devices the op can be compiled for.
-DEVICES = ('cpu',)
 #: Why the compiled op cannot be used, or None.
 WHY_NOT = _load()
 

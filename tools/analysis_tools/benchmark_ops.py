@@ -128,7 +128,7 @@ def main() -> None:
                     f'{sdpa[1] / backward:.2f} x',
                     f'{flops * 3.5 / (forward + backward) / 1e9:.0f}',
                 )
-    Console(width=120).print(table)
+    Console(width=132).print(table)
 
 
 if __name__ == '__main__':

@@ -121,6 +121,9 @@ TORCH_LIBRARY(dsnet_mm, m) {
   }
 
 DSNET_REGISTER(CPU)
+#ifdef MMCV_WITH_CUDA
+DSNET_REGISTER(CUDA)
+#endif
 
 }  // namespace dsnet
 
