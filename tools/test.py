@@ -16,6 +16,7 @@ from dsnet_mm.engine.config import (
     add_run_arguments,
     check_data,
     check_file,
+    end_run,
     load_checkpoint,
     load_config,
     set_run,
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         path = Path(cfg.work_dir, runner.timestamp, 'metrics.json')
         write_metrics(metrics, path)
         print(f'Metrics are in {path}.')
+    end_run()
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from dsnet_mm.engine.config import (
     check_data,
     check_file,
     check_pretrained,
+    end_run,
     load_checkpoint,
     load_config,
     set_run,
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main_process():
         logs = Path(cfg.work_dir, runner.timestamp)
         print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')
+    end_run()
 
 
 if __name__ == '__main__':

@@ -207,6 +207,17 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model_wrapper_cfg = wrapper | (cfg.get('model_wrapper_cfg') or {})
 
 
+def end_run() -> None:
+    """Closes the process group, if there is one.
+
+    Its threads would otherwise abort a process that exits while another one
+    still talks to it.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Looks whether the files and folders of data sets and evaluators exist.
 
