@@ -169,8 +169,8 @@ DETECTION_CLASSES = ('striped disc', 'dotted disc', 'striped star', 'dotted star
 """Class names, in the order of the COCO category ids 1 to 4."""
 
 # Pixels; fine, yet three periods across the smallest object. The two textures of the
-# classes differ in scale too: with equal periods, a small network took ten times as
-# many pictures to tell dots from stripes.
+# classes differ in scale too: with equal periods, a small network needed several times
+# as many pictures to tell dots from stripes.
 _PERIODS = {'striped': (3.2, 4.0), 'dotted': (5.0, 6.0), 'plain': (5.0, 6.0)}
 
 _DISTRACTORS = (
