@@ -12,6 +12,7 @@ from .environment import (
     co_attention_path,
     find_installed,
     find_problems,
+    install_command,
     mmcv_ops,
     nvcc_version,
     python_version,
@@ -20,14 +21,20 @@ from .environment import (
 
 def main() -> int:
     """Prints the report; returns 1 if something has to be mended."""
-    table = Table('package', 'version', 'distribution', title=f'dsnet_mm {__version__}')
+    table = Table(
+        'package',
+        'version',
+        'distribution, or how to get it',
+        title=f'dsnet_mm {__version__}',
+    )
     table.add_row('python', python_version(), '')
     for name in ('torch', 'torchvision', *SUPPORTED):
         installed = find_installed(name)
         if installed:
             table.add_row(name, installed.version, ', '.join(installed.distributions))
         else:
-            table.add_row(name, 'not installed', '')
+            advice = install_command(name) if name in SUPPORTED else ''
+            table.add_row(name, 'not installed', advice)
 
     mmengine = find_installed('mmengine')
     family = 'none'

@@ -26,6 +26,8 @@ SUPPORTED = {
     'mmpretrain': ('1.2.0', '2.0'),
     'open_clip': ('3.0', '4.0'),
 }
+# Those without which nothing works; the others are for a part each.
+REQUIRED = ('mmengine', 'mmcv')
 # Import name -> version of the maintained line that this package is tested with.
 PINNED = {
     'mmengine': '0.10.12',
@@ -91,6 +93,8 @@ def find_problems() -> list[str]:
     """Returns one sentence for each thing that does not fit, with its remedy."""
     problems = []
     for name in SUPPORTED:
+        if name not in REQUIRED and not find_installed(name):
+            continue
         try:
             require(name, user='dsnet_mm')
         except ImportError as error:

@@ -127,7 +127,25 @@ def test_doctor_names_the_command(monkeypatch):
     assert 'mmengine and onedl-mmengine are both installed' in problems
     assert 'pip uninstall mmengine onedl-mmengine' in problems
     assert 'mmcv (>=2.0.0, <2.4), which is 1.7.0 here' in problems
-    assert 'pip install --no-build-isolation onedl-mmdetection==3.5.1' in problems
+    assert 'pip install --no-build-isolation onedl-mmcv==2.3.6' in problems
+
+
+def test_doctor_tells_how_to_get_what_is_absent(monkeypatch, capsys):
+    """A package for a part of this one is no problem when it is absent."""
+    from dsnet_mm import __main__, environment
+
+    find = environment.find_installed
+    monkeypatch.setattr(
+        environment, 'find_installed', lambda name: name != 'mmdet' and find(name)
+    )
+    monkeypatch.setattr(
+        __main__, 'find_installed', lambda name: name != 'mmdet' and find(name)
+    )
+    monkeypatch.setenv('COLUMNS', '200')
+    __main__.main()
+    out = capsys.readouterr().out
+    assert 'pip install --no-build-isolation onedl-mmdetection==3.5.1' in out
+    assert 'needs mmdet' not in out
 
 
 def test_pins_are_those_of_pyproject():
