@@ -99,13 +99,17 @@ def ops() -> dict:
     wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
     cuda = bool(torch.version.cuda and CUDA_HOME and wanted)
     flags = ['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
+    # Without it at::parallel_for, which is a header, runs on one thread. The
+    # library itself is the one that torch has loaded.
+    openmp = ['-fopenmp'] * (sys.platform == 'linux')
     extension = (CUDAExtension if cuda else CppExtension)(
         'dsnet_mm.ops._C',
         [str(CSRC / source) for source in SOURCES + CUDA_SOURCES * cuda],
         include_dirs=[str(mmcv_headers())],
         depends=[str(path) for path in sorted(CSRC.rglob('*.*h'))],
         define_macros=[('MMCV_WITH_CUDA', None)] * cuda,
-        extra_compile_args=dict(cxx=flags, nvcc=['-O3']),
+        extra_compile_args=dict(cxx=flags + openmp, nvcc=['-O3']),
+        extra_link_args=openmp,
     )
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildOps))
 

@@ -312,6 +312,14 @@ def test_result_does_not_depend_on_the_number_of_threads():
 
 
 @needs_native
+@pytest.mark.skipif(sys.platform != 'linux', reason='OpenMP is linked on Linux only')
+def test_the_library_has_threads():
+    # Compiled without OpenMP, at::parallel_for runs on one thread and says nothing.
+    library = sys.modules['dsnet_mm.ops._C'].__file__
+    assert b'GOMP_parallel' in Path(library).read_bytes()
+
+
+@needs_native
 def test_flops_are_those_of_sdpa():
     local, global_ = streams(2, 50, 20, 2, 8)
     counts = []
