@@ -183,6 +183,7 @@ class DSNet(BaseModule):
             (N, embed_dims[i], ceil(H / stride), ceil(W / stride)), where
             stride is 4, 8, 16, 32.
         """
+        x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (patch_embed, stage) in enumerate(
             zip(self.patch_embeds, self.stages, strict=True)

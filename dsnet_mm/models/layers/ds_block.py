@@ -7,27 +7,178 @@ import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from dsnet_mm.ops import attention, co_attention, split_heads
 
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, '_linear_pointwise'
+)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes a map bilinearly to (H, W), without anti-aliasing."""
+    if x.shape[-2:] == size:
+        return x
     return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H * W, C)."""
-    return x.flatten(2).transpose(1, 2)
+    """(N, C, H, W) -> (N, H * W, C): a view of a channels-last map."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``."""
-    return x.transpose(1, 2).unflatten(2, size)
+    """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``, a channels-last view."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: nn.Module | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """1x1 convolution of a channels-last map: a matrix product of its pixels.
+
+    Where no gradient is needed, on the CPU, oneDNN applies the GELU or adds the
+    map while it writes the product, as it does in graphs that PyTorch compiles.
+
+    Args:
+        x: Map of shape (N, C_in, H, W).
+        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
+        bias: Bias of shape (C_out,), or None.
+        act: Activation of the product, or None. Not together with ``add``.
+        add: Map of shape (N, C_out, H, W) added to the product, or None.
+
+    Returns:
+        Channels-last map of shape (N, C_out, H, W).
+    """
+    if not _onednn_fuses(x, weight):
+        x = F.conv2d(x, weight.flatten(1)[..., None, None], bias)
+        x = x if act is None else act(x)
+        return x if add is None else x + add
+    x = x.permute(0, 2, 3, 1)
+    add = None if add is None else add.permute(0, 2, 3, 1)
+    return _onednn_linear(x, weight, bias, act, add).permute(0, 3, 1, 2)
+
+
+def _onednn_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: nn.Module | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """:func:`pointwise` of pixels, (..., C_in) -> (..., C_out)."""
+    # oneDNN takes a path a hundred times slower for strided operands.
+    x, weight = x.contiguous(), weight.flatten(1).contiguous()
+    linear = torch.ops.mkldnn._linear_pointwise
+    if add is not None:
+        return linear.binary(x, add.contiguous(), weight, bias, 'add')
+    if isinstance(act, nn.GELU) and act.approximate == 'none':
+        return linear(x, weight, bias, 'gelu', [], 'none')
+    x = linear(x, weight, bias, 'none', [], '')
+    return x if act is None else act(x)
+
+
+def _onednn_fuses(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.device.type == 'cpu'
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class ResidualConv(nn.Conv2d):
+    """Depth-wise 3x3 convolution with its residual: x + conv(norm(x)).
+
+    Args:
+        channels: Channels of the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.fused = False
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W); ``norm`` is ignored once it is fused."""
+        if not self.fused:
+            return x + super().forward(x if norm is None else norm(x))
+        y = super().forward(x)
+        if hasattr(self, 'shift'):
+            ones = x.new_ones(1, *x.shape[1:])
+            y += F.conv2d(ones, self.shift, None, 1, 1, 1, self.groups)
+        return y
+
+    @torch.no_grad()
+    def fuse(self, norm: nn.Module | None = None) -> None:
+        """Folds the residual and a batch norm into the weights.
+
+        The norm's shift is not seen by the taps that lie outside of the map, so
+        near the borders what it adds depends on the place: it is the
+        convolution of a constant, which stays apart.
+
+        Args:
+            norm: Batch norm in front of the convolution, or None.
+        """
+        if norm is not None:
+            scale, shift = scale_and_shift(norm)
+            self.register_buffer('shift', self.weight * shift[:, None, None, None])
+            self.weight *= scale[:, None, None, None]
+        self.weight[:, :, 1, 1] += 1
+        self.fused = True
+
+
+class FFN(nn.Sequential):
+    """Feed-forward network: two 1x1 convolutions with an activation between.
+
+    Args:
+        channels: Width of input and output.
+        hidden_channels: Width between.
+        act_cfg: Activation.
+    """
+
+    #: Bytes of the hidden layer that fit into a cache, roughly.
+    chunk_bytes = 16 * 2**20
+
+    def __init__(self, channels: int, hidden_channels: int, act_cfg: dict) -> None:
+        layers = OrderedDict(
+            fc1=nn.Conv2d(channels, hidden_channels, 1),
+            act=build_activation_layer(act_cfg),
+            fc2=nn.Conv2d(hidden_channels, channels, 1),
+        )
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), with a map added if there is one.
+
+        Where no gradient is needed, on the CPU, it goes over the rows in chunks,
+        so that the hidden layer is never in memory as a whole.
+        """
+        if not _onednn_fuses(x, self.fc1.weight):
+            x = super().forward(x)
+            return x if add is None else x + add
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        pixels = [y.permute(0, 2, 3, 1).flatten(0, 2) for y in (x, out)]
+        if add is not None:
+            pixels.append(add.permute(0, 2, 3, 1).flatten(0, 2))
+        hidden_bytes = pixels[0].shape[0] * self.fc1.bias.nbytes
+        chunks = [y.chunk(-(-hidden_bytes // self.chunk_bytes)) for y in pixels]
+        for x, out_rows, *add_rows in zip(*chunks, strict=True):
+            x = _onednn_linear(x, self.fc1.weight, self.fc1.bias, self.act)
+            out_rows.copy_(
+                _onednn_linear(x, self.fc2.weight, self.fc2.bias, None, *add_rows)
+            )
+        return out
 
 
 class PatchEmbed(BaseModule):
@@ -122,23 +273,29 @@ class InterScaleAlignment(BaseModule):
             Both streams, in the shapes they came in.
         """
         size = local.shape[-2:]
-        local_qkv = to_tokens(self.local_qkv(self.local_norm(local)))
+        local_qkv = to_tokens(
+            pointwise(self.local_norm(local), *self.local_qkv.parameters())
+        )
         global_qkv = self.global_qkv(self.global_norm(global_))
         dropout_p = self.attn_drop_rate if self.training else 0.0
 
+        h_l = h_g = None
         if self.direction == 'both':
             h_l, h_g = co_attention(local_qkv, global_qkv, self.num_heads, dropout_p)
-            local = local + to_map(self.local_proj(h_l), size)
-            global_ = global_ + self.global_proj(h_g)
         elif self.direction == 'global_to_local':
             (q_l,) = split_heads(local_qkv, self.num_heads, 1)
             k_g, v_g = split_heads(global_qkv, self.num_heads, 2)
             h_l = attention(q_l, k_g, v_g, dropout_p)
-            local = local + to_map(self.local_proj(h_l), size)
         else:
             (q_g,) = split_heads(global_qkv, self.num_heads, 1)
             k_l, v_l = split_heads(local_qkv, self.num_heads, 2)
-            global_ = global_ + self.global_proj(attention(q_g, k_l, v_l, dropout_p))
+            h_g = attention(q_g, k_l, v_l, dropout_p)
+
+        if h_l is not None:
+            h_l = to_map(h_l, size)
+            local = pointwise(h_l, *self.local_proj.parameters(), add=local)
+        if h_g is not None:
+            global_ = global_ + self.global_proj(h_g)
         return local, global_
 
 
@@ -219,16 +376,15 @@ class DSBlock(BaseModule):
         self.global_factor = global_factor
         self.attn_drop_rate = attn_drop_rate
 
-        self.pos_embed = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        # Norms before convolutions: MMCV's fuse_conv_bn takes a norm for that of
+        # the convolution that was registered before it.
         self.norm1 = build_norm_layer(norm_cfg, channels)[1]
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-
+        self.norm2 = build_norm_layer(norm_cfg, channels)[1]
+        self.pos_embed = ResidualConv(channels)
         self.local_conv = self.global_qkv = self.isa = None
         if local_channels and intra_scale in ('both', 'local'):
             self.local_norm = build_norm_layer(norm_cfg, local_channels)[1]
-            self.local_conv = nn.Conv2d(
-                local_channels, local_channels, 3, padding=1, groups=local_channels
-            )
+            self.local_conv = ResidualConv(local_channels)
         if global_channels and intra_scale in ('both', 'global'):
             self.global_norm = nn.LayerNorm(global_channels)
             self.global_qkv = nn.Linear(global_channels, 3 * global_channels)
@@ -237,36 +393,42 @@ class DSBlock(BaseModule):
                 local_channels, num_heads, isa, attn_drop_rate, norm_cfg
             )
 
+        self.proj_in = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
-        self.norm2 = build_norm_layer(norm_cfg, channels)[1]
-        hidden_channels = int(channels * mlp_ratio)
-        self.ffn = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Conv2d(channels, hidden_channels, 1),
-                act=build_activation_layer(act_cfg),
-                fc2=nn.Conv2d(hidden_channels, channels, 1),
-            )
-        )
+        self.ffn = FFN(channels, int(channels * mlp_ratio), act_cfg)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        x = x + self.pos_embed(x)
+        x = self.pos_embed(x.contiguous(memory_format=torch.channels_last))
         x = x + self.drop_path(self.dual_stream(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        if self.training:
+            return x + self.drop_path(self.ffn(self.norm2(x)))
+        return self.ffn(self.norm2(x), add=x)
 
     def dual_stream(self, x: Tensor) -> Tensor:
-        """Splits, propagates, aligns and merges the streams."""
+        """Splits, propagates, aligns and merges the streams.
+
+        Resizing commutes with 1x1 convolutions, so those of the global stream
+        are computed at its low resolution: ``proj_in``'s rows and
+        ``proj_out``'s columns of these channels.
+        """
         size = x.shape[-2:]
         global_size = tuple(max(side // self.global_factor, 1) for side in size)
-        has_global = self.split_channels[0] > 0
-        f_g, f_l = self.proj_in(x).split(self.split_channels, dim=1)
+        has_global, has_local = (width > 0 for width in self.split_channels)
+        f_g = f_l = None
+
+        # Split
+        weight_g, weight_l = self.proj_in.weight.split(self.split_channels)
+        bias_g, bias_l = self.proj_in.bias.split(self.split_channels)
+        if has_global:
+            f_g = to_tokens(pointwise(resize(x, global_size), weight_g, bias_g))
+        if has_local:
+            f_l = pointwise(x, weight_l, bias_l)
 
         # Intra-scale propagation
         if self.local_conv is not None:
-            f_l = f_l + self.local_conv(self.local_norm(f_l))
-        if has_global:
-            f_g = to_tokens(resize(f_g, global_size))
+            f_l = self.local_conv(f_l, self.local_norm)
         if self.global_qkv is not None:
             f_g = f_g + self.self_attention(f_g)
 
@@ -274,14 +436,56 @@ class DSBlock(BaseModule):
         if self.isa is not None:
             f_l, f_g = self.isa(f_l, f_g)
 
-        if has_global:
-            f_g = resize(to_map(f_g, global_size), size)
-        return self.proj_out(torch.cat([f_l, f_g], dim=1))
+        # Merge
+        bias = self.proj_out.bias
+        weight_l, weight_g = self.proj_out.weight.split(self.split_channels[::-1], 1)
+        if not has_global:
+            return pointwise(f_l, weight_l, bias)
+        h_g = resize(pointwise(to_map(f_g, global_size), weight_g, bias), size)
+        return pointwise(f_l, weight_l, add=h_g) if has_local else h_g
+
+    def fuse(self) -> None:
+        """Folds the batch norms into the layers after them, for inference."""
+        self.pos_embed.fuse()
+        self.norm1 = fold(self.norm1, self.proj_in)
+        self.norm2 = fold(self.norm2, self.ffn.fc1)
+        if self.local_conv is not None:
+            if isinstance(self.local_norm, _BatchNorm):
+                self.local_conv.fuse(self.local_norm)
+                self.local_norm = nn.Identity()
+        if self.isa is not None:
+            self.isa.local_norm = fold(self.isa.local_norm, self.isa.local_qkv)
 
     def self_attention(self, f_g: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V of the global tokens, (N, G, alpha * C)."""
         q, k, v = split_heads(self.global_qkv(self.global_norm(f_g)), self.num_heads, 3)
         return attention(q, k, v, self.attn_drop_rate if self.training else 0.0)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns what a batch norm in evaluation multiplies by and adds, (C,) each."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+@torch.no_grad()
+def fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
+    """Folds a batch norm into the 1x1 convolution after it, in place.
+
+    Args:
+        norm: Norm in evaluation. Only a batch norm can be folded.
+        conv: Convolution without padding.
+
+    Returns:
+        What stays in the norm's place: an identity, or the norm itself if it
+        is no batch norm.
+    """
+    if not isinstance(norm, _BatchNorm):
+        return norm
+    scale, shift = scale_and_shift(norm)
+    conv.bias += conv.weight.flatten(1) @ shift
+    conv.weight *= scale[:, None, None]
+    return nn.Identity()
 
 
 def _check_streams(
