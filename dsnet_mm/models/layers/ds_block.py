@@ -1,10 +1,8 @@
 """The Dual-Stream block of DS-Net (arXiv 2105.14734, Fig. 2) and its parts."""
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
@@ -12,11 +10,10 @@ from torch import Tensor, nn
 
 from dsnet_mm.ops import attention, co_attention, split_heads
 
+from .pointwise import FFN, pointwise, to_pixels
+
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, '_linear_pointwise'
-)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -28,74 +25,12 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_tokens(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, H * W, C): a view of a channels-last map."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return to_pixels(x).flatten(1, 2)
 
 
 def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``, a channels-last view."""
     return x.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: nn.Module | None = None,
-    add: Tensor | None = None,
-) -> Tensor:
-    """1x1 convolution of a channels-last map: a matrix product of its pixels.
-
-    Where no gradient is needed, on the CPU, oneDNN applies the GELU or adds the
-    map while it writes the product, as it does in graphs that PyTorch compiles.
-
-    Args:
-        x: Map of shape (N, C_in, H, W).
-        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
-        bias: Bias of shape (C_out,), or None.
-        act: Activation of the product, or None. Not together with ``add``.
-        add: Map of shape (N, C_out, H, W) added to the product, or None.
-
-    Returns:
-        Channels-last map of shape (N, C_out, H, W).
-    """
-    if not _onednn_fuses(x, weight):
-        x = F.conv2d(x, weight.flatten(1)[..., None, None], bias)
-        x = x if act is None else act(x)
-        return x if add is None else x + add
-    x = x.permute(0, 2, 3, 1)
-    add = None if add is None else add.permute(0, 2, 3, 1)
-    return _onednn_linear(x, weight, bias, act, add).permute(0, 3, 1, 2)
-
-
-def _onednn_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    act: nn.Module | None = None,
-    add: Tensor | None = None,
-) -> Tensor:
-    """:func:`pointwise` of pixels, (..., C_in) -> (..., C_out)."""
-    # oneDNN takes a path a hundred times slower for strided operands.
-    x, weight = x.contiguous(), weight.flatten(1).contiguous()
-    linear = torch.ops.mkldnn._linear_pointwise
-    if add is not None:
-        return linear.binary(x, add.contiguous(), weight, bias, 'add')
-    if isinstance(act, nn.GELU) and act.approximate == 'none':
-        return linear(x, weight, bias, 'gelu', [], 'none')
-    x = linear(x, weight, bias, 'none', [], '')
-    return x if act is None else act(x)
-
-
-def _onednn_fuses(x: Tensor, weight: Tensor) -> bool:
-    return (
-        ONEDNN
-        and x.device.type == 'cpu'
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
 
 
 class ResidualConv(nn.Conv2d):
@@ -115,8 +50,11 @@ class ResidualConv(nn.Conv2d):
             return x + super().forward(x if norm is None else norm(x))
         y = super().forward(x)
         if hasattr(self, 'shift'):
-            ones = x.new_ones(1, *x.shape[1:])
-            y += F.conv2d(ones, self.shift, None, 1, 1, 1, self.groups)
+            ones = torch.ones_like(x[:1])
+            shift = F.conv2d(ones, self.shift, None, 1, 1, 1, self.groups)
+            # As rows of all pixels, which broadcast without strides.
+            y = to_pixels(y).flatten(1) + to_pixels(shift).flatten(1)
+            y = y.view(to_pixels(x).shape).permute(0, 3, 1, 2)
         return y
 
     @torch.no_grad()
@@ -136,49 +74,6 @@ class ResidualConv(nn.Conv2d):
             self.weight *= scale[:, None, None, None]
         self.weight[:, :, 1, 1] += 1
         self.fused = True
-
-
-class FFN(nn.Sequential):
-    """Feed-forward network: two 1x1 convolutions with an activation between.
-
-    Args:
-        channels: Width of input and output.
-        hidden_channels: Width between.
-        act_cfg: Activation.
-    """
-
-    #: Bytes of the hidden layer that fit into a cache, roughly.
-    chunk_bytes = 16 * 2**20
-
-    def __init__(self, channels: int, hidden_channels: int, act_cfg: dict) -> None:
-        layers = OrderedDict(
-            fc1=nn.Conv2d(channels, hidden_channels, 1),
-            act=build_activation_layer(act_cfg),
-            fc2=nn.Conv2d(hidden_channels, channels, 1),
-        )
-        super().__init__(layers)
-
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), with a map added if there is one.
-
-        Where no gradient is needed, on the CPU, it goes over the rows in chunks,
-        so that the hidden layer is never in memory as a whole.
-        """
-        if not _onednn_fuses(x, self.fc1.weight):
-            x = super().forward(x)
-            return x if add is None else x + add
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        pixels = [y.permute(0, 2, 3, 1).flatten(0, 2) for y in (x, out)]
-        if add is not None:
-            pixels.append(add.permute(0, 2, 3, 1).flatten(0, 2))
-        hidden_bytes = pixels[0].shape[0] * self.fc1.bias.nbytes
-        chunks = [y.chunk(-(-hidden_bytes // self.chunk_bytes)) for y in pixels]
-        for x, out_rows, *add_rows in zip(*chunks, strict=True):
-            x = _onednn_linear(x, self.fc1.weight, self.fc1.bias, self.act)
-            out_rows.copy_(
-                _onednn_linear(x, self.fc2.weight, self.fc2.bias, None, *add_rows)
-            )
-        return out
 
 
 class PatchEmbed(BaseModule):

@@ -1,0 +1,160 @@
+"""Projections of pixels: 1x1 convolutions, and the feed-forward network.
+
+Maps are channels-last, so that a 1x1 convolution is one matrix product of the
+pixels in memory. On the CPU, large hidden layers cost more in memory traffic
+than in arithmetic; what is here keeps them in the cache.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_activation_layer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, '_linear_pointwise'
+)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H, W, C): what a channels-last map has in memory."""
+    return x.permute(0, 2, 3, 1)
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None
+) -> Tensor:
+    """1x1 convolution, plus a map.
+
+    Args:
+        x: Map of shape (N, C_in, H, W).
+        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
+        bias: Bias of shape (C_out,), or None.
+        add: Map of shape (N, C_out, H, W) added to the result, or None.
+
+    Returns:
+        Map of shape (N, C_out, H, W), channels-last like ``x``.
+    """
+    if torch.is_grad_enabled() or not _runs_on_onednn(x, weight):
+        x = F.conv2d(x, weight.flatten(1)[..., None, None], bias)
+        return x if add is None else x + add
+    add = None if add is None else to_pixels(add)
+    return _linear(to_pixels(x), weight, bias, add=add).permute(0, 3, 1, 2)
+
+
+class FFN(nn.Sequential):
+    """Feed-forward network: two 1x1 convolutions with an activation between.
+
+    On the CPU it goes over the pixels in chunks, and the backward computes the
+    hidden layer again, so that it is never in memory as a whole. It is then
+    faster although it multiplies more.
+
+    Args:
+        channels: Width of input and output.
+        hidden_channels: Width between.
+        act_cfg: Activation. Chunks are for the exact GELU only.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int, act_cfg: dict) -> None:
+        layers = OrderedDict(
+            fc1=nn.Conv2d(channels, hidden_channels, 1),
+            act=build_activation_layer(act_cfg),
+            fc2=nn.Conv2d(hidden_channels, channels, 1),
+        )
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), plus a map of this shape if one is given."""
+        tensors = [x, *self.fc1.parameters(), *self.fc2.parameters()]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [tensor.to(dtype) for tensor in tensors]
+        exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        if not exact_gelu or not _runs_on_onednn(*tensors[:2]):
+            x = super().forward(x)
+            return x if add is None else x + add
+        size = x.shape[-2:]
+        tensors[0] = to_pixels(tensors[0]).flatten(0, 2)
+        if add is not None:
+            add = to_pixels(add).flatten(0, 2)
+        out = _ChunkedFFN.apply(*tensors, add)
+        return out.unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
+
+
+class _ChunkedFFN(torch.autograd.Function):
+    """fc2(GELU(fc1(x))) + add of pixels (P, C), a chunk at a time."""
+
+    CHUNK_BYTES = 8 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, add):
+        ctx.save_for_backward(x, w1, b1, w2)
+        ctx.added = add is not None
+        ctx.count = max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
+        out = torch.empty_like(x)
+        rows = [y.chunk(ctx.count) for y in ((x, out, add) if ctx.added else (x, out))]
+        for x_rows, out_rows, *add_rows in zip(*rows, strict=True):
+            hidden = _linear(x_rows, w1, b1, gelu=True)
+            out_rows.copy_(_linear(hidden, w2, b2, *add_rows))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, w1, b1, w2 = ctx.saved_tensors
+        weight1, weight2 = w1.flatten(1), w2.flatten(1)
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        # In float32: sums over chunks would lose the digits of lower precisions.
+        grad_w1, grad_b1, grad_w2 = (
+            torch.zeros(y.shape, dtype=torch.float32) for y in (weight1, b1, weight2)
+        )
+        rows = (y.chunk(ctx.count) for y in (x, grad, grad_x))
+        for x_rows, grad_rows, grad_x_rows in zip(*rows, strict=True):
+            hidden = _linear(x_rows, w1, b1)
+            grad_w2 += grad_rows.t() @ F.gelu(hidden)
+            grad_hidden = torch.ops.aten.gelu_backward(grad_rows @ weight2, hidden)
+            grad_w1 += grad_hidden.t() @ x_rows
+            grad_b1 += grad_hidden.sum(0)
+            torch.mm(grad_hidden, weight1, out=grad_x_rows)
+        return (
+            grad_x,
+            grad_w1.view(w1.shape).to(w1.dtype),
+            grad_b1.to(b1.dtype),
+            grad_w2.view(w2.shape).to(w2.dtype),
+            grad.sum(0),
+            grad if ctx.added else None,
+        )
+
+
+def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own oneDNN kernels with fused epilogues take these.
+
+    In graphs that PyTorch compiles it fuses them itself.
+    """
+    return (
+        _HAS_ONEDNN
+        and x.device.type == 'cpu'
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """x W^T + bias, (..., C_in) -> (..., C_out), then a GELU or an addition."""
+    linear = torch.ops.mkldnn._linear_pointwise
+    # oneDNN takes strided operands too, a hundred times slower.
+    x, weight = x.contiguous(), weight.flatten(1).contiguous()
+    if add is not None:
+        return linear.binary(x, add.contiguous(), weight, bias, 'add')
+    return linear(x, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
