@@ -29,9 +29,9 @@ DSNET_INLINE uint64_t query_words(uint64_t seed, uint64_t query) {
 }
 
 // MurmurHash3's finalizer with the second word mixed in half way; ``Words``
-// is uint32_t or a vector of it.
-template <typename Words>
-DSNET_INLINE Words random_word(Words first, Words second, uint32_t key) {
+// is uint32_t or a vector of it, and so is ``Key``.
+template <typename Words, typename Key>
+DSNET_INLINE Words random_word(Words first, Words second, Key key) {
   Words x = first + key * 0x9E3779B9u;
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
   x = ((x ^ (x >> 13)) + second) * 0xC2B2AE35u;

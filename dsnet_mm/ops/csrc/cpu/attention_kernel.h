@@ -3,9 +3,10 @@
 // DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
 // there is no include guard.
 //
-// Queries are the lanes of vectors: scores are kept as [key][query], so that
-// the softmax of a query needs nothing from its neighbours, and every matrix
-// product is C[m][lanes] += A[m][k] * B[k][lanes] with single elements of A.
+// Every matrix product is C[m][lanes] += A[m][k] * B[k][lanes] with single
+// elements of A. The tokens of the shorter stream are the lanes of vectors, and
+// the longer stream is read as it lies in memory, row by row: its queries make
+// scores [query][key], its keys scores [key][query].
 
 namespace dsnet {
 namespace DSNET_ISA {
@@ -16,6 +17,8 @@ struct Vector {
   typedef T type __attribute__((vector_size(DSNET_BYTES), may_alias));
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef Bits bits __attribute__((vector_size(DSNET_BYTES), may_alias));
+  // In memory of the caller, which need not be aligned.
+  typedef T loose __attribute__((vector_size(DSNET_BYTES), may_alias, aligned(4)));
   // As many 32-bit words as there are lanes.
   typedef uint32_t words __attribute__((vector_size(lanes * 4), may_alias));
 };
@@ -34,9 +37,24 @@ inline const Vec<T>& vec(const T* x) {
 }
 
 template <typename T>
+inline Vec<T> loose(const T* x) {
+  return *reinterpret_cast<const typename Vector<T>::loose*>(x);
+}
+
+template <typename T>
 constexpr int64_t pad(int64_t n) {
   constexpr int64_t lanes = Vector<T>::lanes;
   return (n + lanes - 1) / lanes * lanes;
+}
+
+// a > b ? a : b, so b if one of them is no number.
+template <typename T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if DSNET_BYTES == 64
+  // The compiler makes three instructions of the comparison.
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
 }
 
 // ------------------------------------------------------------ 2^x for x <= 0
@@ -44,7 +62,7 @@ constexpr int64_t pad(int64_t n) {
 inline Vec<float> exp2(Vec<float> x) {
   using bits = Vector<float>::bits;
   constexpr float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds
-  x = x < -126.f ? Vec<float>{} - 126.f : x;
+  x = larger<float>(Vec<float>{} - 126.f, x);
   const Vec<float> rounded = x + shift;
   const Vec<float> f = x - (rounded - shift);
   // Minimax on [-0.5, 0.5], relative error 7.5e-8.
@@ -59,12 +77,45 @@ inline Vec<float> exp2(Vec<float> x) {
 inline Vec<double> exp2(Vec<double> x) {
   using bits = Vector<double>::bits;
   constexpr double shift = 6755399441055744.;  // 1.5 * 2^52
-  x = x < -1022. ? Vec<double>{} - 1022. : x;
+  x = larger<double>(Vec<double>{} - 1022., x);
   const Vec<double> rounded = x + shift;
   const Vec<double> f = (x - (rounded - shift)) * 0.69314718055994530942;
   Vec<double> y = Vec<double>{} + 1.;
   for (int n = 13; n > 0; --n) y = y * f * (1. / n) + 1.;  // Taylor
   return (Vec<double>)((bits)y + ((bits)rounded << 52));
+}
+
+// ------------------------------------------------------------ log2 for x >= 1
+
+inline Vec<float> log2(Vec<float> x) {
+  using bits = Vector<float>::bits;
+  const bits exponent = ((bits)x - 0x3F3504F3) >> 23;  // to a mantissa near 1
+  const Vec<float> m = (Vec<float>)((bits)x - (exponent << 23));
+  const Vec<float> t = (m - 1.f) / (m + 1.f), t2 = t * t;
+  Vec<float> y = t2 * (2.8853900818f / 9) + 2.8853900818f / 7;
+  y = y * t2 + 2.8853900818f / 5;
+  y = y * t2 + 2.8853900818f / 3;
+  y = y * t2 + 2.8853900818f;
+  return y * t + __builtin_convertvector(exponent, Vec<float>);
+}
+
+inline Vec<double> log2(Vec<double> x) {
+  for (int i = 0; i < Vector<double>::lanes; ++i) x[i] = std::log2(x[i]);
+  return x;
+}
+
+// ------------------------------------------------------- across the lanes
+
+// The largest element, or the sum of all.
+template <typename T, bool kSum>
+inline T reduce(Vec<T> x) {
+#if DSNET_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return kSum ? _mm512_reduce_add_ps((__m512)x) : _mm512_reduce_max_ps((__m512)x);
+#endif
+  T y = x[0];
+  for (int i = 1; i < Vector<T>::lanes; ++i) y = kSum ? y + x[i] : x[i] > y ? x[i] : y;
+  return y;
 }
 
 // ----------------------------------------------------------- matrix products
@@ -74,7 +125,7 @@ inline void tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b
                  int64_t b_k, T* c, int64_t c_m, bool add) {
   constexpr int lanes = Vector<T>::lanes;
   Vec<T> sum[M][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -83,15 +134,15 @@ inline void tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = vec(b + k * b_k + v * lanes);
-#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = loose(b + k * b_k + v * lanes);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const T x = a[m * a_m + k * a_k];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) vec(c + m * c_m + v * lanes) = sum[m][v];
@@ -101,14 +152,17 @@ inline void tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b
 template <typename T, int V>
 inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
                   const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
-  // Tiles of nearly equal height: a last one of one row would be slow.
-  const int64_t count = (rows + 5) / 6;
+  // Sums and a row of B in 32 registers of 64 bytes, else in 16. Tiles are of
+  // nearly equal height: a last one of one row would be slow.
+  constexpr int64_t tallest = DSNET_BYTES == 64 && V <= 2 ? 12 : 6;
+  const int64_t count = (rows + tallest - 1) / tallest;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t height = rows / count + (i < rows % count);
     switch (height) {
-#define DSNET_TILE(M)                                       \
-  case M:                                                   \
-    tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
+#define DSNET_TILE(M)                                         \
+  case M:                                                     \
+    if constexpr (M <= tallest)                               \
+      tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
     break;
       DSNET_TILE(1)
       DSNET_TILE(2)
@@ -116,6 +170,12 @@ inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t 
       DSNET_TILE(4)
       DSNET_TILE(5)
       DSNET_TILE(6)
+      DSNET_TILE(7)
+      DSNET_TILE(8)
+      DSNET_TILE(9)
+      DSNET_TILE(10)
+      DSNET_TILE(11)
+      DSNET_TILE(12)
 #undef DSNET_TILE
     }
     a += height * a_m;
@@ -209,6 +269,14 @@ void store(int64_t rows, int64_t cols, const T* src, int64_t src_row, S* dst,
       dst[r * dst_row + c] = static_cast<S>(src[r * src_row + c] * factor);
 }
 
+// Asks for rows that are read soon; hardware does not foresee the strides.
+template <typename S>
+inline void prefetch(int64_t rows, int64_t cols, const S* src, int64_t src_row) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += 64 / sizeof(S))
+      __builtin_prefetch(src + r * src_row + c);
+}
+
 // Rows of S as rows of T: themselves where the types are the same.
 template <typename S, typename T>
 inline const T* as_rows(int64_t rows, int64_t cols, const S* src, int64_t& src_row,
@@ -222,6 +290,29 @@ inline const T* as_rows(int64_t rows, int64_t cols, const S* src, int64_t& src_r
   }
 }
 
+// Rows of S as rows of T that end on a whole vector, with zeros if need be:
+// themselves where they are that.
+template <typename S, typename T>
+inline const T* as_vectors(int64_t rows, int64_t cols, const S* src, int64_t& src_row,
+                           T* buffer) {
+  const int64_t padded = pad<T>(cols);
+  if constexpr (std::is_same_v<S, T>)
+    if (cols == padded) return src;
+  load<S, T>(rows, cols, src, src_row, buffer, rows, padded, T(1));
+  src_row = padded;
+  return buffer;
+}
+
+// dst[channel][token] = factor * src[token][channel], with zeros up to whole
+// vectors of both; ``rows`` is for as many tokens of whole vectors.
+template <typename S, typename T>
+void load_transposed(int64_t tokens, int64_t width, const S* src, int64_t src_row,
+                     T* dst, int64_t dst_row, T factor, T* rows) {
+  const int64_t all = pad<T>(tokens), padded = pad<T>(width);
+  load(tokens, width, src, src_row, rows, all, padded, factor);
+  transpose(all, padded, rows, padded, dst, dst_row);
+}
+
 // -------------------------------------------------------------------- dropout
 
 // 1 / (1 - p) for the weights that stay, 0 for the others.
@@ -232,6 +323,17 @@ inline Vec<T> kept(const Dropout& dropout, const uint32_t* keys, int64_t lane,
   const words first = *reinterpret_cast<const words*>(keys + lane);
   const words second = *reinterpret_cast<const words*>(keys + kQueries + lane);
   const words x = random_word(first, second, column);
+  const auto stays = x >= dropout.threshold;  // -1 or 0
+  return __builtin_convertvector(stays, Vec<T>) * T(-dropout.scale);
+}
+
+// The same for lanes that are keys, from ``column`` on, of one query.
+template <typename T>
+inline Vec<T> kept(const Dropout& dropout, uint64_t query, uint32_t column) {
+  using words = typename Vector<T>::words;
+  const words key = *reinterpret_cast<const words*>(kIota) + column;
+  const words x = random_word(words{} + static_cast<uint32_t>(query),
+                              words{} + static_cast<uint32_t>(query >> 32), key);
   const auto stays = x >= dropout.threshold;  // -1 or 0
   return __builtin_convertvector(stays, Vec<T>) * T(-dropout.scale);
 }
@@ -264,7 +366,7 @@ void read_scores(const Dropout* dropout, const Panel<T>& x, int64_t begin, int64
     Vec<T> peak = before;
     for (int64_t j = 0; j < n; ++j) {
       const Vec<T> s = vec(p + j * kQueries + i);
-      peak = s > peak ? s : peak;
+      peak = larger<T>(s, peak);
     }
     const Vec<T> shrink = exp2(before - peak);
     Vec<T> mass = vec(x.total + i) * shrink;
@@ -284,8 +386,8 @@ void read_scores(const Dropout* dropout, const Panel<T>& x, int64_t begin, int64
   }
 }
 
-// Queries [first, first + count) of a head, at most kPanels panels. All panels
-// read a block of keys before the next one is fetched.
+// Queries [first, first + count) of a head, of the shorter stream, at most kPanels
+// panels. All panels read a block of keys before the next one is fetched.
 template <typename S, typename T>
 void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
             T* lse, char* memory) {
@@ -307,9 +409,8 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
     state.emplace_back(arena, padded);
     const Panel<T>& x = state.back();
     const int64_t row = first + i * kQueries, cols = pad<T>(queries);
-    load(queries, width, head.q + row * head.q_row, head.q_row, rows, cols, padded,
-         scale);
-    transpose(cols, padded, rows, padded, x.q, kQueries);
+    load_transposed(queries, width, head.q + row * head.q_row, head.q_row, x.q,
+                    kQueries, scale, rows);
     if (head.dropout) row_keys(*head.dropout, head.row + row, cols, x.keys);
     std::fill(x.top, x.top + cols, -std::numeric_limits<T>::infinity());
     std::fill(x.total, x.total + cols, T(0));
@@ -319,6 +420,9 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
   for (int64_t begin = 0; begin < head.keys; begin += kKeys) {
     const int64_t n = std::min<int64_t>(kKeys, head.keys - begin);
     int64_t k_row = head.kv_row, v_row = head.kv_row;
+    const int64_t next = begin + n, more = std::min(kKeys, head.keys - next);
+    prefetch(more, width, head.k + next * k_row, k_row);
+    prefetch(more, width, head.v + next * v_row, v_row);
     const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
     const T* v = as_rows<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
     panels([&](int64_t i, int64_t queries) {
@@ -339,16 +443,121 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
     }
     transpose(padded, cols, x.sum, kQueries, rows, padded);
     store(queries, width, rows, padded, out + row * out_row, out_row, T(1));
-    for (int64_t j = 0; j < queries; ++j)
-      lse[row + j] = x.top[j] + std::log2(x.total[j]);
+    for (int64_t j = 0; j < cols; j += lanes)
+      vec(x.total + j) = vec(x.top + j) + log2(vec(x.total + j));
+    std::copy(x.total, x.total + queries, lse + row);
   });
+}
+
+// Turns scores of n keys from ``begin`` on into weights 2^(score - top) of R rows
+// of queries, and shrinks what these have summed to a new top. Several rows at a
+// time, because each is a chain of instructions that wait for one another.
+template <typename T, int R>
+inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
+                      int64_t n, Vec<T> padding, int64_t padded, T* p, T* top, T* total,
+                      T* sum) {
+  constexpr int lanes = Vector<T>::lanes;
+  const int64_t cols = pad<T>(n);
+  Vec<T> largest[R], mass[R];
+  T peak[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    T* s = p + r * kColumns;
+    vec(s + cols - lanes) += padding;
+    largest[r] = vec(s);
+    mass[r] = Vec<T>{};
+  }
+  for (int64_t j = lanes; j < cols; j += lanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      largest[r] = larger<T>(vec(p + r * kColumns + j), largest[r]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) peak[r] = std::max(top[r], reduce<T, false>(largest[r]));
+  for (int64_t j = 0; j < cols; j += lanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      T* s = p + r * kColumns + j;
+      const Vec<T> e = exp2(vec(s) - peak[r]);
+      mass[r] += e;
+      vec(s) = e;
+    }
+  for (int r = 0; r < R; ++r) {
+    if (dropout) {
+      const uint64_t words = query_words(dropout->seed, first_row + r);
+      for (int64_t j = 0; j < cols; j += lanes)
+        vec(p + r * kColumns + j) *= kept<T>(*dropout, words, begin + j);
+    }
+    if (begin) {
+      const T shrink = exp2(Vec<T>{} + (top[r] - peak[r]))[0];
+      total[r] *= shrink;
+      for (int64_t c = 0; c < padded; c += lanes) vec(sum + r * padded + c) *= shrink;
+    }
+    total[r] += reduce<T, true>(mass[r]);
+    top[r] = peak[r];
+  }
+}
+
+// As ``attend``, for queries of the longer stream, at most kPanels * kQueries.
+template <typename S, typename T>
+void attend_rows(const Head<S>& head, int64_t first, int64_t count, S* out,
+                 int64_t out_row, T* lse, char* memory) {
+  constexpr int lanes = Vector<T>::lanes;
+  const int64_t width = head.width, padded = pad<T>(width);
+  Arena arena(memory);
+  T* k = arena.take<T>(padded * kColumns);  // [channel][key]
+  T* rows = arena.take<T>(kColumns * padded);
+  T* v_rows = arena.take<T>(kColumns * padded);
+  T* q_rows = arena.take<T>(kRows * width);
+  T* p = arena.take<T>(kRows * kColumns);  // [query][key]
+  T* sum = arena.take<T>(count * padded);  // [query][channel]
+  T* top = arena.take<T>(pad<T>(count));
+  T* total = arena.take<T>(pad<T>(count));
+  const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
+  std::fill(top, top + count, -std::numeric_limits<T>::infinity());
+  std::fill(total, total + pad<T>(count), T(0));
+
+  for (int64_t begin = 0; begin < head.keys; begin += kColumns) {
+    const int64_t n = std::min<int64_t>(kColumns, head.keys - begin);
+    int64_t v_row = head.kv_row;
+    load_transposed(n, width, head.k + begin * head.kv_row, head.kv_row, k, kColumns,
+                    scale, rows);
+    const T* v = as_vectors<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
+    Vec<T> padding{};  // of the last vector: no keys, so no weights
+    for (int64_t j = n; j < pad<T>(n); ++j)
+      padding[j - pad<T>(n) + lanes] = -std::numeric_limits<T>::infinity();
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t m = std::min<int64_t>(kRows, count - i);
+      int64_t q_row = head.q_row;
+      if (!begin)
+        prefetch(std::min<int64_t>(kRows, count - i - m), width,
+                 head.q + (first + i + m) * q_row, q_row);
+      const T* q = as_rows<S, T>(m, width, head.q + (first + i) * q_row, q_row, q_rows);
+      matmul(m, pad<T>(n), width, q, q_row, int64_t(1), k, kColumns, p, kColumns,
+             false);
+      for (int64_t r = 0; r < m;) {
+        const int64_t at = i + r;
+        const auto read = m - r >= 4 ? read_rows<T, 4> : read_rows<T, 1>;
+        read(head.dropout, head.row + first + at, begin, n, padding, padded,
+             p + r * kColumns, top + at, total + at, sum + at * padded);
+        r += m - r >= 4 ? 4 : 1;
+      }
+      matmul(m, padded, n, p, kColumns, int64_t(1), v, v_row, sum + i * padded, padded,
+             begin > 0);
+    }
+  }
+
+  for (int64_t i = 0; i < count; ++i)
+    store(1, width, sum + i * padded, padded, out + i * out_row, out_row,
+          T(1) / total[i]);
+  for (int64_t i = 0; i < count; i += lanes) vec(total + i) = log2(vec(total + i));
+  for (int64_t i = 0; i < count; ++i) lse[i] = top[i] + total[i];
 }
 
 // ------------------------------------------------------------------- backward
 
-// Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head as
-// far as they come from each other, with rows of ``padded`` elements, a multiple
-// of the lanes.
+// Gradients of queries [q_begin, q_end), of the shorter stream, and keys
+// [k_begin, k_end) of a head as far as they come from each other, with rows of
+// ``padded`` elements, a multiple of the lanes.
 template <typename S, typename T>
 void differentiate(const Head<S>& head, const S* out, int64_t out_row,
                    const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
@@ -431,6 +640,76 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
           T(scale));
   }
   for (int64_t i = 0; i < (k_end - k_begin) * padded; ++i) grad_k[i] *= T(scale);
+}
+
+// As ``differentiate``, for queries of the longer stream.
+template <typename S, typename T>
+void differentiate_rows(const Head<S>& head, const S* out, int64_t out_row,
+                        const S* grad_out, int64_t grad_row, const T* lse,
+                        int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
+                        T* grad_q, T* grad_k, T* grad_v, int64_t padded, char* memory) {
+  constexpr int lanes = Vector<T>::lanes;
+  const int64_t width = head.width;
+  Arena arena(memory);
+  T* k = arena.take<T>(padded * kQueries);  // [channel][key]
+  T* v = arena.take<T>(padded * kQueries);
+  T* k_rows = arena.take<T>(kQueries * padded);
+  T* q_rows = arena.take<T>(kQueries * padded);
+  T* g_rows = arena.take<T>(kQueries * padded);
+  T* p = arena.take<T>(kQueries * kQueries);   // [query][key]
+  T* ds = arena.take<T>(kQueries * kQueries);  // [query][key]
+  T* delta = arena.take<T>(q_end - q_begin);
+
+  const double scale = 1 / std::sqrt(double(width));
+  for (int64_t i = q_begin; i < q_end; ++i) {
+    T dot = 0;
+    for (int64_t c = 0; c < width; ++c)
+      dot += static_cast<T>(grad_out[i * grad_row + c]) *
+             static_cast<T>(out[i * out_row + c]);
+    delta[i - q_begin] = dot * T(scale);
+  }
+  for (int64_t begin = k_begin; begin < k_end; begin += kQueries) {
+    const int64_t n = std::min<int64_t>(kQueries, k_end - begin), cols = pad<T>(n);
+    int64_t kv_row = head.kv_row;
+    load_transposed(n, width, head.k + begin * kv_row, kv_row, k, kQueries,
+                    T(scale * 1.44269504088896340736), k_rows);
+    load_transposed(n, width, head.v + begin * kv_row, kv_row, v, kQueries, T(scale),
+                    k_rows);
+    const T* keys = as_vectors<S, T>(n, width, head.k + begin * kv_row, kv_row, k_rows);
+    for (int64_t first = q_begin; first < q_end; first += kQueries) {
+      const int64_t m = std::min<int64_t>(kQueries, q_end - first);
+      int64_t q_row = head.q_row, g_row = grad_row;
+      const T* q = as_vectors<S, T>(m, width, head.q + first * q_row, q_row, q_rows);
+      const T* g = as_vectors<S, T>(m, width, grad_out + first * g_row, g_row, g_rows);
+      matmul(m, cols, width, q, q_row, int64_t(1), k, kQueries, p, kQueries, false);
+      matmul(m, cols, width, g, g_row, int64_t(1), v, kQueries, ds, kQueries, false);
+      for (int64_t r = 0; r < m; ++r) {
+        const T norm = lse[first + r], d = delta[first + r - q_begin];
+        const uint64_t words =
+            head.dropout ? query_words(head.dropout->seed, head.row + first + r) : 0;
+        for (int64_t j = 0; j < cols; j += lanes) {
+          Vec<T>& weight = vec(p + r * kQueries + j);
+          Vec<T>& slope = vec(ds + r * kQueries + j);
+          const Vec<T> e = exp2(weight - norm);
+          if (head.dropout) {
+            const Vec<T> keep = kept<T>(*head.dropout, words, begin + j);
+            slope = e * (slope * keep - d);
+            weight = e * keep;
+          } else {
+            slope = e * (slope - d);
+            weight = e;
+          }
+        }
+      }
+      const int64_t at_key = (begin - k_begin) * padded;
+      matmul(n, padded, m, p, int64_t(1), kQueries, g, g_row, grad_v + at_key, padded,
+             first > q_begin);
+      matmul(n, padded, m, ds, int64_t(1), kQueries, q, q_row, grad_k + at_key, padded,
+             first > q_begin);
+      matmul(m, padded, n, ds, kQueries, int64_t(1), keys, kv_row,
+             grad_q + (first - q_begin) * padded, padded, begin > k_begin);
+    }
+  }
 }
 
 }  // namespace DSNET_ISA

@@ -19,9 +19,14 @@
 
 namespace dsnet {
 
-constexpr int64_t kQueries = 64;  // of a panel: a multiple of all vectors
-constexpr int64_t kPanels = 4;    // that share the keys in the cache
-constexpr int64_t kKeys = 72;     // of a block: a multiple of the tile, 6
+constexpr int64_t kQueries = 64;   // of a panel: a multiple of all vectors
+constexpr int64_t kPanels = 4;     // that share the keys in the cache
+constexpr int64_t kKeys = 72;      // of a block: a multiple of the tile, 6
+constexpr int64_t kRows = 24;      // of queries, where keys are the lanes,
+constexpr int64_t kColumns = 128;  // and of keys in a block of these
+
+alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                            8, 9, 10, 11, 12, 13, 14, 15};
 
 // One head of one sample, in one direction.
 template <typename S>
@@ -52,8 +57,8 @@ class Arena {
 // Enough for either pass of a head of this width, in double.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * ((2 * kPanels + 1) * kQueries * padded + 2 * kKeys * (kQueries + padded) +
-              3 * kPanels * kQueries) +
+  return 8 * (((kPanels + 5) * kQueries + 3 * kColumns) * padded +
+              (2 * kKeys + kColumns) * kQueries + 3 * kPanels * kQueries) +
          64 * 64;
 }
 
@@ -71,6 +76,7 @@ void row_keys(const Dropout& dropout, uint64_t first, int64_t count, uint32_t* k
 // machine (and ATEN_CPU_CAPABILITY) decides which one runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DSNET_X86
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define DSNET_ISA avx512
@@ -126,15 +132,27 @@ int instructions() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Memory that a thread keeps from call to call. Given back, the system would
+// have to find and clear its pages each time, which takes longer than a small
+// attention.
+char* scratch(int64_t bytes) {
+  thread_local c10::DataPtr memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory = c10::GetCPUAllocator()->allocate(bytes);
+    size = bytes;
+  }
+  return static_cast<char*>(memory.get());
+}
+
 // Runs tasks of unequal length on all threads: whoever is free takes the next.
 template <typename Task>
 void run(int64_t count, int64_t bytes, const Task& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
-    for (int64_t i = next++; i < count; i = next++)
-      task(i, static_cast<char*>(memory.get()));
+    char* memory = scratch(bytes);
+    for (int64_t i = next++; i < count; i = next++) task(i, memory);
   });
 }
 
@@ -212,7 +230,11 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
     const Head<S> head = d.head(reader, h);
     S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
     T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
-    DSNET_BEST(attend, head, first, count, o, row, l, memory);
+    if (reader == order) {
+      DSNET_BEST(attend, head, first, count, o, row, l, memory);
+    } else {
+      DSNET_BEST(attend_rows, head, first, count, o, row, l, memory);
+    }
   });
 }
 
@@ -247,9 +269,10 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
         dst[r * row + c] = static_cast<S>(src[r * src_row + c]);
   };
 
-  const int64_t bytes = arena_size(width) + 2 * size * padded * sizeof(T);
+  const int64_t bytes = arena_size(width) + size * (2 * padded + 1) * sizeof(T);
   run(2 * tasks, bytes, [&](int64_t i, char* memory) {
-    T* own = reinterpret_cast<T*>(memory + arena_size(width));
+    T* own = reinterpret_cast<T*>(memory);
+    memory += 2 * size * padded * sizeof(T);
     const int64_t task = i / 2, h = task / chunks;
     const int64_t begin = task % chunks * size;
     const int64_t end = std::min(begin + size, length);
@@ -261,8 +284,9 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
     const S* g = rows_of<S>(grad_out[reader], h, d.heads);
     const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
     if (reader == longer) {
-      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end, int64_t(0),
-                 rest, own, part + part_size, part + 2 * part_size, padded, memory);
+      DSNET_BEST(differentiate_rows, head, o, row, g, grad_row, l, begin, end,
+                 int64_t(0), rest, own, part + part_size, part + 2 * part_size, padded,
+                 memory);
       write(longer, h, 0, begin, end - begin, own, padded);
     } else {
       T* own_v = own + size * padded;
