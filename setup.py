@@ -25,7 +25,7 @@ CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 
 
-def note(**info: str) -> None:
+def note(**info: str | None) -> None:
     """Writes down what the ops are built for, or why they are not; for the doctor."""
     BUILD_INFO.write_text(json.dumps(info))
 
@@ -93,7 +93,7 @@ def ops() -> dict:
 
     class BuildOps(BuildExtension):
         def run(self) -> None:
-            note(torch=torch.__version__)
+            note(torch=torch.__version__, cuda=torch.version.cuda if cuda else None)
             super().run()
 
     wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'

@@ -148,6 +148,15 @@ def mmcv_ops() -> tuple[bool, str]:
     return True, 'CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
 
 
+def co_attention_build() -> str:
+    """Tells what the co-attention op is compiled for, or why it is not there."""
+    native = importlib.import_module('dsnet_mm.ops.native')
+    if native.WHY_NOT:
+        return native.WHY_NOT
+    cuda = native.build_info().get('cuda')
+    return f'compiled for CPU and CUDA {cuda}' if cuda else 'compiled for the CPU'
+
+
 def co_attention_path(device: str) -> str:
     """Tells how the co-attention is computed on a type of device, and why."""
     ops = importlib.import_module('dsnet_mm.ops')

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from dsnet_mm.engine.complexity import count_complexity
+from dsnet_mm.models import DSNet
+from dsnet_mm.models.layers import pointwise
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/analysis_tools/get_flops.py'
 
@@ -56,8 +58,9 @@ def test_an_operator_without_formula_is_named():
 
 
 def test_the_papers_tables(get_flops):
-    """Tables 2 and 4, to their printed digits."""
-    measured = {name: counts for name, _, _, counts in get_flops.published_models()}
+    """Tables 2 and 4, to their printed digits, by the published order."""
+    models = list(get_flops.published_models())
+    measured = {name: counts for name, _, _, counts, _ in models}
     params = {name: f'{c.params / 1e6:.1f}' for name, c in measured.items()}
     assert params == {
         'DS-Net-T': '9.1',
@@ -91,6 +94,35 @@ def test_the_papers_tables(get_flops):
         '0.75': '1.615',
         '1': '1.647',
     }
+    # What is computed at low resolution is saved, and nothing else.
+    computed = {name: counts for name, *_, counts in models}
+    assert computed['T, alpha=0'] == measured['T, alpha=0']
+    saved = {
+        n: measured[n].multiply_adds - c.multiply_adds for n, c in computed.items()
+    }
+    assert all(c.uncounted == () for c in computed.values())
+    pixels, tokens = (56, 28, 14, 7), (7, 7, 7, 3)
+    assert saved['T, alpha=1'] == sum(
+        # proj_in and proj_out of every block
+        depth * 2 * channels**2 * (side**2 - global_side**2)
+        for depth, channels, side, global_side in zip(
+            (2, 2, 4, 1), (64, 128, 320, 512), pixels, tokens, strict=True
+        )
+    )
+    assert 2 * saved['DS-Net-T*'] == 2 * saved['DS-Net-T'] == saved['T, alpha=1']
+
+
+@pytest.mark.skipif(not pointwise._HAS_ONEDNN, reason='PyTorch without oneDNN')
+def test_fused_projections_count_as_plain_ones():
+    """Bias and GELU are counted, an addition is not, in either form."""
+    torch.manual_seed(0)
+    net = DSNet(dict(embed_dims=(8,) * 4, depths=(1,) * 4, num_heads=(1,) * 4))
+    picture = torch.zeros(1, 3, 64, 64)
+    fused = count_complexity(net, picture)
+    # In float64 there are none, and 1x1 convolutions run as such.
+    plain = count_complexity(net.double(), picture.double())
+    assert fused == plain
+    assert fused.uncounted == ()
 
 
 @pytest.mark.parametrize(

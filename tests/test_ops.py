@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.ops import (
@@ -36,6 +40,12 @@ SHAPES = [
     (1, 30, 1300, 2, 64),
     (1, 33, 65, 16, 128),
 ]
+VIEWS = {
+    'channels-first': lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    'part of the tokens': lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    'every other row': lambda x: torch.stack([x, x], 2)[:, :, 0],
+    'expanded': lambda x: x[:1].expand(2, -1, -1),
+}
 # Relative to the largest value; the backward sums up to 1300 of them.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
@@ -65,7 +75,7 @@ def outputs_and_gradients(path, local, global_, *args):
     grads = torch.autograd.grad(
         outs,
         (local, global_),
-        [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)],
+        [w.to(o) for w, o in zip(weights, outs, strict=True)],
     )
     return *outs, *grads
 
@@ -174,16 +184,7 @@ def test_opcheck(dtype, grad):
 
 
 @needs_native
-@pytest.mark.parametrize(
-    'view',
-    [
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # channels first
-        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-        lambda x: torch.stack([x, x], 2)[:, :, 0],
-        lambda x: x[:1].expand(2, -1, -1),
-    ],
-    ids=['channels-first', 'part of the tokens', 'every other row', 'expanded'],
-)
+@pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
 def test_strided_inputs(view):
     inputs = [view(x.detach()) for x in streams(2, 70, 20, 2, 8)]
     expected = outputs_and_gradients(reference_co_attention, *inputs, 2)
@@ -455,6 +456,50 @@ def test_native_is_chosen(monkeypatch):
     monkeypatch.delenv('DSNET_MM_OPS', raising=False)
     assert select_path('cpu') == ('native', 'compiled')
     assert select_path('meta')[0] == 'sdpa'
+
+
+@pytest.mark.parametrize(
+    ('info', 'why_not', 'sentence'),
+    [
+        (dict(torch='2'), None, 'compiled for the CPU'),
+        (dict(torch='2', cuda=None), None, 'compiled for the CPU'),
+        (dict(torch='2', cuda='13.0'), None, 'compiled for CPU and CUDA 13.0'),
+        (dict(reason='no compiler'), 'not compiled (no compiler)', 'not compiled (no'),
+    ],
+)
+def test_doctor_tells_what_the_op_is_compiled_for(
+    info, why_not, sentence, tmp_path, monkeypatch
+):
+    from dsnet_mm.environment import co_attention_build
+
+    (tmp_path / 'build_info.json').write_text(json.dumps(info))
+    monkeypatch.setattr(native, '__file__', str(tmp_path / 'native.py'))
+    monkeypatch.setattr(native, 'WHY_NOT', why_not)
+    assert co_attention_build().startswith(sentence)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    if info.get('cuda'):
+        assert native.why_not_cuda() is None
+    else:
+        reason = re.escape(f'not for it ({why_not or "CPU only"}); ')
+        assert re.match(f'there is a GPU.*{reason}.*pip install', native.why_not_cuda())
+
+
+@pytest.mark.parametrize('cuda', [None, '13.0'])
+def test_the_build_notes_what_it_is_for(cuda, tmp_path, monkeypatch):
+    arguments = {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'dsnet_mm' / 'ops').mkdir(parents=True)
+    monkeypatch.setenv('FORCE_CUDA', '1')
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(cpp_extension, 'CUDA_HOME', str(tmp_path))
+    monkeypatch.setattr(cpp_extension.BuildExtension, 'run', lambda self: None)
+    monkeypatch.setattr(setuptools, 'setup', arguments.update)
+    runpy.run_path(str(REPO / 'setup.py'))
+    if 'ext_modules' not in arguments:
+        pytest.skip('nothing to build the ops with')
+    arguments['cmdclass']['build_ext'](setuptools.Distribution()).run()
+    info = json.loads((tmp_path / 'dsnet_mm/ops/build_info.json').read_text())
+    assert info == dict(torch=torch.__version__, cuda=cuda)
 
 
 def test_doctor_tells_the_path_and_why(monkeypatch):

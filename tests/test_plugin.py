@@ -1,5 +1,6 @@
 """As a stranger uses the package: from an empty folder, or with parts missing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ def test_doctor(tmp_path):
         [sys.executable, '-m', 'dsnet_mm'], cwd=tmp_path, capture_output=True, text=True
     )
     assert 'OpenMMLab family' in done.stdout
+    assert re.search(r'\ndsnet_mm ops: .*(compiled|built|load)', done.stdout)
     assert done.returncode == ('Problem' in done.stdout)
 
 

@@ -1,6 +1,7 @@
 """The command-line tools, on data sets of a few small pictures."""
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -28,6 +29,8 @@ from dsnet_mm.engine.config import (
     set_data_root,
     set_run,
 )
+from dsnet_mm.models import DSBlock, DSNet
+from dsnet_mm.ops import native
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 COCO, FOLDERS = 'data_root=sets/coco', 'data_root=sets/folders'
@@ -329,6 +332,49 @@ def test_outputs_and_flips(
         assert plain[key].tolist() != mean[key].tolist()
 
 
+@pytest.mark.parametrize('flags', [[], ['--tta']], ids=str)
+def test_fused_model_predicts_the_same(
+    flags: list[str],
+    detector: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the weights of the EMAHook, which differ from the last ones."""
+    forward, fused = DSBlock.forward, []
+
+    def recorded(self: DSBlock, x: torch.Tensor) -> torch.Tensor:
+        fused.append(self.pos_embed.fused)
+        return forward(self, x)
+
+    monkeypatch.setattr(DSBlock, 'forward', recorded)
+    args = ['retinanet.py', str(detector), *flags, '--cfg-options', COCO]
+    results = []
+    for option in ([], ['--fuse']):
+        out = tmp_path / f'{len(results)}.pkl'
+        tool('test.py').main([*args, f'--out={out}', *option])
+        samples = [
+            sample['pred_instances'] for sample in pickle.loads(out.read_bytes())
+        ]
+        results.append((written(capsys.readouterr().out), samples))
+    half = len(fused) // 2
+    assert fused == [False] * half + [True] * half
+    (metrics, plain), (fused_metrics, fused_samples) = results
+    assert fused_metrics == pytest.approx(metrics, abs=1e-3)
+    for one, other in zip(plain, fused_samples, strict=True):
+        torch.testing.assert_close(one['scores'], other['scores'], rtol=0, atol=1e-5)
+
+
+def test_fused_copy_replaces_the_wrapped_model() -> None:
+    wrapped = nn.DataParallel(DSNet(arch='tiny'))
+    runner = argparse.Namespace(model=wrapped)
+    tool('test.py').FuseHook().before_test_epoch(runner)
+    assert type(runner.model) is DSNet
+    assert runner.model.stages[0][0].pos_embed.fused
+    assert not wrapped.module.stages[0][0].pos_embed.fused
+    assert wrapped.training
+
+
 def test_two_processes_train_and_test_as_one(
     classifier: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -471,6 +517,16 @@ def test_dist_scripts_meet_other_machines(
         ('test.py classifier.py a.pth --out taken.pkl', 'taken.pkl exists'),
         ('test.py classifier.py a.pth --tta --show-dir a', 'leave one of them out'),
         (
+            f'test.py classifier.py damaged.pth --fuse --cfg-options {FOLDERS} '
+            'model.backbone._delete_=True model.backbone.type=LeNet5',
+            'takes models with DS-blocks .*, and ImageClassifier has none',
+        ),
+        (
+            'analysis_tools/benchmark_ops.py --out taken.csv',
+            'taken.csv exists; replace it by --overwrite',
+        ),
+        ('analysis_tools/benchmark_ops.py --device cuda', 'torch sees no GPU'),
+        (
             'analysis_tools/plot_predictions.py classifier.py a.pth a.png',
             'is no detector',
         ),
@@ -489,6 +545,8 @@ def test_errors_are_a_sentence(
     monkeypatch.setattr('dsnet_mm.engine.config.get_device', lambda: 'cpu')
     Path('taken.pkl').touch()
     Path('taken.png').touch()
+    Path('taken.csv').touch()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     name, *args = args.split()
     module = tool(name)
     if name == 'train.py':
@@ -678,6 +736,25 @@ def test_ema_is_one_option() -> None:
     assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook']
     with pytest.raises(ValueError, match='leave --ema out'):
         train.set_ema(cfg)
+
+
+@pytest.mark.skipif(native.WHY_NOT is not None, reason=f'{native.WHY_NOT}')
+def test_times_of_the_op_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = tool('analysis_tools/benchmark_ops.py')
+    monkeypatch.setattr(benchmark, 'INPUTS', ((2, (64, 96)),))
+    out = tmp_path / 'new' / 'times.csv'
+    args = [f'--out={out}', '--seconds=0', '--dtype', 'float32', 'bfloat16']
+    for _ in range(2):
+        benchmark.main(args)
+        with out.open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row['dtype'] for row in rows] == ['float32'] * 4 + ['bfloat16'] * 4
+        assert rows[0]['tokens'] == '384, 6'
+        assert all(float(row['forward native, ms']) >= 0 for row in rows)
+        assert torch.__version__ in rows[0]['on']
+        args.append('--overwrite')
 
 
 # --- Pictures -------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
@@ -23,6 +25,7 @@ from dsnet_mm.engine.config import (
     unwrap,
     user_errors,
 )
+from dsnet_mm.models import fuse_for_inference
 
 
 def set_show_dir(cfg: Config, folder: str) -> None:
@@ -66,6 +69,23 @@ def set_tta(cfg: Config) -> None:
     cfg.model = dict(**cfg.get('tta_model', tta), module=cfg.model)
 
 
+class FuseHook(Hook):
+    """Tests with a fused copy of the model.
+
+    Not earlier, since MMEngine loads the checkpoint once more and an EMAHook
+    puts its weights into the model, and a copy, as it takes them out again.
+    """
+
+    priority = 'VERY_LOW'
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Puts the copy in the model's place."""
+        model = runner.model
+        if is_model_wrapper(model):  # for several GPUs
+            model = model.module
+        runner.model = fuse_for_inference(deepcopy(model))
+
+
 def write_metrics(metrics: dict, path: Path) -> None:
     """Writes metrics as JSON, all or nothing.
 
@@ -94,6 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--tta', action='store_true', help='average over flipped pictures'
     )
+    parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='fold batch norms into the layers beside them (fuse_for_inference)',
+    )
     args = parser.parse_args(argv)
 
     with user_errors(parser):
@@ -118,6 +143,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with user_errors(parser):
         runner = Runner.from_cfg(cfg)
+        if args.fuse:
+            fuse_for_inference(deepcopy(unwrap(runner.model)))  # tells if it cannot
+            runner.register_hook(FuseHook())
         # MMEngine loads it again, for its hooks, and would only warn of a misfit.
         load_checkpoint(runner.model, args.checkpoint)
         if args.tta and getattr(unwrap(runner.model), 'with_mask', False):

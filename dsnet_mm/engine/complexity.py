@@ -1,9 +1,9 @@
 """Parameters and operations of a network, counted while it runs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -11,6 +11,10 @@ aten = torch.ops.aten
 
 # PyTorch has formulas for all its attention kernels but this one.
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+
+# Those that models/layers/pointwise.py calls. A name, as builds of PyTorch without
+# oneDNN have no such operator.
+ONEDNN_LINEAR = 'mkldnn::_linear_pointwise'
 
 # Operations per output element. Batch norm is left out: it folds into the
 # convolution beside it. LayerNorm counts 5, as in fvcore and MMEngine.
@@ -61,6 +65,12 @@ class _Counter(TorchDispatchMode):
                 op is aten.convolution and args[2] is not None
             )
             self.elementwise += first.numel() * has_bias
+        elif func.name().startswith(ONEDNN_LINEAR):
+            # x, W, bias, activation, ...; or x, what is added, W, bias, 'add'
+            bias, epilogue = args[3:5] if func._overloadname == 'binary' else args[2:4]
+            self.multiply_adds += out.numel() * args[0].shape[-1]
+            self.elementwise += out.numel() * (bias is not None)
+            self.elementwise += out.numel() * (epilogue == 'gelu')
         elif op is CPU_ATTENTION:
             q, k, v = (x.shape for x in args[:3])
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2
@@ -71,7 +81,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def count_complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
+def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
     """Runs a model once, in evaluation mode, and counts what it does.
 
     Operators that are registered with PyTorch are seen, compiled ones

@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
+def build_info() -> dict[str, str | None]:
+    """Returns what the build noted: the versions of ``torch`` and ``cuda``."""
+    path = Path(__file__).with_name('build_info.json')
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _load() -> str | None:
     """Loads the compiled ops, or tells why they are not there."""
-    info_file = Path(__file__).with_name('build_info.json')
-    info = json.loads(info_file.read_text()) if info_file.is_file() else {}
+    info = build_info()
     # Checked first: a library for another torch may load and then crash.
     if info.get('torch', torch.__version__) != torch.__version__:
         return f'built for torch {info["torch"]}, you have {torch.__version__}'
@@ -35,6 +40,19 @@ def _load() -> str | None:
 
 #: Why the compiled op cannot be used, or None.
 WHY_NOT = _load()
+
+
+def why_not_cuda() -> str | None:
+    """Tells why the compiled op cannot be used on a GPU, or returns None."""
+    if not torch.cuda.is_available():
+        return 'torch sees no GPU'
+    if WHY_NOT is None and build_info().get('cuda'):
+        return None
+    return (
+        f'there is a GPU, but the ops are not for it ({WHY_NOT or "CPU only"}); '
+        f'with nvcc of CUDA {torch.version.cuda}, build them: '
+        f'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
+    )
 
 
 def co_attention(

@@ -5,10 +5,13 @@ the table shows medians, and how many times faster the compiled op is. SDPA is
 two calls of PyTorch's attention with the copies they need.
 
     python tools/analysis_tools/benchmark_ops.py --threads 2 --dtype bfloat16
+    python tools/analysis_tools/benchmark_ops.py --device cuda --out ops_cuda.csv
 """
 
 import argparse
+import csv
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,15 +24,25 @@ from dsnet_mm.ops import native, sdpa_co_attention
 HEADS = (1, 2, 5, 8)
 WIDTH = 32  # of a head, in all stages
 GLOBAL_FACTORS = (8, 4, 2, 2)
+INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, picture
+DTYPES = dict(
+    cpu=['float32', 'bfloat16'],
+    cuda=['float32', 'float16', 'bfloat16'],
+)
 PATHS = dict(native=native.co_attention, sdpa=sdpa_co_attention)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--dtype', nargs='+', default=['float32', 'bfloat16'])
+    parser.add_argument('--device', choices=list(DTYPES), default='cpu')
+    parser.add_argument(
+        '--dtype',
+        nargs='+',
+        choices=[*DTYPES['cuda'], 'float64'],
+        help='(default: all of cuda, float32 and bfloat16 of cpu)',
+    )
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument(
         '--seconds', type=float, default=2.0, help='spent on each line of the table'
@@ -41,7 +54,18 @@ def parse_args() -> argparse.Namespace:
         help='memory of the local projection: of a channels-last map, or of a '
         'channels-first one, which both paths have to copy',
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--out', type=Path, metavar='FILE.csv', help='write the table to this file too'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace the file')
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or DTYPES[args.device]
+    if args.out and args.out.exists() and not args.overwrite:
+        parser.error(f'{args.out} exists; replace it by --overwrite')
+    why_not = native.why_not_cuda() if args.device == 'cuda' else native.WHY_NOT
+    if why_not:
+        parser.error(f'there is nothing to compare: {why_not}')
+    return args
 
 
 def stage_inputs(
@@ -91,24 +115,30 @@ def time_passes(inputs: tuple[Tensor, Tensor], heads: int, seconds: float) -> di
     }
 
 
-def main() -> None:
-    args = parse_args()
-    if native.WHY_NOT:
-        raise SystemExit(f'There is nothing to compare: {native.WHY_NOT}.')
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.device == 'cuda':
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f'{args.threads} threads, {torch.backends.cpu.get_cpu_capability()}'
     table = Table(
         'dtype',
         'input',
         'stage',
         'tokens',
         *(f'{which} native, ms' for which in ('forward', 'backward')),
-        *(f'{which} against SDPA' for which in ('forward', 'backward')),
+        *(f'{which} SDPA / native' for which in ('forward', 'backward')),
         'GFLOP/s',
-        title=f'DS-Net-S, torch {torch.__version__}, {args.threads} threads, '
-        f'{torch.backends.cpu.get_cpu_capability()}, {args.device}, {args.layout}',
+        title=f'DS-Net-S, torch {torch.__version__}, {machine}, {args.layout}',
     )
     for dtype in args.dtype:
-        for batch, size in ((8, (224, 224)), (1, (800, 1344))):
+        for batch, size in INPUTS:
             for stage, heads in enumerate(HEADS):
                 inputs = stage_inputs(
                     stage, batch, size, getattr(torch, dtype), args.device, args.layout
@@ -124,11 +154,18 @@ def main() -> None:
                     f'{length}, {rest}',
                     f'{forward * 1e3:.2f}',
                     f'{backward * 1e3:.2f}',
-                    f'{sdpa[0] / forward:.2f} x',
-                    f'{sdpa[1] / backward:.2f} x',
+                    f'{sdpa[0] / forward:.2f}',
+                    f'{sdpa[1] / backward:.2f}',
                     f'{flops * 3.5 / (forward + backward) / 1e9:.0f}',
                 )
     Console(width=132).print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open('w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow([*(str(column.header) for column in table.columns), 'on'])
+            cells = (column.cells for column in table.columns)
+            writer.writerows([*row, table.title] for row in zip(*cells, strict=True))
 
 
 if __name__ == '__main__':

@@ -68,6 +68,8 @@ class ResidualConv(nn.Conv2d):
         Args:
             norm: Batch norm in front of the convolution, or None.
         """
+        if self.fused:
+            return
         if norm is not None:
             scale, shift = scale_and_shift(norm)
             self.register_buffer('shift', self.weight * shift[:, None, None, None])
@@ -273,12 +275,14 @@ class DSBlock(BaseModule):
 
         # Norms before convolutions: MMCV's fuse_conv_bn takes a norm for that of
         # the convolution that was registered before it.
+        has_local_conv = local_channels and intra_scale in ('both', 'local')
         self.norm1 = build_norm_layer(norm_cfg, channels)[1]
         self.norm2 = build_norm_layer(norm_cfg, channels)[1]
+        if has_local_conv:
+            self.local_norm = build_norm_layer(norm_cfg, local_channels)[1]
         self.pos_embed = ResidualConv(channels)
         self.local_conv = self.global_qkv = self.isa = None
-        if local_channels and intra_scale in ('both', 'local'):
-            self.local_norm = build_norm_layer(norm_cfg, local_channels)[1]
+        if has_local_conv:
             self.local_conv = ResidualConv(local_channels)
         if global_channels and intra_scale in ('both', 'global'):
             self.global_norm = nn.LayerNorm(global_channels)
@@ -344,10 +348,9 @@ class DSBlock(BaseModule):
         self.pos_embed.fuse()
         self.norm1 = fold(self.norm1, self.proj_in)
         self.norm2 = fold(self.norm2, self.ffn.fc1)
-        if self.local_conv is not None:
-            if isinstance(self.local_norm, _BatchNorm):
-                self.local_conv.fuse(self.local_norm)
-                self.local_norm = nn.Identity()
+        if self.local_conv is not None and isinstance(self.local_norm, _BatchNorm):
+            self.local_conv.fuse(self.local_norm)
+            self.local_norm = nn.Identity()
         if self.isa is not None:
             self.isa.local_norm = fold(self.isa.local_norm, self.isa.local_qkv)
 

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, '_linear_pointwise'
 )
+_DTYPES = [torch.float32]
+if _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # AVX-512, say
+    _DTYPES.append(torch.bfloat16)
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -37,7 +40,8 @@ def pointwise(
     Returns:
         Map of shape (N, C_out, H, W), channels-last like ``x``.
     """
-    if torch.is_grad_enabled() or not _runs_on_onednn(x, weight):
+    autocast = torch.is_autocast_enabled('cpu')
+    if autocast or torch.is_grad_enabled() or not _runs_on_onednn(x, weight):
         x = F.conv2d(x, weight.flatten(1)[..., None, None], bias)
         return x if add is None else x + add
     add = None if add is None else to_pixels(add)
@@ -68,13 +72,15 @@ class FFN(nn.Sequential):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), plus a map of this shape if one is given."""
         tensors = [x, *self.fc1.parameters(), *self.fc2.parameters()]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if x.is_cpu and torch.is_autocast_enabled('cpu'):
+            dtype = torch.get_autocast_dtype('cpu')
             tensors = [tensor.to(dtype) for tensor in tensors]
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
         if not exact_gelu or not _runs_on_onednn(*tensors[:2]):
             x = super().forward(x)
             return x if add is None else x + add
+        if add is not None and add.dtype != tensors[0].dtype:  # by autocast
+            return self.forward(x) + add
         size = x.shape[-2:]
         tensors[0] = to_pixels(tensors[0]).flatten(0, 2)
         if add is not None:
@@ -138,7 +144,7 @@ def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
         _HAS_ONEDNN
         and x.device.type == 'cpu'
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _DTYPES
         and x.numel() > 0
         and not torch.compiler.is_compiling()
     )
@@ -157,4 +163,6 @@ def _linear(
     x, weight = x.contiguous(), weight.flatten(1).contiguous()
     if add is not None:
         return linear.binary(x, add.contiguous(), weight, bias, 'add')
-    return linear(x, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], '')))
+    return linear(
+        x, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], ''))
+    )

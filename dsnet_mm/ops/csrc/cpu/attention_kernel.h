@@ -4,9 +4,8 @@
 // there is no include guard.
 //
 // Every matrix product is C[m][lanes] += A[m][k] * B[k][lanes] with single
-// elements of A. The tokens of the shorter stream are the lanes of vectors, and
-// the longer stream is read as it lies in memory, row by row: its queries make
-// scores [query][key], its keys scores [key][query].
+// elements of A. Scores are [query][key]: queries are read as they lie in memory,
+// and of the keys a block at a time is transposed, for all queries of a task.
 
 namespace dsnet {
 namespace DSNET_ISA {
@@ -315,19 +314,8 @@ void load_transposed(int64_t tokens, int64_t width, const S* src, int64_t src_ro
 
 // -------------------------------------------------------------------- dropout
 
-// 1 / (1 - p) for the weights that stay, 0 for the others.
-template <typename T>
-inline Vec<T> kept(const Dropout& dropout, const uint32_t* keys, int64_t lane,
-                   uint32_t column) {
-  using words = typename Vector<T>::words;
-  const words first = *reinterpret_cast<const words*>(keys + lane);
-  const words second = *reinterpret_cast<const words*>(keys + kQueries + lane);
-  const words x = random_word(first, second, column);
-  const auto stays = x >= dropout.threshold;  // -1 or 0
-  return __builtin_convertvector(stays, Vec<T>) * T(-dropout.scale);
-}
-
-// The same for lanes that are keys, from ``column`` on, of one query.
+// 1 / (1 - p) for the weights that stay, 0 for the others: those of a query for
+// keys from ``column`` on.
 template <typename T>
 inline Vec<T> kept(const Dropout& dropout, uint64_t query, uint32_t column) {
   using words = typename Vector<T>::words;
@@ -339,115 +327,6 @@ inline Vec<T> kept(const Dropout& dropout, uint64_t query, uint32_t column) {
 }
 
 // -------------------------------------------------------------------- forward
-
-// A panel of queries and what it has read so far.
-template <typename T>
-struct Panel {
-  Panel(Arena& arena, int64_t padded)
-      : q(arena.take<T>(padded * kQueries)),
-        sum(arena.take<T>(padded * kQueries)),
-        top(arena.take<T>(kQueries)),
-        total(arena.take<T>(kQueries)),
-        keys(arena.take<uint32_t>(2 * kQueries)) {}
-
-  T *q, *sum;      // [channel][query]
-  T *top, *total;  // largest score, sum of 2^(score - top)
-  uint32_t* keys;  // of the dropout
-};
-
-// Turns scores of n keys into weights 2^(score - top) of a panel and shrinks
-// what it has summed to a new top.
-template <typename T>
-void read_scores(const Dropout* dropout, const Panel<T>& x, int64_t begin, int64_t n,
-                 int64_t cols, int64_t width, T* p) {
-  constexpr int lanes = Vector<T>::lanes;
-  for (int64_t i = 0; i < cols; i += lanes) {
-    const Vec<T> before = vec(x.top + i);
-    Vec<T> peak = before;
-    for (int64_t j = 0; j < n; ++j) {
-      const Vec<T> s = vec(p + j * kQueries + i);
-      peak = larger<T>(s, peak);
-    }
-    const Vec<T> shrink = exp2(before - peak);
-    Vec<T> mass = vec(x.total + i) * shrink;
-    for (int64_t j = 0; j < n; ++j) {
-      T* s = p + j * kQueries + i;
-      const Vec<T> e = exp2(vec(s) - peak);
-      mass += e;
-      vec(s) = e;
-    }
-    if (dropout)
-      for (int64_t j = 0; j < n; ++j)
-        vec(p + j * kQueries + i) *= kept<T>(*dropout, x.keys, i, begin + j);
-    vec(x.top + i) = peak;
-    vec(x.total + i) = mass;
-    if (begin)
-      for (int64_t c = 0; c < width; ++c) vec(x.sum + c * kQueries + i) *= shrink;
-  }
-}
-
-// Queries [first, first + count) of a head, of the shorter stream, at most kPanels
-// panels. All panels read a block of keys before the next one is fetched.
-template <typename S, typename T>
-void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
-            T* lse, char* memory) {
-  constexpr int lanes = Vector<T>::lanes;
-  const int64_t width = head.width, padded = pad<T>(width);
-  Arena arena(memory);
-  T* rows = arena.take<T>(kQueries * padded);
-  T* p = arena.take<T>(kKeys * kQueries);  // [key][query]
-  T* k_rows = arena.take<T>(kKeys * width);
-  T* v_rows = arena.take<T>(kKeys * width);
-  const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
-  const auto panels = [&](auto body) {
-    for (int64_t i = 0; i * kQueries < count; ++i)
-      body(i, std::min<int64_t>(kQueries, count - i * kQueries));
-  };
-
-  std::vector<Panel<T>> state;
-  panels([&](int64_t i, int64_t queries) {
-    state.emplace_back(arena, padded);
-    const Panel<T>& x = state.back();
-    const int64_t row = first + i * kQueries, cols = pad<T>(queries);
-    load_transposed(queries, width, head.q + row * head.q_row, head.q_row, x.q,
-                    kQueries, scale, rows);
-    if (head.dropout) row_keys(*head.dropout, head.row + row, cols, x.keys);
-    std::fill(x.top, x.top + cols, -std::numeric_limits<T>::infinity());
-    std::fill(x.total, x.total + cols, T(0));
-    std::fill(x.sum, x.sum + padded * kQueries, T(0));
-  });
-
-  for (int64_t begin = 0; begin < head.keys; begin += kKeys) {
-    const int64_t n = std::min<int64_t>(kKeys, head.keys - begin);
-    int64_t k_row = head.kv_row, v_row = head.kv_row;
-    const int64_t next = begin + n, more = std::min(kKeys, head.keys - next);
-    prefetch(more, width, head.k + next * k_row, k_row);
-    prefetch(more, width, head.v + next * v_row, v_row);
-    const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
-    const T* v = as_rows<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
-    panels([&](int64_t i, int64_t queries) {
-      const Panel<T>& x = state[i];
-      const int64_t cols = pad<T>(queries);
-      matmul(n, cols, width, k, k_row, int64_t(1), x.q, kQueries, p, kQueries, false);
-      read_scores<T>(head.dropout, x, begin, n, cols, width, p);
-      matmul(width, cols, n, v, int64_t(1), v_row, p, kQueries, x.sum, kQueries, true);
-    });
-  }
-
-  panels([&](int64_t i, int64_t queries) {
-    const Panel<T>& x = state[i];
-    const int64_t row = i * kQueries, cols = pad<T>(queries);
-    for (int64_t j = 0; j < cols; j += lanes) {
-      const Vec<T> inverse = T(1) / vec(x.total + j);
-      for (int64_t c = 0; c < width; ++c) vec(x.sum + c * kQueries + j) *= inverse;
-    }
-    transpose(padded, cols, x.sum, kQueries, rows, padded);
-    store(queries, width, rows, padded, out + row * out_row, out_row, T(1));
-    for (int64_t j = 0; j < cols; j += lanes)
-      vec(x.total + j) = vec(x.top + j) + log2(vec(x.total + j));
-    std::copy(x.total, x.total + queries, lse + row);
-  });
-}
 
 // Turns scores of n keys from ``begin`` on into weights 2^(score - top) of R rows
 // of queries, and shrinks what these have summed to a new top. Several rows at a
@@ -497,10 +376,11 @@ inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
   }
 }
 
-// As ``attend``, for queries of the longer stream, at most kPanels * kQueries.
+// Queries [first, first + count) of a head, at most kQueries. All of them read a
+// block of keys before the next one is fetched.
 template <typename S, typename T>
-void attend_rows(const Head<S>& head, int64_t first, int64_t count, S* out,
-                 int64_t out_row, T* lse, char* memory) {
+void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
+            T* lse, char* memory) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width, padded = pad<T>(width);
   Arena arena(memory);
@@ -525,8 +405,9 @@ void attend_rows(const Head<S>& head, int64_t first, int64_t count, S* out,
     Vec<T> padding{};  // of the last vector: no keys, so no weights
     for (int64_t j = n; j < pad<T>(n); ++j)
       padding[j - pad<T>(n) + lanes] = -std::numeric_limits<T>::infinity();
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t m = std::min<int64_t>(kRows, count - i);
+    const int64_t groups = (count + kRows - 1) / kRows;
+    for (int64_t i = 0, group = 0; group < groups; ++group) {
+      const int64_t m = count / groups + (group < count % groups);
       int64_t q_row = head.q_row;
       if (!begin)
         prefetch(std::min<int64_t>(kRows, count - i - m), width,
@@ -543,6 +424,7 @@ void attend_rows(const Head<S>& head, int64_t first, int64_t count, S* out,
       }
       matmul(m, padded, n, p, kColumns, int64_t(1), v, v_row, sum + i * padded, padded,
              begin > 0);
+      i += m;
     }
   }
 
@@ -555,9 +437,9 @@ void attend_rows(const Head<S>& head, int64_t first, int64_t count, S* out,
 
 // ------------------------------------------------------------------- backward
 
-// Gradients of queries [q_begin, q_end), of the shorter stream, and keys
-// [k_begin, k_end) of a head as far as they come from each other, with rows of
-// ``padded`` elements, a multiple of the lanes.
+// Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head as
+// far as they come from each other, with rows of ``padded`` elements, a multiple
+// of the lanes.
 template <typename S, typename T>
 void differentiate(const Head<S>& head, const S* out, int64_t out_row,
                    const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
@@ -566,98 +448,13 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width;
   Arena arena(memory);
-  T* q_rows = arena.take<T>(kQueries * padded);  // [query][channel]
-  T* q = arena.take<T>(padded * kQueries);       // [channel][query]
-  T* g_rows = arena.take<T>(kQueries * padded);
-  T* g = arena.take<T>(padded * kQueries);
-  T* sum = arena.take<T>(padded * kQueries);
-  T* p = arena.take<T>(kKeys * kQueries);   // [key][query]
-  T* ds = arena.take<T>(kKeys * kQueries);  // [key][query]
-  T* k_rows = arena.take<T>(kKeys * width);
-  T* v_rows = arena.take<T>(kKeys * width);
-  T* norm = arena.take<T>(kQueries);
-  T* delta = arena.take<T>(kQueries);
-  uint32_t* keys = arena.take<uint32_t>(2 * kQueries);
-
-  const double scale = 1 / std::sqrt(double(width));
-  std::fill(grad_k, grad_k + (k_end - k_begin) * padded, T(0));
-  std::fill(grad_v, grad_v + (k_end - k_begin) * padded, T(0));
-  for (int64_t first = q_begin; first < q_end; first += kQueries) {
-    const int64_t count = std::min<int64_t>(kQueries, q_end - first);
-    const int64_t cols = pad<T>(count);
-    load(count, width, head.q + first * head.q_row, head.q_row, q_rows, cols, padded,
-         T(1));
-    transpose(cols, padded, q_rows, padded, q, kQueries);
-    load(count, width, grad_out + first * grad_row, grad_row, g_rows, cols, padded,
-         T(1));
-    transpose(cols, padded, g_rows, padded, g, kQueries);
-    for (int64_t c = 0; c < width; ++c)
-      for (int64_t i = 0; i < cols; i += lanes)
-        vec(q + c * kQueries + i) *= T(scale * 1.44269504088896340736);
-    for (int64_t i = 0; i < cols; ++i) norm[i] = i < count ? lse[first + i] : 0;
-    std::fill(delta, delta + cols, T(0));
-    for (int64_t i = 0; i < count; ++i) {
-      T dot = 0;
-      for (int64_t c = 0; c < width; ++c)
-        dot += g_rows[i * padded + c] * static_cast<T>(out[(first + i) * out_row + c]);
-      delta[i] = dot;
-    }
-    if (head.dropout) row_keys(*head.dropout, head.row + first, cols, keys);
-
-    for (int64_t begin = k_begin; begin < k_end; begin += kKeys) {
-      const int64_t n = std::min<int64_t>(kKeys, k_end - begin);
-      int64_t k_row = head.kv_row, v_row = head.kv_row;
-      const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
-      const T* v = as_rows<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
-      matmul(n, cols, width, k, k_row, int64_t(1), q, kQueries, p, kQueries, false);
-      matmul(n, cols, width, v, v_row, int64_t(1), g, kQueries, ds, kQueries, false);
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t i = 0; i < cols; i += lanes) {
-          Vec<T>& weight = vec(p + j * kQueries + i);
-          Vec<T>& slope = vec(ds + j * kQueries + i);
-          const Vec<T> e = exp2(weight - vec(norm + i));
-          if (head.dropout) {
-            const Vec<T> keep = kept<T>(*head.dropout, keys, i, begin + j);
-            slope = e * (slope * keep - vec(delta + i));
-            weight = e * keep;
-          } else {
-            slope = e * (slope - vec(delta + i));
-            weight = e;
-          }
-        }
-      const int64_t at_key = (begin - k_begin) * padded;
-      matmul(n, padded, count, p, int64_t(kQueries), int64_t(1), g_rows, padded,
-             grad_v + at_key, padded, true);
-      matmul(n, padded, count, ds, int64_t(kQueries), int64_t(1), q_rows, padded,
-             grad_k + at_key, padded, true);
-      matmul(width, cols, n, k, int64_t(1), k_row, ds, kQueries, sum, kQueries,
-             begin > k_begin);
-    }
-    for (int64_t c = width; c < padded; ++c)
-      std::fill(sum + c * kQueries, sum + c * kQueries + cols, T(0));
-    transpose(padded, cols, sum, kQueries, q_rows, padded);
-    store(count, padded, q_rows, padded, grad_q + (first - q_begin) * padded, padded,
-          T(scale));
-  }
-  for (int64_t i = 0; i < (k_end - k_begin) * padded; ++i) grad_k[i] *= T(scale);
-}
-
-// As ``differentiate``, for queries of the longer stream.
-template <typename S, typename T>
-void differentiate_rows(const Head<S>& head, const S* out, int64_t out_row,
-                        const S* grad_out, int64_t grad_row, const T* lse,
-                        int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
-                        T* grad_q, T* grad_k, T* grad_v, int64_t padded, char* memory) {
-  constexpr int lanes = Vector<T>::lanes;
-  const int64_t width = head.width;
-  Arena arena(memory);
-  T* k = arena.take<T>(padded * kQueries);  // [channel][key]
-  T* v = arena.take<T>(padded * kQueries);
-  T* k_rows = arena.take<T>(kQueries * padded);
-  T* q_rows = arena.take<T>(kQueries * padded);
-  T* g_rows = arena.take<T>(kQueries * padded);
-  T* p = arena.take<T>(kQueries * kQueries);   // [query][key]
-  T* ds = arena.take<T>(kQueries * kQueries);  // [query][key]
+  T* k = arena.take<T>(padded * kBlock);  // [channel][key]
+  T* v = arena.take<T>(padded * kBlock);
+  T* k_rows = arena.take<T>(kBlock * padded);
+  T* q_rows = arena.take<T>(kBlock * padded);
+  T* g_rows = arena.take<T>(kBlock * padded);
+  T* p = arena.take<T>(kBlock * kBlock);   // [query][key]
+  T* ds = arena.take<T>(kBlock * kBlock);  // [query][key]
   T* delta = arena.take<T>(q_end - q_begin);
 
   const double scale = 1 / std::sqrt(double(width));
@@ -668,28 +465,28 @@ void differentiate_rows(const Head<S>& head, const S* out, int64_t out_row,
              static_cast<T>(out[i * out_row + c]);
     delta[i - q_begin] = dot * T(scale);
   }
-  for (int64_t begin = k_begin; begin < k_end; begin += kQueries) {
-    const int64_t n = std::min<int64_t>(kQueries, k_end - begin), cols = pad<T>(n);
+  for (int64_t begin = k_begin; begin < k_end; begin += kBlock) {
+    const int64_t n = std::min<int64_t>(kBlock, k_end - begin), cols = pad<T>(n);
     int64_t kv_row = head.kv_row;
-    load_transposed(n, width, head.k + begin * kv_row, kv_row, k, kQueries,
+    load_transposed(n, width, head.k + begin * kv_row, kv_row, k, kBlock,
                     T(scale * 1.44269504088896340736), k_rows);
-    load_transposed(n, width, head.v + begin * kv_row, kv_row, v, kQueries, T(scale),
+    load_transposed(n, width, head.v + begin * kv_row, kv_row, v, kBlock, T(scale),
                     k_rows);
     const T* keys = as_vectors<S, T>(n, width, head.k + begin * kv_row, kv_row, k_rows);
-    for (int64_t first = q_begin; first < q_end; first += kQueries) {
-      const int64_t m = std::min<int64_t>(kQueries, q_end - first);
+    for (int64_t first = q_begin; first < q_end; first += kBlock) {
+      const int64_t m = std::min<int64_t>(kBlock, q_end - first);
       int64_t q_row = head.q_row, g_row = grad_row;
       const T* q = as_vectors<S, T>(m, width, head.q + first * q_row, q_row, q_rows);
       const T* g = as_vectors<S, T>(m, width, grad_out + first * g_row, g_row, g_rows);
-      matmul(m, cols, width, q, q_row, int64_t(1), k, kQueries, p, kQueries, false);
-      matmul(m, cols, width, g, g_row, int64_t(1), v, kQueries, ds, kQueries, false);
+      matmul(m, cols, width, q, q_row, int64_t(1), k, kBlock, p, kBlock, false);
+      matmul(m, cols, width, g, g_row, int64_t(1), v, kBlock, ds, kBlock, false);
       for (int64_t r = 0; r < m; ++r) {
         const T norm = lse[first + r], d = delta[first + r - q_begin];
         const uint64_t words =
             head.dropout ? query_words(head.dropout->seed, head.row + first + r) : 0;
         for (int64_t j = 0; j < cols; j += lanes) {
-          Vec<T>& weight = vec(p + r * kQueries + j);
-          Vec<T>& slope = vec(ds + r * kQueries + j);
+          Vec<T>& weight = vec(p + r * kBlock + j);
+          Vec<T>& slope = vec(ds + r * kBlock + j);
           const Vec<T> e = exp2(weight - norm);
           if (head.dropout) {
             const Vec<T> keep = kept<T>(*head.dropout, words, begin + j);
@@ -702,11 +499,11 @@ void differentiate_rows(const Head<S>& head, const S* out, int64_t out_row,
         }
       }
       const int64_t at_key = (begin - k_begin) * padded;
-      matmul(n, padded, m, p, int64_t(1), kQueries, g, g_row, grad_v + at_key, padded,
+      matmul(n, padded, m, p, int64_t(1), kBlock, g, g_row, grad_v + at_key, padded,
              first > q_begin);
-      matmul(n, padded, m, ds, int64_t(1), kQueries, q, q_row, grad_k + at_key, padded,
+      matmul(n, padded, m, ds, int64_t(1), kBlock, q, q_row, grad_k + at_key, padded,
              first > q_begin);
-      matmul(m, padded, n, ds, kQueries, int64_t(1), keys, kv_row,
+      matmul(m, padded, n, ds, kBlock, int64_t(1), keys, kv_row,
              grad_q + (first - q_begin) * padded, padded, begin > k_begin);
     }
   }

@@ -19,11 +19,10 @@
 
 namespace dsnet {
 
-constexpr int64_t kQueries = 64;   // of a panel: a multiple of all vectors
-constexpr int64_t kPanels = 4;     // that share the keys in the cache
-constexpr int64_t kKeys = 72;      // of a block: a multiple of the tile, 6
-constexpr int64_t kRows = 24;      // of queries, where keys are the lanes,
-constexpr int64_t kColumns = 128;  // and of keys in a block of these
+constexpr int64_t kQueries = 256;  // of a task that share blocks of keys,
+constexpr int64_t kRows = 24;      // of these, whose scores fit a cache,
+constexpr int64_t kColumns = 128;  // and keys in such a block
+constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
 
 alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                             8, 9, 10, 11, 12, 13, 14, 15};
@@ -57,17 +56,9 @@ class Arena {
 // Enough for either pass of a head of this width, in double.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (((kPanels + 5) * kQueries + 3 * kColumns) * padded +
-              (2 * kKeys + kColumns) * kQueries + 3 * kPanels * kQueries) +
+  return 8 * (std::max(kQueries + kRows + 3 * kColumns, 5 * kBlock) * padded +
+              std::max(kRows * kColumns + 2 * kQueries, 2 * kBlock * kBlock)) +
          64 * 64;
-}
-
-void row_keys(const Dropout& dropout, uint64_t first, int64_t count, uint32_t* keys) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t words = query_words(dropout.seed, first + i);
-    keys[i] = static_cast<uint32_t>(words);
-    keys[kQueries + i] = static_cast<uint32_t>(words >> 32);
-  }
 }
 
 }  // namespace dsnet
@@ -210,11 +201,10 @@ S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
 template <typename S>
 void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
   using T = Compute<S>;
-  // More panels to a task are faster, as long as all threads have tasks.
-  const int64_t panels =
-      d.count() * (ceil_div(d.tokens[0], kQueries) + ceil_div(d.tokens[1], kQueries));
+  // Longer tasks are faster, as long as there are several for each thread.
+  const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
   const int64_t queries =
-      kQueries * std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kPanels);
+      std::clamp(all / (4 * at::get_num_threads()), kRows, kQueries);
   const int64_t parts[2] = {ceil_div(d.tokens[0], queries),
                             ceil_div(d.tokens[1], queries)};
   // The longer tasks first: those that read the longer stream.
@@ -230,11 +220,7 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
     const Head<S> head = d.head(reader, h);
     S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
     T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
-    if (reader == order) {
-      DSNET_BEST(attend, head, first, count, o, row, l, memory);
-    } else {
-      DSNET_BEST(attend_rows, head, first, count, o, row, l, memory);
-    }
+    DSNET_BEST(attend, head, first, count, o, row, l, memory);
   });
 }
 
@@ -269,7 +255,8 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
         dst[r * row + c] = static_cast<S>(src[r * src_row + c]);
   };
 
-  const int64_t bytes = arena_size(width) + size * (2 * padded + 1) * sizeof(T);
+  const int64_t bytes =
+      arena_size(width) + (2 * size * padded + std::max(size, rest)) * sizeof(T);
   run(2 * tasks, bytes, [&](int64_t i, char* memory) {
     T* own = reinterpret_cast<T*>(memory);
     memory += 2 * size * padded * sizeof(T);
@@ -284,9 +271,8 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
     const S* g = rows_of<S>(grad_out[reader], h, d.heads);
     const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
     if (reader == longer) {
-      DSNET_BEST(differentiate_rows, head, o, row, g, grad_row, l, begin, end,
-                 int64_t(0), rest, own, part + part_size, part + 2 * part_size, padded,
-                 memory);
+      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end, int64_t(0),
+                 rest, own, part + part_size, part + 2 * part_size, padded, memory);
       write(longer, h, 0, begin, end - begin, own, padded);
     } else {
       T* own_v = own + size * padded;
