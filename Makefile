@@ -1,6 +1,7 @@
 # make demo       installs, then trains and evaluates a small Mask R-CNN; a picture
 # make demo-clip  installs, then trains a small CLIP and compares few-shot methods
 # make test       installs, then runs the tests
+# make test-gpu   installs, then tests on the GPU and writes a table of times
 # make doctor     what is installed, which ops are live, and why not
 
 PYTHON ?= python3
@@ -12,12 +13,13 @@ SHIM := $(wildcard tests/cuda_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
+GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 
 # OpenMP threads that wait by spinning become ten times slower on a machine that
 # does anything else; this lets them sleep soon.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip test lint format doctor clean
+.PHONY: setup demo demo-clip test test-gpu lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +40,12 @@ demo-clip: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'
+	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
+		--out $(GPU_TIMES) --overwrite
 
 lint: setup
 	$(BIN)/ruff check .

@@ -170,9 +170,8 @@ class InterScaleAlignment(BaseModule):
             Both streams, in the shapes they came in.
         """
         size = local.shape[-2:]
-        local_qkv = to_tokens(
-            pointwise(self.local_norm(local), *self.local_qkv.parameters())
-        )
+        qkv = self.local_qkv
+        local_qkv = to_tokens(pointwise(self.local_norm(local), qkv.weight, qkv.bias))
         global_qkv = self.global_qkv(self.global_norm(global_))
         dropout_p = self.attn_drop_rate if self.training else 0.0
 
@@ -189,8 +188,8 @@ class InterScaleAlignment(BaseModule):
             h_g = attention(q_g, k_l, v_l, dropout_p)
 
         if h_l is not None:
-            h_l = to_map(h_l, size)
-            local = pointwise(h_l, *self.local_proj.parameters(), add=local)
+            proj = self.local_proj
+            local = pointwise(to_map(h_l, size), proj.weight, proj.bias, add=local)
         if h_g is not None:
             global_ = global_ + self.global_proj(h_g)
         return local, global_

@@ -71,7 +71,8 @@ class FFN(nn.Sequential):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), plus a map of this shape if one is given."""
-        tensors = [x, *self.fc1.parameters(), *self.fc2.parameters()]
+        fc1, fc2 = self.fc1, self.fc2
+        tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         if x.is_cpu and torch.is_autocast_enabled('cpu'):
             dtype = torch.get_autocast_dtype('cpu')
             tensors = [tensor.to(dtype) for tensor in tensors]
@@ -99,6 +100,8 @@ class _ChunkedFFN(torch.autograd.Function):
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
         ctx.count = max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
+        if ctx.count == 1:
+            return _linear(_linear(x, w1, b1, gelu=True), w2, b2, add)
         out = torch.empty_like(x)
         rows = [y.chunk(ctx.count) for y in ((x, out, add) if ctx.added else (x, out))]
         for x_rows, out_rows, *add_rows in zip(*rows, strict=True):
@@ -113,26 +116,27 @@ class _ChunkedFFN(torch.autograd.Function):
         weight1, weight2 = w1.flatten(1), w2.flatten(1)
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
-        # In float32: sums over chunks would lose the digits of lower precisions.
-        grad_w1, grad_b1, grad_w2 = (
-            torch.zeros(y.shape, dtype=torch.float32) for y in (weight1, b1, weight2)
-        )
+        sums = None
         rows = (y.chunk(ctx.count) for y in (x, grad, grad_x))
         for x_rows, grad_rows, grad_x_rows in zip(*rows, strict=True):
             hidden = _linear(x_rows, w1, b1)
-            grad_w2 += grad_rows.t() @ F.gelu(hidden)
+            grad_w2 = grad_rows.t() @ F.gelu(hidden)
             grad_hidden = torch.ops.aten.gelu_backward(grad_rows @ weight2, hidden)
-            grad_w1 += grad_hidden.t() @ x_rows
-            grad_b1 += grad_hidden.sum(0)
             torch.mm(grad_hidden, weight1, out=grad_x_rows)
-        return (
-            grad_x,
-            grad_w1.view(w1.shape).to(w1.dtype),
-            grad_b1.to(b1.dtype),
-            grad_w2.view(w2.shape).to(w2.dtype),
-            grad.sum(0),
-            grad if ctx.added else None,
+            parts = (grad_hidden.t() @ x_rows, grad_hidden.sum(0), grad_w2)
+            # In float32: sums over chunks lose the digits of lower precisions.
+            parts = [part.float() for part in parts]
+            if sums is None:
+                sums = parts
+            else:
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
+        grad_w1, grad_b1, grad_w2 = (
+            total.view(y.shape).to(y.dtype)
+            for total, y in zip(sums, (w1, b1, w2), strict=True)
         )
+        grad_add = grad if ctx.added else None
+        return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(0), grad_add
 
 
 def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
