@@ -1,8 +1,7 @@
 // Attention of a few queries of one head, forward and backward, for one
 // instruction set. co_attention_cpu.cpp includes this file once for each, with
-// DSNET_ISA (a namespace), DSNET_BYTES (the width of a vector) and, where two
-// products of bfloat16 are one instruction, DSNET_PAIRS defined; so there is no
-// include guard.
+// DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
+// there is no include guard.
 //
 // Every matrix product is C[m][lanes] += A[m][k] * B[k][lanes] with single
 // elements of A. Scores are [query][key]: queries are read as they lie in memory,
@@ -120,21 +119,8 @@ inline T reduce(Vec<T> x) {
 
 // ----------------------------------------------------------- matrix products
 
-template <typename T>
-inline Vec<T> multiply_add(T x, Vec<T> y, Vec<T> sum) {
-  return sum + x * y;
-}
-
-#ifdef DSNET_PAIRS
-// A word is two numbers in bfloat16: the sum takes both their products.
-inline Vec<float> multiply_add(uint32_t x, Vec<uint32_t> y, Vec<float> sum) {
-  return (Vec<float>)_mm512_dpbf16_ps(
-      (__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)y);
-}
-#endif
-
-template <typename E, typename T, int M, int V>
-inline void tile(int64_t depth, const E* a, int64_t a_m, int64_t a_k, const E* b,
+template <typename T, int M, int V>
+inline void tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b,
                  int64_t b_k, T* c, int64_t c_m, bool add) {
   constexpr int lanes = Vector<T>::lanes;
   Vec<T> sum[M][V];
@@ -145,14 +131,14 @@ inline void tile(int64_t depth, const E* a, int64_t a_m, int64_t a_k, const E* b
       sum[m][v] = add ? vec(c + m * c_m + v * lanes) : Vec<T>{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<E> row[V];
+    Vec<T> row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = loose(b + k * b_k + v * lanes);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const E x = a[m * a_m + k * a_k];
+      const T x = a[m * a_m + k * a_k];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(x, row[v], sum[m][v]);
+      for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
     }
   }
 #pragma GCC unroll 12
@@ -162,9 +148,9 @@ inline void tile(int64_t depth, const E* a, int64_t a_m, int64_t a_k, const E* b
   }
 }
 
-template <typename E, typename T, int V>
-inline void tiles(int64_t rows, int64_t depth, const E* a, int64_t a_m, int64_t a_k,
-                  const E* b, int64_t b_k, T* c, int64_t c_m, bool add) {
+template <typename T, int V>
+inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
+                  const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
   // Sums and a row of B in 32 registers of 64 bytes, else in 16. Tiles are of
   // nearly equal height: a last one of one row would be slow.
   constexpr int64_t tallest = DSNET_BYTES == 64 && V <= 2 ? 12 : 6;
@@ -172,10 +158,10 @@ inline void tiles(int64_t rows, int64_t depth, const E* a, int64_t a_m, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t height = rows / count + (i < rows % count);
     switch (height) {
-#define DSNET_TILE(M)                                            \
-  case M:                                                        \
-    if constexpr (M <= tallest)                                  \
-      tile<E, T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
+#define DSNET_TILE(M)                                         \
+  case M:                                                     \
+    if constexpr (M <= tallest)                               \
+      tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
     break;
       DSNET_TILE(1)
       DSNET_TILE(2)
@@ -199,22 +185,22 @@ inline void tiles(int64_t rows, int64_t depth, const E* a, int64_t a_m, int64_t 
 // C[m][n] = sum_k A[m][k] B[k][n], added to C if ``add``; ``cols`` is a
 // multiple of the lanes, a_m and a_k are the strides of A, b_k and c_m those
 // of the rows of B and C.
-template <typename E, typename T>
-void matmul(int64_t rows, int64_t cols, int64_t depth, const E* a, int64_t a_m,
-            int64_t a_k, const E* b, int64_t b_k, T* c, int64_t c_m, bool add) {
+template <typename T>
+void matmul(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_m,
+            int64_t a_k, const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
   constexpr int lanes = Vector<T>::lanes;
   // All sums of a tile stay in registers: 32 of 64 bytes, else 16.
   constexpr int widest = DSNET_BYTES == 64 ? 4 : 2;
   for (int64_t n = 0; n < cols;) {
     const int64_t left = (cols - n) / lanes;
     if (left >= widest) {
-      tiles<E, T, widest>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, widest>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
       n += widest * lanes;
     } else if (left >= 2) {
-      tiles<E, T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
       n += 2 * lanes;
     } else {
-      tiles<E, T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
       n += lanes;
     }
   }
@@ -334,13 +320,13 @@ inline Vec<T> kept(const Dropout& dropout, uint64_t query, uint32_t column) {
 
 // -------------------------------------------------------------------- forward
 
-// Turns products of n keys from ``begin`` on into weights 2^(scale * product - top)
-// of R rows of queries, and shrinks what these have summed to a new top. Several rows
-// at a time, because each is a chain of instructions that wait for one another.
+// Turns scores of n keys from ``begin`` on into weights 2^(score - top) of R rows
+// of queries, and shrinks what these have summed to a new top. Several rows at a
+// time, because each is a chain of instructions that wait for one another.
 template <typename T, int R>
 inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
-                      int64_t n, T scale, Vec<T> padding, int64_t padded, T* p, T* top,
-                      T* total, T* sum) {
+                      int64_t n, Vec<T> padding, int64_t padded, T* p, T* top, T* total,
+                      T* sum) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t cols = pad<T>(n);
   Vec<T> largest[R], mass[R];
@@ -357,13 +343,12 @@ inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
     for (int r = 0; r < R; ++r)
       largest[r] = larger<T>(vec(p + r * kColumns + j), largest[r]);
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-    peak[r] = std::max(top[r], scale * reduce<T, false>(largest[r]));
+  for (int r = 0; r < R; ++r) peak[r] = std::max(top[r], reduce<T, false>(largest[r]));
   for (int64_t j = 0; j < cols; j += lanes)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       T* s = p + r * kColumns + j;
-      const Vec<T> e = exp2(vec(s) * scale - peak[r]);
+      const Vec<T> e = exp2(vec(s) - peak[r]);
       mass[r] += e;
       vec(s) = e;
     }
@@ -383,51 +368,18 @@ inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
   }
 }
 
-#ifdef DSNET_PAIRS
-// dst[pair][channel] = the two rows of a pair in one word, with zeros around.
-inline void pair_rows(int64_t rows, int64_t width, const uint16_t* src, int64_t src_row,
-                      uint32_t* dst) {
-  const int64_t padded = pad<float>(width);
-  for (int64_t r = 0; r < rows; r += 2, dst += padded) {
-    for (int64_t c = 0; c < width; ++c) {
-      const uint32_t high = r + 1 < rows ? src[(r + 1) * src_row + c] : 0;
-      dst[c] = src[r * src_row + c] | high << 16;
-    }
-    std::fill(dst + width, dst + padded, 0);
-  }
-}
-
-// Rows of kColumns numbers rounded to pairs, in place.
-inline void round_to_pairs(int64_t rows, int64_t cols, float* p) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < cols; j += 32) {
-      const __m512 low = _mm512_load_ps(p + r * kColumns + j);
-      const __m512 high = _mm512_load_ps(p + r * kColumns + j + 16);
-      _mm512_store_si512(p + r * kColumns + j / 2,
-                         (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-}
-#endif
-
 // Queries [first, first + count) of a head, at most kQueries. All of them read a
 // block of keys before the next one is fetched.
 template <typename S, typename T>
 void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
             T* lse, char* memory) {
-#ifdef DSNET_PAIRS
-  constexpr bool pairs = true;
-  using E = uint32_t;
-#else
-  constexpr bool pairs = false;
-  using E = T;
-#endif
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width, padded = pad<T>(width);
   Arena arena(memory);
-  E* k = arena.take<E>(padded * kColumns);  // [channel][key]
-  E* rows = arena.take<E>(kColumns * padded);
-  E* v_rows = arena.take<E>(kColumns * padded);
-  E* q_rows = arena.take<E>(kRows * width);
+  T* k = arena.take<T>(padded * kColumns);  // [channel][key]
+  T* rows = arena.take<T>(kColumns * padded);
+  T* v_rows = arena.take<T>(kColumns * padded);
+  T* q_rows = arena.take<T>(kRows * width);
   T* p = arena.take<T>(kRows * kColumns);  // [query][key]
   T* sum = arena.take<T>(count * padded);  // [query][channel]
   T* top = arena.take<T>(pad<T>(count));
@@ -438,50 +390,29 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
 
   for (int64_t begin = 0; begin < head.keys; begin += kColumns) {
     const int64_t n = std::min<int64_t>(kColumns, head.keys - begin);
-    const S *k_src = head.k + begin * head.kv_row,
-            *v_src = head.v + begin * head.kv_row;
     int64_t v_row = head.kv_row;
-    const E* v = v_rows;
-    if constexpr (pairs) {
-      load_transposed(n, width / 2, reinterpret_cast<const E*>(k_src), head.kv_row / 2,
-                      k, kColumns, E(1), rows);
-      pair_rows(n, width, reinterpret_cast<const uint16_t*>(v_src), v_row, v_rows);
-      v_row = padded;
-    } else {
-      load_transposed(n, width, k_src, head.kv_row, k, kColumns, T(1), rows);
-      v = as_vectors<S, T>(n, width, v_src, v_row, v_rows);
-    }
+    load_transposed(n, width, head.k + begin * head.kv_row, head.kv_row, k, kColumns,
+                    scale, rows);
+    const T* v = as_vectors<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
     Vec<T> padding{};  // of the last vector: no keys, so no weights
     for (int64_t j = n; j < pad<T>(n); ++j)
       padding[j - pad<T>(n) + lanes] = -std::numeric_limits<T>::infinity();
     const int64_t groups = (count + kRows - 1) / kRows;
     for (int64_t i = 0, group = 0; group < groups; ++group) {
       const int64_t m = count / groups + (group < count % groups);
-      const S* q_src = head.q + (first + i) * head.q_row;
-      if constexpr (pairs) {
-        matmul(m, pad<T>(n), width / 2, reinterpret_cast<const E*>(q_src),
-               head.q_row / 2, int64_t(1), k, kColumns, p, kColumns, false);
-      } else {
-        int64_t q_row = head.q_row;
-        const T* q = as_rows<S, T>(m, width, q_src, q_row, q_rows);
-        matmul(m, pad<T>(n), width, q, q_row, int64_t(1), k, kColumns, p, kColumns,
-               false);
-      }
+      int64_t q_row = head.q_row;
+      const T* q = as_rows<S, T>(m, width, head.q + (first + i) * q_row, q_row, q_rows);
+      matmul(m, pad<T>(n), width, q, q_row, int64_t(1), k, kColumns, p, kColumns,
+             false);
       for (int64_t r = 0; r < m;) {
         const int64_t at = i + r;
         const auto read = m - r >= 4 ? read_rows<T, 4> : read_rows<T, 1>;
-        read(head.dropout, head.row + first + at, begin, n, scale, padding, padded,
+        read(head.dropout, head.row + first + at, begin, n, padding, padded,
              p + r * kColumns, top + at, total + at, sum + at * padded);
         r += m - r >= 4 ? 4 : 1;
       }
-      if constexpr (pairs) {
-        round_to_pairs(m, n, p);
-        matmul(m, padded, (n + 1) / 2, reinterpret_cast<const E*>(p), kColumns,
-               int64_t(1), v, v_row, sum + i * padded, padded, begin > 0);
-      } else {
-        matmul(m, padded, n, p, kColumns, int64_t(1), v, v_row, sum + i * padded,
-               padded, begin > 0);
-      }
+      matmul(m, padded, n, p, kColumns, int64_t(1), v, v_row, sum + i * padded, padded,
+             begin > 0);
       i += m;
     }
   }

@@ -77,16 +77,6 @@ int64_t arena_size(int64_t width) {
 #undef DSNET_BYTES
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#define DSNET_ISA avx512_pairs
-#define DSNET_BYTES 64
-#define DSNET_PAIRS
-#include "attention_kernel.h"
-#undef DSNET_ISA
-#undef DSNET_BYTES
-#undef DSNET_PAIRS
-#pragma GCC pop_options
-#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define DSNET_ISA avx2
 #define DSNET_BYTES 32
@@ -129,14 +119,6 @@ int instructions() {
   }
 #else
 #define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
-#endif
-
-#ifdef DSNET_X86
-// Whether products of pairs take this head, which they read in words.
-bool in_pairs(const Head<at::BFloat16>& head) {
-  static const bool has = instructions() == 2 && __builtin_cpu_supports("avx512bf16");
-  return has && head.width % 2 == 0 && head.q_row % 2 == 0 && head.kv_row % 2 == 0;
-}
 #endif
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -238,13 +220,6 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
     const Head<S> head = d.head(reader, h);
     S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
     T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
-#ifdef DSNET_X86
-    if constexpr (std::is_same_v<S, at::BFloat16>)
-      if (in_pairs(head)) {
-        avx512_pairs::attend(head, first, count, o, row, l, memory);
-        return;
-      }
-#endif
     DSNET_BEST(attend, head, first, count, o, row, l, memory);
   });
 }
