@@ -217,7 +217,7 @@ def rows_of(args: argparse.Namespace, panel: Panel) -> list[Row]:
 
 
 def build(row: Row, panel: Panel, attn_drop_rate: float) -> tuple[nn.Module, int]:
-    """Returns a model, on the CPU and not compiled, and its multiply-adds.
+    """Builds a model, on the CPU and not compiled, and counts its work.
 
     Args:
         row: The model.
@@ -243,8 +243,8 @@ def build(row: Row, panel: Panel, attn_drop_rate: float) -> tuple[nn.Module, int
     net.train(panel.training)
     if not panel.training and row.fused and row.key in ('ours', 'resnet50'):
         net = (fuse_for_inference if row.key == 'ours' else fuse_conv_bn)(net)
-    # In float64 our network does without oneDNN's fused operators, for which
-    # there is no formula. Fake tensors have shapes and are not computed.
+    # Fake tensors have shapes and are not computed. In float64 our network does
+    # without oneDNN's fused operators, which do not take them.
     net.double()
     with FakeTensorMode(allow_non_fake_inputs=True):
         picture = torch.empty(1, 3, *panel.size, dtype=torch.float64)

@@ -33,6 +33,11 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
+def residual(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of x where no backward needs it: x must be a new map."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
 class ResidualConv(nn.Conv2d):
     """Depth-wise 3x3 convolution with its residual: x + conv(norm(x)).
 
@@ -299,7 +304,7 @@ class DSBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         x = self.pos_embed(x.contiguous(memory_format=torch.channels_last))
-        x = x + self.drop_path(self.dual_stream(self.norm1(x)))
+        x = residual(x, self.drop_path(self.dual_stream(self.norm1(x))))
         if self.training:
             return x + self.drop_path(self.ffn(self.norm2(x)))
         return self.ffn(self.norm2(x), add=x)

@@ -86,28 +86,38 @@ class FFN(nn.Sequential):
         tensors[0] = to_pixels(tensors[0]).flatten(0, 2)
         if add is not None:
             add = to_pixels(add).flatten(0, 2)
-        out = _ChunkedFFN.apply(*tensors, add)
+        grad = torch.is_grad_enabled()
+        out = (_ChunkedFFN.apply if grad else _ChunkedFFN.compute)(*tensors, add)
         return out.unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
 
 
 class _ChunkedFFN(torch.autograd.Function):
     """fc2(GELU(fc1(x))) + add of pixels (P, C), a chunk at a time."""
 
-    CHUNK_BYTES = 8 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
+    CHUNK_BYTES = 4 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
+
+    @staticmethod
+    def count(x, b1):
+        return max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
+
+    @staticmethod
+    def compute(x, w1, b1, w2, b2, add):
+        count = _ChunkedFFN.count(x, b1)
+        if count == 1:
+            return _linear(_linear(x, w1, b1, gelu=True), w2, b2, add)
+        w1, w2 = w1.flatten(1), w2.flatten(1)
+        out = torch.empty_like(x)
+        rows = [y.chunk(count) for y in (x, out, add) if y is not None]
+        for x_rows, out_rows, *add_rows in zip(*rows, strict=True):
+            hidden = _linear(x_rows, w1, b1, gelu=True)
+            out_rows.copy_(_linear(hidden, w2, b2, *add_rows))
+        return out
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, add):
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
-        ctx.count = max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
-        if ctx.count == 1:
-            return _linear(_linear(x, w1, b1, gelu=True), w2, b2, add)
-        out = torch.empty_like(x)
-        rows = [y.chunk(ctx.count) for y in ((x, out, add) if ctx.added else (x, out))]
-        for x_rows, out_rows, *add_rows in zip(*rows, strict=True):
-            hidden = _linear(x_rows, w1, b1, gelu=True)
-            out_rows.copy_(_linear(hidden, w2, b2, *add_rows))
-        return out
+        return _ChunkedFFN.compute(x, w1, b1, w2, b2, add)
 
     @staticmethod
     @once_differentiable
@@ -117,7 +127,8 @@ class _ChunkedFFN(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
         sums = None
-        rows = (y.chunk(ctx.count) for y in (x, grad, grad_x))
+        count = _ChunkedFFN.count(x, b1)
+        rows = (y.chunk(count) for y in (x, grad, grad_x))
         for x_rows, grad_rows, grad_x_rows in zip(*rows, strict=True):
             hidden = _linear(x_rows, w1, b1)
             grad_w2 = grad_rows.t() @ F.gelu(hidden)
