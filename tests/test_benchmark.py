@@ -59,9 +59,11 @@ def test_table_plot_and_refusal(benchmark, one_thread, tmp_path, capsys):
         assert (row['threads'], row['torch']) == ('1', torch.__version__)
         assert row['machine'] and row['date'] and not row['error']
         assert not row['peak_mib']
-    # Folded batch norms add a little: the convolutions of their shifts.
     infer, train = (float(ours[mode]['gflop']) for mode in ('inference', 'training'))
-    assert train == pytest.approx(3 * infer, rel=0.01)
+    assert train == pytest.approx(3 * infer)
+    # Of 3.546 G at 224, a little more than 224**2 / 64**2 times as many.
+    plain = next(row for row in rows if row['model'] == 'plain DS-Net-S*')
+    assert infer < float(plain['gflop']) < 2 * 3.546 * (64 / 224) ** 2
     assert (tmp_path / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
 
     (tmp_path / 'benchmark.csv').write_text('old')
@@ -118,8 +120,7 @@ def test_outputs(benchmark, size):
     picture = torch.randn(1, 3, *size)
     first = None
     for row in rows:
-        net, multiply_adds = benchmark.build(row, panel, 0.1)
-        assert 2e8 < multiply_adds < 1e9
+        net = benchmark.build(row, panel, 0.1)
         with torch.inference_mode():
             outs = net(picture)
         outs = [outs] if panel.classifies else outs
@@ -140,7 +141,7 @@ def test_the_plain_row_is_plain(benchmark):
             return func(*args, **(kwargs or {}))
 
     panel = benchmark.Panel('inference', (64, 64), 'float32', 1)
-    net, _ = benchmark.build(benchmark.Row('plain'), panel, 0.0)
+    net = benchmark.build(benchmark.Row('plain'), panel, 0.0)
     with torch.no_grad(), Watch():
         net(torch.randn(1, 3, 64, 64))
     assert namespaces == {'aten'}
@@ -153,6 +154,6 @@ def test_memory(benchmark):
     panel = benchmark.Panel('training', (64, 64), 'float32', 1)
     result = dict(model='plain DS-Net-S*', layout='contiguous')
     peak = benchmark.peak_in_child(result, panel, args)
-    net, _ = benchmark.build(benchmark.Row('plain'), panel, 0.0)
+    net = benchmark.build(benchmark.Row('plain'), panel, 0.0)
     gradients = sum(param.nbytes for param in net.parameters()) / 2**20
     assert gradients < peak < 1.5 * gradients

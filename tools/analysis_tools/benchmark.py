@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -168,7 +168,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sizes = [(224, 224), (800, 1344)]
     add('--size', nargs='+', type=parse_size, default=sizes, help='H or HxW')
     add('--dtype', nargs='+', choices=dtypes, default=dtypes)
-    add('--models', nargs='+', choices=MODELS, default=list(MODELS))
+    models = dict(choices=MODELS, default=list(MODELS), metavar='MODEL')
+    add('--models', nargs='+', **models, help=f'of {", ".join(MODELS)}; default: all')
     add('--batch', type=int, help='default: 8, and 1 for sides that differ')
     add('--compile', action='store_true', help='adds rows with torch.compile')
     add('--threads', type=int, default=torch.get_num_threads())
@@ -216,8 +217,8 @@ def rows_of(args: argparse.Namespace, panel: Panel) -> list[Row]:
     return rows
 
 
-def build(row: Row, panel: Panel, attn_drop_rate: float) -> tuple[nn.Module, int]:
-    """Builds a model, on the CPU and not compiled, and counts its work.
+def build(row: Row, panel: Panel, attn_drop_rate: float) -> nn.Module:
+    """Builds a model, on the CPU and not compiled.
 
     Args:
         row: The model.
@@ -225,7 +226,7 @@ def build(row: Row, panel: Panel, attn_drop_rate: float) -> tuple[nn.Module, int
         attn_drop_rate: Dropout of the attention weights, in DS-Net.
 
     Returns:
-        The model, and the multiply-adds of its forward for one picture.
+        The model, in the mode and of the dtype that it runs with.
     """
     torch.manual_seed(0)
     timm_name = MODELS[row.key][1]
@@ -243,21 +244,25 @@ def build(row: Row, panel: Panel, attn_drop_rate: float) -> tuple[nn.Module, int
     net.train(panel.training)
     if not panel.training and row.fused and row.key in ('ours', 'resnet50'):
         net = (fuse_for_inference if row.key == 'ours' else fuse_conv_bn)(net)
+    return net.to(torch.float32 if panel.training else DTYPES[panel.dtype])
+
+
+@cache
+def multiply_adds(key: str, size: tuple[int, int]) -> int:
+    """Counts those of a model's forward for one picture."""
+    net = build(Row(key, fused=False), Panel('inference', size, 'float32', 1), 0.0)
     # Fake tensors have shapes and are not computed. In float64 our network does
     # without oneDNN's fused operators, which do not take them.
-    net.double()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        picture = torch.empty(1, 3, *panel.size, dtype=torch.float64)
-        multiply_adds = count_complexity(net, picture).multiply_adds
-    dtype = torch.float32 if panel.training else DTYPES[panel.dtype]
-    return net.to(dtype), multiply_adds
+        picture = torch.empty(1, 3, *size, dtype=torch.float64)
+        return count_complexity(net.double(), picture).multiply_adds
 
 
 def prepare(
     row: Row, panel: Panel, args: argparse.Namespace
-) -> tuple[nn.Module, Callable[[], object], int]:
-    """Returns a model, what is timed of it, and the multiply-adds of that."""
-    net, multiply_adds = build(row, panel, args.attn_drop_rate)
+) -> tuple[nn.Module, Callable[[], None]]:
+    """Returns a model and what is timed of it."""
+    net = build(row, panel, args.attn_drop_rate)
     channels_last = row.layout == 'channels_last'
     layout = torch.channels_last if channels_last else torch.preserve_format
     net.to(args.device, memory_format=layout)
@@ -279,8 +284,7 @@ def prepare(
         outs = [outs] if isinstance(outs, Tensor) else outs
         sum(out.float().mean() for out in outs).backward()
 
-    multiply_adds *= panel.batch * (3 if panel.training else 1)
-    return net, train if panel.training else infer, multiply_adds
+    return net, train if panel.training else infer
 
 
 def time_calls(
@@ -324,10 +328,10 @@ def measure(
 ) -> tuple[list[dict], Table | None]:
     """Returns the rows of a panel, without memory, and a profile if asked for."""
     torch.compiler.reset()
-    calls, multiply_adds, errors = {}, {}, {}
+    calls, errors = {}, {}
     for row in rows_of(args, panel):
         try:
-            _, calls[row], multiply_adds[row] = prepare(row, panel, args)
+            _, calls[row] = prepare(row, panel, args)
         except Exception as error:  # a size that a peer does not take
             errors[row] = one_line(error)
     options = dict(dtype=DTYPES[panel.dtype], device=args.device)
@@ -349,7 +353,8 @@ def measure(
         result = dict(model=name, **dict.fromkeys(COLUMNS), layout=row.layout)
         result |= dict(error=errors.get(row), top1=MODELS[row.key][2])
         if row in seconds:
-            flop = 2 * multiply_adds[row]
+            flop = 2 * panel.batch * multiply_adds(row.key, panel.size)
+            flop *= 3 if panel.training else 1
             result |= dict(
                 ms=seconds[row] * 1e3,
                 pictures_per_s=panel.batch / seconds[row],
@@ -381,7 +386,7 @@ def profile(call: Callable[[], object], args: argparse.Namespace) -> Table:
 def peak_here(panel: Panel, args: argparse.Namespace) -> float:
     """Returns the MiB that a call of the row ``args.peak_of`` holds at most."""
     (row,) = (r for r in rows_of(args, panel) if [r.name, r.layout] == args.peak_of)
-    net, call, _ = prepare(row, panel, args)
+    net, call = prepare(row, panel, args)
     call()  # leaves what stays: kernels, threads, compiled code
     net.zero_grad(set_to_none=True)
     if args.device == 'cuda':
@@ -426,7 +431,8 @@ def peak_in_child(result: dict, panel: Panel, args: argparse.Namespace) -> float
     env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
     child = subprocess.run(command, env=env, capture_output=True, text=True)
     if child.returncode:
-        raise RuntimeError((child.stderr.splitlines() or ['no reason given'])[-1])
+        status = f'the process ended with status {child.returncode}'
+        raise RuntimeError((child.stderr.splitlines() or [status])[-1])
     return float(child.stdout.splitlines()[-1])
 
 
