@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsnet_mm.models import DSBlock, DSNet
+from dsnet_mm.models import DSFPN, DSBlock, DSNet
 
 TINY = dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))
 VARIANTS = [
@@ -138,6 +138,20 @@ def test_any_size(size):
         expected = tuple(math.ceil(side / stride) for side in size)
         assert out.shape == (1, channels, *expected)
         assert out.isfinite().all()
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_outputs_are_what_roi_align_reads(layout):
+    # It reads memory as channels-first, whatever the strides say.
+    roi_align = pytest.importorskip('mmcv.ops').roi_align
+    net = DSNet(TINY, out_indices=(0, 1, 2, 3)).eval()
+    maps = net(torch.randn(1, 3, 96, 64).contiguous(memory_format=layout))
+    neck = DSFPN([16, 32, 48, 64], 32, num_outs=5, num_heads=2).eval()
+    boxes = torch.tensor([[0, 0.2, 0.1, 1.7, 2.6]])
+    for x in (*maps, *neck(maps)):
+        measured = roi_align(x, boxes, (2, 2))
+        expected = roi_align(x.clone(memory_format=torch.contiguous_format), boxes, 2)
+        torch.testing.assert_close(measured, expected)
 
 
 def test_detection_size():

@@ -195,7 +195,8 @@ class DSNet(BaseModule):
                 else:
                     x = block(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
+                # Channels first: MMCV's RoIAlign does not look at strides.
+                outs.append(getattr(self, f'norm{i}')(x).contiguous())
         return tuple(outs)
 
     def init_weights(self) -> None:

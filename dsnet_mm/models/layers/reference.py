@@ -84,7 +84,8 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
         f_g = f_g.transpose(1, 2).reshape(n, -1, *size)
         f_g = F.interpolate(f_g, (height, width), mode='bilinear', align_corners=False)
     x = x + block.drop_path(block.proj_out(torch.cat([f_l, f_g], dim=1)))
-    return x + block.drop_path(block.ffn(block.norm2(x)))
+    fc1, act, fc2 = block.ffn  # one after the other, not as the module runs them
+    return x + block.drop_path(fc2(act(fc1(block.norm2(x)))))
 
 
 def _depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -228,4 +228,5 @@ class DSFPN(BaseModule):
         else:
             while len(outs) < self.num_outs:
                 outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
-        return tuple(outs)
+        # Channels first: MMCV's RoIAlign does not look at strides.
+        return tuple(out.contiguous() for out in outs)
