@@ -8,11 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "../co_attention.h"
 #include "../dropout.h"
@@ -226,8 +223,8 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
 
 // A task takes a chunk of the longer stream and all of the shorter one. What it
 // finds for its chunk is final; for the shorter stream the parts of all chunks
-// are summed after. Chunks are at least as long as the shorter stream, so the
-// parts together are no longer than the two streams; and they depend on the
+// are summed after. Chunks are about as long as the shorter stream or longer, so
+// the parts together are about as long as the streams; and they depend on the
 // shapes alone, so that sums do not change with the number of threads.
 template <typename S>
 void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
