@@ -14,7 +14,7 @@ CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 
 # Those that models/layers/pointwise.py calls. A name, as builds of PyTorch without
 # oneDNN have no such operator.
-ONEDNN_LINEAR = 'mkldnn::_linear_pointwise'
+ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
 
 # Operations per output element. Batch norm is left out: it folds into the
 # convolution beside it. LayerNorm counts 5, as in fvcore and MMEngine.
@@ -65,12 +65,13 @@ class _Counter(TorchDispatchMode):
                 op is aten.convolution and args[2] is not None
             )
             self.elementwise += first.numel() * has_bias
-        elif func.name().startswith(ONEDNN_LINEAR):
-            # x, W, bias, activation, ...; or x, what is added, W, bias, 'add'
-            bias, epilogue = args[3:5] if func._overloadname == 'binary' else args[2:4]
-            self.multiply_adds += out.numel() * args[0].shape[-1]
+        elif func.name().startswith(ONEDNN_POINTWISE):
+            # Of 1x1 convolutions: x, W, bias, four of geometry and the epilogue,
+            # behind what is added if there is something.
+            x, _, bias, *rest = args[func._overloadname == 'binary' :]
+            self.multiply_adds += out.numel() * x.shape[1]
             self.elementwise += out.numel() * (bias is not None)
-            self.elementwise += out.numel() * (epilogue == 'gelu')
+            self.elementwise += out.numel() * ('gelu' in rest)
         elif op is CPU_ATTENTION:
             q, k, v = (x.shape for x in args[:3])
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.ops import attention, co_attention, split_heads
 
-from .pointwise import FFN, pointwise, to_pixels
+from .pointwise import FFN, Pointwise, TokenLinear, to_map, to_pixels, to_tokens
 
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
@@ -21,16 +21,6 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H * W, C): a view of a channels-last map."""
-    return to_pixels(x).flatten(1, 2)
-
-
-def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``, a channels-last view."""
-    return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
@@ -156,13 +146,13 @@ class InterScaleAlignment(BaseModule):
         local_parts = local_reads + 2 * global_reads
         global_parts = global_reads + 2 * local_reads
         self.local_norm = build_norm_layer(norm_cfg, channels)[1]
-        self.local_qkv = nn.Conv2d(channels, local_parts * channels, 1)
+        self.local_qkv = Pointwise(channels, local_parts * channels)
         self.global_norm = nn.LayerNorm(channels)
-        self.global_qkv = nn.Linear(channels, global_parts * channels)
+        self.global_qkv = TokenLinear(channels, global_parts * channels)
         if local_reads:
-            self.local_proj = nn.Linear(channels, channels)
+            self.local_proj = TokenLinear(channels, channels)
         if global_reads:
-            self.global_proj = nn.Linear(channels, channels)
+            self.global_proj = TokenLinear(channels, channels)
 
     def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:
         """Aligns the streams.
@@ -175,8 +165,7 @@ class InterScaleAlignment(BaseModule):
             Both streams, in the shapes they came in.
         """
         size = local.shape[-2:]
-        qkv = self.local_qkv
-        local_qkv = to_tokens(pointwise(self.local_norm(local), qkv.weight, qkv.bias))
+        local_qkv = to_tokens(self.local_qkv(self.local_norm(local)))
         global_qkv = self.global_qkv(self.global_norm(global_))
         dropout_p = self.attn_drop_rate if self.training else 0.0
 
@@ -193,10 +182,9 @@ class InterScaleAlignment(BaseModule):
             h_g = attention(q_g, k_l, v_l, dropout_p)
 
         if h_l is not None:
-            proj = self.local_proj
-            local = pointwise(to_map(h_l, size), proj.weight, proj.bias, add=local)
+            local = to_map(self.local_proj(h_l, add=to_tokens(local)), size)
         if h_g is not None:
-            global_ = global_ + self.global_proj(h_g)
+            global_ = self.global_proj(h_g, add=global_)
         return local, global_
 
 
@@ -290,14 +278,14 @@ class DSBlock(BaseModule):
             self.local_conv = ResidualConv(local_channels)
         if global_channels and intra_scale in ('both', 'global'):
             self.global_norm = nn.LayerNorm(global_channels)
-            self.global_qkv = nn.Linear(global_channels, 3 * global_channels)
+            self.global_qkv = TokenLinear(global_channels, 3 * global_channels)
         if isa:
             self.isa = InterScaleAlignment(
                 local_channels, num_heads, isa, attn_drop_rate, norm_cfg
             )
 
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Pointwise(channels, channels)
+        self.proj_out = Pointwise(channels, channels)
         self.ffn = FFN(channels, int(channels * mlp_ratio), act_cfg)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -319,33 +307,38 @@ class DSBlock(BaseModule):
         size = x.shape[-2:]
         global_size = tuple(max(side // self.global_factor, 1) for side in size)
         has_global, has_local = (width > 0 for width in self.split_channels)
+        global_width, channels = self.split_channels[0], sum(self.split_channels)
+        local_width = channels - global_width
         f_g = f_l = None
 
         # Split
-        weight_g, weight_l = self.proj_in.weight.split(self.split_channels)
-        bias_g, bias_l = self.proj_in.bias.split(self.split_channels)
         if has_global:
-            f_g = to_tokens(pointwise(resize(x, global_size), weight_g, bias_g))
+            f_g = to_tokens(
+                self.proj_in(resize(x, global_size), outputs=(0, global_width))
+            )
         if has_local:
-            f_l = pointwise(x, weight_l, bias_l)
+            f_l = self.proj_in(x, outputs=(global_width, channels))
 
         # Intra-scale propagation
         if self.local_conv is not None:
             f_l = self.local_conv(f_l, self.local_norm)
         if self.global_qkv is not None:
-            f_g = f_g + self.self_attention(f_g)
+            f_g = residual(f_g, self.self_attention(f_g))
 
         # Inter-scale alignment
         if self.isa is not None:
             f_l, f_g = self.isa(f_l, f_g)
 
         # Merge
-        bias = self.proj_out.bias
-        weight_l, weight_g = self.proj_out.weight.split(self.split_channels[::-1], 1)
-        if not has_global:
-            return pointwise(f_l, weight_l, bias)
-        h_g = resize(pointwise(to_map(f_g, global_size), weight_g, bias), size)
-        return pointwise(f_l, weight_l, add=h_g) if has_local else h_g
+        h_g = None
+        if has_global:
+            h_g = self.proj_out(
+                to_map(f_g, global_size), inputs=(local_width, channels)
+            )
+            h_g = resize(h_g, size)
+        return (
+            self.proj_out(f_l, add=h_g, inputs=(0, local_width)) if has_local else h_g
+        )
 
     def fuse(self) -> None:
         """Folds the batch norms into the layers after them, for inference."""
@@ -357,6 +350,9 @@ class DSBlock(BaseModule):
             self.local_norm = nn.Identity()
         if self.isa is not None:
             self.isa.local_norm = fold(self.isa.local_norm, self.isa.local_qkv)
+        for module in self.modules():
+            if isinstance(module, Pointwise | TokenLinear):
+                module.pack()
 
     def self_attention(self, f_g: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V of the global tokens, (N, G, alpha * C)."""

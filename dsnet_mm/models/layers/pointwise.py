@@ -6,6 +6,7 @@ than in arithmetic; what is here keeps them in the cache.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,16 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, '_linear_pointwise'
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ('_convolution_pointwise', '_convolution_pointwise_')
 )
 _DTYPES = [torch.float32]
 if _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # AVX-512, say
     _DTYPES.append(torch.bfloat16)
+_GEOMETRY = ((0, 0), (1, 1), (1, 1), 1)  # padding, stride, dilation, groups
+
+Part = tuple[int, int]  # channels from the first number to before the second
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -26,26 +31,125 @@ def to_pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None
-) -> Tensor:
-    """1x1 convolution, plus a map.
+def to_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C): a view of a channels-last map."""
+    return to_pixels(x).flatten(1, 2)
+
+
+def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H * W, C) -> (N, C, H, W) with ``size = (H, W)``, a channels-last view."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+class _Projection:
+    """What the two layers below have in common.
+
+    Packed, a layer holds its weights in oneDNN's own layout too, from the first
+    call that can use it on. They are packed anew after they were moved to another
+    type or loaded, but not after other changes: this is for inference.
+    """
+
+    _packed: dict[tuple, Tensor] | None = None
+
+    def pack(self) -> None:
+        """Prepares for inference, once the weights are final."""
+        self._packed = {}
+
+    def operand(
+        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
+    ) -> Tensor:
+        """Returns the weight, or a part of it, as :func:`_product` takes it for x."""
+        weight = self.weight.flatten(1)[..., None, None]
+        if outputs:
+            weight = weight[slice(*outputs)]
+        if inputs:
+            weight = weight[:, slice(*inputs)]
+        if self._packed is None or not _runs_on_onednn(x, weight):
+            return weight
+        packed = self._packed.get((outputs, inputs))
+        if packed is None:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            packed = pack(weight.contiguous(), *_GEOMETRY, x.shape)
+            self._packed[outputs, inputs] = packed
+        return packed
+
+    def _forget(self) -> None:
+        self._packed = None if self._packed is None else {}
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # packed weights cannot be saved
+        return {**self.__dict__, '_packed': None if self._packed is None else {}}
+
+
+class Pointwise(_Projection, nn.Conv2d):
+    """1x1 convolution, which can also be computed in parts.
 
     Args:
-        x: Map of shape (N, C_in, H, W).
-        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
-        bias: Bias of shape (C_out,), or None.
-        add: Map of shape (N, C_out, H, W) added to the result, or None.
-
-    Returns:
-        Map of shape (N, C_out, H, W), channels-last like ``x``.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
     """
-    autocast = torch.is_autocast_enabled('cpu')
-    if autocast or torch.is_grad_enabled() or not _runs_on_onednn(x, weight):
-        x = F.conv2d(x, weight.flatten(1)[..., None, None], bias)
-        return x if add is None else x + add
-    add = None if add is None else to_pixels(add)
-    return _linear(to_pixels(x), weight, bias, add=add).permute(0, 3, 1, 2)
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        outputs: Part | None = None,
+        inputs: Part | None = None,
+    ) -> Tensor:
+        """Projects a map.
+
+        Args:
+            x: Map of shape (N, C_in, H, W), with the channels of ``inputs``.
+            add: Map of shape (N, C_out, H, W) added to the result, which takes
+                its memory where no gradients are computed.
+            outputs: Channels to compute; by default all.
+            inputs: Channels that ``x`` has; by default all. Of such parts the one
+                with the last channel brings the bias.
+
+        Returns:
+            Map of shape (N, C_out, H, W), channels-last like ``x``.
+        """
+        weight = self.operand(x, outputs, inputs)
+        bias = self.bias[slice(*outputs)] if outputs else self.bias
+        if inputs and inputs[1] < self.in_channels:
+            bias = None
+        if _may_fuse(x, self.weight):
+            return _product(x, weight, bias, add)
+        out = F.conv2d(x, weight, bias)
+        return out if add is None else out + add
+
+
+class TokenLinear(_Projection, nn.Linear):
+    """Linear layer of tokens."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Projects tokens.
+
+        Args:
+            x: Tokens of shape (N, L, C_in).
+            add: Tokens of shape (N, L, C_out) added to the result, which takes
+                their memory where no gradients are computed.
+
+        Returns:
+            Tokens of shape (N, L, C_out).
+        """
+        if not _may_fuse(x, self.weight):
+            out = F.linear(x, self.weight, self.bias)
+            return out if add is None else out + add
+        size = (x.shape[1], 1)
+        x = to_map(x, size)
+        add = None if add is None else to_map(add, size)
+        return to_tokens(_product(x, self.operand(x), self.bias, add))
 
 
 class FFN(nn.Sequential):
@@ -63,17 +167,27 @@ class FFN(nn.Sequential):
 
     def __init__(self, channels: int, hidden_channels: int, act_cfg: dict) -> None:
         layers = OrderedDict(
-            fc1=nn.Conv2d(channels, hidden_channels, 1),
+            fc1=Pointwise(channels, hidden_channels),
             act=build_activation_layer(act_cfg),
-            fc2=nn.Conv2d(hidden_channels, channels, 1),
+            fc2=Pointwise(hidden_channels, channels),
         )
         super().__init__(layers)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), plus a map of this shape if one is given."""
+        """Computes fc2(act(fc1(x))).
+
+        Args:
+            x: Map of shape (N, C, H, W).
+            add: Map of the same shape added to the result, which takes its memory
+                where no gradients are computed.
+
+        Returns:
+            Map of shape (N, C, H, W).
+        """
         fc1, fc2 = self.fc1, self.fc2
         tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
-        if x.is_cpu and torch.is_autocast_enabled('cpu'):
+        autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
+        if autocast:
             dtype = torch.get_autocast_dtype('cpu')
             tensors = [tensor.to(dtype) for tensor in tensors]
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
@@ -86,8 +200,11 @@ class FFN(nn.Sequential):
         tensors[0] = to_pixels(tensors[0]).flatten(0, 2)
         if add is not None:
             add = to_pixels(add).flatten(0, 2)
-        grad = torch.is_grad_enabled()
-        out = (_ChunkedFFN.apply if grad else _ChunkedFFN.compute)(*tensors, add)
+        if torch.is_grad_enabled():
+            out = _ChunkedFFN.apply(*tensors, add)
+        else:
+            packed = None if autocast else (fc1.operand, fc2.operand)
+            out = _ChunkedFFN.compute(*tensors, add, packed)
         return out.unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
 
 
@@ -101,22 +218,26 @@ class _ChunkedFFN(torch.autograd.Function):
         return max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
 
     @staticmethod
-    def compute(x, w1, b1, w2, b2, add):
+    def compute(x, w1, b1, w2, b2, add, packed=None):
+        # In the memory of ``add``, which may also be that of x: a chunk has been
+        # read when it is written.
         count = _ChunkedFFN.count(x, b1)
-        if count == 1:
-            return _linear(_linear(x, w1, b1, gelu=True), w2, b2, add)
-        w1, w2 = w1.flatten(1), w2.flatten(1)
-        out = torch.empty_like(x)
-        rows = [y.chunk(count) for y in (x, out, add) if y is not None]
-        for x_rows, out_rows, *add_rows in zip(*rows, strict=True):
-            hidden = _linear(x_rows, w1, b1, gelu=True)
-            out_rows.copy_(_linear(hidden, w2, b2, *add_rows))
+        out = torch.zeros_like(x) if add is None else add.contiguous()
+        for x_rows, out_rows in zip(x.chunk(count), out.chunk(count), strict=True):
+            x_rows = _as_map(x_rows)
+            if packed:
+                w1 = packed[0](x_rows)
+            hidden = _product(x_rows, w1, b1, gelu=True)
+            if packed:
+                w2 = packed[1](hidden)
+            _product(hidden, w2, b2, _as_map(out_rows))
         return out
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, add):
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
+        add = None if add is None else add.clone()
         return _ChunkedFFN.compute(x, w1, b1, w2, b2, add)
 
     @staticmethod
@@ -130,7 +251,7 @@ class _ChunkedFFN(torch.autograd.Function):
         count = _ChunkedFFN.count(x, b1)
         rows = (y.chunk(count) for y in (x, grad, grad_x))
         for x_rows, grad_rows, grad_x_rows in zip(*rows, strict=True):
-            hidden = _linear(x_rows, w1, b1)
+            hidden = _as_rows(_product(_as_map(x_rows), w1, b1))
             grad_w2 = grad_rows.t() @ F.gelu(hidden)
             grad_hidden = torch.ops.aten.gelu_backward(grad_rows @ weight2, hidden)
             torch.mm(grad_hidden, weight1, out=grad_x_rows)
@@ -165,19 +286,37 @@ def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _linear(
+def _may_fuse(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product and an addition behind it may be one operator."""
+    return not (
+        torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
+    ) and _runs_on_onednn(x, weight)
+
+
+def _as_map(rows: Tensor) -> Tensor:
+    """(P, C) -> (1, C, P, 1), a channels-last view."""
+    return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(1, C, P, 1) -> (P, C)."""
+    return x[0, :, :, 0].t()
+
+
+def _product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     add: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """x W^T + bias, (..., C_in) -> (..., C_out), then a GELU or an addition."""
-    linear = torch.ops.mkldnn._linear_pointwise
-    # oneDNN takes strided operands too, a hundred times slower.
-    x, weight = x.contiguous(), weight.flatten(1).contiguous()
-    if add is not None:
-        return linear.binary(x, add.contiguous(), weight, bias, 'add')
-    return linear(
-        x, weight, bias, *(('gelu', [], 'none') if gelu else ('none', [], ''))
-    )
+    """1x1 convolution, then a GELU, or an addition in the memory of ``add``."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if add is None:
+        epilogue = ('gelu', [], 'none') if gelu else ('none', [], '')
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        return convolution(x, weight, bias, *_GEOMETRY, *epilogue)
+    add = add.contiguous(memory_format=torch.channels_last)
+    convolution_ = torch.ops.mkldnn._convolution_pointwise_.binary
+    epilogue = ('add', 1.0, None, [], None)
+    return convolution_(add, x, weight, bias, *_GEOMETRY, *epilogue)
