@@ -186,16 +186,16 @@ def test_fusion_of_mmcv_does_no_harm(options: dict) -> None:
 
 
 @pytest.fixture
-def linear_calls(monkeypatch: pytest.MonkeyPatch) -> list:
+def product_calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """Counts calls of the fused product, and makes the chunks small."""
     calls = []
-    linear = pointwise._linear
+    product = pointwise._product
 
     def counted(*args, **kwargs):
         calls.append(args[0].shape)
-        return linear(*args, **kwargs)
+        return product(*args, **kwargs)
 
-    monkeypatch.setattr(pointwise, '_linear', counted)
+    monkeypatch.setattr(pointwise, '_product', counted)
     monkeypatch.setattr(pointwise._ChunkedFFN, 'CHUNK_BYTES', 4096)
     return calls
 
@@ -223,12 +223,12 @@ def plain_ffn(ffn: FFN, x: Tensor, add: Tensor | None = None) -> Tensor:
 
 @needs_onednn
 @pytest.mark.parametrize('add', [False, True], ids=['alone', 'added'])
-def test_chunked_ffn_equals_the_plain_one(add: bool, linear_calls: list) -> None:
+def test_chunked_ffn_equals_the_plain_one(add: bool, product_calls: list) -> None:
     ffn, maps = ffn_inputs(add)
     measured = ffn_results(FFN.forward, ffn, maps)
     # fc1 and fc2 of every chunk, and fc1 again in backward; the last is smaller.
-    assert len(linear_calls) == 3 * 9
-    assert {shape[0] for shape in linear_calls} == {21, 14}
+    assert len(product_calls) == 3 * 9
+    assert {shape[2] for shape in product_calls} == {21, 14}
     expected = ffn_results(
         plain_ffn, deepcopy(ffn).double(), [x.double() for x in maps]
     )
@@ -243,7 +243,7 @@ def test_chunked_ffn_equals_the_plain_one(add: bool, linear_calls: list) -> None
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('add', [False, True], ids=['alone', 'added'])
 def test_chunked_ffn_under_autocast(
-    add: bool, dtype: torch.dtype, linear_calls: list
+    add: bool, dtype: torch.dtype, product_calls: list
 ) -> None:
     ffn, maps = ffn_inputs(add)
     maps = [x.to(dtype) for x in maps]
@@ -251,7 +251,7 @@ def test_chunked_ffn_under_autocast(
     for forward in (FFN.forward, plain_ffn):
         with torch.autocast('cpu', torch.bfloat16):
             results.append(ffn_results(forward, ffn, maps))
-    assert len(linear_calls) == 3 * 5
+    assert len(product_calls) == 3 * 5
     exact = ffn_results(plain_ffn, deepcopy(ffn).double(), [x.double() for x in maps])
     for measured, plain, e in zip(*results, exact, strict=True):
         assert measured.dtype == plain.dtype
@@ -263,10 +263,10 @@ def test_chunked_ffn_under_autocast(
     [dict(type='ReLU'), dict(type='GELU', approximate='tanh')],
     ids=str,
 )
-def test_ffn_with_another_activation(options: dict, linear_calls: list) -> None:
+def test_ffn_with_another_activation(options: dict, product_calls: list) -> None:
     ffn, maps = ffn_inputs(True, **options)
     measured = ffn_results(FFN.forward, ffn, maps)
-    assert not linear_calls
+    assert not product_calls
     expected = ffn_results(
         plain_ffn, deepcopy(ffn).double(), [x.double() for x in maps]
     )
@@ -281,7 +281,7 @@ def test_ffn_of_no_pictures() -> None:
 
 
 @needs_onednn
-def test_ffn_does_not_keep_its_hidden_layer(linear_calls: list) -> None:
+def test_ffn_does_not_keep_its_hidden_layer(product_calls: list) -> None:
     def largest_saved(options: dict) -> int:
         ffn, (x,) = ffn_inputs(False, **options)
         sizes = []
@@ -345,8 +345,7 @@ def test_autocast(grad: bool) -> None:
         measured, plain = net(x.float()), reference_net(net, x.float())
         # A map in float32, as other backbones give it, is projected in bfloat16.
         local = torch.randn(1, 16, 5, 5)
-        weight = net.stages[0][0].proj_in.weight
-        assert pointwise.pointwise(local, weight).dtype == torch.bfloat16
+        assert net.stages[0][0].proj_in(local).dtype == torch.bfloat16
     assert {out.dtype for out in measured} == {torch.bfloat16}
     assert [out.dtype for out in plain] == [out.dtype for out in measured]
     for m, p, e in zip(measured, plain, exact, strict=True):

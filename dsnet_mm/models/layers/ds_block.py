@@ -44,21 +44,21 @@ class ResidualConv(nn.Conv2d):
         if not self.fused:
             return x + super().forward(x if norm is None else norm(x))
         y = super().forward(x)
-        if hasattr(self, 'shift'):
-            ones = torch.ones_like(x[:1])
-            shift = F.conv2d(ones, self.shift, None, 1, 1, 1, self.groups)
-            # As rows of all pixels, which broadcast without strides.
-            y = to_pixels(y).flatten(1) + to_pixels(shift).flatten(1)
-            y = y.view(to_pixels(x).shape).permute(0, 3, 1, 2)
+        if hasattr(self, 'border'):
+            pixels = to_pixels(y)
+            edges = pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]
+            corners = [pixels[:, i, j] for i in (0, -1) for j in (0, -1)]
+            for place, missing in zip((*edges, *corners), self.border, strict=True):
+                place.add_(missing)
         return y
 
     @torch.no_grad()
     def fuse(self, norm: nn.Module | None = None) -> None:
         """Folds the residual and a batch norm into the weights.
 
-        The norm's shift is not seen by the taps that lie outside of the map, so
-        near the borders what it adds depends on the place: it is the
-        convolution of a constant, which stays apart.
+        The norm's shift is not seen by the taps that lie outside of the map: what
+        the bias has of theirs is taken back along the borders, for each of the four
+        edges, and given again once at the corners, where two edges take it.
 
         Args:
             norm: Batch norm in front of the convolution, or None.
@@ -67,7 +67,12 @@ class ResidualConv(nn.Conv2d):
             return
         if norm is not None:
             scale, shift = scale_and_shift(norm)
-            self.register_buffer('shift', self.weight * shift[:, None, None, None])
+            taps = (self.weight * shift[:, None, None, None])[:, 0]
+            self.bias += taps.sum((1, 2))
+            edges = [-taps[:, i].sum(1) for i in (0, -1)]
+            edges += [-taps[:, :, j].sum(1) for j in (0, -1)]
+            corners = [taps[:, i, j] for i in (0, -1) for j in (0, -1)]
+            self.register_buffer('border', torch.stack(edges + corners))
             self.weight *= scale[:, None, None, None]
         self.weight[:, :, 1, 1] += 1
         self.fused = True
@@ -182,9 +187,9 @@ class InterScaleAlignment(BaseModule):
             h_g = attention(q_g, k_l, v_l, dropout_p)
 
         if h_l is not None:
-            local = to_map(self.local_proj(h_l, add=to_tokens(local)), size)
+            local = to_map(self.local_proj(h_l, to_tokens(local)), size)
         if h_g is not None:
-            global_ = self.global_proj(h_g, add=global_)
+            global_ = self.global_proj(h_g, global_)
         return local, global_
 
 
@@ -341,7 +346,7 @@ class DSBlock(BaseModule):
         )
 
     def fuse(self) -> None:
-        """Folds the batch norms into the layers after them, for inference."""
+        """Folds norms into the layers after them, and packs these, for inference."""
         self.pos_embed.fuse()
         self.norm1 = fold(self.norm1, self.proj_in)
         self.norm2 = fold(self.norm2, self.ffn.fc1)
