@@ -3,11 +3,13 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -65,6 +67,15 @@ int64_t arena_size(int64_t width) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DSNET_X86
 #include <immintrin.h>
+namespace dsnet {
+int instructions() {
+  static const int best = [] {
+    const std::string name = at::get_cpu_capability();
+    return name == "AVX512" ? 2 : name == "AVX2" ? 1 : 0;
+  }();
+  return best;
+}
+}  // namespace dsnet
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define DSNET_ISA avx512
@@ -73,6 +84,14 @@ int64_t arena_size(int64_t width) {
 #undef DSNET_ISA
 #undef DSNET_BYTES
 #pragma GCC pop_options
+#if __GNUC__ >= 12
+#define DSNET_AMX
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512bf16,amx-tile,amx-bf16")
+#include "attention_amx.h"
+#pragma GCC pop_options
+#endif
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define DSNET_ISA avx2
@@ -96,13 +115,6 @@ using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // Calls KERNEL<S, T> of the best instruction set.
 #ifdef DSNET_X86
-int instructions() {
-  static const int best = [] {
-    const std::string name = at::get_cpu_capability();
-    return name == "AVX512" ? 2 : name == "AVX2" ? 1 : 0;
-  }();
-  return best;
-}
 #define DSNET_BEST(KERNEL, ...)      \
   switch (instructions()) {          \
     case 2:                          \
@@ -217,6 +229,11 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
     const Head<S> head = d.head(reader, h);
     S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
     T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
+#ifdef DSNET_AMX
+    if constexpr (std::is_same_v<S, at::BFloat16>)
+      if (!head.dropout && amx::available())
+        return amx::attend(head, first, count, o, row, l, memory);
+#endif
     DSNET_BEST(attend, head, first, count, o, row, l, memory);
   });
 }

@@ -1,0 +1,226 @@
+// Attention of a few queries of one head in bfloat16, forward, whose products AMX
+// computes: C[16][16] += A[16][32] * B[32][16] in one instruction, where A is rows
+// as they lie in memory and B has pairs of rows side by side.
+//
+// Softmax and sums are those of attention_kernel.h, in float; the weights are
+// rounded to bfloat16 for their product with the values, as in PyTorch's kernel.
+
+namespace dsnet {
+namespace amx {
+
+using avx512::Vec;
+using avx512::vec;
+typedef c10::BFloat16 Half;
+
+constexpr int64_t kSide = 16;   // rows of a tile, and columns of C
+constexpr int64_t kDepth = 32;  // columns of A
+constexpr int64_t kTile = kSide * kDepth;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Whether the processor has it and the system lets this process use it.
+inline bool available() {
+  static const bool yes = instructions() == 2 && __builtin_cpu_supports("amx-tile") &&
+                          __builtin_cpu_supports("amx-bf16") &&
+                          __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
+  return yes;
+}
+
+// All tiles of full size while it lives, and then what was set before.
+class Configuration {
+ public:
+  Configuration() {
+    _tile_storeconfig(before_);
+    alignas(64) uint8_t full[64] = {1};  // the palette
+    for (int i = 0; i < 8; ++i) {
+      full[16 + 2 * i] = 2 * kDepth;  // bytes of a row, 16 bits
+      full[48 + i] = kSide;
+    }
+    _tile_loadconfig(full);
+  }
+  ~Configuration() {
+    if (before_[0])
+      _tile_loadconfig(before_);
+    else
+      _tile_release();
+  }
+
+ private:
+  alignas(64) uint8_t before_[64];
+};
+
+// Rows of 32 channels, zeros around: dst[block of channels][row][32].
+inline void pack_rows(int64_t count, int64_t all, int64_t width, const Half* src,
+                      int64_t src_row, Half* dst) {
+  for (int64_t c = 0; c < width; c += kDepth) {
+    const int64_t left = width - c;
+    const __mmask32 mask = left >= kDepth ? ~0u : (1u << left) - 1;
+    for (int64_t r = 0; r < count; ++r, dst += kDepth)
+      _mm512_storeu_si512(dst, _mm512_maskz_loadu_epi16(mask, src + r * src_row + c));
+    std::memset(dst, 0, (all - count) * kDepth * sizeof(Half));
+    dst += (all - count) * kDepth;
+  }
+}
+
+// Keys as tiles B of 32 channels by 16 keys: a pair of channels is a word, and words
+// are transposed. dst[block of channels][block of keys][16][16 words].
+inline void pack_keys(int64_t count, int64_t all, int64_t width, const Half* src,
+                      int64_t src_row, Half* dst, Half* rows) {
+  pack_rows(count, all, width, src, src_row, rows);
+  for (int64_t i = 0; i < round_up(width, kDepth) * all; i += kTile)
+    avx512::transpose<float>(kSide, kSide, reinterpret_cast<const float*>(rows + i),
+                             kSide, reinterpret_cast<float*>(dst + i), kSide);
+}
+
+// Values as tiles B of 32 keys by 16 channels: two keys are interleaved.
+// dst[block of 32 keys][block of 16 channels][16][16 pairs].
+inline void pack_values(int64_t count, int64_t all, int64_t width, const Half* src,
+                        int64_t src_row, Half* dst) {
+  alignas(64) int16_t order[2][32];
+  for (int i = 0; i < 32; ++i) {
+    order[0][i] = i / 2 + (i % 2 ? 32 : 0);
+    order[1][i] = order[0][i] + 16;
+  }
+  const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+  const int64_t tiles = round_up(width, kDepth) / kSide;
+  for (int64_t j = 0; j < all; j += 2) {
+    Half* row = dst + j / kDepth * tiles * kTile + j % kDepth / 2 * kDepth;
+    for (int64_t c = 0; c < width; c += kDepth, row += 2 * kTile) {
+      const int64_t left = width - c;
+      const __mmask32 mask = left >= kDepth ? ~0u : (1u << left) - 1;
+      const auto key = [&](int64_t i) {
+        return i < count ? _mm512_maskz_loadu_epi16(mask, src + i * src_row + c)
+                         : _mm512_setzero_si512();
+      };
+      const __m512i a = key(j), b = key(j + 1);
+      _mm512_store_si512(row, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(row + kTile, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
+
+// C[2 * 16][2 * 16] = sum over ``depth`` tiles of A B, added to C if ``add``. Strides
+// from tile to tile: a_m and a_k of A, b_k and b_n of B; ``a_row`` is that of the
+// rows of A, all in numbers.
+inline void product(int64_t depth, const Half* a, int64_t a_row, int64_t a_m,
+                    int64_t a_k, const Half* b, int64_t b_k, int64_t b_n, float* c,
+                    int64_t c_row, bool add) {
+  const int64_t c_bytes = c_row * sizeof(float);
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + kSide, c_bytes);
+    _tile_loadd(2, c + kSide * c_row, c_bytes);
+    _tile_loadd(3, c + kSide * c_row + kSide, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    _tile_loadd(4, a + k * a_k, a_row * sizeof(Half));
+    _tile_loadd(5, a + k * a_k + a_m, a_row * sizeof(Half));
+    _tile_loadd(6, b + k * b_k, kDepth * sizeof(Half));
+    _tile_loadd(7, b + k * b_k + b_n, kDepth * sizeof(Half));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + kSide, c_bytes);
+  _tile_stored(2, c + kSide * c_row, c_bytes);
+  _tile_stored(3, c + kSide * c_row + kSide, c_bytes);
+}
+
+// As avx512::read_rows, for scores that are not scaled yet. The weights go to ``w``.
+template <int R>
+inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
+                      const float* p, Half* w, float* top, float* total, float* sum) {
+  Vec<float> largest[R], mass[R];
+  float peak[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    largest[r] = vec(p + r * kColumns);
+    mass[r] = Vec<float>{};
+  }
+  for (int64_t j = kSide; j < cols; j += kSide)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      largest[r] = avx512::larger<float>(vec(p + r * kColumns + j), largest[r]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    peak[r] = std::max(top[r], avx512::reduce<float, false>(largest[r]) * scale);
+  for (int64_t j = 0; j < cols; j += kDepth)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float* s = p + r * kColumns + j;
+      const Vec<float> a = avx512::exp2(vec(s) * scale - peak[r]);
+      const Vec<float> b = avx512::exp2(vec(s + kSide) * scale - peak[r]);
+      mass[r] += a + b;
+      _mm512_store_si512(w + r * kColumns + j,
+                         (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    }
+  for (int r = 0; r < R; ++r) {
+    if (begin) {
+      const float shrink = avx512::exp2(Vec<float>{} + (top[r] - peak[r]))[0];
+      total[r] *= shrink;
+      for (int64_t c = 0; c < padded; c += kSide) vec(sum + r * padded + c) *= shrink;
+    }
+    total[r] += avx512::reduce<float, true>(mass[r]);
+    top[r] = peak[r];
+  }
+}
+
+// As avx512::attend, without dropout.
+inline void attend(const Head<Half>& head, int64_t first, int64_t count, Half* out,
+                   int64_t out_row, float* lse, char* memory) {
+  const int64_t width = head.width, padded = round_up(width, kDepth);
+  const int64_t rows = round_up(count, 2 * kSide);
+  Arena arena(memory);
+  Half* q = arena.take<Half>(rows * padded);
+  Half* k = arena.take<Half>(kColumns * padded);
+  Half* v = arena.take<Half>(kColumns * padded);
+  Half* key_rows = arena.take<Half>(kColumns * padded);
+  float* p = arena.take<float>(2 * kSide * kColumns);  // [query][key]
+  Half* w = arena.take<Half>(2 * kSide * kColumns);
+  float* sum = arena.take<float>(rows * padded);  // [query][channel]
+  float* top = arena.take<float>(rows);
+  float* total = arena.take<float>(rows);
+  const float scale = 1.44269504088896340736 / std::sqrt(double(width));
+  std::fill(top, top + rows, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + rows, 0.f);
+  pack_rows(count, rows, width, head.q + first * head.q_row, head.q_row, q);
+
+  const Configuration configuration;
+  for (int64_t begin = 0; begin < head.keys; begin += kColumns) {
+    const int64_t n = std::min<int64_t>(kColumns, head.keys - begin);
+    const int64_t cols = round_up(n, kDepth);
+    pack_keys(n, cols, width, head.k + begin * head.kv_row, head.kv_row, k, key_rows);
+    pack_values(n, cols, width, head.v + begin * head.kv_row, head.kv_row, v);
+    for (int64_t i = 0; i < rows; i += 2 * kSide) {
+      for (int64_t j = 0; j < cols; j += kDepth)
+        product(padded / kDepth, q + i * kDepth, kDepth, kTile, rows * kDepth,
+                k + j * kDepth, cols * kDepth, kTile, p + j, kColumns, false);
+      for (int64_t r = 0; r < 2 * kSide; ++r)  // no keys, so no weights
+        std::fill(p + r * kColumns + n, p + r * kColumns + cols,
+                  -std::numeric_limits<float>::infinity());
+      for (int64_t r = 0; r < 2 * kSide; r += 4)
+        read_rows<4>(begin, cols, scale, padded, p + r * kColumns, w + r * kColumns,
+                     top + i + r, total + i + r, sum + (i + r) * padded);
+      for (int64_t c = 0; c < padded; c += kDepth)
+        product(cols / kDepth, w, kColumns, kSide * kColumns, kDepth, v + c * kDepth,
+                padded * kDepth, kTile, sum + i * padded + c, padded, begin > 0);
+    }
+  }
+
+  for (int64_t i = 0; i < count; ++i)
+    avx512::store(1, width, sum + i * padded, padded, out + i * out_row, out_row,
+                  1 / total[i]);
+  for (int64_t i = 0; i < count; i += kSide)
+    vec(total + i) = avx512::log2(vec(total + i));
+  for (int64_t i = 0; i < count; ++i) lse[i] = top[i] + total[i];
+}
+
+}  // namespace amx
+}  // namespace dsnet
