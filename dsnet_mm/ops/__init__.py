@@ -5,12 +5,15 @@ from .co_attention import (
     select_path,
 )
 from .reference import dropout_mask, reference_co_attention, split_heads
+from .resize import resize, resize_add
 
 __all__ = [
     'attention',
     'co_attention',
     'dropout_mask',
     'reference_co_attention',
+    'resize',
+    'resize_add',
     'sdpa_co_attention',
     'select_path',
     'split_heads',

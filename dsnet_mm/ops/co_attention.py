@@ -17,7 +17,6 @@ PATHS = ('reference', 'sdpa', 'native')
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-_HAS_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
 _BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
 
 
@@ -66,8 +65,7 @@ def co_attention(
             ``DSNET_MM_OPS`` asks for what is not there.
     """
     _check(local_qkv, global_qkv, num_heads, dropout_p)
-    shorter = min(local_qkv.shape[1], global_qkv.shape[1])
-    path, _ = select_path(local_qkv.device.type, local_qkv.dtype, shorter)
+    path, _ = select_path(local_qkv.device.type)
     if path == 'native':
         return native.co_attention(local_qkv, global_qkv, num_heads, dropout_p)
     if path == 'sdpa':
@@ -97,15 +95,11 @@ def sdpa_co_attention(
     return h_l, h_g
 
 
-def select_path(
-    device: str, dtype: torch.dtype = torch.float32, tokens: int = 0
-) -> tuple[str, str]:
+def select_path(device: str) -> tuple[str, str]:
     """Tells which path :func:`co_attention` takes, and why.
 
     Args:
         device: Type of the device, ``'cpu'`` or ``'cuda'``.
-        dtype: Type of the numbers.
-        tokens: Length of the shorter stream.
 
     Returns:
         One of ``PATHS`` and the reason.
@@ -133,15 +127,6 @@ def select_path(
     # Exported programs run where this package is not.
     if _is_exporting():
         return 'sdpa', 'exported programs hold PyTorch operators only'
-    # There PyTorch's kernel has the faster forward, by up to 1.5 times, and the
-    # compiled op the faster backward.
-    if (
-        _HAS_AMX
-        and dtype == torch.bfloat16
-        and tokens >= 512
-        and not torch.is_grad_enabled()
-    ):
-        return 'sdpa', 'bfloat16, many tokens, no gradients, a processor with AMX'
     return 'native', 'compiled'
 
 

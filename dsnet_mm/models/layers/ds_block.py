@@ -8,19 +8,18 @@ from mmengine.model import BaseModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from dsnet_mm.ops import attention, co_attention, split_heads
+from dsnet_mm.ops import (
+    attention,
+    co_attention,
+    resize,
+    resize_add,
+    split_heads,
+)
 
 from .pointwise import FFN, Pointwise, TokenLinear, to_map, to_pixels, to_tokens
 
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes a map bilinearly to (H, W), without anti-aliasing."""
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 
 def residual(x: Tensor, y: Tensor) -> Tensor:
@@ -297,13 +296,14 @@ class DSBlock(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         x = self.pos_embed(x.contiguous(memory_format=torch.channels_last))
-        x = residual(x, self.drop_path(self.dual_stream(self.norm1(x))))
         if self.training:
+            x = x + self.drop_path(self.dual_stream(self.norm1(x)))
             return x + self.drop_path(self.ffn(self.norm2(x)))
+        x = self.dual_stream(self.norm1(x), add=x)
         return self.ffn(self.norm2(x), add=x)
 
-    def dual_stream(self, x: Tensor) -> Tensor:
-        """Splits, propagates, aligns and merges the streams.
+    def dual_stream(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Splits, propagates, aligns and merges the streams, and adds a map.
 
         Resizing commutes with 1x1 convolutions, so those of the global stream
         are computed at its low resolution: ``proj_in``'s rows and
@@ -335,15 +335,11 @@ class DSBlock(BaseModule):
             f_l, f_g = self.isa(f_l, f_g)
 
         # Merge
-        h_g = None
         if has_global:
-            h_g = self.proj_out(
-                to_map(f_g, global_size), inputs=(local_width, channels)
-            )
-            h_g = resize(h_g, size)
-        return (
-            self.proj_out(f_l, add=h_g, inputs=(0, local_width)) if has_local else h_g
-        )
+            h_g = to_map(f_g, global_size)
+            h_g = self.proj_out(h_g, inputs=(local_width, channels))
+            add = resize(h_g, size) if add is None else resize_add(h_g, add)
+        return self.proj_out(f_l, add, inputs=(0, local_width)) if has_local else add
 
     def fuse(self) -> None:
         """Folds norms into the layers after them, and packs these, for inference."""

@@ -1,8 +1,7 @@
-// Co-attention on the CPU: what runs in parallel, and for which instructions.
+// Co-attention on the CPU: what runs in parallel.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/cpu/Utils.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -62,73 +61,21 @@ int64_t arena_size(int64_t width) {
 
 }  // namespace dsnet
 
-// The same source for each instruction set; PyTorch's own check of the
-// machine (and ATEN_CPU_CAPABILITY) decides which one runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DSNET_X86
-#include <immintrin.h>
-namespace dsnet {
-int instructions() {
-  static const int best = [] {
-    const std::string name = at::get_cpu_capability();
-    return name == "AVX512" ? 2 : name == "AVX2" ? 1 : 0;
-  }();
-  return best;
-}
-}  // namespace dsnet
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#define DSNET_ISA avx512
-#define DSNET_BYTES 64
-#include "attention_kernel.h"
-#undef DSNET_ISA
-#undef DSNET_BYTES
-#pragma GCC pop_options
-#if __GNUC__ >= 12
-#define DSNET_AMX
+#define DSNET_KERNEL "attention_kernel.h"
+#include "each_isa.h"
+#ifdef DSNET_AMX
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #pragma GCC target("avx512bf16,amx-tile,amx-bf16")
 #include "attention_amx.h"
 #pragma GCC pop_options
 #endif
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define DSNET_ISA avx2
-#define DSNET_BYTES 32
-#include "attention_kernel.h"
-#undef DSNET_ISA
-#undef DSNET_BYTES
-#pragma GCC pop_options
-#endif
-#define DSNET_ISA baseline
-#define DSNET_BYTES 16
-#include "attention_kernel.h"
-#undef DSNET_ISA
-#undef DSNET_BYTES
 
 namespace dsnet {
 namespace {
 
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-// Calls KERNEL<S, T> of the best instruction set.
-#ifdef DSNET_X86
-#define DSNET_BEST(KERNEL, ...)      \
-  switch (instructions()) {          \
-    case 2:                          \
-      avx512::KERNEL(__VA_ARGS__);   \
-      break;                         \
-    case 1:                          \
-      avx2::KERNEL(__VA_ARGS__);     \
-      break;                         \
-    default:                         \
-      baseline::KERNEL(__VA_ARGS__); \
-  }
-#else
-#define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
-#endif
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
