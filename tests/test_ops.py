@@ -458,19 +458,6 @@ def test_native_is_chosen(monkeypatch):
     assert select_path('meta')[0] == 'sdpa'
 
 
-@needs_native
-@pytest.mark.parametrize('amx', [False, True])
-def test_large_bfloat16_inference_is_left_to_amx(amx, monkeypatch):
-    monkeypatch.delenv('DSNET_MM_OPS', raising=False)
-    monkeypatch.setattr(sys.modules['dsnet_mm.ops.co_attention'], '_HAS_AMX', amx)
-    with torch.no_grad():
-        path, _ = select_path('cpu', torch.bfloat16, 1050)
-        assert path == ('sdpa' if amx else 'native')
-        assert select_path('cpu', torch.bfloat16, 49)[0] == 'native'
-        assert select_path('cpu', torch.float32, 1050)[0] == 'native'
-    assert select_path('cpu', torch.bfloat16, 1050)[0] == 'native'
-
-
 @pytest.mark.parametrize(
     ('info', 'why_not', 'sentence'),
     [

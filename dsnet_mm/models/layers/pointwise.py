@@ -50,6 +50,7 @@ class _Projection:
     """
 
     _packed: dict[tuple, Tensor] | None = None
+    _MOST_PACKED = 8  # layouts are for one size of maps: those of the last few
 
     def pack(self) -> None:
         """Prepares for inference, once the weights are final."""
@@ -59,19 +60,23 @@ class _Projection:
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> Tensor:
         """Returns the weight, or a part of it, as :func:`_product` takes it for x."""
+        key = outputs, inputs, x.shape
+        may_pack = self._packed is not None and _runs_on_onednn(x, self.weight)
+        if may_pack and key in self._packed:
+            return self._packed[key]
         weight = self.weight.flatten(1)[..., None, None]
         if outputs:
             weight = weight[slice(*outputs)]
         if inputs:
             weight = weight[:, slice(*inputs)]
-        if self._packed is None or not _runs_on_onednn(x, weight):
-            return weight
-        packed = self._packed.get((outputs, inputs))
-        if packed is None:
+        if may_pack:
+            # One that was packed for another size can be many times slower.
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            packed = pack(weight.contiguous(), *_GEOMETRY, x.shape)
-            self._packed[outputs, inputs] = packed
-        return packed
+            weight = pack(weight.contiguous(), *_GEOMETRY, x.shape)
+            if len(self._packed) == self._MOST_PACKED:
+                self._packed.clear()
+            self._packed[key] = weight
+        return weight
 
     def _forget(self) -> None:
         self._packed = None if self._packed is None else {}
@@ -196,41 +201,37 @@ class FFN(nn.Sequential):
             return x if add is None else x + add
         if add is not None and add.dtype != tensors[0].dtype:  # by autocast
             return self.forward(x) + add
-        size = x.shape[-2:]
-        tensors[0] = to_pixels(tensors[0]).flatten(0, 2)
-        if add is not None:
-            add = to_pixels(add).flatten(0, 2)
+        pixels, w1, b1, w2, b2 = tensors
+        pixels = _flat(pixels)
+        add = None if add is None else _flat(add)
         if torch.is_grad_enabled():
-            out = _ChunkedFFN.apply(*tensors, add)
+            out = _ChunkedFFN.apply(pixels, w1, b1, w2, b2, add)
+        elif autocast:
+            out = _ChunkedFFN.compute(pixels, lambda _: w1, b1, lambda _: w2, b2, add)
         else:
-            packed = None if autocast else (fc1.operand, fc2.operand)
-            out = _ChunkedFFN.compute(*tensors, add, packed)
-        return out.unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
+            out = _ChunkedFFN.compute(pixels, fc1.operand, b1, fc2.operand, b2, add)
+        return to_pixels(out).view(to_pixels(x).shape).permute(0, 3, 1, 2)
 
 
 class _ChunkedFFN(torch.autograd.Function):
-    """fc2(GELU(fc1(x))) + add of pixels (P, C), a chunk at a time."""
+    """fc2(GELU(fc1(x))) + add of maps (1, C, P, 1), a chunk of pixels at a time."""
 
     CHUNK_BYTES = 4 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
 
     @staticmethod
-    def count(x, b1):
-        return max(-(-x.shape[0] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES), 1)
+    def chunks(b1, *maps):
+        count = -(-maps[0].shape[2] * b1.nbytes // _ChunkedFFN.CHUNK_BYTES)
+        return zip(*(x.chunk(max(count, 1), 2) for x in maps), strict=True)
 
     @staticmethod
-    def compute(x, w1, b1, w2, b2, add, packed=None):
+    def compute(x, operand1, b1, operand2, b2, add):
         # In the memory of ``add``, which may also be that of x: a chunk has been
         # read when it is written.
-        count = _ChunkedFFN.count(x, b1)
-        out = torch.zeros_like(x) if add is None else add.contiguous()
-        for x_rows, out_rows in zip(x.chunk(count), out.chunk(count), strict=True):
-            x_rows = _as_map(x_rows)
-            if packed:
-                w1 = packed[0](x_rows)
-            hidden = _product(x_rows, w1, b1, gelu=True)
-            if packed:
-                w2 = packed[1](hidden)
-            _product(hidden, w2, b2, _as_map(out_rows))
+        out = torch.zeros_like(x) if add is None else add
+        for x_part, out_part in _ChunkedFFN.chunks(b1, x, out):
+            hidden = _product(x_part, operand1(x_part), b1, gelu=True)
+            _product(hidden, operand2(hidden), b2, out_part)
+            del hidden  # the next chunk's takes its place, in the cache
         return out
 
     @staticmethod
@@ -238,20 +239,19 @@ class _ChunkedFFN(torch.autograd.Function):
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
         add = None if add is None else add.clone()
-        return _ChunkedFFN.compute(x, w1, b1, w2, b2, add)
+        return _ChunkedFFN.compute(x, lambda _: w1, b1, lambda _: w2, b2, add)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, w1, b1, w2 = ctx.saved_tensors
         weight1, weight2 = w1.flatten(1), w2.flatten(1)
-        grad = grad.contiguous()
+        grad = _flat(grad)
         grad_x = torch.empty_like(x)
         sums = None
-        count = _ChunkedFFN.count(x, b1)
-        rows = (y.chunk(count) for y in (x, grad, grad_x))
-        for x_rows, grad_rows, grad_x_rows in zip(*rows, strict=True):
-            hidden = _as_rows(_product(_as_map(x_rows), w1, b1))
+        for parts in _ChunkedFFN.chunks(b1, x, grad, grad_x):
+            hidden = _rows(_product(parts[0], w1, b1))
+            x_rows, grad_rows, grad_x_rows = map(_rows, parts)
             grad_w2 = grad_rows.t() @ F.gelu(hidden)
             grad_hidden = torch.ops.aten.gelu_backward(grad_rows @ weight2, hidden)
             torch.mm(grad_hidden, weight1, out=grad_x_rows)
@@ -268,7 +268,7 @@ class _ChunkedFFN(torch.autograd.Function):
             for total, y in zip(sums, (w1, b1, w2), strict=True)
         )
         grad_add = grad if ctx.added else None
-        return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(0), grad_add
+        return grad_x, grad_w1, grad_b1, grad_w2, _rows(grad).sum(0), grad_add
 
 
 def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -293,12 +293,13 @@ def _may_fuse(x: Tensor, weight: Tensor) -> bool:
     ) and _runs_on_onednn(x, weight)
 
 
-def _as_map(rows: Tensor) -> Tensor:
-    """(P, C) -> (1, C, P, 1), a channels-last view."""
-    return rows[None, :, None].permute(0, 3, 1, 2)
+def _flat(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (1, C, N * H * W, 1), a view of a channels-last map."""
+    pixels = to_pixels(x).reshape(1, -1, 1, x.shape[1])
+    return pixels.contiguous().permute(0, 3, 1, 2)
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     """(1, C, P, 1) -> (P, C)."""
     return x[0, :, :, 0].t()
 
