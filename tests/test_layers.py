@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable
 from copy import deepcopy
+from io import BytesIO
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.models import DSFPN, DSBlock, DSNet, fuse_for_inference
 from dsnet_mm.models.layers import pointwise
-from dsnet_mm.models.layers.pointwise import FFN
+from dsnet_mm.models.layers.pointwise import FFN, Pointwise, TokenLinear
 from dsnet_mm.models.layers.reference import reference_net
 
 from .test_ds_net import TINY, VARIANTS
@@ -180,6 +181,67 @@ def test_fusion_of_mmcv_does_no_harm(options: dict) -> None:
     with torch.no_grad():
         expected = net(pictures(33, 41))
         assert error(fuse_conv_bn(net)(pictures(33, 41)), expected) < 1e-12
+
+
+# ---------------------------------------------------------- packed projections
+
+
+def packed_weights(net: nn.Module) -> list[dict]:
+    layers = [m for m in net.modules() if isinstance(m, Pointwise | TokenLinear)]
+    return [layer._packed for layer in layers]
+
+
+@needs_onednn
+@pytest.mark.parametrize('options', VARIANTS, ids=str)
+def test_packed_network_equals_the_network(options: dict) -> None:
+    net = build(options).eval()
+    fused = fuse_for_inference(deepcopy(net)).float()
+    assert set(map(str, packed_weights(fused))) == {'{}'}
+    with torch.no_grad():
+        # Weights are packed for each size; and more sizes than are kept.
+        for size in (
+            (33, 41),
+            (72, 104),
+            (33, 41),
+            *((32, w) for w in range(8, 108, 4)),
+        ):
+            x = pictures(*size)
+            assert error(fused(x.float()), net(x)) < 1e-4
+        assert all(packed_weights(fused))
+
+
+@needs_onednn
+def test_packed_weights_are_made_anew() -> None:
+    x = pictures(33, 41).float()
+    with torch.no_grad():
+        net = fuse_for_inference(build({})).float()
+        other = fuse_for_inference(build(dict(alpha=0.5)).train()).float()
+        for param in other.parameters():
+            param.mul_(1.5)
+        expected, measured = other(x), net(x)
+        assert error(measured, [e.double() for e in expected]) > 0.1
+        net.load_state_dict(other.state_dict())
+        assert all(map(torch.equal, net(x), expected))
+        # To another type and back, which rounds.
+        low = net.bfloat16()(x.bfloat16())
+        assert {out.dtype for out in low} == {torch.bfloat16}
+        other.load_state_dict(net.float().state_dict())
+        assert all(map(torch.equal, net(x), other(x)))
+
+
+@needs_onednn
+def test_packed_network_can_be_copied_and_saved() -> None:
+    x = pictures(33, 41).float()
+    net = fuse_for_inference(build({})).float()
+    with torch.no_grad():
+        expected = net(x)
+        file = BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        for copy in (deepcopy(net), torch.load(file, weights_only=False)):
+            assert set(map(str, packed_weights(copy))) == {'{}'}
+            assert all(map(torch.equal, copy(x), expected))
+    assert all(packed_weights(net))
 
 
 # ------------------------------------------------------- the feed-forward network

@@ -16,6 +16,9 @@ CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 # oneDNN have no such operator.
 ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
 
+# Of ops/resize.py, which only counts where it has been compiled.
+RESIZE_ADD = 'dsnet_mm::resize_add_'
+
 # Operations per output element. Batch norm is left out: it folds into the
 # convolution beside it. LayerNorm counts 5, as in fvcore and MMEngine.
 ELEMENTWISE = {
@@ -72,6 +75,8 @@ class _Counter(TorchDispatchMode):
             self.multiply_adds += out.numel() * x.shape[1]
             self.elementwise += out.numel() * (bias is not None)
             self.elementwise += out.numel() * ('gelu' in rest)
+        elif func.name() == RESIZE_ADD:
+            self.elementwise += args[0].numel()
         elif op is CPU_ATTENTION:
             q, k, v = (x.shape for x in args[:3])
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2

@@ -44,3 +44,7 @@ def _runs_compiled(x: Tensor, add: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and add.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+if native.WHY_NOT is None:
+    torch.library.register_fake('dsnet_mm::resize_add_', lambda out, x: None)
