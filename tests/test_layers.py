@@ -208,6 +208,11 @@ def test_packed_network_equals_the_network(options: dict) -> None:
             x = pictures(*size)
             assert error(fused(x.float()), net(x)) < 1e-4
         assert all(packed_weights(fused))
+        expected = net(x)
+    # With gradients, or under autocast, others than packed weights are needed.
+    assert error(fused(x.float()), expected) < 1e-4
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert {out.dtype for out in fused(x.float())} == {torch.bfloat16}
 
 
 @needs_onednn

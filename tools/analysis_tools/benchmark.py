@@ -40,6 +40,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch._inductor.config
 from mmcv.cnn import fuse_conv_bn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -270,6 +271,8 @@ def prepare(
     pictures = torch.randn(panel.batch, 3, *panel.size)
     pictures = pictures.to(args.device, dtype, memory_format=layout)
     if row.compiled:
+        # Inductor then packs the weights, as ours are when they are fused.
+        torch._inductor.config.freezing = not panel.training
         net = torch.compile(net, dynamic=False)
 
     @torch.inference_mode()

@@ -44,33 +44,34 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
 class _Projection:
     """What the two layers below have in common.
 
-    Packed, a layer holds its weights in oneDNN's own layout too, from the first
-    call that can use it on. They are packed anew after they were moved to another
-    type or loaded, but not after other changes: this is for inference.
+    Once :meth:`pack` was called, a layer holds its weights in oneDNN's own layout
+    too, from the first call that can use it on. They are packed anew when the size
+    of the maps changes, and after the weights were moved to another type or loaded,
+    but not after other changes: this is for inference.
     """
 
     _packed: dict[tuple, Tensor] | None = None
-    _MOST_PACKED = 8  # layouts are for one size of maps: those of the last few
+    _MOST_PACKED = 2  # two parts, or the size of most chunks and that of the last
 
     def pack(self) -> None:
-        """Prepares for inference, once the weights are final."""
+        """Prepares for inference, when the weights are final."""
         self._packed = {}
 
     def operand(
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> Tensor:
-        """Returns the weight, or a part of it, as :func:`_product` takes it for x."""
+        """Returns the weight, or a part of it, as it is multiplied with ``x``."""
+        packs = self._packed is not None and _may_fuse(x, self.weight)
         key = outputs, inputs, x.shape
-        may_pack = self._packed is not None and _runs_on_onednn(x, self.weight)
-        if may_pack and key in self._packed:
-            return self._packed[key]
+        if packs and (packed := self._packed.get(key)) is not None:
+            return packed
         weight = self.weight.flatten(1)[..., None, None]
         if outputs:
             weight = weight[slice(*outputs)]
         if inputs:
             weight = weight[:, slice(*inputs)]
-        if may_pack:
-            # One that was packed for another size can be many times slower.
+        if packs:
+            # What is packed for another size can be many times slower.
             pack = torch.ops.mkldnn._reorder_convolution_weight
             weight = pack(weight.contiguous(), *_GEOMETRY, x.shape)
             if len(self._packed) == self._MOST_PACKED:
