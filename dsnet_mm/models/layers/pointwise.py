@@ -57,27 +57,31 @@ class _Projection:
         """Prepares for inference, when the weights are final."""
         self._packed = {}
 
-    def operand(
-        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
-    ) -> Tensor:
-        """Returns the weight, or a part of it, as it is multiplied with ``x``."""
-        packs = self._packed is not None and _may_fuse(x, self.weight)
-        key = outputs, inputs, x.shape
-        if packs and (packed := self._packed.get(key)) is not None:
-            return packed
+    def part(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
+        """Returns the weight, or a part of it, as a 1x1 convolution's."""
         weight = self.weight.flatten(1)[..., None, None]
         if outputs:
             weight = weight[slice(*outputs)]
         if inputs:
             weight = weight[:, slice(*inputs)]
-        if packs:
+        return weight
+
+    def operand(
+        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
+    ) -> Tensor:
+        """Returns a part as :func:`_product` takes it for ``x``, perhaps packed."""
+        if self._packed is None:
+            return self.part(outputs, inputs)
+        key = outputs, inputs, x.shape
+        packed = self._packed.get(key)
+        if packed is None:
             # What is packed for another size can be many times slower.
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            weight = pack(weight.contiguous(), *_GEOMETRY, x.shape)
+            packed = pack(self.part(outputs, inputs).contiguous(), *_GEOMETRY, x.shape)
             if len(self._packed) == self._MOST_PACKED:
                 self._packed.clear()
-            self._packed[key] = weight
-        return weight
+            self._packed[key] = packed
+        return packed
 
     def _forget(self) -> None:
         self._packed = None if self._packed is None else {}
@@ -125,13 +129,12 @@ class Pointwise(_Projection, nn.Conv2d):
         Returns:
             Map of shape (N, C_out, H, W), channels-last like ``x``.
         """
-        weight = self.operand(x, outputs, inputs)
         bias = self.bias[slice(*outputs)] if outputs else self.bias
         if inputs and inputs[1] < self.in_channels:
             bias = None
         if _may_fuse(x, self.weight):
-            return _product(x, weight, bias, add)
-        out = F.conv2d(x, weight, bias)
+            return _product(x, self.operand(x, outputs, inputs), bias, add)
+        out = F.conv2d(x, self.part(outputs, inputs), bias)
         return out if add is None else out + add
 
 
