@@ -146,6 +146,23 @@ def test_group_norms_stay() -> None:
         assert error(fused(pictures(33, 41)), net(pictures(33, 41))) < 1e-12
 
 
+@pytest.mark.parametrize('affine', [False, True])
+@pytest.mark.parametrize('statistics', [False, True])
+def test_batch_norms_of_all_kinds(affine: bool, statistics: bool) -> None:
+    norm_cfg = dict(type='BN', affine=affine, track_running_stats=statistics)
+    torch.manual_seed(0)
+    net = DSNet(TINY, out_indices=(0, 1, 2, 3), norm_cfg=norm_cfg)
+    for module in net.modules():
+        if isinstance(module, _BatchNorm) and statistics:
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.1, 3)
+    net = net.double().eval()
+    fused = fuse_for_inference(deepcopy(net))
+    assert bool(batch_norms(fused.stages)) != statistics
+    with torch.no_grad():
+        assert error(fused(pictures()), net(pictures())) < 1e-12
+
+
 def test_fused_neck() -> None:
     torch.manual_seed(0)
     neck = DSFPN([8, 16, 16], 16, num_outs=4, norm_cfg=dict(type='BN'))

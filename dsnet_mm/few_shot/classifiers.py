@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.models.heads import CLIPAdapter
 from dsnet_mm.models.heads.clip_adapter import zero_shot_logits
 
-from .features import build_transform, write_atomic
+from .features import build_transform
 
 
 class CosineClassifier(nn.Module):

@@ -22,8 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dsnet_mm.datasets.scenes import COLOURS, SHAPES, TEXTURES, SceneObject, draw_scene
-
-from .features import write_atomic
+from dsnet_mm.files import write_atomic
 
 SIZE = 64
 """Height and width of the pictures in pixels."""

@@ -5,10 +5,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from PIL import Image
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dsnet_mm.datasets.few_shot import Item
+from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 PREPROCESSINGS = ('clip', 'warp')
@@ -261,19 +260,6 @@ def build_transform(
         steps = [T.Resize(size, bicubic), T.CenterCrop(size)]
     normalise = T.Normalize(encoder.mean, encoder.std)
     return T.Compose([*steps, T.ToTensor(), normalise])
-
-
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file so that it is there in full or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex[:8]}')
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from .features import write_atomic
+from dsnet_mm.files import write_atomic
+
 from .methods import METHODS
 
 REFERENCE = 'clip_adapter'

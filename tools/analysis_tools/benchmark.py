@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from functools import cache, partial
+from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -49,6 +50,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsnet_mm.engine.complexity import count_complexity
+from dsnet_mm.files import write_atomic
 from dsnet_mm.models import DSNet
 from dsnet_mm.models.fuse import fuse_for_inference
 from dsnet_mm.models.layers.reference import reference_net
@@ -495,7 +497,9 @@ def draw(results: list[dict], path: Path) -> None:
     figure.draw_without_rendering()  # lays the axes out
     for ax, rows in zip(axes[0], panels.values(), strict=True):
         name_points(ax, rows)
-    figure.savefig(path, dpi=150)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150)
+    write_atomic(path, picture.getvalue())
     plt.close(figure)
 
 
@@ -605,10 +609,11 @@ def main(argv: list[str] | None = None) -> None:
             if operators:
                 console.print(operators)
             if args.out:
-                with open(args.out / 'benchmark.csv', 'w', newline='') as file:
-                    writer = csv.DictWriter(file, results[0])
-                    writer.writeheader()
-                    writer.writerows(results)
+                text = StringIO(newline='')
+                writer = csv.DictWriter(text, results[0])
+                writer.writeheader()
+                writer.writerows(results)
+                write_atomic(args.out / 'benchmark.csv', text.getvalue())
     console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
     if args.out:
         draw(results, args.out / 'benchmark.png')

@@ -11,6 +11,7 @@ two calls of PyTorch's attention with the copies they need.
 import argparse
 import csv
 import time
+from io import StringIO
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dsnet_mm.files import write_atomic
 from dsnet_mm.ops import native, sdpa_co_attention
 
 HEADS = (1, 2, 5, 8)
@@ -160,12 +162,12 @@ def main(argv: list[str] | None = None) -> None:
                 )
     Console(width=132).print(table)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open('w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerow([*(str(column.header) for column in table.columns), 'on'])
-            cells = (column.cells for column in table.columns)
-            writer.writerows([*row, table.title] for row in zip(*cells, strict=True))
+        text = StringIO(newline='')
+        writer = csv.writer(text)
+        writer.writerow([*(str(column.header) for column in table.columns), 'on'])
+        cells = (column.cells for column in table.columns)
+        writer.writerows([*row, table.title] for row in zip(*cells, strict=True))
+        write_atomic(args.out, text.getvalue())
 
 
 if __name__ == '__main__':

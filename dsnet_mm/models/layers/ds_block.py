@@ -346,7 +346,7 @@ class DSBlock(BaseModule):
         self.pos_embed.fuse()
         self.norm1 = fold(self.norm1, self.proj_in)
         self.norm2 = fold(self.norm2, self.ffn.fc1)
-        if self.local_conv is not None and isinstance(self.local_norm, _BatchNorm):
+        if self.local_conv is not None and folds(self.local_norm):
             self.local_conv.fuse(self.local_norm)
             self.local_norm = nn.Identity()
         if self.isa is not None:
@@ -361,10 +361,18 @@ class DSBlock(BaseModule):
         return attention(q, k, v, self.attn_drop_rate if self.training else 0.0)
 
 
+def folds(norm: nn.Module) -> bool:
+    """Whether a norm multiplies and adds constants in evaluation."""
+    return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns what a batch norm in evaluation multiplies by and adds, (C,) each."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift + norm.bias if norm.affine else shift
 
 
 @torch.no_grad()
@@ -372,14 +380,14 @@ def fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     """Folds a batch norm into the 1x1 convolution after it, in place.
 
     Args:
-        norm: Norm in evaluation. Only a batch norm can be folded.
+        norm: Norm in evaluation. Only a batch norm with statistics can be folded.
         conv: Convolution without padding.
 
     Returns:
         What stays in the norm's place: an identity, or the norm itself if it
-        is no batch norm.
+        cannot be folded.
     """
-    if not isinstance(norm, _BatchNorm):
+    if not folds(norm):
         return norm
     scale, shift = scale_and_shift(norm)
     conv.bias += conv.weight.flatten(1) @ shift
