@@ -15,6 +15,7 @@ typedef c10::BFloat16 Half;
 constexpr int64_t kSide = 16;   // rows of a tile, and columns of C
 constexpr int64_t kDepth = 32;  // columns of A
 constexpr int64_t kTile = kSide * kDepth;
+constexpr int64_t kGroup = 2 * kSide;  // queries at a time
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -133,6 +134,16 @@ inline void product(int64_t depth, const Half* a, int64_t a_row, int64_t a_m,
   _tile_stored(3, c + kSide * c_row + kSide, c_bytes);
 }
 
+// 2^x for x <= 0 to 13 bits, for weights that are rounded to 8.
+inline Vec<float> exp2(Vec<float> x) {
+  x = avx512::larger<float>(Vec<float>{} - 125.f, x);
+  const __m512 f = _mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+  Vec<float> y = (Vec<float>)f * 7.8024521e-2f + 2.2606716e-1f;
+  y = y * (Vec<float>)f + 6.9583354e-1f;
+  y = y * (Vec<float>)f + 9.9992520e-1f;
+  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
+}
+
 // As avx512::read_rows, for scores that are not scaled yet. The weights go to ``w``.
 template <int R>
 inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
@@ -155,14 +166,14 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const float* s = p + r * kColumns + j;
-      const Vec<float> a = avx512::exp2(vec(s) * scale - peak[r]);
-      const Vec<float> b = avx512::exp2(vec(s + kSide) * scale - peak[r]);
+      const Vec<float> a = exp2(vec(s) * scale - peak[r]);
+      const Vec<float> b = exp2(vec(s + kSide) * scale - peak[r]);
       mass[r] += a + b;
       _mm512_store_si512(w + r * kColumns + j,
                          (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
     }
   for (int r = 0; r < R; ++r) {
-    if (begin) {
+    if (begin && peak[r] > top[r]) {
       const float shrink = avx512::exp2(Vec<float>{} + (top[r] - peak[r]))[0];
       total[r] *= shrink;
       for (int64_t c = 0; c < padded; c += kSide) vec(sum + r * padded + c) *= shrink;
@@ -176,14 +187,15 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
 inline void attend(const Head<Half>& head, int64_t first, int64_t count, Half* out,
                    int64_t out_row, float* lse, char* memory) {
   const int64_t width = head.width, padded = round_up(width, kDepth);
-  const int64_t rows = round_up(count, 2 * kSide);
+  const int64_t rows = round_up(count, kGroup);
   Arena arena(memory);
   Half* q = arena.take<Half>(rows * padded);
   Half* k = arena.take<Half>(kColumns * padded);
   Half* v = arena.take<Half>(kColumns * padded);
   Half* key_rows = arena.take<Half>(kColumns * padded);
-  float* p = arena.take<float>(2 * kSide * kColumns);  // [query][key]
-  Half* w = arena.take<Half>(2 * kSide * kColumns);
+  float* p = arena.take<float>(kGroup * kColumns);  // [query][key]
+  Half* weights[2] = {arena.take<Half>(kGroup * kColumns),
+                      arena.take<Half>(kGroup * kColumns)};
   float* sum = arena.take<float>(rows * padded);  // [query][channel]
   float* top = arena.take<float>(rows);
   float* total = arena.take<float>(rows);
@@ -198,20 +210,28 @@ inline void attend(const Head<Half>& head, int64_t first, int64_t count, Half* o
     const int64_t cols = round_up(n, kDepth);
     pack_keys(n, cols, width, head.k + begin * head.kv_row, head.kv_row, k, key_rows);
     pack_values(n, cols, width, head.v + begin * head.kv_row, head.kv_row, v);
-    for (int64_t i = 0; i < rows; i += 2 * kSide) {
+    // A step later than their weights: what these have stored can be loaded by then,
+    // and likewise the scores.
+    const auto read_values = [&](int64_t i) {
+      for (int64_t c = 0; c < padded; c += kDepth)
+        product(cols / kDepth, weights[i / kGroup % 2], kColumns, kSide * kColumns,
+                kDepth, v + c * kDepth, padded * kDepth, kTile, sum + i * padded + c,
+                padded, begin > 0);
+    };
+    for (int64_t i = 0; i < rows; i += kGroup) {
       for (int64_t j = 0; j < cols; j += kDepth)
         product(padded / kDepth, q + i * kDepth, kDepth, kTile, rows * kDepth,
                 k + j * kDepth, cols * kDepth, kTile, p + j, kColumns, false);
-      for (int64_t r = 0; r < 2 * kSide; ++r)  // no keys, so no weights
+      for (int64_t r = 0; n < cols && r < kGroup; ++r)  // no keys, so no weights
         std::fill(p + r * kColumns + n, p + r * kColumns + cols,
                   -std::numeric_limits<float>::infinity());
-      for (int64_t r = 0; r < 2 * kSide; r += 4)
-        read_rows<4>(begin, cols, scale, padded, p + r * kColumns, w + r * kColumns,
-                     top + i + r, total + i + r, sum + (i + r) * padded);
-      for (int64_t c = 0; c < padded; c += kDepth)
-        product(cols / kDepth, w, kColumns, kSide * kColumns, kDepth, v + c * kDepth,
-                padded * kDepth, kTile, sum + i * padded + c, padded, begin > 0);
+      if (i > 0) read_values(i - kGroup);
+      for (int64_t r = 0; r < kGroup; r += 4)
+        read_rows<4>(begin, cols, scale, padded, p + r * kColumns,
+                     weights[i / kGroup % 2] + r * kColumns, top + i + r, total + i + r,
+                     sum + (i + r) * padded);
     }
+    read_values(rows - kGroup);
   }
 
   for (int64_t i = 0; i < count; ++i)
