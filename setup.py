@@ -20,7 +20,12 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 CSRC = Path('dsnet_mm/ops/csrc')
-SOURCES = ('co_attention.cpp', 'cpu/co_attention_cpu.cpp', 'cpu/resize_cpu.cpp')
+SOURCES = (
+    'co_attention.cpp',
+    'cpu/co_attention_cpu.cpp',
+    'cpu/ffn_cpu.cpp',
+    'cpu/resize_cpu.cpp',
+)
 CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 

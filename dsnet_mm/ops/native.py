@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
+_OPS = ('co_attention', 'co_attention_backward', 'ffn_', 'has_amx', 'resize_add_')
+
+
 def build_info() -> dict[str, str | None]:
     """Returns what the build noted: the versions of ``torch`` and ``cuda``."""
     path = Path(__file__).with_name('build_info.json')
@@ -35,6 +38,8 @@ def _load() -> str | None:
         )
     except ImportError as error:
         return f'it does not load: {error}'
+    if not all(hasattr(torch.ops.dsnet_mm, name) for name in _OPS):
+        return 'built from older sources'
     return None
 
 

@@ -6,6 +6,7 @@ than in arithmetic; what is here keeps them in the cache.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from dsnet_mm.ops import ffn_, has_amx, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -50,7 +53,7 @@ class _Projection:
     but not after other changes: this is for inference.
     """
 
-    _packed: dict[tuple, Tensor] | None = None
+    _packed: dict[Hashable, Tensor] | None = None
     _MOST_PACKED = 2  # two parts, or the size of most chunks and that of the last
 
     def pack(self) -> None:
@@ -72,12 +75,23 @@ class _Projection:
         """Returns a part as :func:`_product` takes it for ``x``, perhaps packed."""
         if self._packed is None:
             return self.part(outputs, inputs)
-        key = outputs, inputs, x.shape
+
+        def pack() -> Tensor:
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            return reorder(self.part(outputs, inputs).contiguous(), *_GEOMETRY, x.shape)
+
+        # What is packed for another size can be many times slower.
+        return self._keep((outputs, inputs, x.shape), pack)
+
+    def tiles(self) -> Tensor:
+        """Returns the weight as :func:`dsnet_mm.ops.ffn_` takes it."""
+        return self._keep('tiles', lambda: to_tiles(self.weight.flatten(1)))
+
+    def _keep(self, key: Hashable, pack: Callable[[], Tensor]) -> Tensor:
+        """Returns what is packed under a key, from the first call on."""
         packed = self._packed.get(key)
         if packed is None:
-            # What is packed for another size can be many times slower.
-            pack = torch.ops.mkldnn._reorder_convolution_weight
-            packed = pack(self.part(outputs, inputs).contiguous(), *_GEOMETRY, x.shape)
+            packed = pack()
             if len(self._packed) == self._MOST_PACKED:
                 self._packed.clear()
             self._packed[key] = packed
@@ -212,9 +226,23 @@ class FFN(nn.Sequential):
             out = _ChunkedFFN.apply(pixels, w1, b1, w2, b2, add)
         elif autocast:
             out = _ChunkedFFN.compute(pixels, lambda _: w1, b1, lambda _: w2, b2, add)
+        elif self._runs_on_amx(pixels):
+            out = torch.zeros_like(pixels) if add is None else add
+            ffn_(_rows(out), _rows(pixels), fc1.tiles(), b1, fc2.tiles(), b2)
         else:
             out = _ChunkedFFN.compute(pixels, fc1.operand, b1, fc2.operand, b2, add)
         return to_pixels(out).view(to_pixels(x).shape).permute(0, 3, 1, 2)
+
+    def _runs_on_amx(self, x: Tensor) -> bool:
+        """Whether the compiled op, whose weights are packed, takes these."""
+        widths = self.fc1.in_channels, self.fc1.out_channels
+        return (
+            self.fc1._packed is not None
+            and self.fc2._packed is not None
+            and x.dtype == torch.bfloat16
+            and not any(width % 32 for width in widths)
+            and has_amx()
+        )
 
 
 class _ChunkedFFN(torch.autograd.Function):

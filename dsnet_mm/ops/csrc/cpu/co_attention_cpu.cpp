@@ -2,8 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +12,7 @@
 
 #include "../co_attention.h"
 #include "../dropout.h"
+#include "memory.h"
 
 namespace dsnet {
 
@@ -35,22 +34,6 @@ struct Head {
   const Dropout* dropout;  // or null
 };
 
-// Hands out aligned pieces of a block of memory.
-class Arena {
- public:
-  explicit Arena(char* memory) : next_(memory) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += (count * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-
- private:
-  char* next_;
-};
-
 // Enough for either pass of a head of this width, in double.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
@@ -63,10 +46,10 @@ int64_t arena_size(int64_t width) {
 
 #define DSNET_KERNEL "attention_kernel.h"
 #include "each_isa.h"
+#include "amx.h"
 #ifdef DSNET_AMX
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#pragma GCC target("avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 #include "attention_amx.h"
 #pragma GCC pop_options
 #endif
@@ -78,19 +61,6 @@ template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory that a thread keeps from call to call. Given back, the system would
-// have to find and clear its pages each time, which takes longer than a small
-// attention.
-char* scratch(int64_t bytes) {
-  thread_local c10::DataPtr memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory = c10::GetCPUAllocator()->allocate(bytes);
-    size = bytes;
-  }
-  return static_cast<char*>(memory.get());
-}
 
 // Runs tasks of unequal length on all threads: whoever is free takes the next.
 template <typename Task>

@@ -30,9 +30,6 @@
 #undef DSNET_ISA
 #undef DSNET_BYTES
 #pragma GCC pop_options
-#if __GNUC__ >= 12
-#define DSNET_AMX  // can be compiled
-#endif
 #endif
 #define DSNET_ISA baseline
 #define DSNET_BYTES 16

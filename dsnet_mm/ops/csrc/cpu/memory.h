@@ -1,0 +1,38 @@
+// Memory of a thread for what it computes with.
+
+#pragma once
+
+#include <c10/core/CPUAllocator.h>
+
+namespace dsnet {
+
+// Hands out aligned pieces of a block of memory.
+class Arena {
+ public:
+  explicit Arena(char* memory) : next_(memory) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+// Memory that a thread keeps from call to call. Given back, the system would
+// have to find and clear its pages each time, which takes longer than a small
+// attention.
+inline char* scratch(int64_t bytes) {
+  thread_local c10::DataPtr memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory = c10::GetCPUAllocator()->allocate(bytes);
+    size = bytes;
+  }
+  return static_cast<char*>(memory.get());
+}
+
+}  // namespace dsnet
