@@ -23,7 +23,7 @@ CSRC = Path('dsnet_mm/ops/csrc')
 SOURCES = (
     'co_attention.cpp',
     'cpu/co_attention_cpu.cpp',
-    'cpu/ffn_cpu.cpp',
+    'cpu/projections_cpu.cpp',
     'cpu/resize_cpu.cpp',
 )
 CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)

@@ -4,7 +4,7 @@ from .co_attention import (
     sdpa_co_attention,
     select_path,
 )
-from .ffn import ffn_, has_amx, to_tiles
+from .projections import ffn_, linear_, runs_on_amx, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
 
@@ -13,10 +13,11 @@ __all__ = [
     'co_attention',
     'dropout_mask',
     'ffn_',
-    'has_amx',
+    'linear_',
     'reference_co_attention',
     'resize',
     'resize_add',
+    'runs_on_amx',
     'sdpa_co_attention',
     'select_path',
     'split_heads',

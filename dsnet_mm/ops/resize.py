@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .co_attention import select_path
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -36,10 +37,10 @@ def resize_add(x: Tensor, add: Tensor) -> Tensor:
 
 def _runs_compiled(x: Tensor, add: Tensor) -> bool:
     return (
-        native.WHY_NOT is None
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.is_cpu
+        and select_path('cpu')[0] == 'native'
         and x.dtype == add.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and add.is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,15 @@ from dsnet_mm.ops import (
     split_heads,
 )
 
-from .pointwise import FFN, Pointwise, TokenLinear, to_map, to_pixels, to_tokens
+from .pointwise import (
+    FFN,
+    Pointwise,
+    Projection,
+    TokenLinear,
+    to_map,
+    to_pixels,
+    to_tokens,
+)
 
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
@@ -342,7 +350,7 @@ class DSBlock(BaseModule):
         return self.proj_out(f_l, add, inputs=(0, local_width)) if has_local else add
 
     def fuse(self) -> None:
-        """Folds norms into the layers after them, and packs these, for inference."""
+        """Folds norms into the layers after them, and packs all projections."""
         self.pos_embed.fuse()
         self.norm1 = fold(self.norm1, self.proj_in)
         self.norm2 = fold(self.norm2, self.ffn.fc1)
@@ -352,7 +360,7 @@ class DSBlock(BaseModule):
         if self.isa is not None:
             self.isa.local_norm = fold(self.isa.local_norm, self.isa.local_qkv)
         for module in self.modules():
-            if isinstance(module, Pointwise | TokenLinear):
+            if isinstance(module, Projection):
                 module.pack()
 
     def self_attention(self, f_g: Tensor) -> Tensor:

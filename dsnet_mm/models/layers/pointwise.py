@@ -6,7 +6,7 @@ than in arithmetic; what is here keeps them in the cache.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import ffn_, has_amx, to_tiles
+from dsnet_mm.ops import ffn_, linear_, runs_on_amx, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -44,16 +44,16 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-class _Projection:
-    """What the two layers below have in common.
+class Projection:
+    """A layer whose weights can be packed for inference.
 
-    Once :meth:`pack` was called, a layer holds its weights in oneDNN's own layout
-    too, from the first call that can use it on. They are packed anew when the size
-    of the maps changes, and after the weights were moved to another type or loaded,
-    but not after other changes: this is for inference.
+    Once :meth:`pack` was called, a layer holds its weights also in the order in
+    which oneDNN or AMX read them, from the first call that can use it on. They are
+    packed anew when oneDNN wants it for another size of maps, and after the weights
+    were moved to another type or loaded, but not after other changes of them.
     """
 
-    _packed: dict[Hashable, Tensor] | None = None
+    _packed: dict[tuple, Tensor] | None = None
     _MOST_PACKED = 2  # two parts, or the size of most chunks and that of the last
 
     def pack(self) -> None:
@@ -61,8 +61,8 @@ class _Projection:
         self._packed = {}
 
     def part(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
-        """Returns the weight, or a part of it, as a 1x1 convolution's."""
-        weight = self.weight.flatten(1)[..., None, None]
+        """Returns the weight, or a part of it, of shape (C_out, C_in)."""
+        weight = self.weight.flatten(1)
         if outputs:
             weight = weight[slice(*outputs)]
         if inputs:
@@ -73,32 +73,46 @@ class _Projection:
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> Tensor:
         """Returns a part as :func:`_product` takes it for ``x``, perhaps packed."""
-        if self._packed is None:
-            return self.part(outputs, inputs)
 
         def pack() -> Tensor:
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            return reorder(self.part(outputs, inputs).contiguous(), *_GEOMETRY, x.shape)
+            weight = self.part(outputs, inputs).contiguous()
+            return reorder(weight[..., None, None], *_GEOMETRY, x.shape)
 
+        if self._packed is None:
+            return self.part(outputs, inputs)[..., None, None]
         # What is packed for another size can be many times slower.
         return self._keep((outputs, inputs, x.shape), pack)
 
-    def tiles(self) -> Tensor:
-        """Returns the weight as :func:`dsnet_mm.ops.ffn_` takes it."""
-        return self._keep('tiles', lambda: to_tiles(self.weight.flatten(1)))
+    def tiles(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
+        """Returns a part as the operators of :mod:`dsnet_mm.ops.projections` do."""
+        return self._keep(
+            (outputs, inputs), lambda: to_tiles(self.part(outputs, inputs))
+        )
 
-    def _keep(self, key: Hashable, pack: Callable[[], Tensor]) -> Tensor:
-        """Returns what is packed under a key, from the first call on."""
+    def has_tiles(
+        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
+    ) -> bool:
+        """Whether these operators take ``x`` and a part."""
+        widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
+        return (
+            self._packed is not None
+            and not any(width % 32 for width in widths)
+            and runs_on_amx(x)
+        )
+
+    def _keep(self, key: tuple, pack: Callable[[], Tensor]) -> Tensor:
         packed = self._packed.get(key)
         if packed is None:
             packed = pack()
-            if len(self._packed) == self._MOST_PACKED:
+            if len(self._packed) >= self._MOST_PACKED:
                 self._packed.clear()
             self._packed[key] = packed
         return packed
 
     def _forget(self) -> None:
-        self._packed = None if self._packed is None else {}
+        if self._packed:
+            self._packed = {}
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         self._forget()
@@ -109,10 +123,11 @@ class _Projection:
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # packed weights cannot be saved
-        return {**self.__dict__, '_packed': None if self._packed is None else {}}
+        packed = {} if self._packed else self._packed
+        return {**self.__dict__, '_packed': packed}
 
 
-class Pointwise(_Projection, nn.Conv2d):
+class Pointwise(Projection, nn.Conv2d):
     """1x1 convolution, which can also be computed in parts.
 
     Args:
@@ -134,7 +149,7 @@ class Pointwise(_Projection, nn.Conv2d):
 
         Args:
             x: Map of shape (N, C_in, H, W), with the channels of ``inputs``.
-            add: Map of shape (N, C_out, H, W) added to the result, which takes
+            add: Map of shape (N, C_out, H, W) added to the result, which may take
                 its memory where no gradients are computed.
             outputs: Channels to compute; by default all.
             inputs: Channels that ``x`` has; by default all. Of such parts the one
@@ -146,13 +161,18 @@ class Pointwise(_Projection, nn.Conv2d):
         bias = self.bias[slice(*outputs)] if outputs else self.bias
         if inputs and inputs[1] < self.in_channels:
             bias = None
-        if _may_fuse(x, self.weight):
+        if not _may_fuse(x, self.weight):
+            weight = self.part(outputs, inputs)[..., None, None]
+            out = F.conv2d(x, weight, bias)
+            return out if add is None else out + add
+        if not self.has_tiles(x, outputs, inputs):
             return _product(x, self.operand(x, outputs, inputs), bias, add)
-        out = F.conv2d(x, self.part(outputs, inputs), bias)
-        return out if add is None else out + add
+        add = None if add is None else to_pixels(add)
+        tiles = self.tiles(outputs, inputs)
+        return _linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
 
 
-class TokenLinear(_Projection, nn.Linear):
+class TokenLinear(Projection, nn.Linear):
     """Linear layer of tokens."""
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -160,7 +180,7 @@ class TokenLinear(_Projection, nn.Linear):
 
         Args:
             x: Tokens of shape (N, L, C_in).
-            add: Tokens of shape (N, L, C_out) added to the result, which takes
+            add: Tokens of shape (N, L, C_out) added to the result, which may take
                 their memory where no gradients are computed.
 
         Returns:
@@ -169,6 +189,8 @@ class TokenLinear(_Projection, nn.Linear):
         if not _may_fuse(x, self.weight):
             out = F.linear(x, self.weight, self.bias)
             return out if add is None else out + add
+        if self.has_tiles(x):
+            return _linear(x, self.tiles(), self.bias, add)
         size = (x.shape[1], 1)
         x = to_map(x, size)
         add = None if add is None else to_map(add, size)
@@ -201,7 +223,7 @@ class FFN(nn.Sequential):
 
         Args:
             x: Map of shape (N, C, H, W).
-            add: Map of the same shape added to the result, which takes its memory
+            add: Map of the same shape added to the result, which may take its memory
                 where no gradients are computed.
 
         Returns:
@@ -219,6 +241,11 @@ class FFN(nn.Sequential):
             return x if add is None else x + add
         if add is not None and add.dtype != tensors[0].dtype:  # by autocast
             return self.forward(x) + add
+        if _may_fuse(*tensors[:2]) and fc1.has_tiles(x) and fc2.has_tiles(x):
+            x = to_pixels(x).contiguous()
+            out = torch.zeros_like(x) if add is None else to_pixels(add).contiguous()
+            ffn_(out, x, fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias)
+            return out.permute(0, 3, 1, 2)
         pixels, w1, b1, w2, b2 = tensors
         pixels = _flat(pixels)
         add = None if add is None else _flat(add)
@@ -226,23 +253,9 @@ class FFN(nn.Sequential):
             out = _ChunkedFFN.apply(pixels, w1, b1, w2, b2, add)
         elif autocast:
             out = _ChunkedFFN.compute(pixels, lambda _: w1, b1, lambda _: w2, b2, add)
-        elif self._runs_on_amx(pixels):
-            out = torch.zeros_like(pixels) if add is None else add
-            ffn_(_rows(out), _rows(pixels), fc1.tiles(), b1, fc2.tiles(), b2)
         else:
             out = _ChunkedFFN.compute(pixels, fc1.operand, b1, fc2.operand, b2, add)
         return to_pixels(out).view(to_pixels(x).shape).permute(0, 3, 1, 2)
-
-    def _runs_on_amx(self, x: Tensor) -> bool:
-        """Whether the compiled op, whose weights are packed, takes these."""
-        widths = self.fc1.in_channels, self.fc1.out_channels
-        return (
-            self.fc1._packed is not None
-            and self.fc2._packed is not None
-            and x.dtype == torch.bfloat16
-            and not any(width % 32 for width in widths)
-            and has_amx()
-        )
 
 
 class _ChunkedFFN(torch.autograd.Function):
@@ -353,3 +366,13 @@ def _product(
     convolution_ = torch.ops.mkldnn._convolution_pointwise_.binary
     epilogue = ('add', 1.0, None, [], None)
     return convolution_(add, x, weight, bias, *_GEOMETRY, *epilogue)
+
+
+def _linear(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, add: Tensor | None
+) -> Tensor:
+    """W x + b of pixels (..., C_in), with an addition in the memory of ``add``."""
+    shape = *x.shape[:-1], 16 * len(tiles)
+    out = x.new_empty(shape) if add is None else add.contiguous()
+    linear_(out, x.contiguous(), tiles, bias, add is not None)
+    return out

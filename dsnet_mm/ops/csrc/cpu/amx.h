@@ -30,11 +30,12 @@ inline bool available() {
 }  // namespace dsnet
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,amx-tile,amx-bf16")
 namespace dsnet {
 namespace amx {
 
-typedef c10::BFloat16 Half;
+using c10::BFloat16;
 
 constexpr int64_t kSide = 16;   // rows of a tile, and columns of C
 constexpr int64_t kDepth = 32;  // columns of A
@@ -67,14 +68,14 @@ class Configuration {
 };
 
 // Rows of 32 channels, zeros around: dst[block of channels][row][32].
-inline void pack_rows(int64_t count, int64_t all, int64_t width, const Half* src,
-                      int64_t src_row, Half* dst) {
+inline void pack_rows(int64_t count, int64_t all, int64_t width, const BFloat16* src,
+                      int64_t src_row, BFloat16* dst) {
   for (int64_t c = 0; c < width; c += kDepth) {
     const int64_t left = width - c;
     const __mmask32 mask = left >= kDepth ? ~0u : (1u << left) - 1;
     for (int64_t r = 0; r < count; ++r, dst += kDepth)
       _mm512_storeu_si512(dst, _mm512_maskz_loadu_epi16(mask, src + r * src_row + c));
-    std::memset(dst, 0, (all - count) * kDepth * sizeof(Half));
+    std::memset(dst, 0, (all - count) * kDepth * sizeof(BFloat16));
     dst += (all - count) * kDepth;
   }
 }
@@ -82,10 +83,11 @@ inline void pack_rows(int64_t count, int64_t all, int64_t width, const Half* src
 // C[2 * 16][2 * 16] = sum over ``depth`` tiles of A B, added to C if ``add``. Strides
 // from tile to tile: a_m and a_k of A, b_k and b_n of B; ``a_row`` is that of the
 // rows of A, all in numbers.
-inline void product(int64_t depth, const Half* a, int64_t a_row, int64_t a_m,
-                    int64_t a_k, const Half* b, int64_t b_k, int64_t b_n, float* c,
+inline void product(int64_t depth, const BFloat16* a, int64_t a_row, int64_t a_m,
+                    int64_t a_k, const BFloat16* b, int64_t b_k, int64_t b_n, float* c,
                     int64_t c_row, bool add) {
   const int64_t c_bytes = c_row * sizeof(float);
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are read from it
   if (add) {
     _tile_loadd(0, c, c_bytes);
     _tile_loadd(1, c + kSide, c_bytes);
@@ -98,10 +100,10 @@ inline void product(int64_t depth, const Half* a, int64_t a_row, int64_t a_m,
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    _tile_loadd(4, a + k * a_k, a_row * sizeof(Half));
-    _tile_loadd(5, a + k * a_k + a_m, a_row * sizeof(Half));
-    _tile_loadd(6, b + k * b_k, kDepth * sizeof(Half));
-    _tile_loadd(7, b + k * b_k + b_n, kDepth * sizeof(Half));
+    _tile_loadd(4, a + k * a_k, a_row * sizeof(BFloat16));
+    _tile_loadd(5, a + k * a_k + a_m, a_row * sizeof(BFloat16));
+    _tile_loadd(6, b + k * b_k, kDepth * sizeof(BFloat16));
+    _tile_loadd(7, b + k * b_k + b_n, kDepth * sizeof(BFloat16));
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);

@@ -11,8 +11,8 @@ using avx512::vec;
 
 // Keys as tiles B of 32 channels by 16 keys: a pair of channels is a word, and words
 // are transposed. dst[block of channels][block of keys][16][16 words].
-inline void pack_keys(int64_t count, int64_t all, int64_t width, const Half* src,
-                      int64_t src_row, Half* dst, Half* rows) {
+inline void pack_keys(int64_t count, int64_t all, int64_t width, const BFloat16* src,
+                      int64_t src_row, BFloat16* dst, BFloat16* rows) {
   pack_rows(count, all, width, src, src_row, rows);
   for (int64_t i = 0; i < round_up(width, kDepth) * all; i += kTile)
     avx512::transpose<float>(kSide, kSide, reinterpret_cast<const float*>(rows + i),
@@ -21,8 +21,8 @@ inline void pack_keys(int64_t count, int64_t all, int64_t width, const Half* src
 
 // Values as tiles B of 32 keys by 16 channels: two keys are interleaved.
 // dst[block of 32 keys][block of 16 channels][16][16 pairs].
-inline void pack_values(int64_t count, int64_t all, int64_t width, const Half* src,
-                        int64_t src_row, Half* dst) {
+inline void pack_values(int64_t count, int64_t all, int64_t width, const BFloat16* src,
+                        int64_t src_row, BFloat16* dst) {
   alignas(64) int16_t order[2][32];
   for (int i = 0; i < 32; ++i) {
     order[0][i] = i / 2 + (i % 2 ? 32 : 0);
@@ -31,7 +31,7 @@ inline void pack_values(int64_t count, int64_t all, int64_t width, const Half* s
   const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
   const int64_t tiles = round_up(width, kDepth) / kSide;
   for (int64_t j = 0; j < all; j += 2) {
-    Half* row = dst + j / kDepth * tiles * kTile + j % kDepth / 2 * kDepth;
+    BFloat16* row = dst + j / kDepth * tiles * kTile + j % kDepth / 2 * kDepth;
     for (int64_t c = 0; c < width; c += kDepth, row += 2 * kTile) {
       const int64_t left = width - c;
       const __mmask32 mask = left >= kDepth ? ~0u : (1u << left) - 1;
@@ -56,12 +56,32 @@ inline Vec<float> exp2(Vec<float> x) {
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
 }
 
-// As avx512::read_rows, for scores that are not scaled yet. The weights go to ``w``.
-template <int R>
+// The largest element, or the sum of all, of each of four vectors.
+template <bool kSum>
+inline __m128 reduce(const Vec<float> (&x)[4]) {
+  const auto merge = [](auto a, auto b) {
+    if constexpr (kSum) return a + b;
+    return a > b ? a : b;
+  };
+  const auto pair = [&](Vec<float> a, Vec<float> b) {
+    return (__m512d)merge((Vec<float>)_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                          (Vec<float>)_mm512_unpackhi_ps((__m512)a, (__m512)b));
+  };
+  const __m512d ab = pair(x[0], x[1]), cd = pair(x[2], x[3]);
+  const __m512 all = (__m512)merge((Vec<float>)_mm512_unpacklo_pd(ab, cd),
+                                   (Vec<float>)_mm512_unpackhi_pd(ab, cd));
+  const __m256 half =
+      merge(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return merge(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// As avx512::read_rows, of four rows and for scores that are not scaled yet. The
+// weights go to ``w``.
 inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
-                      const float* p, Half* w, float* top, float* total, float* sum) {
+                      const float* p, BFloat16* w, float* top, float* total,
+                      float* sum) {
+  constexpr int R = 4;
   Vec<float> largest[R], mass[R];
-  float peak[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     largest[r] = vec(p + r * kColumns);
@@ -71,43 +91,44 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
       largest[r] = avx512::larger<float>(vec(p + r * kColumns + j), largest[r]);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-    peak[r] = std::max(top[r], avx512::reduce<float, false>(largest[r]) * scale);
+  const __m128 before = _mm_load_ps(top);
+  const __m128 peaks = _mm_max_ps(reduce<false>(largest) * scale, before);
+  _mm_store_ps(top, peaks);
   for (int64_t j = 0; j < cols; j += kDepth)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const float* s = p + r * kColumns + j;
-      const Vec<float> a = exp2(vec(s) * scale - peak[r]);
-      const Vec<float> b = exp2(vec(s + kSide) * scale - peak[r]);
+      const Vec<float> a = exp2(vec(s) * scale - top[r]);
+      const Vec<float> b = exp2(vec(s + kSide) * scale - top[r]);
       mass[r] += a + b;
       _mm512_store_si512(w + r * kColumns + j,
                          (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
     }
-  for (int r = 0; r < R; ++r) {
-    if (begin && peak[r] > top[r]) {
-      const float shrink = avx512::exp2(Vec<float>{} + (top[r] - peak[r]))[0];
-      total[r] *= shrink;
-      for (int64_t c = 0; c < padded; c += kSide) vec(sum + r * padded + c) *= shrink;
-    }
-    total[r] += avx512::reduce<float, true>(mass[r]);
-    top[r] = peak[r];
+  __m128 totals = _mm_load_ps(total);
+  if (begin && _mm_cmp_ps_mask(peaks, before, _CMP_GT_OQ)) {
+    const __m128 shrink = _mm512_castps512_ps128(
+        (__m512)avx512::exp2((Vec<float>)_mm512_castps128_ps512(before - peaks)));
+    totals *= shrink;
+    for (int r = 0; r < R; ++r)
+      for (int64_t c = 0; c < padded; c += kSide)
+        vec(sum + r * padded + c) *= shrink[r];
   }
+  _mm_store_ps(total, totals + reduce<true>(mass));
 }
 
 // As avx512::attend, without dropout.
-inline void attend(const Head<Half>& head, int64_t first, int64_t count, Half* out,
-                   int64_t out_row, float* lse, char* memory) {
+inline void attend(const Head<BFloat16>& head, int64_t first, int64_t count,
+                   BFloat16* out, int64_t out_row, float* lse, char* memory) {
   const int64_t width = head.width, padded = round_up(width, kDepth);
   const int64_t rows = round_up(count, kGroup);
   Arena arena(memory);
-  Half* q = arena.take<Half>(rows * padded);
-  Half* k = arena.take<Half>(kColumns * padded);
-  Half* v = arena.take<Half>(kColumns * padded);
-  Half* key_rows = arena.take<Half>(kColumns * padded);
+  BFloat16* q = arena.take<BFloat16>(rows * padded);
+  BFloat16* k = arena.take<BFloat16>(kColumns * padded);
+  BFloat16* v = arena.take<BFloat16>(kColumns * padded);
+  BFloat16* key_rows = arena.take<BFloat16>(kColumns * padded);
   float* p = arena.take<float>(kGroup * kColumns);  // [query][key]
-  Half* weights[2] = {arena.take<Half>(kGroup * kColumns),
-                      arena.take<Half>(kGroup * kColumns)};
+  BFloat16* weights[2] = {arena.take<BFloat16>(kGroup * kColumns),
+                          arena.take<BFloat16>(kGroup * kColumns)};
   float* sum = arena.take<float>(rows * padded);  // [query][channel]
   float* top = arena.take<float>(rows);
   float* total = arena.take<float>(rows);
@@ -139,9 +160,9 @@ inline void attend(const Head<Half>& head, int64_t first, int64_t count, Half* o
                   -std::numeric_limits<float>::infinity());
       if (i > 0) read_values(i - kGroup);
       for (int64_t r = 0; r < kGroup; r += 4)
-        read_rows<4>(begin, cols, scale, padded, p + r * kColumns,
-                     weights[i / kGroup % 2] + r * kColumns, top + i + r, total + i + r,
-                     sum + (i + r) * padded);
+        read_rows(begin, cols, scale, padded, p + r * kColumns,
+                  weights[i / kGroup % 2] + r * kColumns, top + i + r, total + i + r,
+                  sum + (i + r) * padded);
     }
     read_values(rows - kGroup);
   }

@@ -45,11 +45,12 @@ int64_t arena_size(int64_t width) {
 }  // namespace dsnet
 
 #define DSNET_KERNEL "attention_kernel.h"
-#include "each_isa.h"
 #include "amx.h"
+#include "each_isa.h"
 #ifdef DSNET_AMX
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,amx-tile,amx-bf16")
 #include "attention_amx.h"
 #pragma GCC pop_options
 #endif

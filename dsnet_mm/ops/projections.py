@@ -1,0 +1,80 @@
+"""Projections of pixels in bfloat16 by AMX, for inference."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import native
+from .co_attention import select_path
+
+_PAIRS = 16  # A tile of AMX holds 16 pairs of inputs, for 16 outputs.
+
+_HAS_AMX = native.WHY_NOT is None and torch.ops.dsnet_mm.has_amx()
+
+
+def runs_on_amx(x: Tensor) -> bool:
+    """Whether the operators below can be taken for a tensor."""
+    return (
+        _HAS_AMX
+        and x.dtype == torch.bfloat16
+        and x.is_cpu
+        and select_path('cpu')[0] == 'native'
+    )
+
+
+def to_tiles(weight: Tensor) -> Tensor:
+    """Copies a weight in the order in which the operators below read it.
+
+    Args:
+        weight: Weight of shape (C_out, C_in), multiples of 32.
+
+    Returns:
+        Copy of shape (C_out / 16, C_in / 32, 16, 16, 2): pairs of inputs are next
+        to each other for each output.
+    """
+    tiles = weight.unflatten(1, (-1, _PAIRS, 2)).unflatten(0, (-1, _PAIRS))
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def linear_(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, add: bool) -> None:
+    """Computes out = W x + b, or out += W x + b, without gradients.
+
+    Args:
+        out: Pixels of shape (..., C_out) in bfloat16.
+        x: Pixels of shape (..., C_in) in bfloat16.
+        w: Weight of shape (C_out, C_in) by :func:`to_tiles`.
+        b: Bias of shape (C_out,), or None.
+        add: Whether to add to ``out``.
+    """
+    torch.ops.dsnet_mm.linear_(out, x, w, b, add)
+
+
+def ffn_(
+    out: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> None:
+    """Computes out += W2 GELU(W1 x + b1) + b2, without gradients.
+
+    Args:
+        out: Pixels of shape (..., C_out) in bfloat16. May be ``x``.
+        x: Pixels of shape (..., C_in) in bfloat16.
+        w1: Weight of shape (C_hidden, C_in) by :func:`to_tiles`.
+        b1: Bias of shape (C_hidden,).
+        w2: Weight of shape (C_out, C_hidden) by :func:`to_tiles`.
+        b2: Bias of shape (C_out,).
+    """
+    torch.ops.dsnet_mm.ffn_(out, x, w1, b1, w2, b2)
+
+
+def _linear_flops(out_shape, x_shape, w_shape, *args, **kwargs) -> int:
+    """Two operations per multiply-add."""
+    return 2 * x_shape[:-1].numel() * w_shape.numel()
+
+
+def _ffn_flops(out_shape, x_shape, w1_shape, b1_shape, w2_shape, *args, **kwargs):
+    return 2 * x_shape[:-1].numel() * (w1_shape.numel() + w2_shape.numel())
+
+
+if native.WHY_NOT is None:
+    for _name, _flops in (('linear_', _linear_flops), ('ffn_', _ffn_flops)):
+        torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)
+        register_flop_formula(getattr(torch.ops.dsnet_mm, _name))(_flops)
