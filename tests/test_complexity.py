@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dsnet_mm.engine.complexity import count_complexity
-from dsnet_mm.models import DSNet
+from dsnet_mm.models import DSNet, fuse_for_inference
 from dsnet_mm.models.layers import pointwise
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/analysis_tools/get_flops.py'
@@ -123,6 +123,17 @@ def test_fused_projections_count_as_plain_ones():
     plain = count_complexity(net.double(), picture.double())
     assert fused == plain
     assert fused.uncounted == ()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_packed_projections_count_as_plain_ones(dtype):
+    net = DSNet(dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4))
+    picture = torch.zeros(1, 3, 64, 64)
+    plain = count_complexity(net.double(), picture.double())
+    packed = fuse_for_inference(net).to(dtype)
+    counts = [count_complexity(packed, picture.to(dtype)) for _ in range(2)]
+    for count in counts:
+        assert count._replace(params=plain.params) == plain
 
 
 @pytest.mark.parametrize(

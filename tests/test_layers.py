@@ -233,6 +233,25 @@ def test_packed_network_equals_the_network(options: dict) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize('chunk_bytes', [4096, 2**22])
+def test_packed_network_in_low_precision(chunk_bytes, monkeypatch) -> None:
+    """With chunks of a few pixels, and widths that AMX takes."""
+    monkeypatch.setattr(pointwise._ChunkedFFN, 'CHUNK_BYTES', chunk_bytes)
+    arch = dict(embed_dims=(64, 128, 64, 64), depths=(1, 2, 1, 1), num_heads=(1,) * 4)
+    net = build({}, arch).eval()
+    with torch.no_grad():
+        x = pictures(72, 104)
+        exact = net(x)
+        plain = reference_net(deepcopy(net).bfloat16(), x.bfloat16())
+        fused = fuse_for_inference(net).float()
+        assert error(fused(x.float()), exact) < 1e-4
+        measured = fused.bfloat16()(x.bfloat16())
+        for m, p, e in zip(measured, plain, exact, strict=True):
+            assert (m - e).pow(2).mean() <= 4 * (p - e).pow(2).mean()
+    assert all(packed_weights(fused))
+
+
+@needs_onednn
 def test_packed_weights_are_made_anew() -> None:
     x = pictures(33, 41).float()
     with torch.no_grad():

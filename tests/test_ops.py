@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+import torch.nn.functional as F
 from torch.utils import cpp_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.ops import (
     co_attention,
     dropout_mask,
+    ffn_,
+    linear_,
     native,
     reference_co_attention,
     resize,
     resize_add,
+    runs_on_amx,
     sdpa_co_attention,
     select_path,
+    to_tiles,
 )
 
 REPO = Path(__file__).resolve().parents[1]
@@ -407,6 +412,111 @@ def test_resize_add_refuses_what_does_not_fit():
         op(add.double(), add.double())
     torch.library.opcheck(op.default, (add, add[:, :, :2, :2].contiguous(
         memory_format=torch.channels_last)))  # fmt: skip
+
+
+# ------------------------------------------------------------ projections by AMX
+
+needs_amx = pytest.mark.skipif(
+    not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16)), reason='there is no AMX'
+)
+# Pixels, which go in blocks of 32 and 256 on one thread; inputs, and hidden channels,
+# which go in blocks of 256; outputs.
+WIDTHS = [
+    (0, 32, 32, 32),
+    (1, 32, 64, 96),
+    (33, 160, 288, 32),
+    (255, 64, 256, 64),
+    (700, 96, 544, 160),
+]
+
+
+def layer(inputs, outputs):
+    weight = torch.randn(outputs, inputs) * inputs**-0.5
+    return weight.bfloat16(), torch.randn(outputs).bfloat16()
+
+
+def assert_as_exact(measured, plain, exact):
+    """At most twice the error of plain PyTorch, on average and at most."""
+    for norm in (lambda x: x.abs().max(), lambda x: x.pow(2).mean().sqrt()):
+        if exact.numel():
+            assert norm(measured - exact) <= 2 * norm(plain - exact)
+
+
+@needs_amx
+@pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
+def test_linear(pixels, inputs, hidden, outputs):
+    torch.manual_seed(0)
+    x = torch.randn(pixels, inputs).bfloat16()
+    out = torch.randn(pixels, outputs).bfloat16()
+    weight, bias = layer(inputs, outputs)
+    for b in (bias, None):
+        for add in (False, True):
+            measured = out.clone()
+            linear_(measured, x, to_tiles(weight), b, add)
+            double = None if b is None else b.double()
+            exact = F.linear(x.double(), weight.double(), double)
+            plain = F.linear(x, weight, b)
+            assert_as_exact(measured, plain + add * out, exact + add * out.double())
+
+
+@needs_amx
+@pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
+def test_ffn(pixels, inputs, hidden, outputs):
+    def plain(out, x, w1, b1, w2, b2):
+        return out + F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+    torch.manual_seed(0)
+    x = torch.randn(pixels, inputs).bfloat16()
+    out = torch.randn(pixels, outputs).bfloat16()
+    weights = *layer(inputs, hidden), *layer(hidden, outputs)
+    tiles = [to_tiles(w) if w.dim() == 2 else w for w in weights]
+    measured = out.clone()
+    ffn_(measured, x, *tiles)
+    exact = plain(*(t.double() for t in (out, x, *weights)))
+    assert_as_exact(measured, plain(out, x, *weights), exact)
+    if inputs == outputs:
+        ffn_(x, x, *tiles)  # in its own memory
+        exact = plain(*(t.double() for t in (out, out, *weights)))
+        ffn_(out, out, *tiles)
+        assert_as_exact(out, plain(out, out, *weights), exact)
+
+
+@needs_amx
+@pytest.mark.parametrize('value', [-1e30, -50, -9, 9, 50, 1e30])
+def test_gelu_far_from_zero(value):
+    x, out = torch.zeros(2, 1, 32).bfloat16()
+    x[0, 0] = value
+    one, zero = to_tiles(torch.eye(32).bfloat16()), torch.zeros(32).bfloat16()
+    ffn_(out, x, one, zero, one, zero)
+    assert abs(out[0, 0] - x[0, 0].clamp(min=0)) <= 2e-5 * abs(value)
+    assert not out[0, 1:].any()
+
+
+@needs_amx
+def test_projections_refuse_what_does_not_fit():
+    x = torch.zeros(3, 32).bfloat16()
+    weight, bias = layer(32, 64)
+    tiles = to_tiles(weight)
+    out = torch.zeros(3, 64).bfloat16()
+    op = torch.ops.dsnet_mm.linear_
+    for wrong in ((out, x[:2]), (out[:, :32], x), (out, out), (out[0], x)):
+        with pytest.raises(RuntimeError, match='take pixels'):
+            op(*wrong, tiles, bias, False)
+    for wrong in ((out.float(), x), (out, x.float()), (out, x.t().contiguous().t())):
+        with pytest.raises(RuntimeError, match='contiguous tensors of bfloat16'):
+            op(*wrong, tiles, bias, False)
+    for wrong in ((weight, bias), (tiles, bias[:32]), (tiles[:1], bias[:16])):
+        with pytest.raises(RuntimeError, match='take weights'):
+            op(out, x, *wrong, False)
+    with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
+        torch.ops.dsnet_mm.ffn_(out, x, tiles, bias, tiles, bias)
+    torch.library.opcheck(op.default, (out, x, tiles, bias, True))
+
+
+@needs_amx
+def test_amx_is_left_out_where_it_is_not_wanted(monkeypatch):
+    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
+    assert not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16))
 
 
 # ------------------------------------------------- compile, export, autocast

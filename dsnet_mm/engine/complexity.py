@@ -12,12 +12,18 @@ aten = torch.ops.aten
 # PyTorch has formulas for all its attention kernels but this one.
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 
-# Those that models/layers/pointwise.py calls. A name, as builds of PyTorch without
-# oneDNN have no such operator.
+# Those that models/layers/pointwise.py calls. Names, as builds of PyTorch without
+# oneDNN have no such operators.
 ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
+ONEDNN_PACK = 'mkldnn::_reorder_convolution_weight'
 
-# Of ops/resize.py, which only counts where it has been compiled.
+# Of dsnet_mm.ops, in place; they only count where they have been compiled.
 RESIZE_ADD = 'dsnet_mm::resize_add_'
+LINEAR = 'dsnet_mm::linear_'
+FFN = 'dsnet_mm::ffn_'
+
+# Whose other operators count nothing.
+FREE = ('aten', 'prim', 'prims')
 
 # Operations per output element. Batch norm is left out: it folds into the
 # convolution beside it. LayerNorm counts 5, as in fvcore and MMEngine.
@@ -75,6 +81,15 @@ class _Counter(TorchDispatchMode):
             self.multiply_adds += out.numel() * x.shape[1]
             self.elementwise += out.numel() * (bias is not None)
             self.elementwise += out.numel() * ('gelu' in rest)
+        elif func.name() == LINEAR:
+            y, x, _, bias, _ = args
+            self.multiply_adds += y.numel() * x.shape[-1]
+            self.elementwise += y.numel() * (bias is not None)
+        elif func.name() == FFN:
+            y, x, _, b1, *_ = args
+            hidden = x.numel() // x.shape[-1] * b1.numel()
+            self.multiply_adds += hidden * (x.shape[-1] + y.shape[-1])
+            self.elementwise += 2 * hidden + y.numel()  # GELU and biases
         elif func.name() == RESIZE_ADD:
             self.elementwise += args[0].numel()
         elif op is CPU_ATTENTION:
@@ -82,7 +97,7 @@ class _Counter(TorchDispatchMode):
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2
         elif op in ELEMENTWISE:
             self.elementwise += ELEMENTWISE[op] * first.numel()
-        elif func.namespace not in ('aten', 'prim', 'prims'):
+        elif func.namespace not in FREE and func.name() != ONEDNN_PACK:
             self.uncounted.add(func.name())
         return out
 

@@ -22,10 +22,11 @@ from rich.progress import (
 
 from dsnet_mm import __version__
 from dsnet_mm.datasets.few_shot import FewShotTask, load_task, sample_few_shot
+from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 from .classifiers import load_classifier, save_classifier
-from .features import FeatureCache, Features, write_atomic
+from .features import FeatureCache, Features
 from .methods import METHODS, FewShotData, num_learnt
 from .protocol import SELECTIONS, Score, evaluate, select
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-
 _OPS = ('co_attention', 'ffn_', 'has_amx', 'linear_', 'resize_add_')
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import native
 from .co_attention import select_path
@@ -65,16 +64,6 @@ def ffn_(
     torch.ops.dsnet_mm.ffn_(out, x, w1, b1, w2, b2)
 
 
-def _linear_flops(out_shape, x_shape, w_shape, *args, **kwargs) -> int:
-    """Two operations per multiply-add."""
-    return 2 * x_shape[:-1].numel() * w_shape.numel()
-
-
-def _ffn_flops(out_shape, x_shape, w1_shape, b1_shape, w2_shape, *args, **kwargs):
-    return 2 * x_shape[:-1].numel() * (w1_shape.numel() + w2_shape.numel())
-
-
 if native.WHY_NOT is None:
-    for _name, _flops in (('linear_', _linear_flops), ('ffn_', _ffn_flops)):
+    for _name in ('linear_', 'ffn_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)
-        register_flop_formula(getattr(torch.ops.dsnet_mm, _name))(_flops)

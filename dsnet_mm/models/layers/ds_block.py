@@ -30,11 +30,6 @@ ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
 
 
-def residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in the memory of x where no backward needs it: x must be a new map."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)
-
-
 class ResidualConv(nn.Conv2d):
     """Depth-wise 3x3 convolution with its residual: x + conv(norm(x)).
 
@@ -167,7 +162,7 @@ class InterScaleAlignment(BaseModule):
             self.global_proj = TokenLinear(channels, channels)
 
     def forward(self, local: Tensor, global_: Tensor) -> tuple[Tensor, Tensor]:
-        """Aligns the streams.
+        """Aligns the streams, perhaps in their memory where no gradients are computed.
 
         Args:
             local: Local stream f_L, a map of shape (N, C, H, W).
@@ -313,6 +308,7 @@ class DSBlock(BaseModule):
     def dual_stream(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Splits, propagates, aligns and merges the streams, and adds a map.
 
+        The result may take the memory of ``add`` where no gradients are computed.
         Resizing commutes with 1x1 convolutions, so those of the global stream
         are computed at its low resolution: ``proj_in``'s rows and
         ``proj_out``'s columns of these channels.
@@ -336,7 +332,7 @@ class DSBlock(BaseModule):
         if self.local_conv is not None:
             f_l = self.local_conv(f_l, self.local_norm)
         if self.global_qkv is not None:
-            f_g = residual(f_g, self.self_attention(f_g))
+            f_g = f_g + self.self_attention(f_g)
 
         # Inter-scale alignment
         if self.isa is not None:

@@ -44,11 +44,10 @@ constexpr int64_t kGroup = 2 * kSide;  // rows, and columns, of a product
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// All tiles of full size while it lives, and then what was set before.
-class Configuration {
- public:
+// All tiles of full size while it lives. Nobody may rely on the configuration across
+// a call, says the ABI, so nothing is restored.
+struct Configuration {
   Configuration() {
-    _tile_storeconfig(before_);
     alignas(64) uint8_t full[64] = {1};  // the palette
     for (int i = 0; i < 8; ++i) {
       full[16 + 2 * i] = 2 * kDepth;  // bytes of a row, 16 bits
@@ -56,15 +55,7 @@ class Configuration {
     }
     _tile_loadconfig(full);
   }
-  ~Configuration() {
-    if (before_[0])
-      _tile_loadconfig(before_);
-    else
-      _tile_release();
-  }
-
- private:
-  alignas(64) uint8_t before_[64];
+  ~Configuration() { _tile_release(); }
 };
 
 // Rows of 32 channels, zeros around: dst[block of channels][row][32].

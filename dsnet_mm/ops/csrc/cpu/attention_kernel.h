@@ -1,5 +1,5 @@
 // Attention of a few queries of one head, forward and backward, for one
-// instruction set. co_attention_cpu.cpp includes this file once for each, with
+// instruction set. each_isa.h includes this file once for each, with
 // DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
 // there is no include guard.
 //

@@ -34,7 +34,7 @@ struct Head {
   const Dropout* dropout;  // or null
 };
 
-// Enough for either pass of a head of this width, in double.
+// Enough for either pass of a head of this width in double, and for AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
   return 8 * (std::max(kQueries + kRows + 3 * kColumns, 5 * kBlock) * padded +
