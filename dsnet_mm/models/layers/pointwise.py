@@ -85,7 +85,7 @@ class Projection:
         return self._keep((outputs, inputs, x.shape), pack)
 
     def tiles(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
-        """Returns a part as the operators of :mod:`dsnet_mm.ops.projections` do."""
+        """Returns a part as :mod:`dsnet_mm.ops.projections` takes it."""
         return self._keep(
             (outputs, inputs), lambda: to_tiles(self.part(outputs, inputs))
         )
@@ -93,7 +93,7 @@ class Projection:
     def has_tiles(
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> bool:
-        """Whether these operators take ``x`` and a part."""
+        """Whether the operators there take ``x`` and a part."""
         widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
         return (
             self._packed is not None
@@ -202,7 +202,8 @@ class FFN(nn.Sequential):
 
     On the CPU it goes over the pixels in chunks, and the backward computes the
     hidden layer again, so that it is never in memory as a whole. It is then
-    faster although it multiplies more.
+    faster although it multiplies more. Packed, in bfloat16 and where there is AMX,
+    one operator computes all of it.
 
     Args:
         channels: Width of input and output.
