@@ -149,12 +149,15 @@ def mmcv_ops() -> tuple[bool, str]:
 
 
 def co_attention_build() -> str:
-    """Tells what the co-attention op is compiled for, or why it is not there."""
+    """Tells what the ops are compiled for, or why they are not there."""
     native = importlib.import_module('dsnet_mm.ops.native')
     if native.WHY_NOT:
         return native.WHY_NOT
     cuda = native.build_info().get('cuda')
-    return f'compiled for CPU and CUDA {cuda}' if cuda else 'compiled for the CPU'
+    devices = f'CPU and CUDA {cuda}' if cuda else 'the CPU'
+    projections = importlib.import_module('dsnet_mm.ops.projections')
+    amx = ', bfloat16 by AMX' if projections.HAS_AMX else ''
+    return f'compiled for {devices}{amx}'
 
 
 def co_attention_path(device: str) -> str:

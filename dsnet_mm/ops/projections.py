@@ -8,13 +8,14 @@ from .co_attention import select_path
 
 _PAIRS = 16  # A tile of AMX holds 16 pairs of inputs, for 16 outputs.
 
-_HAS_AMX = native.WHY_NOT is None and torch.ops.dsnet_mm.has_amx()
+#: Whether the compiled ops are there, and AMX for them to use.
+HAS_AMX = native.WHY_NOT is None and torch.ops.dsnet_mm.has_amx()
 
 
 def runs_on_amx(x: Tensor) -> bool:
     """Whether the operators below can be taken for a tensor."""
     return (
-        _HAS_AMX
+        HAS_AMX
         and x.dtype == torch.bfloat16
         and x.is_cpu
         and select_path('cpu')[0] == 'native'

@@ -164,8 +164,9 @@ const BFloat16* read(const Tensor& x) {
 }
 
 amx::Layer layer(const Tensor& w, const Tensor* b) {
-  TORCH_CHECK(w.dim() == 5 && w.size(2) == 16 && w.size(3) == 16 && w.size(4) == 2 &&
-                  w.size(0) % 2 == 0 && (!b || b->numel() == 16 * w.size(0)),
+  TORCH_CHECK(w.dim() == 5 && w.numel() > 0 && w.size(2) == 16 && w.size(3) == 16 &&
+                  w.size(4) == 2 && w.size(0) % 2 == 0 &&
+                  (!b || b->numel() == 16 * w.size(0)),
               "projections take weights (C_out / 16, C_in / 32, 16, 16, 2), C_out a "
               "multiple of 32, and biases (C_out,), got ",
               w.sizes());
