@@ -251,6 +251,22 @@ def test_packed_network_in_low_precision(chunk_bytes, monkeypatch) -> None:
     assert all(packed_weights(fused))
 
 
+def test_packed_network_compiles_to_one_graph() -> None:
+    """In bfloat16, where operators of ours are in it."""
+    torch._dynamo.reset()
+    arch = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
+    net = fuse_for_inference(build({}, arch)).bfloat16()
+    x = pictures(64, 96).bfloat16()
+    # Everything but inductor, which takes minutes to compile.
+    compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        first, second, expected = compiled(x), compiled(x), net(x)
+        exact = deepcopy(net).double()(x.double())
+    for m, n, e, f in zip(first, second, expected, exact, strict=True):
+        assert torch.equal(m, n)
+        assert (m - f).pow(2).mean() <= 4 * (e - f).pow(2).mean()
+
+
 @needs_onednn
 def test_packed_weights_are_made_anew() -> None:
     x = pictures(33, 41).float()

@@ -94,12 +94,10 @@ class Projection:
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> bool:
         """Whether the operators there take ``x`` and a part."""
+        if self._packed is None or not _is_inference(x, self.weight):
+            return False
         widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
-        return (
-            self._packed is not None
-            and not any(width % 32 for width in widths)
-            and runs_on_amx(x)
-        )
+        return runs_on_amx(x) and not any(width % 32 for width in widths)
 
     def _keep(self, key: tuple, pack: Callable[[], Tensor]) -> Tensor:
         packed = self._packed.get(key)
@@ -161,15 +159,14 @@ class Pointwise(Projection, nn.Conv2d):
         bias = self.bias[slice(*outputs)] if outputs else self.bias
         if inputs and inputs[1] < self.in_channels:
             bias = None
-        if not _may_fuse(x, self.weight):
-            weight = self.part(outputs, inputs)[..., None, None]
-            out = F.conv2d(x, weight, bias)
-            return out if add is None else out + add
-        if not self.has_tiles(x, outputs, inputs):
+        if self.has_tiles(x, outputs, inputs):
+            tiles = self.tiles(outputs, inputs)
+            add = None if add is None else to_pixels(add)
+            return _linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
+        if _may_fuse(x, self.weight):
             return _product(x, self.operand(x, outputs, inputs), bias, add)
-        add = None if add is None else to_pixels(add)
-        tiles = self.tiles(outputs, inputs)
-        return _linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
+        out = F.conv2d(x, self.part(outputs, inputs)[..., None, None], bias)
+        return out if add is None else out + add
 
 
 class TokenLinear(Projection, nn.Linear):
@@ -186,15 +183,15 @@ class TokenLinear(Projection, nn.Linear):
         Returns:
             Tokens of shape (N, L, C_out).
         """
-        if not _may_fuse(x, self.weight):
-            out = F.linear(x, self.weight, self.bias)
-            return out if add is None else out + add
         if self.has_tiles(x):
             return _linear(x, self.tiles(), self.bias, add)
-        size = (x.shape[1], 1)
-        x = to_map(x, size)
-        add = None if add is None else to_map(add, size)
-        return to_tokens(_product(x, self.operand(x), self.bias, add))
+        if _may_fuse(x, self.weight):
+            size = (x.shape[1], 1)
+            x = to_map(x, size)
+            add = None if add is None else to_map(add, size)
+            return to_tokens(_product(x, self.operand(x), self.bias, add))
+        out = F.linear(x, self.weight, self.bias)
+        return out if add is None else out + add
 
 
 class FFN(nn.Sequential):
@@ -237,16 +234,16 @@ class FFN(nn.Sequential):
             dtype = torch.get_autocast_dtype('cpu')
             tensors = [tensor.to(dtype) for tensor in tensors]
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        if exact_gelu and fc1.has_tiles(x) and fc2.has_tiles(x):
+            x = to_pixels(x).contiguous()
+            out = torch.zeros_like(x) if add is None else to_pixels(add).contiguous()
+            ffn_(out, x, fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias)
+            return out.permute(0, 3, 1, 2)
         if not exact_gelu or not _runs_on_onednn(*tensors[:2]):
             x = super().forward(x)
             return x if add is None else x + add
         if add is not None and add.dtype != tensors[0].dtype:  # by autocast
             return self.forward(x) + add
-        if _may_fuse(*tensors[:2]) and fc1.has_tiles(x) and fc2.has_tiles(x):
-            x = to_pixels(x).contiguous()
-            out = torch.zeros_like(x) if add is None else to_pixels(add).contiguous()
-            ffn_(out, x, fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias)
-            return out.permute(0, 3, 1, 2)
         pixels, w1, b1, w2, b2 = tensors
         pixels = _flat(pixels)
         add = None if add is None else _flat(add)
@@ -317,6 +314,15 @@ class _ChunkedFFN(torch.autograd.Function):
         return grad_x, grad_w1, grad_b1, grad_w2, _rows(grad).sum(0), grad_add
 
 
+def _is_inference(x: Tensor, weight: Tensor) -> bool:
+    """Whether no gradients are computed, and nothing is cast."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled('cpu')
+        and x.dtype == weight.dtype
+    )
+
+
 def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's own oneDNN kernels with fused epilogues take these.
 
@@ -334,9 +340,7 @@ def _runs_on_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _may_fuse(x: Tensor, weight: Tensor) -> bool:
     """Whether a product and an addition behind it may be one operator."""
-    return not (
-        torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
-    ) and _runs_on_onednn(x, weight)
+    return _is_inference(x, weight) and _runs_on_onednn(x, weight)
 
 
 def _flat(x: Tensor) -> Tensor:
