@@ -228,17 +228,17 @@ class FFN(nn.Sequential):
             Map of shape (N, C, H, W).
         """
         fc1, fc2 = self.fc1, self.fc2
-        tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
-        autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
-        if autocast:
-            dtype = torch.get_autocast_dtype('cpu')
-            tensors = [tensor.to(dtype) for tensor in tensors]
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
         if exact_gelu and fc1.has_tiles(x) and fc2.has_tiles(x):
             x = to_pixels(x).contiguous()
             out = torch.zeros_like(x) if add is None else to_pixels(add).contiguous()
             ffn_(out, x, fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias)
             return out.permute(0, 3, 1, 2)
+        tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
+        autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
+        if autocast:
+            dtype = torch.get_autocast_dtype('cpu')
+            tensors = [tensor.to(dtype) for tensor in tensors]
         if not exact_gelu or not _runs_on_onednn(*tensors[:2]):
             x = super().forward(x)
             return x if add is None else x + add
