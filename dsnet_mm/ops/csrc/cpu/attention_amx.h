@@ -56,25 +56,6 @@ inline Vec<float> exp2(Vec<float> x) {
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
 }
 
-// The largest element, or the sum of all, of each of four vectors.
-template <bool kSum>
-inline __m128 reduce(const Vec<float> (&x)[4]) {
-  const auto merge = [](auto a, auto b) {
-    if constexpr (kSum) return a + b;
-    return a > b ? a : b;
-  };
-  const auto pair = [&](Vec<float> a, Vec<float> b) {
-    return (__m512d)merge((Vec<float>)_mm512_unpacklo_ps((__m512)a, (__m512)b),
-                          (Vec<float>)_mm512_unpackhi_ps((__m512)a, (__m512)b));
-  };
-  const __m512d ab = pair(x[0], x[1]), cd = pair(x[2], x[3]);
-  const __m512 all = (__m512)merge((Vec<float>)_mm512_unpacklo_pd(ab, cd),
-                                   (Vec<float>)_mm512_unpackhi_pd(ab, cd));
-  const __m256 half =
-      merge(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return merge(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 // As avx512::read_rows, of four rows and for scores that are not scaled yet. The
 // weights go to ``w``.
 inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
@@ -91,29 +72,29 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
       largest[r] = avx512::larger<float>(vec(p + r * kColumns + j), largest[r]);
-  const __m128 before = _mm_load_ps(top);
-  const __m128 peaks = _mm_max_ps(reduce<false>(largest) * scale, before);
-  _mm_store_ps(top, peaks);
+  float peak[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    peak[r] = std::max(top[r], avx512::reduce<float, false>(largest[r]) * scale);
   for (int64_t j = 0; j < cols; j += kDepth)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const float* s = p + r * kColumns + j;
-      const Vec<float> a = exp2(vec(s) * scale - top[r]);
-      const Vec<float> b = exp2(vec(s + kSide) * scale - top[r]);
+      const Vec<float> a = exp2(vec(s) * scale - peak[r]);
+      const Vec<float> b = exp2(vec(s + kSide) * scale - peak[r]);
       mass[r] += a + b;
       _mm512_store_si512(w + r * kColumns + j,
                          (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
     }
-  __m128 totals = _mm_load_ps(total);
-  if (begin && _mm_cmp_ps_mask(peaks, before, _CMP_GT_OQ)) {
-    const __m128 shrink = _mm512_castps512_ps128(
-        (__m512)avx512::exp2((Vec<float>)_mm512_castps128_ps512(before - peaks)));
-    totals *= shrink;
-    for (int r = 0; r < R; ++r)
-      for (int64_t c = 0; c < padded; c += kSide)
-        vec(sum + r * padded + c) *= shrink[r];
+  for (int r = 0; r < R; ++r) {
+    if (begin && peak[r] > top[r]) {
+      const float shrink = avx512::exp2(Vec<float>{} + (top[r] - peak[r]))[0];
+      total[r] *= shrink;
+      for (int64_t c = 0; c < padded; c += kSide) vec(sum + r * padded + c) *= shrink;
+    }
+    total[r] += avx512::reduce<float, true>(mass[r]);
+    top[r] = peak[r];
   }
-  _mm_store_ps(total, totals + reduce<true>(mass));
 }
 
 // As avx512::attend, without dropout.
