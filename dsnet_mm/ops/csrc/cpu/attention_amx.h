@@ -156,5 +156,45 @@ inline void attend(const Head<BFloat16>& head, int64_t first, int64_t count,
   for (int64_t i = 0; i < count; ++i) lse[i] = top[i] + total[i];
 }
 
+// As avx512::Block.
+class Block {
+ public:
+  Block(int64_t width, Arena& arena)
+      : width_(width),
+        padded_(round_up(width, kDepth)),
+        k_(arena.take<BFloat16>(kBlock * padded_)),
+        v_(arena.take<BFloat16>(kBlock * padded_)),
+        rows_(arena.take<BFloat16>(kBlock * padded_)) {}
+  ~Block() {}  // with the instructions of this file
+
+  void read(int64_t n, const BFloat16* keys, const BFloat16* values, int64_t row) {
+    const int64_t all = round_up(n, kGroup);
+    pack_keys(n, all, width_, keys, row, k_, rows_);
+    pack_keys(n, all, width_, values, row, v_, rows_);
+  }
+
+  void multiply(int64_t m, int64_t n, const avx512::Rows<BFloat16, float>& q,
+                const avx512::Rows<BFloat16, float>& g, float* qk, float* gv) {
+    multiply(m, n, q.source, q.source_row, k_, qk);
+    multiply(m, n, g.source, g.source_row, v_, gv);
+  }
+
+ private:
+  void multiply(int64_t m, int64_t n, const BFloat16* a, int64_t a_row,
+                const BFloat16* b, float* c) {
+    const int64_t rows = round_up(m, kGroup), cols = round_up(n, kGroup);
+    pack_rows(m, rows, width_, a, a_row, rows_);
+    for (int64_t i = 0; i < rows; i += kGroup)
+      for (int64_t j = 0; j < cols; j += kGroup)
+        product(padded_ / kDepth, rows_ + i * kDepth, kDepth, kTile, rows * kDepth,
+                b + j * kDepth, cols * kDepth, kTile, c + i * kBlock + j, kBlock,
+                false);
+  }
+
+  Configuration configuration_;
+  int64_t width_, padded_;
+  BFloat16 *k_, *v_, *rows_;
+};
+
 }  // namespace amx
 }  // namespace dsnet

@@ -437,10 +437,46 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
 
 // ------------------------------------------------------------------- backward
 
+// Rows of queries or gradients, as they came and in T.
+template <typename S, typename T>
+struct Rows {
+  const S* source;
+  int64_t source_row;
+  const T* x;
+  int64_t row;
+};
+
+// Products of rows with a block of keys and values.
+template <typename S, typename T>
+class Block {
+ public:
+  Block(int64_t width, Arena& arena)
+      : width_(width),
+        k_(arena.take<T>(pad<T>(width) * kBlock)),
+        v_(arena.take<T>(pad<T>(width) * kBlock)),
+        rows_(arena.take<T>(kBlock * pad<T>(width))) {}
+
+  void read(int64_t n, const S* keys, const S* values, int64_t row) {
+    load_transposed(n, width_, keys, row, k_, kBlock, T(1), rows_);
+    load_transposed(n, width_, values, row, v_, kBlock, T(1), rows_);
+  }
+
+  // qk = q k^T and gv = g v^T, rows of kBlock.
+  void multiply(int64_t m, int64_t n, const Rows<S, T>& q, const Rows<S, T>& g, T* qk,
+                T* gv) {
+    matmul(m, pad<T>(n), width_, q.x, q.row, int64_t(1), k_, kBlock, qk, kBlock, false);
+    matmul(m, pad<T>(n), width_, g.x, g.row, int64_t(1), v_, kBlock, gv, kBlock, false);
+  }
+
+ private:
+  int64_t width_;
+  T *k_, *v_, *rows_;  // [channel][key] twice, and to make them
+};
+
 // Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head as
 // far as they come from each other, with rows of ``padded`` elements, a multiple
 // of the lanes.
-template <typename S, typename T>
+template <typename S, typename T, typename Products = Block<S, T>>
 void differentiate(const Head<S>& head, const S* out, int64_t out_row,
                    const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
                    int64_t q_end, int64_t k_begin, int64_t k_end, T* grad_q, T* grad_k,
@@ -448,8 +484,7 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width;
   Arena arena(memory);
-  T* k = arena.take<T>(padded * kBlock);  // [channel][key]
-  T* v = arena.take<T>(padded * kBlock);
+  Products products(width, arena);
   T* k_rows = arena.take<T>(kBlock * padded);
   T* q_rows = arena.take<T>(kBlock * padded);
   T* g_rows = arena.take<T>(kBlock * padded);
@@ -458,6 +493,7 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
   T* delta = arena.take<T>(q_end - q_begin);
 
   const double scale = 1 / std::sqrt(double(width));
+  const T to_log2 = scale * 1.44269504088896340736;
   for (int64_t i = q_begin; i < q_end; ++i) {
     T dot = 0;
     for (int64_t c = 0; c < width; ++c)
@@ -468,18 +504,15 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
   for (int64_t begin = k_begin; begin < k_end; begin += kBlock) {
     const int64_t n = std::min<int64_t>(kBlock, k_end - begin), cols = pad<T>(n);
     int64_t kv_row = head.kv_row;
-    load_transposed(n, width, head.k + begin * kv_row, kv_row, k, kBlock,
-                    T(scale * 1.44269504088896340736), k_rows);
-    load_transposed(n, width, head.v + begin * kv_row, kv_row, v, kBlock, T(scale),
-                    k_rows);
+    products.read(n, head.k + begin * kv_row, head.v + begin * kv_row, kv_row);
     const T* keys = as_vectors<S, T>(n, width, head.k + begin * kv_row, kv_row, k_rows);
     for (int64_t first = q_begin; first < q_end; first += kBlock) {
       const int64_t m = std::min<int64_t>(kBlock, q_end - first);
       int64_t q_row = head.q_row, g_row = grad_row;
       const T* q = as_vectors<S, T>(m, width, head.q + first * q_row, q_row, q_rows);
       const T* g = as_vectors<S, T>(m, width, grad_out + first * g_row, g_row, g_rows);
-      matmul(m, cols, width, q, q_row, int64_t(1), k, kBlock, p, kBlock, false);
-      matmul(m, cols, width, g, g_row, int64_t(1), v, kBlock, ds, kBlock, false);
+      products.multiply(m, n, {head.q + first * head.q_row, head.q_row, q, q_row},
+                        {grad_out + first * grad_row, grad_row, g, g_row}, p, ds);
       for (int64_t r = 0; r < m; ++r) {
         const T norm = lse[first + r], d = delta[first + r - q_begin];
         const uint64_t words =
@@ -487,13 +520,13 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
         for (int64_t j = 0; j < cols; j += lanes) {
           Vec<T>& weight = vec(p + r * kBlock + j);
           Vec<T>& slope = vec(ds + r * kBlock + j);
-          const Vec<T> e = exp2(weight - norm);
+          const Vec<T> e = exp2(weight * to_log2 - norm);
           if (head.dropout) {
             const Vec<T> keep = kept<T>(*head.dropout, words, begin + j);
-            slope = e * (slope * keep - d);
+            slope = e * (slope * T(scale) * keep - d);
             weight = e * keep;
           } else {
-            slope = e * (slope - d);
+            slope = e * (slope * T(scale) - d);
             weight = e;
           }
         }

@@ -37,7 +37,7 @@ struct Head {
 // Enough for either pass of a head of this width in double, and for AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (std::max(kQueries + kRows + 3 * kColumns, 5 * kBlock) * padded +
+  return 8 * (std::max(kQueries + kRows + 3 * kColumns, 6 * kBlock) * padded +
               std::max(kRows * kColumns + 2 * kQueries, 2 * kBlock * kBlock)) +
          64 * 64;
 }
@@ -156,6 +156,16 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
   });
 }
 
+template <typename S, typename... Args>
+void differentiate(const Head<S>& head, Args... args) {
+#ifdef DSNET_AMX
+  if constexpr (std::is_same_v<S, at::BFloat16>)
+    if (amx::available())
+      return avx512::differentiate<S, float, amx::Block>(head, args...);
+#endif
+  DSNET_BEST(differentiate, head, args...);
+}
+
 // A task takes a chunk of the longer stream and all of the shorter one. What it
 // finds for its chunk is final; for the shorter stream the parts of all chunks
 // are summed after. Chunks are about as long as the shorter stream or longer, so
@@ -203,13 +213,13 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
     const S* g = rows_of<S>(grad_out[reader], h, d.heads);
     const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
     if (reader == longer) {
-      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, begin, end, int64_t(0),
-                 rest, own, part + part_size, part + 2 * part_size, padded, memory);
+      differentiate(head, o, row, g, grad_row, l, begin, end, int64_t(0), rest, own,
+                    part + part_size, part + 2 * part_size, padded, memory);
       write(longer, h, 0, begin, end - begin, own, padded);
     } else {
       T* own_v = own + size * padded;
-      DSNET_BEST(differentiate, head, o, row, g, grad_row, l, int64_t(0), rest, begin,
-                 end, part, own, own_v, padded, memory);
+      differentiate(head, o, row, g, grad_row, l, int64_t(0), rest, begin, end, part,
+                    own, own_v, padded, memory);
       write(longer, h, 1, begin, end - begin, own, padded);
       write(longer, h, 2, begin, end - begin, own_v, padded);
     }
