@@ -9,13 +9,13 @@ from rich.table import Table
 from . import __version__
 from .environment import (
     SUPPORTED,
-    co_attention_build,
     co_attention_path,
     find_installed,
     find_problems,
     install_command,
     mmcv_ops,
     nvcc_version,
+    ops_build,
     python_version,
 )
 
@@ -52,7 +52,7 @@ def main() -> int:
         'GPUs': ', '.join(torch.cuda.get_device_name(i) for i in range(gpus)) or 'none',
         'nvcc': nvcc_version(),
         'mmcv ops': f'live ({detail})' if live else f'not live: {detail}',
-        'dsnet_mm ops': co_attention_build(),
+        'dsnet_mm ops': ops_build(),
     }
     for device in ('cpu', 'cuda') if gpus else ('cpu',):
         facts[f'dsnet_mm co-attention on {device}'] = co_attention_path(device)

@@ -148,7 +148,7 @@ def mmcv_ops() -> tuple[bool, str]:
     return True, 'CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
 
 
-def co_attention_build() -> str:
+def ops_build() -> str:
     """Tells what the ops are compiled for, or why they are not there."""
     native = importlib.import_module('dsnet_mm.ops.native')
     if native.WHY_NOT:

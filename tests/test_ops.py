@@ -18,8 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet_mm.ops import (
     co_attention,
     dropout_mask,
-    ffn_,
-    linear_,
     native,
     reference_co_attention,
     resize,
@@ -27,6 +25,8 @@ from dsnet_mm.ops import (
     runs_on_amx,
     sdpa_co_attention,
     select_path,
+    tiled_ffn,
+    tiled_linear,
     to_tiles,
 )
 
@@ -421,7 +421,8 @@ def test_resize_add_refuses_what_does_not_fit():
 # ------------------------------------------------------------ projections by AMX
 
 needs_amx = pytest.mark.skipif(
-    not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16)), reason='there is no AMX'
+    not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16)),
+    reason='no AMX, or no compiled op that uses it',
 )
 # Pixels, which go in blocks of 32 and 256 on one thread; inputs, and hidden channels,
 # which go in blocks of 256; outputs.
@@ -431,6 +432,7 @@ WIDTHS = [
     (33, 160, 288, 32),
     (255, 64, 256, 64),
     (700, 96, 544, 160),
+    (700, 96, 320, 96),
 ]
 
 
@@ -455,8 +457,9 @@ def test_linear(pixels, inputs, hidden, outputs):
     weight, bias = layer(inputs, outputs)
     for b in (bias, None):
         for add in (False, True):
-            measured = out.clone()
-            linear_(measured, x, to_tiles(weight), b, add)
+            kept = out.clone() if add else None
+            measured = tiled_linear(x, to_tiles(weight), b, kept)
+            assert (measured is kept) == add
             double = None if b is None else b.double()
             exact = F.linear(x.double(), weight.double(), double)
             plain = F.linear(x, weight, b)
@@ -466,32 +469,32 @@ def test_linear(pixels, inputs, hidden, outputs):
 @needs_amx
 @pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
 def test_ffn(pixels, inputs, hidden, outputs):
-    def plain(out, x, w1, b1, w2, b2):
-        return out + F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+    def plain(x, w1, b1, w2, b2, add=0):
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) + add
 
     torch.manual_seed(0)
     x = torch.randn(pixels, inputs).bfloat16()
     out = torch.randn(pixels, outputs).bfloat16()
     weights = *layer(inputs, hidden), *layer(hidden, outputs)
     tiles = [to_tiles(w) if w.dim() == 2 else w for w in weights]
-    measured = out.clone()
-    ffn_(measured, x, *tiles)
-    exact = plain(*(t.double() for t in (out, x, *weights)))
-    assert_as_exact(measured, plain(out, x, *weights), exact)
-    if inputs == outputs:
-        ffn_(x, x, *tiles)  # in its own memory
-        exact = plain(*(t.double() for t in (out, out, *weights)))
-        ffn_(out, out, *tiles)
-        assert_as_exact(out, plain(out, out, *weights), exact)
+    exact = plain(*(t.double() for t in (x, *weights)))
+    assert_as_exact(tiled_ffn(x, *tiles), plain(x, *weights), exact)
+    kept = out.clone()
+    assert tiled_ffn(x, *tiles, kept) is kept
+    assert_as_exact(kept, plain(x, *weights, out), exact + out.double())
+    if inputs == outputs:  # in its own memory
+        kept = x.clone()
+        tiled_ffn(kept, *tiles, kept)
+        assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
 
 
 @needs_amx
 @pytest.mark.parametrize('value', [-1e30, -50, -9, 9, 50, 1e30])
 def test_gelu_far_from_zero(value):
-    x, out = torch.zeros(2, 1, 32).bfloat16()
+    x = torch.zeros(1, 32).bfloat16()
     x[0, 0] = value
     one, zero = to_tiles(torch.eye(32).bfloat16()), torch.zeros(32).bfloat16()
-    ffn_(out, x, one, zero, one, zero)
+    out = tiled_ffn(x, one, zero, one, zero)
     assert abs(out[0, 0] - x[0, 0].clamp(min=0)) <= 2e-5 * abs(value)
     assert not out[0, 1:].any()
 
@@ -632,6 +635,13 @@ def test_native_is_chosen(monkeypatch):
     assert select_path('meta')[0] == 'sdpa'
 
 
+@needs_native
+def test_a_library_of_older_sources_is_not_taken(monkeypatch):
+    assert native._load() is None
+    monkeypatch.setattr(native, '_OPS', (*native._OPS, 'of_tomorrow'))
+    assert native._load() == 'built from older sources'
+
+
 @pytest.mark.parametrize(
     ('info', 'why_not', 'sentence'),
     [
@@ -644,12 +654,12 @@ def test_native_is_chosen(monkeypatch):
 def test_doctor_tells_what_the_op_is_compiled_for(
     info, why_not, sentence, tmp_path, monkeypatch
 ):
-    from dsnet_mm.environment import co_attention_build
+    from dsnet_mm.environment import ops_build
 
     (tmp_path / 'build_info.json').write_text(json.dumps(info))
     monkeypatch.setattr(native, '__file__', str(tmp_path / 'native.py'))
     monkeypatch.setattr(native, 'WHY_NOT', why_not)
-    assert co_attention_build().startswith(sentence)
+    assert ops_build().startswith(sentence)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     if info.get('cuda'):
         assert native.why_not_cuda() is None

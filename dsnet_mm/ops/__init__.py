@@ -4,7 +4,7 @@ from .co_attention import (
     sdpa_co_attention,
     select_path,
 )
-from .projections import ffn_, linear_, runs_on_amx, to_tiles
+from .projections import runs_on_amx, tiled_ffn, tiled_linear, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
 
@@ -12,8 +12,6 @@ __all__ = [
     'attention',
     'co_attention',
     'dropout_mask',
-    'ffn_',
-    'linear_',
     'reference_co_attention',
     'resize',
     'resize_add',
@@ -21,5 +19,7 @@ __all__ = [
     'sdpa_co_attention',
     'select_path',
     'split_heads',
+    'tiled_ffn',
+    'tiled_linear',
     'to_tiles',
 ]

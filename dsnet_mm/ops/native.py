@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+# What a library has that these sources were compiled to.
 _OPS = ('co_attention', 'ffn_', 'has_amx', 'linear_', 'resize_add_')
 
 

@@ -15,7 +15,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import ffn_, linear_, runs_on_amx, to_tiles
+from dsnet_mm.ops import runs_on_amx, tiled_ffn, tiled_linear, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -93,7 +93,7 @@ class Projection:
     def has_tiles(
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
     ) -> bool:
-        """Whether the operators there take ``x`` and a part."""
+        """Whether ``x`` and a part can go that way."""
         if self._packed is None or not _is_inference(x, self.weight):
             return False
         widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
@@ -162,7 +162,7 @@ class Pointwise(Projection, nn.Conv2d):
         if self.has_tiles(x, outputs, inputs):
             tiles = self.tiles(outputs, inputs)
             add = None if add is None else to_pixels(add)
-            return _linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
+            return tiled_linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
         if _may_fuse(x, self.weight):
             return _product(x, self.operand(x, outputs, inputs), bias, add)
         out = F.conv2d(x, self.part(outputs, inputs)[..., None, None], bias)
@@ -184,7 +184,7 @@ class TokenLinear(Projection, nn.Linear):
             Tokens of shape (N, L, C_out).
         """
         if self.has_tiles(x):
-            return _linear(x, self.tiles(), self.bias, add)
+            return tiled_linear(x, self.tiles(), self.bias, add)
         if _may_fuse(x, self.weight):
             size = (x.shape[1], 1)
             x = to_map(x, size)
@@ -230,10 +230,9 @@ class FFN(nn.Sequential):
         fc1, fc2 = self.fc1, self.fc2
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
         if exact_gelu and fc1.has_tiles(x) and fc2.has_tiles(x):
-            x = to_pixels(x).contiguous()
-            out = torch.zeros_like(x) if add is None else to_pixels(add).contiguous()
-            ffn_(out, x, fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias)
-            return out.permute(0, 3, 1, 2)
+            weights = fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias
+            add = None if add is None else to_pixels(add)
+            return tiled_ffn(to_pixels(x), *weights, add).permute(0, 3, 1, 2)
         tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
         if autocast:
@@ -371,13 +370,3 @@ def _product(
     convolution_ = torch.ops.mkldnn._convolution_pointwise_.binary
     epilogue = ('add', 1.0, None, [], None)
     return convolution_(add, x, weight, bias, *_GEOMETRY, *epilogue)
-
-
-def _linear(
-    x: Tensor, tiles: Tensor, bias: Tensor | None, add: Tensor | None
-) -> Tensor:
-    """W x + b of pixels (..., C_in), with an addition in the memory of ``add``."""
-    shape = *x.shape[:-1], 16 * len(tiles)
-    out = x.new_empty(shape) if add is None else add.contiguous()
-    linear_(out, x.contiguous(), tiles, bias, add is not None)
-    return out

@@ -14,6 +14,14 @@
 #define DSNET_AMX  // can be compiled
 #include <immintrin.h>
 
+// Around code that uses it. With fewer instructions than the AVX-512 of each_isa.h
+// nothing of that would be inlined.
+#define DSNET_AMX_BEGIN                                                      \
+  _Pragma("GCC push_options")                                                \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\")") \
+          _Pragma("GCC target(\"avx512bf16,amx-tile,amx-bf16\")")
+#define DSNET_AMX_END _Pragma("GCC pop_options")
+
 namespace dsnet {
 namespace amx {
 
@@ -29,9 +37,7 @@ inline bool available() {
 }  // namespace amx
 }  // namespace dsnet
 
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,amx-tile,amx-bf16")
+DSNET_AMX_BEGIN
 namespace dsnet {
 namespace amx {
 
@@ -108,5 +114,5 @@ inline void product(int64_t depth, const BFloat16* a, int64_t a_row, int64_t a_m
 
 }  // namespace amx
 }  // namespace dsnet
-#pragma GCC pop_options
+DSNET_AMX_END
 #endif

@@ -1,4 +1,5 @@
-// Attention of a few queries of one head in bfloat16, forward, with AMX's products.
+// Attention of one head in bfloat16 with AMX's products: all of the forward's, without
+// dropout, and the first two of the backward's.
 //
 // Softmax and sums are those of attention_kernel.h, in float; the weights are
 // rounded to bfloat16 for their product with the values, as in PyTorch's kernel.

@@ -48,11 +48,9 @@ int64_t arena_size(int64_t width) {
 #include "amx.h"
 #include "each_isa.h"
 #ifdef DSNET_AMX
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,amx-tile,amx-bf16")
+DSNET_AMX_BEGIN
 #include "attention_amx.h"
-#pragma GCC pop_options
+DSNET_AMX_END
 #endif
 
 namespace dsnet {
@@ -156,6 +154,7 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
   });
 }
 
+// By the best instructions, as DSNET_BEST, and by AMX where it can be.
 template <typename S, typename... Args>
 void differentiate(const Head<S>& head, Args... args) {
 #ifdef DSNET_AMX

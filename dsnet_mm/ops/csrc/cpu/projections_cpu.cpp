@@ -3,8 +3,8 @@
 // dsnet_mm::ffn_, out += W2 GELU(W1 x + b1) + b2, whose hidden layer stays in a core's
 // cache, a few hundred pixels at a time.
 //
-// Weights come in the order in which AMX reads them: [outputs / 16][inputs /
-// 32][16][16] pairs of inputs.
+// Weights come in the order in which AMX reads them, pairs of inputs for each output:
+// [C_out / 16][C_in / 32][16 pairs][16 outputs][2].
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,9 +17,7 @@
 #include "memory.h"
 
 #ifdef DSNET_AMX
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,amx-tile,amx-bf16")
+DSNET_AMX_BEGIN
 namespace dsnet {
 namespace amx {
 
@@ -136,7 +134,7 @@ inline void ffn(const Layer& fc1, const Layer& fc2, int64_t count, const BFloat1
 
 }  // namespace amx
 }  // namespace dsnet
-#pragma GCC pop_options
+DSNET_AMX_END
 #endif
 
 namespace dsnet {
