@@ -156,7 +156,8 @@ def ops_build() -> str:
     cuda = native.build_info().get('cuda')
     devices = f'CPU and CUDA {cuda}' if cuda else 'the CPU'
     projections = importlib.import_module('dsnet_mm.ops.projections')
-    amx = ', bfloat16 by AMX' if projections.HAS_AMX else ''
+    torch = importlib.import_module('torch')
+    amx = ', bfloat16 by AMX' if torch.bfloat16 in projections.TILED_TYPES else ''
     return f'compiled for {devices}{amx}'
 
 

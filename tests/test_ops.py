@@ -22,7 +22,7 @@ from dsnet_mm.ops import (
     reference_co_attention,
     resize,
     resize_add,
-    runs_on_amx,
+    runs_tiled,
     sdpa_co_attention,
     select_path,
     tiled_ffn,
@@ -355,6 +355,13 @@ def test_older_instruction_sets(capability):
         'for shape in SHAPES[2:6]:\n'
         '    for dtype in TOLERANCE:\n'
         '        test_native_equals_reference(shape, dtype, 0.3)\n'
+        'if runs_tiled(torch.zeros(1)):\n'
+        '    for widths in WIDTHS:\n'
+        '        test_linear(*widths, torch.float32)\n'
+        '        test_ffn(*widths, torch.float32)\n'
+        '    test_gelu(torch.float32)\n'
+        '    test_gelu_far_from_zero(-50, torch.float32)\n'
+        '    test_what_is_no_number_stays_so(torch.float32)\n'
         'print(torch.backends.cpu.get_cpu_capability())'
     )
     done = python(code, ATEN_CPU_CAPABILITY=capability)
@@ -418,17 +425,23 @@ def test_resize_add_refuses_what_does_not_fit():
         memory_format=torch.channels_last)))  # fmt: skip
 
 
-# ------------------------------------------------------------ projections by AMX
+# -------------------------------------------------------------------- projections
 
-needs_amx = pytest.mark.skipif(
-    not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16)),
-    reason='no AMX, or no compiled op that uses it',
+
+def for_type(dtype):
+    usable = native.WHY_NOT is None and runs_tiled(torch.zeros(1, dtype=dtype))
+    reason = f'no compiled projections in {dtype} here'
+    return pytest.param(dtype, marks=pytest.mark.skipif(not usable, reason=reason))
+
+
+for_types = pytest.mark.parametrize(
+    'dtype', [for_type(torch.float32), for_type(torch.bfloat16)], ids=str
 )
-# Pixels, which go in blocks of 32 and 256 on one thread; inputs, and hidden channels,
-# which go in blocks of 256; outputs.
+# Pixels, which go in blocks of 12 or 32 and about 256 on one thread; inputs, and
+# hidden channels, which go in blocks of 256; outputs.
 WIDTHS = [
     (0, 32, 32, 32),
-    (1, 32, 64, 96),
+    (5, 32, 64, 96),
     (33, 160, 288, 32),
     (255, 64, 256, 64),
     (700, 96, 544, 160),
@@ -436,9 +449,9 @@ WIDTHS = [
 ]
 
 
-def layer(inputs, outputs):
+def layer(inputs, outputs, dtype):
     weight = torch.randn(outputs, inputs) * inputs**-0.5
-    return weight.bfloat16(), torch.randn(outputs).bfloat16()
+    return weight.to(dtype), torch.randn(outputs).to(dtype)
 
 
 def assert_as_exact(measured, plain, exact):
@@ -448,13 +461,13 @@ def assert_as_exact(measured, plain, exact):
             assert norm(measured - exact) <= 2 * norm(plain - exact)
 
 
-@needs_amx
+@for_types
 @pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
-def test_linear(pixels, inputs, hidden, outputs):
+def test_linear(pixels, inputs, hidden, outputs, dtype):
     torch.manual_seed(0)
-    x = torch.randn(pixels, inputs).bfloat16()
-    out = torch.randn(pixels, outputs).bfloat16()
-    weight, bias = layer(inputs, outputs)
+    x = torch.randn(pixels, inputs).to(dtype)
+    out = torch.randn(pixels, outputs).to(dtype)
+    weight, bias = layer(inputs, outputs, dtype)
     for b in (bias, None):
         for add in (False, True):
             kept = out.clone() if add else None
@@ -466,16 +479,16 @@ def test_linear(pixels, inputs, hidden, outputs):
             assert_as_exact(measured, plain + add * out, exact + add * out.double())
 
 
-@needs_amx
+@for_types
 @pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
-def test_ffn(pixels, inputs, hidden, outputs):
+def test_ffn(pixels, inputs, hidden, outputs, dtype):
     def plain(x, w1, b1, w2, b2, add=0):
         return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) + add
 
     torch.manual_seed(0)
-    x = torch.randn(pixels, inputs).bfloat16()
-    out = torch.randn(pixels, outputs).bfloat16()
-    weights = *layer(inputs, hidden), *layer(hidden, outputs)
+    x = torch.randn(pixels, inputs).to(dtype)
+    out = torch.randn(pixels, outputs).to(dtype)
+    weights = *layer(inputs, hidden, dtype), *layer(hidden, outputs, dtype)
     tiles = [to_tiles(w) if w.dim() == 2 else w for w in weights]
     exact = plain(*(t.double() for t in (x, *weights)))
     assert_as_exact(tiled_ffn(x, *tiles), plain(x, *weights), exact)
@@ -488,42 +501,67 @@ def test_ffn(pixels, inputs, hidden, outputs):
         assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
 
 
-@needs_amx
+def gelu_by_ffn(x):
+    """GELU of (..., 32)."""
+    one = to_tiles(torch.eye(32).to(x.dtype))
+    zero = torch.zeros(32, dtype=x.dtype)
+    return tiled_ffn(x, one, zero, one, zero)
+
+
+@for_types
+def test_gelu(dtype):
+    x = torch.linspace(-7, 7, 64000).to(dtype).view(-1, 32)
+    exact = F.gelu(x.double())
+    bound = 3e-7 * x.double().abs() if dtype == torch.float32 else 1.5e-4
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((gelu_by_ffn(x) - exact).abs() <= bound + rounding).all()
+
+
+@for_types
 @pytest.mark.parametrize('value', [-1e30, -50, -9, 9, 50, 1e30])
-def test_gelu_far_from_zero(value):
-    x = torch.zeros(1, 32).bfloat16()
+def test_gelu_far_from_zero(value, dtype):
+    x = torch.zeros(1, 32, dtype=dtype)
     x[0, 0] = value
-    one, zero = to_tiles(torch.eye(32).bfloat16()), torch.zeros(32).bfloat16()
-    out = tiled_ffn(x, one, zero, one, zero)
-    assert abs(out[0, 0] - x[0, 0].clamp(min=0)) <= 2e-5 * abs(value)
+    out = gelu_by_ffn(x)
+    bound = 3e-7 if dtype == torch.float32 else 2e-5
+    assert abs(out[0, 0] - x[0, 0].clamp(min=0)) <= bound * abs(value)
     assert not out[0, 1:].any()
 
 
-@needs_amx
-def test_projections_refuse_what_does_not_fit():
-    x = torch.zeros(3, 32).bfloat16()
-    weight, bias = layer(32, 64)
+@for_types
+def test_what_is_no_number_stays_so(dtype):
+    x = torch.full((1, 32), torch.nan, dtype=dtype)
+    assert gelu_by_ffn(x).isnan().all()
+
+
+@for_types
+def test_projections_refuse_what_does_not_fit(dtype):
+    x = torch.zeros(3, 32, dtype=dtype)
+    weight, bias = layer(32, 64, dtype)
     tiles = to_tiles(weight)
-    out = torch.zeros(3, 64).bfloat16()
+    out = torch.zeros(3, 64, dtype=dtype)
     op = torch.ops.dsnet_mm.linear_
     for wrong in ((out, x[:2]), (out[:, :32], x), (out, out), (out[0], x)):
         with pytest.raises(RuntimeError, match='take pixels'):
             op(*wrong, tiles, bias, False)
-    for wrong in ((out.float(), x), (out, x.float()), (out, x.t().contiguous().t())):
-        with pytest.raises(RuntimeError, match='contiguous tensors of bfloat16'):
+    for wrong in ((out.half(), x), (out, x.t().contiguous().t())):
+        with pytest.raises(RuntimeError, match='contiguous tensors of one type'):
             op(*wrong, tiles, bias, False)
-    for wrong in ((weight, bias), (tiles, bias[:32]), (tiles[:1], bias[:16])):
-        with pytest.raises(RuntimeError, match='take weights'):
-            op(out, x, *wrong, False)
+    with pytest.raises(RuntimeError, match='float32 with AVX2 and bfloat16 with AMX'):
+        op(out, x.half(), tiles, bias, False)
+    with pytest.raises(RuntimeError, match='take weights'):
+        op(out, x, weight, bias, False)
+    with pytest.raises(RuntimeError, match='take biases of as many'):
+        op(out, x, tiles, bias[:32], False)
     with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
         torch.ops.dsnet_mm.ffn_(out, x, tiles, bias, tiles, bias)
     torch.library.opcheck(op.default, (out, x, tiles, bias, True))
 
 
-@needs_amx
-def test_amx_is_left_out_where_it_is_not_wanted(monkeypatch):
+@for_types
+def test_projections_are_left_out_where_they_are_not_wanted(dtype, monkeypatch):
     monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
-    assert not runs_on_amx(torch.zeros(1, dtype=torch.bfloat16))
+    assert not runs_tiled(torch.zeros(1, dtype=dtype))
 
 
 # ------------------------------------------------- compile, export, autocast

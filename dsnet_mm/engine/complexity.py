@@ -12,10 +12,9 @@ aten = torch.ops.aten
 # PyTorch has formulas for all its attention kernels but this one.
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 
-# Those that models/layers/pointwise.py calls. Names, as builds of PyTorch without
-# oneDNN have no such operators.
+# What models/layers/pointwise.py calls. A name, as builds of PyTorch without oneDNN
+# have no such operators.
 ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
-ONEDNN_PACK = 'mkldnn::_reorder_convolution_weight'
 
 # Of dsnet_mm.ops, in place; they only count where they have been compiled.
 RESIZE_ADD = 'dsnet_mm::resize_add_'
@@ -97,7 +96,7 @@ class _Counter(TorchDispatchMode):
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2
         elif op in ELEMENTWISE:
             self.elementwise += ELEMENTWISE[op] * first.numel()
-        elif func.namespace not in FREE and func.name() != ONEDNN_PACK:
+        elif func.namespace not in FREE:
             self.uncounted.add(func.name())
         return out
 

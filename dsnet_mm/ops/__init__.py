@@ -4,7 +4,7 @@ from .co_attention import (
     sdpa_co_attention,
     select_path,
 )
-from .projections import runs_on_amx, tiled_ffn, tiled_linear, to_tiles
+from .projections import runs_tiled, tiled_ffn, tiled_linear, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
 
@@ -15,7 +15,7 @@ __all__ = [
     'reference_co_attention',
     'resize',
     'resize_add',
-    'runs_on_amx',
+    'runs_tiled',
     'sdpa_co_attention',
     'select_path',
     'split_heads',

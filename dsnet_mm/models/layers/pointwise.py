@@ -6,7 +6,6 @@ than in arithmetic; what is here keeps them in the cache.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import runs_on_amx, tiled_ffn, tiled_linear, to_tiles
+from dsnet_mm.ops import runs_tiled, tiled_ffn, tiled_linear, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -48,13 +47,12 @@ class Projection:
     """A layer whose weights can be packed for inference.
 
     Once :meth:`pack` was called, a layer holds its weights also in the order in
-    which oneDNN or AMX read them, from the first call that can use it on. They are
-    packed anew when oneDNN wants it for another size of maps, and after the weights
-    were moved to another type or loaded, but not after other changes of them.
+    which :mod:`dsnet_mm.ops.projections` reads them, from the first call that can
+    use it on. They are packed anew after the weights were moved to another type or
+    loaded, but not after other changes of them.
     """
 
     _packed: dict[tuple, Tensor] | None = None
-    _MOST_PACKED = 2  # two parts, or the size of most chunks and that of the last
 
     def pack(self) -> None:
         """Prepares for inference, when the weights are final."""
@@ -69,26 +67,12 @@ class Projection:
             weight = weight[:, slice(*inputs)]
         return weight
 
-    def operand(
-        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
-    ) -> Tensor:
-        """Returns a part as :func:`_product` takes it for ``x``, perhaps packed."""
-
-        def pack() -> Tensor:
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            weight = self.part(outputs, inputs).contiguous()
-            return reorder(weight[..., None, None], *_GEOMETRY, x.shape)
-
-        if self._packed is None:
-            return self.part(outputs, inputs)[..., None, None]
-        # What is packed for another size can be many times slower.
-        return self._keep((outputs, inputs, x.shape), pack)
-
     def tiles(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
         """Returns a part as :mod:`dsnet_mm.ops.projections` takes it."""
-        return self._keep(
-            (outputs, inputs), lambda: to_tiles(self.part(outputs, inputs))
-        )
+        key = outputs, inputs
+        if key not in self._packed:
+            self._packed[key] = to_tiles(self.part(outputs, inputs))
+        return self._packed[key]
 
     def has_tiles(
         self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
@@ -97,16 +81,7 @@ class Projection:
         if self._packed is None or not _is_inference(x, self.weight):
             return False
         widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
-        return runs_on_amx(x) and not any(width % 32 for width in widths)
-
-    def _keep(self, key: tuple, pack: Callable[[], Tensor]) -> Tensor:
-        packed = self._packed.get(key)
-        if packed is None:
-            packed = pack()
-            if len(self._packed) >= self._MOST_PACKED:
-                self._packed.clear()
-            self._packed[key] = packed
-        return packed
+        return runs_tiled(x) and not any(width % 32 for width in widths)
 
     def _forget(self) -> None:
         if self._packed:
@@ -120,7 +95,7 @@ class Projection:
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:  # packed weights cannot be saved
+    def __getstate__(self) -> dict[str, Any]:  # packed weights are not saved
         packed = {} if self._packed else self._packed
         return {**self.__dict__, '_packed': packed}
 
@@ -163,9 +138,10 @@ class Pointwise(Projection, nn.Conv2d):
             tiles = self.tiles(outputs, inputs)
             add = None if add is None else to_pixels(add)
             return tiled_linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
-        if _may_fuse(x, self.weight):
-            return _product(x, self.operand(x, outputs, inputs), bias, add)
-        out = F.conv2d(x, self.part(outputs, inputs)[..., None, None], bias)
+        weight = self.part(outputs, inputs)[..., None, None]
+        if _may_fuse(x, weight):
+            return _product(x, weight, bias, add)
+        out = F.conv2d(x, weight, bias)
         return out if add is None else out + add
 
 
@@ -189,7 +165,7 @@ class TokenLinear(Projection, nn.Linear):
             size = (x.shape[1], 1)
             x = to_map(x, size)
             add = None if add is None else to_map(add, size)
-            return to_tokens(_product(x, self.operand(x), self.bias, add))
+            return to_tokens(_product(x, self.part()[..., None, None], self.bias, add))
         out = F.linear(x, self.weight, self.bias)
         return out if add is None else out + add
 
@@ -199,8 +175,7 @@ class FFN(nn.Sequential):
 
     On the CPU it goes over the pixels in chunks, and the backward computes the
     hidden layer again, so that it is never in memory as a whole. It is then
-    faster although it multiplies more. Packed, in bfloat16 and where there is AMX,
-    one operator computes all of it.
+    faster although it multiplies more. Packed, it is one operator.
 
     Args:
         channels: Width of input and output.
@@ -248,10 +223,8 @@ class FFN(nn.Sequential):
         add = None if add is None else _flat(add)
         if torch.is_grad_enabled():
             out = _ChunkedFFN.apply(pixels, w1, b1, w2, b2, add)
-        elif autocast:
-            out = _ChunkedFFN.compute(pixels, lambda _: w1, b1, lambda _: w2, b2, add)
         else:
-            out = _ChunkedFFN.compute(pixels, fc1.operand, b1, fc2.operand, b2, add)
+            out = _ChunkedFFN.compute(pixels, w1, b1, w2, b2, add)
         return to_pixels(out).view(to_pixels(x).shape).permute(0, 3, 1, 2)
 
 
@@ -266,13 +239,13 @@ class _ChunkedFFN(torch.autograd.Function):
         return zip(*(x.chunk(max(count, 1), 2) for x in maps), strict=True)
 
     @staticmethod
-    def compute(x, operand1, b1, operand2, b2, add):
+    def compute(x, w1, b1, w2, b2, add):
         # In the memory of ``add``, which may also be that of x: a chunk has been
         # read when it is written.
         out = torch.zeros_like(x) if add is None else add
         for x_part, out_part in _ChunkedFFN.chunks(b1, x, out):
-            hidden = _product(x_part, operand1(x_part), b1, gelu=True)
-            _product(hidden, operand2(hidden), b2, out_part)
+            hidden = _product(x_part, w1, b1, gelu=True)
+            _product(hidden, w2, b2, out_part)
             del hidden  # the next chunk's takes its place, in the cache
         return out
 
@@ -281,7 +254,7 @@ class _ChunkedFFN(torch.autograd.Function):
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
         add = None if add is None else add.clone()
-        return _ChunkedFFN.compute(x, lambda _: w1, b1, lambda _: w2, b2, add)
+        return _ChunkedFFN.compute(x, w1, b1, w2, b2, add)
 
     @staticmethod
     @once_differentiable

@@ -3,58 +3,13 @@
 // DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
 // there is no include guard.
 //
-// Every matrix product is C[m][lanes] += A[m][k] * B[k][lanes] with single
-// elements of A. Scores are [query][key]: queries are read as they lie in memory,
-// and of the keys a block at a time is transposed, for all queries of a task.
+// Scores are [query][key]: queries are read as they lie in memory, and of the keys a
+// block at a time is transposed, for all queries of a task.
+
+#include "vectors.h"
 
 namespace dsnet {
 namespace DSNET_ISA {
-
-template <typename T>
-struct Vector {
-  static constexpr int lanes = DSNET_BYTES / sizeof(T);
-  typedef T type __attribute__((vector_size(DSNET_BYTES), may_alias));
-  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Bits bits __attribute__((vector_size(DSNET_BYTES), may_alias));
-  // In memory of the caller, which need not be aligned.
-  typedef T loose __attribute__((vector_size(DSNET_BYTES), may_alias, aligned(4)));
-  // As many 32-bit words as there are lanes.
-  typedef uint32_t words __attribute__((vector_size(lanes * 4), may_alias));
-};
-
-template <typename T>
-using Vec = typename Vector<T>::type;
-
-template <typename T>
-inline Vec<T>& vec(T* x) {
-  return *reinterpret_cast<Vec<T>*>(x);
-}
-
-template <typename T>
-inline const Vec<T>& vec(const T* x) {
-  return *reinterpret_cast<const Vec<T>*>(x);
-}
-
-template <typename T>
-inline Vec<T> loose(const T* x) {
-  return *reinterpret_cast<const typename Vector<T>::loose*>(x);
-}
-
-template <typename T>
-constexpr int64_t pad(int64_t n) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  return (n + lanes - 1) / lanes * lanes;
-}
-
-// a > b ? a : b, so b if one of them is no number.
-template <typename T>
-inline Vec<T> larger(Vec<T> a, Vec<T> b) {
-#if DSNET_BYTES == 64
-  // The compiler makes three instructions of the comparison.
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
-#endif
-  return a > b ? a : b;
-}
 
 // ------------------------------------------------------------ 2^x for x <= 0
 
@@ -128,71 +83,6 @@ inline T reduce(Vec<T> x) {
   return y;
 }
 
-// ----------------------------------------------------------- matrix products
-
-template <typename T, int M, int V>
-inline void tile(int64_t depth, const T* a, int64_t a_m, int64_t a_k, const T* b,
-                 int64_t b_k, T* c, int64_t c_m, bool add) {
-  constexpr int lanes = Vector<T>::lanes;
-  Vec<T> sum[M][V];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      sum[m][v] = add ? vec(c + m * c_m + v * lanes) : Vec<T>{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> row[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = loose(b + k * b_k + v * lanes);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      const T x = a[m * a_m + k * a_k];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) vec(c + m * c_m + v * lanes) = sum[m][v];
-  }
-}
-
-template <typename T, int V>
-inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_m, int64_t a_k,
-                  const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
-  // Sums and a row of B in 32 registers of 64 bytes, else in 16. Tiles are of
-  // nearly equal height: a last one of one row would be slow.
-  constexpr int64_t tallest = DSNET_BYTES == 64 && V <= 2 ? 12 : 6;
-  const int64_t count = (rows + tallest - 1) / tallest;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t height = rows / count + (i < rows % count);
-    switch (height) {
-#define DSNET_TILE(M)                                         \
-  case M:                                                     \
-    if constexpr (M <= tallest)                               \
-      tile<T, M, V>(depth, a, a_m, a_k, b, b_k, c, c_m, add); \
-    break;
-      DSNET_TILE(1)
-      DSNET_TILE(2)
-      DSNET_TILE(3)
-      DSNET_TILE(4)
-      DSNET_TILE(5)
-      DSNET_TILE(6)
-      DSNET_TILE(7)
-      DSNET_TILE(8)
-      DSNET_TILE(9)
-      DSNET_TILE(10)
-      DSNET_TILE(11)
-      DSNET_TILE(12)
-#undef DSNET_TILE
-    }
-    a += height * a_m;
-    c += height * c_m;
-  }
-}
-
 // C[m][n] = sum_k A[m][k] B[k][n], added to C if ``add``; ``cols`` is a
 // multiple of the lanes, a_m and a_k are the strides of A, b_k and c_m those
 // of the rows of B and C.
@@ -204,14 +94,19 @@ void matmul(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_m,
   constexpr int widest = DSNET_BYTES == 64 ? 4 : 2;
   for (int64_t n = 0; n < cols;) {
     const int64_t left = (cols - n) / lanes;
+    const auto at = [=](int64_t m, int v) -> Vec<T>& {
+      return vec(c + m * c_m + n + v * lanes);
+    };
+    const auto read = [=](int64_t m, int v) { return add ? at(m, v) : Vec<T>{}; };
+    const auto write = [=](int64_t m, int v, Vec<T> sum) { at(m, v) = sum; };
     if (left >= widest) {
-      tiles<T, widest>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, widest>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
       n += widest * lanes;
     } else if (left >= 2) {
-      tiles<T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
       n += 2 * lanes;
     } else {
-      tiles<T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, c + n, c_m, add);
+      tiles<T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
       n += lanes;
     }
   }

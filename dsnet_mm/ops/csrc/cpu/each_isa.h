@@ -62,5 +62,8 @@ inline int instructions() {
       baseline::KERNEL(__VA_ARGS__); \
   }
 #else
+namespace dsnet {
+inline int instructions() { return 0; }
+}  // namespace dsnet
 #define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
 #endif
