@@ -23,6 +23,7 @@ CSRC = Path('dsnet_mm/ops/csrc')
 SOURCES = (
     'co_attention.cpp',
     'cpu/co_attention_cpu.cpp',
+    'cpu/depthwise_cpu.cpp',
     'cpu/projections_cpu.cpp',
     'cpu/resize_cpu.cpp',
 )

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.ops import (
     co_attention,
+    depthwise_conv,
     dropout_mask,
     native,
     reference_co_attention,
@@ -355,6 +356,9 @@ def test_older_instruction_sets(capability):
         'for shape in SHAPES[2:6]:\n'
         '    for dtype in TOLERANCE:\n'
         '        test_native_equals_reference(shape, dtype, 0.3)\n'
+        'for channels in (24, 37):\n'
+        '    for dtype in (torch.float32, torch.bfloat16):\n'
+        '        test_depthwise_conv(channels, (11, 14), dtype)\n'
         'if runs_tiled(torch.zeros(1)):\n'
         '    for widths in WIDTHS:\n'
         '        test_linear(*widths, torch.float32)\n'
@@ -423,6 +427,65 @@ def test_resize_add_refuses_what_does_not_fit():
         op(add.double(), add.double())
     torch.library.opcheck(op.default, (add, add[:, :, :2, :2].contiguous(
         memory_format=torch.channels_last)))  # fmt: skip
+
+
+# ------------------------------------------------------- depth-wise convolution
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('size', [(1, 1), (1, 5), (7, 1), (2, 2), (11, 14)])
+@pytest.mark.parametrize('channels', [3, 24, 37, 96])
+def test_depthwise_conv(channels, size, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, *size).to(dtype)
+    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    bias, border = torch.randn(channels).to(dtype), torch.randn(8, channels).to(dtype)
+    for edges in (border, None):
+        tensors = [t if t is None else t.double() for t in (x, weight, bias, edges)]
+        exact = depthwise_conv(*tensors)
+        plain = depthwise_conv(x.requires_grad_(), weight, bias, edges)
+        with torch.no_grad():
+            measured = depthwise_conv(x, weight, bias, edges)
+        assert measured.shape == plain.shape
+        error = (measured - exact).abs().max()
+        assert error <= 2 * (plain - exact).abs().max() + 1e-6
+
+
+def test_border_is_what_a_padded_norm_lacks():
+    """A convolution of shifted pixels and its border, and one of 1 in each pixel."""
+    torch.manual_seed(0)
+    weight = torch.randn(5, 1, 3, 3, dtype=torch.float64)
+    taps, bias = weight[:, 0], torch.zeros(5, dtype=torch.float64)
+    edges = [-taps[:, i].sum(1) for i in (0, -1)]
+    edges += [-taps[:, :, j].sum(1) for j in (0, -1)]
+    corners = [taps[:, i, j] for i in (0, -1) for j in (0, -1)]
+    for size in ((1, 4), (3, 1), (4, 3)):
+        zeros = torch.zeros(1, 5, *size, dtype=torch.float64)
+        expected = F.conv2d(zeros + 1, weight, padding=1, groups=5)
+        measured = depthwise_conv(
+            zeros, weight, bias + taps.sum((1, 2)), torch.stack(edges + corners)
+        )
+        # Where a side is one pixel, both of its edges are taken from it.
+        torch.testing.assert_close(measured, expected, rtol=0, atol=1e-12)
+
+
+@needs_native
+def test_depthwise_conv_refuses_what_does_not_fit():
+    op = torch.ops.dsnet_mm.depthwise_conv
+    x = torch.zeros(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight, bias, border = torch.zeros(2, 1, 3, 3), torch.zeros(2), torch.zeros(8, 2)
+    for wrong in (
+        (x[0], weight, bias, border),
+        (x.contiguous(), weight, bias, border),
+        (x.double(), weight.double(), bias.double(), border.double()),
+        (x, weight[:1], bias, border),
+        (x, weight, bias.bfloat16(), border),
+        (x, weight, bias, border[:4]),
+    ):
+        with pytest.raises(RuntimeError, match='takes a channels-last map'):
+            op(*wrong)
+    torch.library.opcheck(op.default, (x, weight, bias, border))
+    torch.library.opcheck(op.default, (x, weight, bias, None))
 
 
 # -------------------------------------------------------------------- projections

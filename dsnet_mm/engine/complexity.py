@@ -16,8 +16,9 @@ CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 # have no such operators.
 ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
 
-# Of dsnet_mm.ops, in place; they only count where they have been compiled.
+# Of dsnet_mm.ops; they only count where they have been compiled.
 RESIZE_ADD = 'dsnet_mm::resize_add_'
+DEPTHWISE = 'dsnet_mm::depthwise_conv'
 LINEAR = 'dsnet_mm::linear_'
 FFN = 'dsnet_mm::ffn_'
 
@@ -89,6 +90,9 @@ class _Counter(TorchDispatchMode):
             hidden = x.numel() // x.shape[-1] * b1.numel()
             self.multiply_adds += hidden * (x.shape[-1] + y.shape[-1])
             self.elementwise += 2 * hidden + y.numel()  # GELU and biases
+        elif func.name() == DEPTHWISE:
+            self.multiply_adds += 9 * out.numel()
+            self.elementwise += out.numel()
         elif func.name() == RESIZE_ADD:
             self.elementwise += args[0].numel()
         elif op is CPU_ATTENTION:

@@ -4,6 +4,7 @@ from .co_attention import (
     sdpa_co_attention,
     select_path,
 )
+from .depthwise import depthwise_conv
 from .projections import runs_tiled, tiled_ffn, tiled_linear, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
@@ -11,6 +12,7 @@ from .resize import resize, resize_add
 __all__ = [
     'attention',
     'co_attention',
+    'depthwise_conv',
     'dropout_mask',
     'reference_co_attention',
     'resize',

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 # What a library has that these sources were compiled to.
-_OPS = ('co_attention', 'ffn_', 'has_projections', 'linear_', 'resize_add_')
+_OPS = (
+    'co_attention',
+    'depthwise_conv',
+    'ffn_',
+    'has_projections',
+    'linear_',
+    'resize_add_',
+)
 
 
 def build_info() -> dict[str, str | None]:

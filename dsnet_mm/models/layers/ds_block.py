@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsnet_mm.ops import (
     attention,
     co_attention,
+    depthwise_conv,
     resize,
     resize_add,
     split_heads,
@@ -22,7 +23,6 @@ from .pointwise import (
     Projection,
     TokenLinear,
     to_map,
-    to_pixels,
     to_tokens,
 )
 
@@ -45,14 +45,8 @@ class ResidualConv(nn.Conv2d):
         """(N, C, H, W) -> (N, C, H, W); ``norm`` is ignored once it is fused."""
         if not self.fused:
             return x + super().forward(x if norm is None else norm(x))
-        y = super().forward(x)
-        if hasattr(self, 'border'):
-            pixels = to_pixels(y)
-            edges = pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]
-            corners = [pixels[:, i, j] for i in (0, -1) for j in (0, -1)]
-            for place, missing in zip((*edges, *corners), self.border, strict=True):
-                place.add_(missing)
-        return y
+        border = getattr(self, 'border', None)
+        return depthwise_conv(x, self.weight, self.bias, border)
 
     @torch.no_grad()
     def fuse(self, norm: nn.Module | None = None) -> None:

@@ -31,10 +31,6 @@ inline Vec<float> gelu(Vec<float> x) {
 
 alignas(64) constexpr float kZeros[kPanel] = {};
 
-inline void put(float* to, Vec<float> x) {
-  *reinterpret_cast<Vector<float>::loose*>(to) = x;
-}
-
 // Calls finish(row, channel, W x) for the vectors of a panel. Finish adds the rest,
 // since sums that start from zero round less.
 template <typename Finish>

@@ -15,8 +15,10 @@ struct Vector {
   typedef Bits bits __attribute__((vector_size(DSNET_BYTES), may_alias));
   // In memory of the caller, which need not be aligned.
   typedef T loose __attribute__((vector_size(DSNET_BYTES), may_alias, aligned(4)));
-  // As many 32-bit words as there are lanes.
+  // As many 32-bit words, and 16-bit ones, as there are lanes.
   typedef uint32_t words __attribute__((vector_size(lanes * 4), may_alias));
+  typedef uint16_t halves
+      __attribute__((vector_size(lanes * 2), may_alias, aligned(2)));
 };
 
 template <typename T>
@@ -35,6 +37,11 @@ inline const Vec<T>& vec(const T* x) {
 template <typename T>
 inline Vec<T> loose(const T* x) {
   return *reinterpret_cast<const typename Vector<T>::loose*>(x);
+}
+
+template <typename T>
+inline void put(T* to, Vec<T> x) {
+  *reinterpret_cast<typename Vector<T>::loose*>(to) = x;
 }
 
 template <typename T>
