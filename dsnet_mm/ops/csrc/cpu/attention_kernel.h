@@ -158,9 +158,12 @@ void load(int64_t rows, int64_t cols, const S* src, int64_t src_row, T* dst,
           int64_t all_rows, int64_t all_cols, T factor) {
   for (int64_t r = 0; r < rows; ++r) {
     T* row = dst + r * all_cols;
-    for (int64_t c = 0; c < cols; ++c)
-      row[c] = static_cast<T>(src[r * src_row + c]) * factor;
-    for (int64_t c = cols; c < all_cols; ++c) row[c] = 0;
+    int64_t c = 0;
+    if constexpr (std::is_same_v<S, T>)
+      for (; c + Vector<T>::lanes <= cols; c += Vector<T>::lanes)
+        put<T>(row + c, loose(src + r * src_row + c) * factor);
+    for (; c < cols; ++c) row[c] = static_cast<T>(src[r * src_row + c]) * factor;
+    for (; c < all_cols; ++c) row[c] = 0;
   }
   std::fill(dst + rows * all_cols, dst + all_rows * all_cols, T(0));
 }
@@ -169,9 +172,14 @@ void load(int64_t rows, int64_t cols, const S* src, int64_t src_row, T* dst,
 template <typename S, typename T>
 void store(int64_t rows, int64_t cols, const T* src, int64_t src_row, S* dst,
            int64_t dst_row, T factor) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c)
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    if constexpr (std::is_same_v<S, T>)
+      for (; c + Vector<T>::lanes <= cols; c += Vector<T>::lanes)
+        put<T>(dst + r * dst_row + c, loose(src + r * src_row + c) * factor);
+    for (; c < cols; ++c)
       dst[r * dst_row + c] = static_cast<S>(src[r * src_row + c] * factor);
+  }
 }
 
 // Rows of S as rows of T: themselves where the types are the same.
