@@ -52,36 +52,44 @@ class Projection:
     loaded, but not after other changes of them.
     """
 
-    _packed: dict[tuple, Tensor] | None = None
+    _packed: dict[tuple, tuple[Tensor, Tensor | None] | None] | None = None
 
     def pack(self) -> None:
         """Prepares for inference, when the weights are final."""
         self._packed = {}
 
-    def part(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
-        """Returns the weight, or a part of it, of shape (C_out, C_in)."""
-        weight = self.weight.flatten(1)
-        if outputs:
-            weight = weight[slice(*outputs)]
-        if inputs:
-            weight = weight[:, slice(*inputs)]
-        return weight
+    def part(
+        self, outputs: Part | None = None, inputs: Part | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight, (C_out, C_in), and the bias of a part.
 
-    def tiles(self, outputs: Part | None = None, inputs: Part | None = None) -> Tensor:
-        """Returns a part as :mod:`dsnet_mm.ops.projections` takes it."""
+        Of parts of the inputs the one with the last channel brings the bias.
+        """
+        weight, bias = self.weight.flatten(1), self.bias
+        if outputs:
+            weight, bias = weight[slice(*outputs)], bias[slice(*outputs)]
+        if inputs:
+            last = inputs[1] == weight.shape[1]
+            weight, bias = weight[:, slice(*inputs)], bias if last else None
+        return weight, bias
+
+    def tiles(
+        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Returns a part as :mod:`dsnet_mm.ops.projections` takes it.
+
+        Or None if ``x``, or the part, cannot go that way.
+        """
+        if self._packed is None or not _is_inference(x, self.weight):
+            return None
+        if not runs_tiled(x):
+            return None
         key = outputs, inputs
         if key not in self._packed:
-            self._packed[key] = to_tiles(self.part(outputs, inputs))
+            weight, bias = self.part(outputs, inputs)
+            fits = not any(width % 32 for width in weight.shape)
+            self._packed[key] = (to_tiles(weight), bias) if fits else None
         return self._packed[key]
-
-    def has_tiles(
-        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
-    ) -> bool:
-        """Whether ``x`` and a part can go that way."""
-        if self._packed is None or not _is_inference(x, self.weight):
-            return False
-        widths = *self.weight.shape[:2], *(outputs or ()), *(inputs or ())
-        return runs_tiled(x) and not any(width % 32 for width in widths)
 
     def _forget(self) -> None:
         if self._packed:
@@ -125,20 +133,16 @@ class Pointwise(Projection, nn.Conv2d):
             add: Map of shape (N, C_out, H, W) added to the result, which may take
                 its memory where no gradients are computed.
             outputs: Channels to compute; by default all.
-            inputs: Channels that ``x`` has; by default all. Of such parts the one
-                with the last channel brings the bias.
+            inputs: Channels that ``x`` has; by default all.
 
         Returns:
             Map of shape (N, C_out, H, W), channels-last like ``x``.
         """
-        bias = self.bias[slice(*outputs)] if outputs else self.bias
-        if inputs and inputs[1] < self.in_channels:
-            bias = None
-        if self.has_tiles(x, outputs, inputs):
-            tiles = self.tiles(outputs, inputs)
+        if tiles := self.tiles(x, outputs, inputs):
             add = None if add is None else to_pixels(add)
-            return tiled_linear(to_pixels(x), tiles, bias, add).permute(0, 3, 1, 2)
-        weight = self.part(outputs, inputs)[..., None, None]
+            return tiled_linear(to_pixels(x), *tiles, add).permute(0, 3, 1, 2)
+        weight, bias = self.part(outputs, inputs)
+        weight = weight[..., None, None]
         if _may_fuse(x, weight):
             return _product(x, weight, bias, add)
         out = F.conv2d(x, weight, bias)
@@ -159,13 +163,13 @@ class TokenLinear(Projection, nn.Linear):
         Returns:
             Tokens of shape (N, L, C_out).
         """
-        if self.has_tiles(x):
-            return tiled_linear(x, self.tiles(), self.bias, add)
+        if tiles := self.tiles(x):
+            return tiled_linear(x, *tiles, add)
         if _may_fuse(x, self.weight):
             size = (x.shape[1], 1)
             x = to_map(x, size)
             add = None if add is None else to_map(add, size)
-            return to_tokens(_product(x, self.part()[..., None, None], self.bias, add))
+            return to_tokens(_product(x, self.weight[..., None, None], self.bias, add))
         out = F.linear(x, self.weight, self.bias)
         return out if add is None else out + add
 
@@ -204,10 +208,9 @@ class FFN(nn.Sequential):
         """
         fc1, fc2 = self.fc1, self.fc2
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
-        if exact_gelu and fc1.has_tiles(x) and fc2.has_tiles(x):
-            weights = fc1.tiles(), fc1.bias, fc2.tiles(), fc2.bias
+        if exact_gelu and (tiles1 := fc1.tiles(x)) and (tiles2 := fc2.tiles(x)):
             add = None if add is None else to_pixels(add)
-            return tiled_ffn(to_pixels(x), *weights, add).permute(0, 3, 1, 2)
+            return tiled_ffn(to_pixels(x), *tiles1, *tiles2, add).permute(0, 3, 1, 2)
         tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
         if autocast:
