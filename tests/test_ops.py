@@ -549,19 +549,17 @@ def test_ffn(pixels, inputs, hidden, outputs, dtype):
         return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) + add
 
     torch.manual_seed(0)
-    x = torch.randn(pixels, inputs).to(dtype)
-    out = torch.randn(pixels, outputs).to(dtype)
-    weights = *layer(inputs, hidden, dtype), *layer(hidden, outputs, dtype)
+    x, add = torch.randn(2, pixels, inputs).to(dtype)
+    weights = *layer(inputs, hidden, dtype), *layer(hidden, inputs, dtype)
     tiles = [to_tiles(w) if w.dim() == 2 else w for w in weights]
     exact = plain(*(t.double() for t in (x, *weights)))
     assert_as_exact(tiled_ffn(x, *tiles), plain(x, *weights), exact)
-    kept = out.clone()
+    kept = add.clone()
     assert tiled_ffn(x, *tiles, kept) is kept
-    assert_as_exact(kept, plain(x, *weights, out), exact + out.double())
-    if inputs == outputs:  # in its own memory
-        kept = x.clone()
-        tiled_ffn(kept, *tiles, kept)
-        assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
+    assert_as_exact(kept, plain(x, *weights, add), exact + add.double())
+    kept = x.clone()
+    tiled_ffn(kept, *tiles, kept)  # in its own memory
+    assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
 
 
 def gelu_by_ffn(x):
@@ -605,20 +603,44 @@ def test_projections_refuse_what_does_not_fit(dtype):
     out = torch.zeros(3, 64, dtype=dtype)
     op = torch.ops.dsnet_mm.linear_
     for wrong in ((out, x[:2]), (out[:, :32], x), (out, out), (out[0], x)):
-        with pytest.raises(RuntimeError, match='take pixels'):
-            op(*wrong, tiles, bias, False)
+        with pytest.raises(RuntimeError, match='projections from 32 to 64 channels'):
+            op(*wrong, tiles, bias)
     for wrong in ((out.half(), x), (out, x.t().contiguous().t())):
-        with pytest.raises(RuntimeError, match='contiguous tensors of one type'):
-            op(*wrong, tiles, bias, False)
+        with pytest.raises(RuntimeError, match='take tensors of one type'):
+            op(*wrong, tiles, bias)
     with pytest.raises(RuntimeError, match='float32 with AVX2 and bfloat16 with AMX'):
-        op(out, x.half(), tiles, bias, False)
+        op(out, x.half(), tiles, bias)
     with pytest.raises(RuntimeError, match='take weights'):
-        op(out, x, weight, bias, False)
+        op(out, x, weight, bias)
     with pytest.raises(RuntimeError, match='take biases of as many'):
-        op(out, x, tiles, bias[:32], False)
+        op(out, x, tiles, bias[:32])
+    with pytest.raises(RuntimeError, match='maps or tokens, got a number'):
+        torch.ops.dsnet_mm.linear(x[0, 0], tiles, bias)
     with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
         torch.ops.dsnet_mm.ffn_(out, x, tiles, bias, tiles, bias)
-    torch.library.opcheck(op.default, (out, x, tiles, bias, True))
+    torch.library.opcheck(op.default, (out, x, tiles, bias))
+    maps = x.new_zeros(2, 32, 3, 5).contiguous(memory_format=torch.channels_last)
+    for pixels in (x, maps):
+        torch.library.opcheck(torch.ops.dsnet_mm.linear.default, (pixels, tiles, None))
+
+
+@for_types
+def test_maps_are_projected_as_their_pixels(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 3, 5).to(dtype)
+    (w1, b1), (w2, b2) = layer(32, 64, dtype), layer(64, 32, dtype)
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+    w1, w2 = to_tiles(w1), to_tiles(w2)
+    for project in (
+        lambda x: tiled_linear(x, w1, b1),
+        lambda x: tiled_linear(tiled_linear(x, w1, b1), w2, b2, x.clone()),
+        lambda x: tiled_ffn(x, w1, b1, w2, b2),
+        lambda x: tiled_ffn(x, w1, b1, w2, b2, x.clone()),
+    ):
+        out = project(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        measured = out.permute(0, 2, 3, 1).flatten(0, 2)
+        assert torch.equal(measured, project(pixels))
 
 
 @for_types

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -19,7 +19,7 @@ ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
 # Of dsnet_mm.ops; they only count where they have been compiled.
 RESIZE_ADD = 'dsnet_mm::resize_add_'
 DEPTHWISE = 'dsnet_mm::depthwise_conv'
-LINEAR = 'dsnet_mm::linear_'
+LINEAR = ('dsnet_mm::linear', 'dsnet_mm::linear_')
 FFN = 'dsnet_mm::ffn_'
 
 # Whose other operators count nothing.
@@ -81,15 +81,15 @@ class _Counter(TorchDispatchMode):
             self.multiply_adds += out.numel() * x.shape[1]
             self.elementwise += out.numel() * (bias is not None)
             self.elementwise += out.numel() * ('gelu' in rest)
-        elif func.name() == LINEAR:
-            y, x, _, bias, _ = args
-            self.multiply_adds += y.numel() * x.shape[-1]
+        elif func.name() in LINEAR:
+            x, w, bias = args[-3:]
+            y = args[0] if out is None else out
+            self.multiply_adds += _pixels(x) * w.numel()
             self.elementwise += y.numel() * (bias is not None)
         elif func.name() == FFN:
-            y, x, _, b1, *_ = args
-            hidden = x.numel() // x.shape[-1] * b1.numel()
-            self.multiply_adds += hidden * (x.shape[-1] + y.shape[-1])
-            self.elementwise += 2 * hidden + y.numel()  # GELU and biases
+            y, x, w1, b1, w2, _ = args
+            self.multiply_adds += _pixels(x) * (w1.numel() + w2.numel())
+            self.elementwise += 2 * _pixels(x) * b1.numel() + y.numel()  # GELU, biases
         elif func.name() == DEPTHWISE:
             self.multiply_adds += 9 * out.numel()
             self.elementwise += out.numel()
@@ -130,3 +130,8 @@ def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
         counter.elementwise,
         tuple(sorted(counter.uncounted)),
     )
+
+
+def _pixels(x: Tensor) -> int:
+    """Returns the number of pixels of a map (N, C, H, W), or of tokens (..., C)."""
+    return x.numel() // x.shape[1 if x.dim() == 4 else -1]

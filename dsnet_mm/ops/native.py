@@ -20,6 +20,7 @@ _OPS = (
     'depthwise_conv',
     'ffn_',
     'has_projections',
+    'linear',
     'linear_',
     'resize_add_',
 )

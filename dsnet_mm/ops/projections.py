@@ -49,18 +49,21 @@ def tiled_linear(
     """Computes W x + b, or W x + b + add in the memory of ``add``, without gradients.
 
     Args:
-        x: Pixels of shape (..., C_in) in float32 or bfloat16.
+        x: Map of shape (N, C_in, H, W), or tokens of shape (..., C_in), in float32 or
+            bfloat16.
         w: Weight of shape (C_out, C_in) by :func:`to_tiles`.
         b: Bias of shape (C_out,), or None.
-        add: Pixels of shape (..., C_out), or None.
+        add: Map or tokens with C_out channels, or None.
 
     Returns:
-        Pixels of shape (..., C_out).
+        Map, channels-last, or tokens with C_out channels.
     """
-    shape = *x.shape[:-1], _width(w)
-    out = x.new_empty(shape) if add is None else add.contiguous()
-    torch.ops.dsnet_mm.linear_(out, x.contiguous(), w, b, add is not None)
-    return out
+    x = x.contiguous(memory_format=_layout(x))
+    if add is None:
+        return torch.ops.dsnet_mm.linear(x, w, b)
+    add = add.contiguous(memory_format=_layout(add))
+    torch.ops.dsnet_mm.linear_(add, x, w, b)
+    return add
 
 
 def tiled_ffn(
@@ -74,27 +77,38 @@ def tiled_ffn(
     """Computes W2 GELU(W1 x + b1) + b2, likewise.
 
     Args:
-        x: Pixels of shape (..., C_in) in float32 or bfloat16.
-        w1: Weight of shape (C_hidden, C_in) by :func:`to_tiles`.
+        x: Map of shape (N, C, H, W), or tokens of shape (..., C), in float32 or
+            bfloat16.
+        w1: Weight of shape (C_hidden, C) by :func:`to_tiles`.
         b1: Bias of shape (C_hidden,).
-        w2: Weight of shape (C_out, C_hidden) by :func:`to_tiles`.
-        b2: Bias of shape (C_out,).
-        add: Pixels of shape (..., C_out), or None. May be ``x``.
+        w2: Weight of shape (C, C_hidden) by :func:`to_tiles`.
+        b2: Bias of shape (C,).
+        add: Map or tokens of the shape of ``x``, or None. May be ``x``.
 
     Returns:
-        Pixels of shape (..., C_out).
+        Map, channels-last, or tokens of the same shape.
     """
-    shape = *x.shape[:-1], _width(w2)
-    out = x.new_zeros(shape) if add is None else add.contiguous()
-    torch.ops.dsnet_mm.ffn_(out, x.contiguous(), w1, b1, w2, b2)
-    return out
+    layout = _layout(x)
+    add = torch.zeros_like(x) if add is None else add
+    add = add.contiguous(memory_format=layout)
+    torch.ops.dsnet_mm.ffn_(add, x.contiguous(memory_format=layout), w1, b1, w2, b2)
+    return add
 
 
-def _width(tiles: Tensor) -> int:
-    """Returns C_out."""
-    return len(tiles) * (_PANEL if tiles.dtype == torch.float32 else _OUTPUTS)
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 
 
 if native.WHY_NOT is None:
+
+    @torch.library.register_fake('dsnet_mm::linear')
+    def _linear(x, w, b):
+        width = w.shape[0] * (_PANEL if w.dtype == torch.float32 else _OUTPUTS)
+        shape = list(x.shape)
+        shape[1 if x.dim() == 4 else -1] = width
+        return torch.empty(
+            shape, dtype=x.dtype, device=x.device, memory_format=_layout(x)
+        )
+
     for _name in ('linear_', 'ffn_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)

@@ -139,8 +139,7 @@ class Pointwise(Projection, nn.Conv2d):
             Map of shape (N, C_out, H, W), channels-last like ``x``.
         """
         if tiles := self.tiles(x, outputs, inputs):
-            add = None if add is None else to_pixels(add)
-            return tiled_linear(to_pixels(x), *tiles, add).permute(0, 3, 1, 2)
+            return tiled_linear(x, *tiles, add)
         weight, bias = self.part(outputs, inputs)
         weight = weight[..., None, None]
         if _may_fuse(x, weight):
@@ -209,8 +208,7 @@ class FFN(nn.Sequential):
         fc1, fc2 = self.fc1, self.fc2
         exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
         if exact_gelu and (tiles1 := fc1.tiles(x)) and (tiles2 := fc2.tiles(x)):
-            add = None if add is None else to_pixels(add)
-            return tiled_ffn(to_pixels(x), *tiles1, *tiles2, add).permute(0, 3, 1, 2)
+            return tiled_ffn(x, *tiles1, *tiles2, add)
         tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
         if autocast:

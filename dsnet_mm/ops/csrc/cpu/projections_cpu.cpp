@@ -1,11 +1,13 @@
-// Projections of pixels on the CPU, without gradients: dsnet_mm::linear_, which is
-// out = W x + b or out += W x + b, and dsnet_mm::ffn_, out += W2 GELU(W1 x + b1) + b2,
-// whose hidden layer stays in a core's cache, a few hundred pixels at a time. In float
-// by the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
+// Projections of pixels on the CPU, without gradients: dsnet_mm::linear, W x + b,
+// dsnet_mm::linear_, out += W x + b, and dsnet_mm::ffn_, out += W2 GELU(W1 x + b1) +
+// b2, whose hidden layer stays in a core's cache, a few hundred pixels at a time.
+// Pixels are those of channels-last maps (N, C, H, W), or tokens (..., C). In float by
+// the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
 // which these read them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -53,12 +55,22 @@ bool has_projections(at::ScalarType type) {
   return type == at::kFloat && instructions() > 0;
 }
 
+int64_t channels(const Tensor& x) {
+  TORCH_CHECK(x.dim() > 0, "projections take maps or tokens, got a number");
+  return x.size(x.dim() == 4 ? 1 : -1);
+}
+
+at::MemoryFormat layout(const Tensor& x) {
+  return x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 template <typename T>
-const T* read(const Tensor& x) {
+const T* read(const Tensor& x, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   constexpr auto type = c10::CppTypeToScalarType<T>::value;
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == type,
-              "projections take contiguous tensors of one type, ", type, ", got ",
-              x.scalar_type(), " of ", x.sizes());
+  TORCH_CHECK(x.is_contiguous(format) && x.scalar_type() == type,
+              "projections take tensors of one type, ", type,
+              ", contiguous or in maps channels-last, got ", x.scalar_type(), " of ",
+              x.sizes(), " with strides ", x.strides());
   return x.const_data_ptr<T>();
 }
 
@@ -88,12 +100,12 @@ Layer<T> layer(const Tensor& w, const Tensor* b) {
 // Calls task(count, x, out, memory) for all pixels, up to kPixels at a time.
 template <typename T, typename Task>
 void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& task) {
-  TORCH_CHECK(x.dim() > 0 && out.dim() == x.dim() && x.size(-1) == in &&
-                  out.size(-1) == width && x.numel() / in == out.numel() / width,
-              "projections take pixels (..., C_in) to (..., C_out), here ", in, " to ",
-              width, " channels, got ", x.sizes(), " and ", out.sizes());
-  const T* from = read<T>(x);
-  read<T>(out);
+  TORCH_CHECK(channels(x) == in && channels(out) == width && out.dim() == x.dim() &&
+                  x.numel() / in == out.numel() / width,
+              "projections from ", in, " to ", width, " channels got ", x.sizes(),
+              " and ", out.sizes());
+  const T* from = read<T>(x, layout(x));
+  read<T>(out, layout(out));
   T* to = out.data_ptr<T>();
   // Rows of pixels that are multiplied together: no thread gets less but the last.
   constexpr int64_t rows = std::is_same_v<T, float> ? kRows : 32;
@@ -109,6 +121,22 @@ void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& t
   });
 }
 
+// By the best instructions.
+template <typename... Args>
+void linear(const Layer<float>& fc, Args... args) {
+  DSNET_BEST(linear, fc, args...);
+}
+
+template <typename... Args>
+void ffn(const Layer<float>& fc1, const Layer<float>& fc2, Args... args) {
+  DSNET_BEST(ffn, fc1, fc2, args...);
+}
+
+#ifdef DSNET_AMX
+using amx::ffn;
+using amx::linear;
+#endif
+
 // Calls f with a number of the type, which is one of those above.
 template <typename F>
 void for_type(at::ScalarType type, const F& f) {
@@ -122,35 +150,36 @@ void for_type(at::ScalarType type, const F& f) {
 #endif
 }
 
-void linear_(Tensor& out, const Tensor& x, const Tensor& w,
-             const std::optional<Tensor>& b, bool add) {
+void project(Tensor& out, const Tensor& x, const Tensor& w, const Tensor* b, bool add) {
   for_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const Layer<T> fc = layer<T>(w, b ? &*b : nullptr);
-    each<T>(x, fc.in, out, fc.out, [&](auto... pixels) {
-      if constexpr (std::is_same_v<T, float>) {
-        DSNET_BEST(linear, fc, add, pixels...);
-      } else {
-        amx::linear(fc, add, pixels...);
-      }
-    });
+    const Layer<T> fc = layer<T>(w, b);
+    each<T>(x, fc.in, out, fc.out, [&](auto... pixels) { linear(fc, add, pixels...); });
   });
 }
 
-void ffn_(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-          const Tensor& w2, const Tensor& b2) {
+Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+  auto shape = x.sizes().vec();
+  channels(x);
+  shape[x.dim() == 4 ? 1 : x.dim() - 1] = w.size(0) * (w.dim() == 3 ? kPanel : 16);
+  Tensor out = at::empty(shape, x.options(), layout(x));
+  project(out, x, w, b ? &*b : nullptr, false);
+  return out;
+}
+
+void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
+                const std::optional<Tensor>& b) {
+  project(out, x, w, b ? &*b : nullptr, true);
+}
+
+void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
+             const Tensor& w2, const Tensor& b2) {
   for_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
     TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
                 " channels");
-    each<T>(x, fc1.in, out, fc2.out, [&](auto... pixels) {
-      if constexpr (std::is_same_v<T, float>) {
-        DSNET_BEST(ffn, fc1, fc2, pixels...);
-      } else {
-        amx::ffn(fc1, fc2, pixels...);
-      }
-    });
+    each<T>(x, fc1.in, out, fc2.out, [&](auto... pixels) { ffn(fc1, fc2, pixels...); });
   });
 }
 
@@ -158,15 +187,17 @@ void ffn_(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def("has_projections(ScalarType type) -> bool", has_projections);
-  m.def("linear_(Tensor(a!) out, Tensor x, Tensor w, Tensor? b, bool add) -> ()");
+  m.def("linear(Tensor x, Tensor w, Tensor? b) -> Tensor");
+  m.def("linear_(Tensor(a!) out, Tensor x, Tensor w, Tensor? b) -> ()");
   m.def(
       "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
       "()");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
-  m.impl("linear_", linear_);
-  m.impl("ffn_", ffn_);
+  m.impl("linear", linear_op);
+  m.impl("linear_", linear_add);
+  m.impl("ffn_", ffn_add);
 }
 
 }  // namespace dsnet
