@@ -16,6 +16,7 @@ from torch.utils import cpp_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.ops import (
+    attention,
     co_attention,
     depthwise_conv,
     dropout_mask,
@@ -26,6 +27,8 @@ from dsnet_mm.ops import (
     runs_tiled,
     sdpa_co_attention,
     select_path,
+    self_attention,
+    split_heads,
     tiled_ffn,
     tiled_linear,
     to_tiles,
@@ -140,6 +143,35 @@ def test_low_precision_is_as_exact_as_plain_pytorch(shape, dtype, dropout_p):
         # One rounding of the largest number is in either.
         rounding = torch.finfo(dtype).eps * e.abs().max()
         assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_self_attention(shape, dtype):
+    n, _, length, heads, width = shape
+    torch.manual_seed(0)
+    qkv = torch.randn(n, length, 3 * heads * width).to(dtype)
+    exact = attention(*split_heads(qkv.double(), heads, 3))
+    plain = self_attention(qkv.clone().requires_grad_(), heads)
+    with torch.no_grad():
+        for x in (qkv, *(view(qkv) for view in VIEWS.values() if n == 1)):
+            measured = self_attention(x, heads)
+            assert measured.dtype == dtype
+            eps = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps
+            rounding = eps * exact.abs().max()
+            error = (measured - exact).abs().max()
+            assert error <= 2 * (plain - exact).abs().max() + rounding
+    if native.WHY_NOT is None:
+        torch.library.opcheck(torch.ops.dsnet_mm.self_attention.default, (qkv, heads))
+
+
+@needs_native
+def test_self_attention_refuses_what_does_not_fit():
+    op = torch.ops.dsnet_mm.self_attention
+    x = torch.zeros(1, 5, 24)
+    for args in ((x[0], 1), (x, 3), (x, 0), (x[:, :0], 1)):
+        with pytest.raises(RuntimeError, match='self_attention takes'):
+            op(*args)
 
 
 @needs_native

@@ -3,6 +3,7 @@ from .co_attention import (
     co_attention,
     sdpa_co_attention,
     select_path,
+    self_attention,
 )
 from .depthwise import depthwise_conv
 from .projections import runs_tiled, tiled_ffn, tiled_linear, to_tiles
@@ -20,6 +21,7 @@ __all__ = [
     'runs_tiled',
     'sdpa_co_attention',
     'select_path',
+    'self_attention',
     'split_heads',
     'tiled_ffn',
     'tiled_linear',

@@ -37,6 +37,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor
     return out.transpose(1, 2).flatten(2)
 
 
+def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:
+    """Lets tokens attend to each other.
+
+    On the CPU and without gradients the compiled op computes it where it can.
+
+    Args:
+        qkv: Packed projection of shape (N, L, 3 * C).
+        num_heads: Number of attention heads, a divisor of C.
+        dropout_p: As of :func:`attention`.
+
+    Returns:
+        Tokens of shape (N, L, C).
+    """
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or dropout_p
+    if qkv.is_cpu and not plain and select_path('cpu')[0] == 'native':
+        return torch.ops.dsnet_mm.self_attention(qkv, num_heads)
+    return attention(*split_heads(qkv, num_heads, 3), dropout_p)
+
+
 def co_attention(
     local_qkv: Tensor, global_qkv: Tensor, num_heads: int, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:

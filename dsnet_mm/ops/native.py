@@ -23,6 +23,7 @@ _OPS = (
     'linear',
     'linear_',
     'resize_add_',
+    'self_attention',
 )
 
 
@@ -134,6 +135,11 @@ def _flops(local_shape, global_shape, *args, **kwargs) -> int:
     return 8 * samples * length * global_shape[1] * (width // 3)
 
 
+def _self_flops(shape, *args, **kwargs) -> int:
+    """Two products of all tokens with each other."""
+    return 4 * shape[0] * shape[1] ** 2 * (shape[2] // 3)
+
+
 def _backward_flops(
     grad_local, grad_global, local_shape, global_shape, *args, **kwargs
 ):
@@ -147,5 +153,10 @@ if WHY_NOT is None:
     torch.library.register_autograd(
         'dsnet_mm::co_attention', _backward, setup_context=_save
     )
+    torch.library.register_fake(
+        'dsnet_mm::self_attention',
+        lambda qkv, num_heads: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
+    )
+    register_flop_formula(torch.ops.dsnet_mm.self_attention)(_self_flops)
     register_flop_formula(torch.ops.dsnet_mm.co_attention)(_flops)
     register_flop_formula(torch.ops.dsnet_mm.co_attention_backward)(_backward_flops)

@@ -14,6 +14,7 @@ from dsnet_mm.ops import (
     depthwise_conv,
     resize,
     resize_add,
+    self_attention,
     split_heads,
 )
 
@@ -355,8 +356,9 @@ class DSBlock(BaseModule):
 
     def self_attention(self, f_g: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V of the global tokens, (N, G, alpha * C)."""
-        q, k, v = split_heads(self.global_qkv(self.global_norm(f_g)), self.num_heads, 3)
-        return attention(q, k, v, self.attn_drop_rate if self.training else 0.0)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        qkv = self.global_qkv(self.global_norm(f_g))
+        return self_attention(qkv, self.num_heads, dropout_p)
 
 
 def folds(norm: nn.Module) -> bool:

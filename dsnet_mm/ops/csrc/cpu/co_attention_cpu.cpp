@@ -3,6 +3,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <torch/library.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -123,15 +125,17 @@ S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
          head % heads * width;
 }
 
+// Of both streams as readers, or of the first.
 template <typename S>
-void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2]) {
+void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
+             bool both = true) {
   using T = Compute<S>;
   // Longer tasks are faster, as long as there are several for each thread.
   const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
   const int64_t queries =
       std::clamp(all / (4 * at::get_num_threads()), kRows, kQueries);
   const int64_t parts[2] = {ceil_div(d.tokens[0], queries),
-                            ceil_div(d.tokens[1], queries)};
+                            both ? ceil_div(d.tokens[1], queries) : 0};
   // The longer tasks first: those that read the longer stream.
   const int order = d.tokens[0] > d.tokens[1];
   const int64_t split = d.count() * parts[order];
@@ -259,6 +263,24 @@ Outputs co_attention_cpu(const Tensor& local_qkv, const Tensor& global_qkv,
   return {out[0], out[1], lse[0], lse[1]};
 }
 
+Tensor self_attention_cpu(const Tensor& qkv, int64_t num_heads) {
+  TORCH_CHECK(qkv.dim() == 3 && qkv.size(1) > 0 && num_heads > 0 && qkv.size(2) > 0 &&
+                  qkv.size(2) % (3 * num_heads) == 0,
+              "self_attention takes (N, L, 3 * C) with C a multiple of num_heads=",
+              num_heads, ", got ", qkv.sizes());
+  const Tensor x = qkv.stride(-1) == 1 ? qkv : qkv.contiguous();
+  const auto exact = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t n = x.size(0), l = x.size(1);
+  Tensor out[2] = {at::empty({n, l, x.size(2) / 3}, x.options())};
+  Tensor lse[2] = {at::empty({n, num_heads, l}, x.options().dtype(exact))};
+  if (n > 0)
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, x.scalar_type(), "self_attention", [&] {
+          forward(Directions<scalar_t>(x, x, num_heads, 0, Tensor()), out, lse, false);
+        });
+  return out[0];
+}
+
 Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad_global,
                                     const Tensor& local_qkv, const Tensor& global_qkv,
                                     const Tensor& local_out, const Tensor& global_out,
@@ -280,6 +302,12 @@ Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad
         });
   return {grad[0], grad[1]};
 }
+
+TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
+  m.def("self_attention(Tensor qkv, int num_heads) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("self_attention", self_attention_cpu); }
 
 REGISTER_DEVICE_IMPL(co_attention_impl, CPU, co_attention_cpu);
 REGISTER_DEVICE_IMPL(co_attention_backward_impl, CPU, co_attention_backward_cpu);
