@@ -21,6 +21,7 @@ from dsnet_mm.ops import (
     depthwise_conv,
     dropout_mask,
     native,
+    paths,
     reference_co_attention,
     resize,
     resize_add,
@@ -257,7 +258,7 @@ def test_strided_gradients():
 def test_empty_batch(path, monkeypatch):
     if path == 'native' and native.WHY_NOT:
         pytest.skip(native.WHY_NOT)
-    monkeypatch.setenv('DSNET_MM_OPS', path)
+    monkeypatch.setattr(paths, 'FORCED', path)
     local, global_ = streams(0, 6, 4, 2, 8)
     h_l, h_g = co_attention(local, global_, 2)
     assert h_l.shape == (0, 6, 16) and h_g.shape == (0, 4, 16)
@@ -637,7 +638,7 @@ def test_projections_refuse_what_does_not_fit(dtype):
     for wrong in ((out, x[:2]), (out[:, :32], x), (out, out), (out[0], x)):
         with pytest.raises(RuntimeError, match='projections from 32 to 64 channels'):
             op(*wrong, tiles, bias)
-    for wrong in ((out.half(), x), (out, x.t().contiguous().t())):
+    for wrong in ((out.half(), x), (out.t().contiguous().t(), x)):
         with pytest.raises(RuntimeError, match='take tensors of one type'):
             op(*wrong, tiles, bias)
     with pytest.raises(RuntimeError, match='float32 with AVX2 and bfloat16 with AMX'):
@@ -677,7 +678,7 @@ def test_maps_are_projected_as_their_pixels(dtype):
 
 @for_types
 def test_projections_are_left_out_where_they_are_not_wanted(dtype, monkeypatch):
-    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
+    monkeypatch.setattr(paths, 'FORCED', 'sdpa')
     assert not runs_tiled(torch.zeros(1, dtype=dtype))
 
 
@@ -770,7 +771,7 @@ def test_forced_paths(monkeypatch):
     local, global_ = streams(1, 6, 4, 2, 8)
     operators = dict(reference='aten::softmax', sdpa='scaled_dot', native='dsnet_mm::')
     for path, operator in operators.items():
-        monkeypatch.setenv('DSNET_MM_OPS', path)
+        monkeypatch.setattr(paths, 'FORCED', path)
         with torch.profiler.profile() as profile:
             co_attention(local, global_, 2)
         ran = {name for name in operators.values() for e in profile.events()
@@ -778,14 +779,14 @@ def test_forced_paths(monkeypatch):
         assert operator in ran
         assert path == 'sdpa' or ran == {operator}
         assert select_path('cpu') == (path, f'DSNET_MM_OPS={path}')
-    monkeypatch.setenv('DSNET_MM_OPS', 'fast')
+    monkeypatch.setattr(paths, 'FORCED', 'fast')
     with pytest.raises(ValueError, match=r"one of reference, sdpa, native, got 'fast'"):
         co_attention(local, global_, 2)
 
 
 @needs_native
 def test_native_is_chosen(monkeypatch):
-    monkeypatch.delenv('DSNET_MM_OPS', raising=False)
+    monkeypatch.setattr(paths, 'FORCED', None)
     assert select_path('cpu') == ('native', 'compiled')
     assert select_path('meta')[0] == 'sdpa'
 
@@ -844,9 +845,9 @@ def test_the_build_notes_what_it_is_for(cuda, tmp_path, monkeypatch):
 def test_doctor_tells_the_path_and_why(monkeypatch):
     from dsnet_mm.environment import co_attention_path
 
-    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
+    monkeypatch.setattr(paths, 'FORCED', 'sdpa')
     assert co_attention_path('cpu') == 'sdpa (DSNET_MM_OPS=sdpa)'
-    monkeypatch.setenv('DSNET_MM_OPS', 'none')
+    monkeypatch.setattr(paths, 'FORCED', 'none')
     assert co_attention_path('cpu').startswith('DSNET_MM_OPS is one of')
 
 

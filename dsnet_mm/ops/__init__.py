@@ -2,10 +2,10 @@ from .co_attention import (
     attention,
     co_attention,
     sdpa_co_attention,
-    select_path,
     self_attention,
 )
 from .depthwise import depthwise_conv
+from .paths import select_path
 from .projections import runs_tiled, tiled_ffn, tiled_linear, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add

@@ -4,20 +4,15 @@ Everywhere ``C`` is the width of a stream and the last axis of a packed
 projection is laid out as (parts, num_heads, C / num_heads).
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .paths import select_path
 from .reference import reference_co_attention, split_heads
 
-PATHS = ('reference', 'sdpa', 'native')
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-_BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
@@ -114,62 +109,30 @@ def sdpa_co_attention(
     return h_l, h_g
 
 
-def select_path(device: str) -> tuple[str, str]:
-    """Tells which path :func:`co_attention` takes, and why.
-
-    Args:
-        device: Type of the device, ``'cpu'`` or ``'cuda'``.
-
-    Returns:
-        One of ``PATHS`` and the reason.
-
-    Raises:
-        ValueError: If the environment variable ``DSNET_MM_OPS`` is no path, or
-            one that is not there.
-    """
-    forced = os.environ.get('DSNET_MM_OPS')
-    if forced and forced not in PATHS:
-        raise ValueError(f'DSNET_MM_OPS is one of {", ".join(PATHS)}, got {forced!r}.')
-    if forced == 'native' and native.WHY_NOT:
-        raise ValueError(
-            f'DSNET_MM_OPS=native, but the compiled op is not there '
-            f'({native.WHY_NOT}); build it: {_BUILD}'
-        )
-    if forced:
-        return forced, f'DSNET_MM_OPS={forced}'
-    if native.WHY_NOT:
-        return 'sdpa', f'the compiled op is not there: {native.WHY_NOT}'
-    # The CUDA kernels have not been timed on a GPU. They do without tensor
-    # cores, which SDPA uses, so it is taken there.
-    if device != 'cpu':
-        return 'sdpa', f'the compiled op is chosen on the CPU only, not on {device}'
-    # Exported programs run where this package is not.
-    if _is_exporting():
-        return 'sdpa', 'exported programs hold PyTorch operators only'
-    return 'native', 'compiled'
-
-
 def _check(
     local_qkv: Tensor, global_qkv: Tensor, num_heads: int, dropout_p: float
 ) -> None:
     """Says what does not fit."""
-    shapes = f'{tuple(local_qkv.shape)} and {tuple(global_qkv.shape)}'
+
+    def shapes() -> str:
+        return f'{tuple(local_qkv.shape)} and {tuple(global_qkv.shape)}'
+
     if local_qkv.dim() != 3 or global_qkv.dim() != 3:
         raise ValueError(
             f'co_attention takes projections of shape (N, L, 3 * C) and '
-            f'(N, G, 3 * C), got {shapes}.'
+            f'(N, G, 3 * C), got {shapes()}.'
         )
     if local_qkv.shape[0] != global_qkv.shape[0]:
-        raise ValueError(f'The streams have different batch sizes: {shapes}.')
+        raise ValueError(f'The streams have different batch sizes: {shapes()}.')
     if local_qkv.shape[2] != global_qkv.shape[2]:
-        raise ValueError(f'The streams have different widths: {shapes}.')
+        raise ValueError(f'The streams have different widths: {shapes()}.')
     if num_heads < 1 or not local_qkv.shape[2] or local_qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f'The last axis holds q, k and v of num_heads={num_heads} heads, so '
-            f'its length is a multiple of 3 * num_heads, got {shapes}.'
+            f'its length is a multiple of 3 * num_heads, got {shapes()}.'
         )
     if not local_qkv.shape[1] or not global_qkv.shape[1]:
-        raise ValueError(f'Either stream needs one token at least, got {shapes}.')
+        raise ValueError(f'Either stream needs one token at least, got {shapes()}.')
     if not 0 <= dropout_p < 1:
         raise ValueError(f'dropout_p lies in [0, 1), got {dropout_p}.')
     if local_qkv.device != global_qkv.device:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .co_attention import select_path
+from .paths import select_path
 
 
 def depthwise_conv(

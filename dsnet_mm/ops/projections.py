@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .co_attention import select_path
+from .paths import select_path
 
 _PANEL = 32  # outputs, in float32
 _PAIRS = _OUTPUTS = 16  # A tile of AMX holds 16 pairs of inputs for 16 outputs.
@@ -58,7 +58,6 @@ def tiled_linear(
     Returns:
         Map, channels-last, or tokens with C_out channels.
     """
-    x = x.contiguous(memory_format=_layout(x))
     if add is None:
         return torch.ops.dsnet_mm.linear(x, w, b)
     add = add.contiguous(memory_format=_layout(add))
@@ -88,10 +87,9 @@ def tiled_ffn(
     Returns:
         Map, channels-last, or tokens of the same shape.
     """
-    layout = _layout(x)
     add = torch.zeros_like(x) if add is None else add
-    add = add.contiguous(memory_format=layout)
-    torch.ops.dsnet_mm.ffn_(add, x.contiguous(memory_format=layout), w1, b1, w2, b2)
+    add = add.contiguous(memory_format=_layout(x))
+    torch.ops.dsnet_mm.ffn_(add, x, w1, b1, w2, b2)
     return add
 
 

@@ -104,7 +104,8 @@ void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& t
                   x.numel() / in == out.numel() / width,
               "projections from ", in, " to ", width, " channels got ", x.sizes(),
               " and ", out.sizes());
-  const T* from = read<T>(x, layout(x));
+  const Tensor pixels = x.contiguous(layout(x));
+  const T* from = read<T>(pixels, layout(x));
   read<T>(out, layout(out));
   T* to = out.data_ptr<T>();
   // Rows of pixels that are multiplied together: no thread gets less but the last.
