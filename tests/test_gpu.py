@@ -17,7 +17,6 @@ from dsnet_mm.ops import (
     co_attention,
     dropout_mask,
     native,
-    paths,
     reference_co_attention,
 )
 
@@ -156,7 +155,7 @@ def test_strided_gradients() -> None:
 
 
 def test_empty_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, 'FORCED', 'native')
+    monkeypatch.setenv('DSNET_MM_OPS', 'native')
     local, global_ = inputs_on_device(0, 6, 4, 2, 8, torch.float32)
     h_l, h_g = co_attention(local, global_, 2)
     assert h_l.shape == (0, 6, 16) and h_g.shape == (0, 4, 16)
@@ -179,7 +178,7 @@ def test_opcheck(dtype: torch.dtype, grad: bool) -> None:
 
 
 def test_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, 'FORCED', 'native')
+    monkeypatch.setenv('DSNET_MM_OPS', 'native')
     torch._dynamo.reset()
     inputs = inputs_on_device(1, 20, 10, 2, 8, torch.float32)
     compiled = torch.compile(co_attention, fullgraph=True, backend='aot_eager')
@@ -222,7 +221,7 @@ def test_two_runs_are_equal_bit_by_bit(dtype: torch.dtype) -> None:
 def test_network_equals_that_in_float64(
     path: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, 'FORCED', path)
+    monkeypatch.setenv('DSNET_MM_OPS', path)
     net = build({}).train(training)
     results = []
     for model, x in (
@@ -246,7 +245,7 @@ def test_network_equals_that_in_float64(
 def test_fused_network(
     path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, 'FORCED', path)
+    monkeypatch.setenv('DSNET_MM_OPS', path)
     net = build({}).eval()
     with torch.no_grad():
         expected = net(pictures(33, 41))

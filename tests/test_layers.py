@@ -15,7 +15,7 @@ from dsnet_mm.models import DSFPN, DSBlock, DSNet, fuse_for_inference
 from dsnet_mm.models.layers import pointwise
 from dsnet_mm.models.layers.pointwise import FFN, Pointwise, TokenLinear
 from dsnet_mm.models.layers.reference import reference_net
-from dsnet_mm.ops import paths, runs_tiled
+from dsnet_mm.ops import runs_tiled
 
 from .test_ds_net import TINY, VARIANTS
 
@@ -238,7 +238,7 @@ def test_packed_network_equals_the_network(options: dict) -> None:
 def test_fused_network_in_low_precision(tiled, chunk_bytes, monkeypatch) -> None:
     """Also by the products of oneDNN, in chunks of a few pixels and of all."""
     if not tiled:
-        monkeypatch.setattr(paths, 'FORCED', 'sdpa')
+        monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
     monkeypatch.setattr(pointwise._ChunkedFFN, 'CHUNK_BYTES', chunk_bytes)
     net = build({}, WIDE).eval()
     with torch.no_grad():

@@ -21,7 +21,6 @@ from dsnet_mm.ops import (
     depthwise_conv,
     dropout_mask,
     native,
-    paths,
     reference_co_attention,
     resize,
     resize_add,
@@ -258,7 +257,7 @@ def test_strided_gradients():
 def test_empty_batch(path, monkeypatch):
     if path == 'native' and native.WHY_NOT:
         pytest.skip(native.WHY_NOT)
-    monkeypatch.setattr(paths, 'FORCED', path)
+    monkeypatch.setenv('DSNET_MM_OPS', path)
     local, global_ = streams(0, 6, 4, 2, 8)
     h_l, h_g = co_attention(local, global_, 2)
     assert h_l.shape == (0, 6, 16) and h_g.shape == (0, 4, 16)
@@ -678,7 +677,7 @@ def test_maps_are_projected_as_their_pixels(dtype):
 
 @for_types
 def test_projections_are_left_out_where_they_are_not_wanted(dtype, monkeypatch):
-    monkeypatch.setattr(paths, 'FORCED', 'sdpa')
+    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
     assert not runs_tiled(torch.zeros(1, dtype=dtype))
 
 
@@ -771,7 +770,7 @@ def test_forced_paths(monkeypatch):
     local, global_ = streams(1, 6, 4, 2, 8)
     operators = dict(reference='aten::softmax', sdpa='scaled_dot', native='dsnet_mm::')
     for path, operator in operators.items():
-        monkeypatch.setattr(paths, 'FORCED', path)
+        monkeypatch.setenv('DSNET_MM_OPS', path)
         with torch.profiler.profile() as profile:
             co_attention(local, global_, 2)
         ran = {name for name in operators.values() for e in profile.events()
@@ -779,14 +778,14 @@ def test_forced_paths(monkeypatch):
         assert operator in ran
         assert path == 'sdpa' or ran == {operator}
         assert select_path('cpu') == (path, f'DSNET_MM_OPS={path}')
-    monkeypatch.setattr(paths, 'FORCED', 'fast')
+    monkeypatch.setenv('DSNET_MM_OPS', 'fast')
     with pytest.raises(ValueError, match=r"one of reference, sdpa, native, got 'fast'"):
         co_attention(local, global_, 2)
 
 
 @needs_native
 def test_native_is_chosen(monkeypatch):
-    monkeypatch.setattr(paths, 'FORCED', None)
+    monkeypatch.delenv('DSNET_MM_OPS', raising=False)
     assert select_path('cpu') == ('native', 'compiled')
     assert select_path('meta')[0] == 'sdpa'
 
@@ -845,9 +844,9 @@ def test_the_build_notes_what_it_is_for(cuda, tmp_path, monkeypatch):
 def test_doctor_tells_the_path_and_why(monkeypatch):
     from dsnet_mm.environment import co_attention_path
 
-    monkeypatch.setattr(paths, 'FORCED', 'sdpa')
+    monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
     assert co_attention_path('cpu') == 'sdpa (DSNET_MM_OPS=sdpa)'
-    monkeypatch.setattr(paths, 'FORCED', 'none')
+    monkeypatch.setenv('DSNET_MM_OPS', 'none')
     assert co_attention_path('cpu').startswith('DSNET_MM_OPS is one of')
 
 

@@ -7,8 +7,6 @@ import torch
 from . import native
 
 PATHS = ('reference', 'sdpa', 'native')
-#: One of them, by the environment as it was at import, or None.
-FORCED = os.environ.get('DSNET_MM_OPS')
 # torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 _BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
@@ -27,15 +25,16 @@ def select_path(device: str) -> tuple[str, str]:
         ValueError: If the environment variable ``DSNET_MM_OPS`` is no path, or
             one that is not there.
     """
-    if FORCED and FORCED not in PATHS:
-        raise ValueError(f'DSNET_MM_OPS is one of {", ".join(PATHS)}, got {FORCED!r}.')
-    if FORCED == 'native' and native.WHY_NOT:
+    forced = os.environ.get('DSNET_MM_OPS')
+    if forced and forced not in PATHS:
+        raise ValueError(f'DSNET_MM_OPS is one of {", ".join(PATHS)}, got {forced!r}.')
+    if forced == 'native' and native.WHY_NOT:
         raise ValueError(
             f'DSNET_MM_OPS=native, but the compiled op is not there '
             f'({native.WHY_NOT}); build it: {_BUILD}'
         )
-    if FORCED:
-        return FORCED, f'DSNET_MM_OPS={FORCED}'
+    if forced:
+        return forced, f'DSNET_MM_OPS={forced}'
     if native.WHY_NOT:
         return 'sdpa', f'the compiled op is not there: {native.WHY_NOT}'
     # The CUDA kernels have not been timed on a GPU. They do without tensor
