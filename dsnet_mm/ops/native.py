@@ -103,32 +103,6 @@ def _backward_shapes(grad_local, grad_global, local_qkv, global_qkv, *args):
     return local_qkv.new_empty(local_qkv.shape), global_qkv.new_empty(global_qkv.shape)
 
 
-def _save(ctx, inputs, output):
-    local_qkv, global_qkv, seed, ctx.num_heads, ctx.dropout_p = inputs
-    ctx.save_for_backward(local_qkv, global_qkv, *output, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_local, grad_global, grad_local_lse, grad_global_lse):
-    local_qkv, global_qkv, local_out, global_out, *rest = ctx.saved_tensors
-    if grad_local is None:
-        grad_local = torch.zeros_like(local_out)
-    if grad_global is None:
-        grad_global = torch.zeros_like(global_out)
-    grads = torch.ops.dsnet_mm.co_attention_backward(
-        grad_local,
-        grad_global,
-        local_qkv,
-        global_qkv,
-        local_out,
-        global_out,
-        *rest,
-        ctx.num_heads,
-        ctx.dropout_p,
-    )
-    return *grads, None, None, None
-
-
 def _flops(local_shape, global_shape, *args, **kwargs) -> int:
     """Two directions, two products each, two operations per multiply-add."""
     samples, length, width = local_shape
@@ -150,9 +124,6 @@ def _backward_flops(
 if WHY_NOT is None:
     torch.library.register_fake('dsnet_mm::co_attention', _shapes)
     torch.library.register_fake('dsnet_mm::co_attention_backward', _backward_shapes)
-    torch.library.register_autograd(
-        'dsnet_mm::co_attention', _backward, setup_context=_save
-    )
     torch.library.register_fake(
         'dsnet_mm::self_attention',
         lambda qkv, num_heads: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),

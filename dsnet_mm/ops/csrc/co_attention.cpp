@@ -1,9 +1,10 @@
-// dsnet_mm::co_attention and its backward: schemas, checks, autocast.
+// dsnet_mm::co_attention and its backward: schemas, checks, autograd, autocast.
 
 #include "co_attention.h"
 
 #include <ATen/autocast_mode.h>
 #include <Python.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 namespace dsnet {
@@ -84,17 +85,71 @@ Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_glo
       local_lse.contiguous(), global_lse.contiguous(), seed, num_heads, dropout_p);
 }
 
+// The operator as the dispatcher knows it.
+const auto& dispatched() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dsnet_mm::co_attention", "")
+                             .typed<decltype(co_attention)>();
+  return op;
+}
+
+const auto& dispatched_backward() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dsnet_mm::co_attention_backward", "")
+                             .typed<decltype(co_attention_backward)>();
+  return op;
+}
+
+class CoAttention : public torch::autograd::Function<CoAttention> {
+  using Context = torch::autograd::AutogradContext;
+
+ public:
+  static std::vector<Tensor> forward(Context* ctx, const Tensor& local_qkv,
+                                     const Tensor& global_qkv, const Tensor& seed,
+                                     int64_t num_heads, double dropout_p) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [local, global, local_lse, global_lse] =
+        dispatched().call(local_qkv, global_qkv, seed, num_heads, dropout_p);
+    ctx->saved_data["num_heads"] = num_heads;
+    ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->save_for_backward(
+        {local_qkv, global_qkv, local, global, local_lse, global_lse, seed});
+    ctx->mark_non_differentiable({local_lse, global_lse});
+    ctx->set_materialize_grads(false);
+    return {local, global, local_lse, global_lse};
+  }
+
+  static std::vector<Tensor> backward(Context* ctx, std::vector<Tensor> grads) {
+    const auto saved = ctx->get_saved_variables();
+    for (int i = 0; i < 2; ++i)
+      if (!grads[i].defined()) grads[i] = at::zeros_like(saved[2 + i]);
+    const auto [local, global] = dispatched_backward().call(
+        grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+        saved[6], ctx->saved_data["num_heads"].toInt(),
+        ctx->saved_data["dropout_p"].toDouble());
+    return {local, global, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Outputs co_attention_autograd(const Tensor& local_qkv, const Tensor& global_qkv,
+                              const Tensor& seed, int64_t num_heads, double dropout_p) {
+  if (!at::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return dispatched().call(local_qkv, global_qkv, seed, num_heads, dropout_p);
+  }
+  const auto out =
+      CoAttention::apply(local_qkv, global_qkv, seed, num_heads, dropout_p);
+  return {out[0], out[1], out[2], out[3]};
+}
+
 template <c10::DispatchKey key, c10::DeviceType device>
 Outputs co_attention_autocast(const Tensor& local_qkv, const Tensor& global_qkv,
                               const Tensor& seed, int64_t num_heads, double dropout_p) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dsnet_mm::co_attention", "")
-                             .typed<decltype(co_attention)>();
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  return op.call(at::autocast::cached_cast(dtype, local_qkv, device),
-                 at::autocast::cached_cast(dtype, global_qkv, device), seed, num_heads,
-                 dropout_p);
+  return dispatched().call(at::autocast::cached_cast(dtype, local_qkv, device),
+                           at::autocast::cached_cast(dtype, global_qkv, device), seed,
+                           num_heads, dropout_p);
 }
 
 }  // namespace
@@ -119,6 +174,10 @@ TORCH_LIBRARY(dsnet_mm, m) {
     m.impl("co_attention", co_attention_autocast<c10::DispatchKey::Autocast##DEVICE, \
                                                  c10::DeviceType::DEVICE>);          \
   }
+
+TORCH_LIBRARY_IMPL(dsnet_mm, Autograd, m) {
+  m.impl("co_attention", co_attention_autograd);
+}
 
 DSNET_REGISTER(CPU)
 #ifdef MMCV_WITH_CUDA

@@ -218,6 +218,14 @@ void load_transposed(int64_t tokens, int64_t width, const S* src, int64_t src_ro
   transpose(all, padded, rows, padded, dst, dst_row);
 }
 
+// Asks for rows that are read next.
+template <typename S>
+inline void fetch(int64_t rows, int64_t cols, const S* src, int64_t src_row) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += line) __builtin_prefetch(src + r * src_row + c);
+}
+
 // -------------------------------------------------------------------- dropout
 
 // 1 / (1 - p) for the weights that stay, 0 for the others: those of a query for
@@ -311,10 +319,15 @@ void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t o
     Vec<T> padding{};  // of the last vector: no keys, so no weights
     for (int64_t j = n; j < pad<T>(n); ++j)
       padding[j - pad<T>(n) + lanes] = -std::numeric_limits<T>::infinity();
+    const int64_t next = begin + n, left = std::min(kColumns, head.keys - next);
+    fetch(left, width, head.k + next * head.kv_row, head.kv_row);
+    fetch(left, width, head.v + next * head.kv_row, head.kv_row);
     const int64_t groups = (count + kRows - 1) / kRows;
     for (int64_t i = 0, group = 0; group < groups; ++group) {
       const int64_t m = count / groups + (group < count % groups);
       int64_t q_row = head.q_row;
+      fetch(std::min(kRows, count - i - m), width, head.q + (first + i + m) * q_row,
+            q_row);
       const T* q = as_rows<S, T>(m, width, head.q + (first + i) * q_row, q_row, q_rows);
       matmul(m, pad<T>(n), width, q, q_row, int64_t(1), k, kColumns, p, kColumns,
              false);
