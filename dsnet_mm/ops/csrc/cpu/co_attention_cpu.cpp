@@ -18,7 +18,8 @@
 
 namespace dsnet {
 
-constexpr int64_t kQueries = 256;  // of a task that share blocks of keys,
+constexpr int64_t kQueries = 256;  // of a task that share blocks of keys, about,
+constexpr int64_t kMost = kQueries * 3 / 2 + 32;
 constexpr int64_t kRows = 24;      // of these, whose scores fit a cache,
 constexpr int64_t kColumns = 128;  // and keys in such a block
 constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
@@ -39,8 +40,8 @@ struct Head {
 // Enough for either pass of a head of this width in double, and for AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (std::max(kQueries + kRows + 3 * kColumns, 6 * kBlock) * padded +
-              std::max(kRows * kColumns + 2 * kQueries, 2 * kBlock * kBlock)) +
+  return 8 * (std::max(kMost + kRows + 3 * kColumns, 6 * kBlock) * padded +
+              std::max(kRows * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
          64 * 64;
 }
 
@@ -134,8 +135,13 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
   const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
   const int64_t queries =
       std::clamp(all / (4 * at::get_num_threads()), kRows, kQueries);
-  const int64_t parts[2] = {ceil_div(d.tokens[0], queries),
-                            both ? ceil_div(d.tokens[1], queries) : 0};
+  // Of nearly equal length, in the rows of AMX's products: every task transposes keys.
+  int64_t length[2], parts[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t wanted = std::max<int64_t>((d.tokens[i] + queries / 2) / queries, 1);
+    length[i] = ceil_div(ceil_div(d.tokens[i], wanted), 32) * 32;
+    parts[i] = i == 0 || both ? ceil_div(d.tokens[i], length[i]) : 0;
+  }
   // The longer tasks first: those that read the longer stream.
   const int order = d.tokens[0] > d.tokens[1];
   const int64_t split = d.count() * parts[order];
@@ -143,8 +149,8 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
   run(tasks, arena_size(d.width()), [&](int64_t i, char* memory) {
     const int reader = i < split ? order : 1 - order;
     if (i >= split) i -= split;
-    const int64_t h = i / parts[reader], first = i % parts[reader] * queries;
-    const int64_t count = std::min(queries, d.tokens[reader] - first);
+    const int64_t h = i / parts[reader], first = i % parts[reader] * length[reader];
+    const int64_t count = std::min(length[reader], d.tokens[reader] - first);
     const int64_t row = out[reader].stride(1);
     const Head<S> head = d.head(reader, h);
     S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
