@@ -62,8 +62,6 @@ namespace {
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Runs tasks of unequal length on all threads: whoever is free takes the next.
 template <typename Task>
 void run(int64_t count, int64_t bytes, const Task& task) {

@@ -6,6 +6,8 @@
 
 namespace dsnet {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Hands out aligned pieces of a block of memory.
 class Arena {
  public:

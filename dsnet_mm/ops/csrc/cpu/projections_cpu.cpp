@@ -23,8 +23,6 @@ constexpr int64_t kHidden = 256;  // and channels of their hidden layer at a tim
 constexpr int64_t kPanel = 32;    // outputs
 constexpr int64_t kRows = 12;     // by which threads share the pixels, in float
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 struct Layer {
   int64_t in, out;
