@@ -657,6 +657,20 @@ def test_projections_refuse_what_does_not_fit(dtype):
 
 
 @for_types
+@pytest.mark.parametrize('count', [1, 2, 13])
+def test_few_pixels_are_projected_as_among_many(count, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(300, 64).to(dtype)
+    (w1, b1), (w2, b2) = layer(64, 96, dtype), layer(96, 64, dtype)
+    w1, w2 = to_tiles(w1), to_tiles(w2)
+    for project in (
+        lambda x: tiled_linear(x, w1, b1),
+        lambda x: tiled_ffn(x, w1, b1, w2, b2, x.clone()),
+    ):
+        assert torch.equal(project(x[:count]), project(x)[:count])
+
+
+@for_types
 def test_maps_are_projected_as_their_pixels(dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 32, 3, 5).to(dtype)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .paths import select_path
+from .paths import runs_natively
 
 
 def depthwise_conv(
@@ -46,10 +46,8 @@ def depthwise_conv(
 
 def _runs_compiled(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.is_grad_enabled()
+        runs_natively(x)
         and not torch.is_autocast_enabled('cpu')
-        and x.is_cpu
-        and select_path('cpu')[0] == 'native'
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
     )

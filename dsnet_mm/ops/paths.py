@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 from . import native
 
@@ -45,3 +46,10 @@ def select_path(device: str) -> tuple[str, str]:
     if _is_exporting():
         return 'sdpa', 'exported programs hold PyTorch operators only'
     return 'native', 'compiled'
+
+
+def runs_natively(x: Tensor) -> bool:
+    """Whether the compiled operators without gradients can be taken for a tensor."""
+    return (
+        not torch.is_grad_enabled() and x.is_cpu and select_path('cpu')[0] == 'native'
+    )

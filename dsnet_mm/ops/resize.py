@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .paths import select_path
+from .paths import runs_natively
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -37,10 +37,8 @@ def resize_add(x: Tensor, add: Tensor) -> Tensor:
 
 def _runs_compiled(x: Tensor, add: Tensor) -> bool:
     return (
-        not torch.is_grad_enabled()
+        runs_natively(x)
         and not torch.compiler.is_compiling()
-        and x.is_cpu
-        and select_path('cpu')[0] == 'native'
         and x.dtype == add.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and add.is_contiguous(memory_format=torch.channels_last)

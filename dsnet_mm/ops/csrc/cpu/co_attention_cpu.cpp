@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,11 +17,11 @@
 
 namespace dsnet {
 
-constexpr int64_t kQueries = 256;  // of a task that share blocks of keys, about,
-constexpr int64_t kMost = kQueries * 3 / 2 + 32;
+constexpr int64_t kQueries = 256;  // of a task, about, that share blocks of keys,
 constexpr int64_t kRows = 24;      // of these, whose scores fit a cache,
 constexpr int64_t kColumns = 128;  // and keys in such a block
 constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
+constexpr int64_t kMost = kQueries * 3 / 2 + 32;  // queries that a task can get
 
 alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                             8, 9, 10, 11, 12, 13, 14, 15};
