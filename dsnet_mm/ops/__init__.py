@@ -6,7 +6,7 @@ from .co_attention import (
 )
 from .depthwise import depthwise_conv
 from .paths import select_path
-from .projections import runs_tiled, tiled_ffn, tiled_linear, to_tiles
+from .projections import ffn_backward, runs_tiled, tiled_ffn, tiled_linear, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
 
@@ -15,6 +15,7 @@ __all__ = [
     'co_attention',
     'depthwise_conv',
     'dropout_mask',
+    'ffn_backward',
     'reference_co_attention',
     'resize',
     'resize_add',

@@ -93,6 +93,26 @@ def tiled_ffn(
     return add
 
 
+def ffn_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes gradients of W2 GELU(W1 x + b1), in float32.
+
+    The hidden layer is computed again, and is never in memory as a whole.
+
+    Args:
+        grad: Gradients of the result, of shape (P, C).
+        x: Pixels of shape (P, C).
+        w1: Weight of shape (C_hidden, C), multiples of 32.
+        b1: Bias of shape (C_hidden,).
+        w2: Weight of shape (C, C_hidden).
+
+    Returns:
+        The gradients of ``x``, ``w1``, ``b1`` and ``w2``.
+    """
+    return torch.ops.dsnet_mm.ffn_backward(grad, x, w1, b1, w2)
+
+
 def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 

@@ -14,7 +14,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import runs_tiled, tiled_ffn, tiled_linear, to_tiles
+from dsnet_mm.ops import ffn_backward, runs_tiled, tiled_ffn, tiled_linear, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -243,6 +243,9 @@ class _ChunkedFFN(torch.autograd.Function):
     def compute(x, w1, b1, w2, b2, add):
         # In the memory of ``add``, which may also be that of x: a chunk has been
         # read when it is written.
+        if _takes_tiles(x, w1):
+            tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
+            return tiled_ffn(x, tiles1, b1, tiles2, b2, add)
         out = torch.zeros_like(x) if add is None else add
         for x_part, out_part in _ChunkedFFN.chunks(b1, x, out):
             hidden = _product(x_part, w1, b1, gelu=True)
@@ -263,6 +266,15 @@ class _ChunkedFFN(torch.autograd.Function):
         x, w1, b1, w2 = ctx.saved_tensors
         weight1, weight2 = w1.flatten(1), w2.flatten(1)
         grad = _flat(grad)
+        grad_b2 = _rows(grad).sum(0)
+        grad_add = grad if ctx.added else None
+        if x.dtype == torch.float32 and _takes_tiles(x, w1):
+            grad_x, grad_w1, grad_b1, grad_w2 = ffn_backward(
+                _rows(grad), _rows(x), weight1, b1, weight2
+            )
+            grad_x = grad_x.t()[None, :, :, None]
+            grad_w1, grad_w2 = grad_w1[..., None, None], grad_w2[..., None, None]
+            return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_add
         grad_x = torch.empty_like(x)
         sums = None
         for parts in _ChunkedFFN.chunks(b1, x, grad, grad_x):
@@ -283,8 +295,12 @@ class _ChunkedFFN(torch.autograd.Function):
             total.view(y.shape).to(y.dtype)
             for total, y in zip(sums, (w1, b1, w2), strict=True)
         )
-        grad_add = grad if ctx.added else None
-        return grad_x, grad_w1, grad_b1, grad_w2, _rows(grad).sum(0), grad_add
+        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_add
+
+
+def _takes_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether a feed-forward network can be one operator."""
+    return runs_tiled(x) and not any(width % 32 for width in weight.shape[:2])
 
 
 def _is_inference(x: Tensor, weight: Tensor) -> bool:

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 namespace dsnet {
 
 constexpr int64_t kPixels = 256;  // that share weights in the cache,
+constexpr int64_t kShare = 132;   // the same in backward, where they need more of it,
 constexpr int64_t kHidden = 256;  // and channels of their hidden layer at a time
 constexpr int64_t kPanel = 32;    // outputs
 constexpr int64_t kRows = 12;     // by which threads share the pixels, in float
@@ -182,6 +184,61 @@ void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
   });
 }
 
+// Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some of
+// the hidden channels: what it finds for weights is a part of a sum over the pixels,
+// what it finds for x one of a sum over the channels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
+                                                        const Tensor& x,
+                                                        const Tensor& w1,
+                                                        const Tensor& b1,
+                                                        const Tensor& w2) {
+  TORCH_CHECK(x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
+                  x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
+                  w2.sizes() == w1.t().sizes() && x.numel() > 0 &&
+                  w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0,
+              "ffn_backward takes gradients and inputs (P, C), and weights (C_hidden, "
+              "C), (C_hidden,) and (C, C_hidden) with multiples of 32, got ",
+              grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
+              w2.sizes());
+  TORCH_CHECK(has_projections(at::kFloat), "ffn_backward takes AVX2");
+  const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
+  const float *x_data = read<float>(x), *g_data = read<float>(grad),
+              *w1_data = read<float>(w1), *b1_data = read<float>(b1),
+              *w2_data = read<float>(w2);
+  // As many of either as make the parts smallest.
+  const int64_t threads = at::get_num_threads();
+  const int64_t groups = std::clamp<int64_t>(
+      std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
+  const int64_t slices = std::max<int64_t>(threads / groups, 1);
+  const int64_t size = ceil_div(ceil_div(count, groups), kRows) * kRows;
+  const int64_t length = ceil_div(ceil_div(hidden, slices), kPanel) * kPanel;
+  Tensor grad_x = at::empty({slices, count, width}, x.options());
+  Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
+  Tensor grad_b1 = at::empty({groups, hidden}, x.options());
+  Tensor grad_w2 = at::empty({groups, hidden, width}, x.options());
+  float *to_x = grad_x.data_ptr<float>(), *to_w1 = grad_w1.data_ptr<float>(),
+        *to_b1 = grad_b1.data_ptr<float>(), *to_w2 = grad_w2.data_ptr<float>();
+  at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
+    char* memory = scratch(
+        4 * (2 * (kShare + kRows) * (kHidden + 16 + width) + 3 * kHidden * width) +
+        7 * 64);
+    for (; task < last_task; ++task) {
+      const int64_t group = task / slices, slice = task % slices;
+      const int64_t first = group * size, n = std::min(size, count - first);
+      const int64_t channel = slice * length, last = std::min(channel + length, hidden);
+      DSNET_BEST(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel, last,
+                 n, x_data + first * width, g_data + first * width,
+                 to_x + (slice * count + first) * width,
+                 to_w1 + group * hidden * width, to_b1 + group * hidden,
+                 to_w2 + group * hidden * width, memory);
+    }
+  });
+  const auto sum = [](const Tensor& parts) {
+    return parts.size(0) == 1 ? parts[0] : parts.sum(0);
+  };
+  return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2).t()};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
@@ -191,12 +248,16 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def(
       "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
       "()");
+  m.def(
+      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("linear", linear_op);
   m.impl("linear_", linear_add);
   m.impl("ffn_", ffn_add);
+  m.impl("ffn_backward", ffn_backward);
 }
 
 }  // namespace dsnet

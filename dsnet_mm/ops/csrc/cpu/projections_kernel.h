@@ -6,10 +6,10 @@
 namespace dsnet {
 namespace DSNET_ISA {
 
-// x times the share of a normal distribution below x, of which a minimax polynomial is
+// The share of a normal distribution below x, of which a minimax polynomial is
 // 0.5 + u * (c0 + c1 t + ...), where t runs from -1 to 1: powers of u^2 itself would
-// cancel. Off by 2.7e-7 |x| at most; PyTorch's by 3.5e-7 |x|.
-inline Vec<float> gelu(Vec<float> x) {
+// cancel. Off by 2.7e-7 at most; PyTorch's by 3.5e-7.
+inline Vec<float> share_below(Vec<float> x) {
   constexpr float end = 5;
   constexpr float c[] = {1.4136379e-1f, -7.0296281e-2f, 5.1520523e-2f, -4.0442608e-2f,
                          3.1442168e-2f, -2.3268651e-2f, 1.6402195e-2f, -1.1164345e-2f,
@@ -26,7 +26,15 @@ inline Vec<float> gelu(Vec<float> x) {
   Vec<float> y = t * c[12] + c[11];
 #pragma GCC unroll 11
   for (int i = 10; i >= 0; --i) y = y * t + c[i];
-  return x * (y * u + 0.5f);
+  return y * u + 0.5f;
+}
+
+inline Vec<float> gelu(Vec<float> x) { return x * share_below(x); }
+
+// The slope of GELU where the share below x is ``share``.
+inline Vec<float> gelu_slope(Vec<float> x, Vec<float> share) {
+  constexpr float to_log2 = -0.72134752f, density = 0.39894228f;  // 1 / sqrt(2 pi)
+  return share + x * (exp2(x * x * to_log2) * density);
 }
 
 alignas(64) constexpr float kZeros[kPanel] = {};
@@ -97,6 +105,97 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, int64_t rows,
         multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, accumulate);
       else
         multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, write);
+    }
+  }
+}
+
+// Rows as panels of 32 channels, [C / 32][rows][32].
+inline void to_panels(int64_t rows, int64_t width, const float* x, int64_t x_row,
+                      float* panels) {
+  constexpr int lanes = Vector<float>::lanes;
+  for (int64_t c = 0; c < width; c += kPanel)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < kPanel; i += lanes)
+        put(panels + c * rows + r * kPanel + i, loose(x + r * x_row + c + i));
+}
+
+// grad = h^T x, added to grad if ``add``, where h has ``hidden`` channels in rows of
+// h_row, and x comes in panels.
+inline void outer(int64_t hidden, int64_t width, int64_t rows, const float* h,
+                  int64_t h_row, const float* panels, float* grad, bool add) {
+  constexpr int lanes = Vector<float>::lanes;
+  for (int64_t c = 0; c < width; c += kPanel)
+    for (int i = 0; i < kPanel; i += 2 * lanes) {
+      float* to = grad + c + i;
+      tiles<float, 2>(
+          hidden, rows, h, int64_t(1), h_row, panels + c * rows + i, kPanel,
+          [](int64_t, int) { return Vec<float>{}; },
+          [=](int64_t r, int v, Vec<float> sum) {
+            float* at = to + r * width + v * lanes;
+            put(at, add ? sum + loose(at) : sum);
+          });
+    }
+}
+
+// Gradients of W2 GELU(W1 x + b1) as far as they go through the hidden channels
+// [first, last), for some pixels; grad_w2 is that of the transposed W2.
+inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
+                         const float* b1, const float* w2, int64_t first, int64_t last,
+                         int64_t pixels, const float* x, const float* grad,
+                         float* grad_x, float* grad_w1, float* grad_b1, float* grad_w2,
+                         char* memory) {
+  const int64_t h_row = kHidden + 16;  // else all rows would share a few cache sets
+  const int64_t parts = ceil_div(pixels, kShare);
+  const int64_t size = ceil_div(ceil_div(pixels, parts), kRows) * kRows;
+  Arena arena(memory);
+  float* h = arena.take<float>(size * h_row);
+  float* grad_h = arena.take<float>(size * h_row);
+  float* x_panels = arena.take<float>(size * width);
+  float* grad_panels = arena.take<float>(size * width);
+  float* to_h = arena.take<float>(kHidden * width);    // W1,
+  float* from_h = arena.take<float>(kHidden * width);  // the transposed W1,
+  float* to_grad_h = arena.take<float>(kHidden * width);  // and the transposed W2
+  std::fill(grad_b1 + first, grad_b1 + last, 0.f);
+  for (int64_t begin = first; begin < last; begin += kHidden) {
+    const int64_t n = std::min(kHidden, last - begin);
+    for (int64_t c = 0; c < n; c += kPanel)
+      transpose(kPanel, width, w1 + (begin + c) * width, width, to_h + c * width,
+                kPanel);
+    to_panels(n, width, w1 + begin * width, width, from_h);
+    to_panels(width, n, w2 + begin, hidden, to_grad_h);
+    for (int64_t i = 0; i < pixels; i += size) {
+      const int64_t rows = std::min(size, pixels - i);
+      const float *xs = x + i * width, *grads = grad + i * width;
+      for (int64_t c = 0; c < n; c += kPanel) {
+        float *to = h + c, *slope = grad_h + c;
+        const float* b = b1 + begin + c;
+        multiply(rows, width, xs, width, to_h + c * width,
+                 [=](int64_t r, int64_t j, Vec<float> y) {
+                   y += loose(b + j);
+                   const Vec<float> share = share_below(y);
+                   put(to + r * h_row + j, y * share);
+                   put(slope + r * h_row + j, gelu_slope(y, share));
+                 });
+        multiply(rows, width, grads, width, to_grad_h + c * width,
+                 [=](int64_t r, int64_t j, Vec<float> y) {
+                   float* at = slope + r * h_row + j;
+                   put(at, y * loose(at));
+                 });
+      }
+      for (int64_t c = 0; c < width; c += kPanel) {
+        float* to = grad_x + i * width + c;
+        multiply(rows, n, grad_h, h_row, from_h + c * n,
+                 [=](int64_t r, int64_t j, Vec<float> y) {
+                   float* at = to + r * width + j;
+                   put(at, begin > first ? y + loose(at) : y);
+                 });
+      }
+      to_panels(rows, width, xs, width, x_panels);
+      to_panels(rows, width, grads, width, grad_panels);
+      outer(n, width, rows, grad_h, h_row, x_panels, grad_w1 + begin * width, i > 0);
+      outer(n, width, rows, h, h_row, grad_panels, grad_w2 + begin * width, i > 0);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < n; ++c) grad_b1[begin + c] += grad_h[r * h_row + c];
     }
   }
 }

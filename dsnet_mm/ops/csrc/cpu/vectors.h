@@ -60,6 +60,74 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// ------------------------------------------------------------ 2^x for x <= 0
+
+inline Vec<float> exp2(Vec<float> x) {
+  x = larger<float>(Vec<float>{} - 125.f, x);  // denormal results would be slow
+#if DSNET_BYTES == 64
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+  // Minimax on [0, 1], relative error 7.5e-8.
+  Vec<float> y = f * 1.8775670e-3f + 8.9893634e-3f;
+  y = y * f + 5.5826299e-2f;
+  y = y * f + 2.4015362e-1f;
+  y = y * f + 6.9315307e-1f;
+  y = y * f + 9.9999993e-1f;
+  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
+#else
+  using bits = Vector<float>::bits;
+  constexpr float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds
+  const Vec<float> rounded = x + shift;
+  const Vec<float> f = x - (rounded - shift);
+  // Minimax on [-0.5, 0.5], relative error 7.5e-8.
+  Vec<float> y = f * 1.3276471520e-3f + 9.6755413307e-3f;
+  y = y * f + 5.5507132750e-2f;
+  y = y * f + 2.4022119724e-1f;
+  y = y * f + 6.9314696706e-1f;
+  y = y * f + 1.0000000717f;
+  return (Vec<float>)((bits)y + ((bits)rounded << 23));
+#endif
+}
+
+// ------------------------------------------------------------ moving elements
+
+// dst[c][r] = src[r][c]; both extents are multiples of the lanes.
+template <typename T>
+void transpose(int64_t rows, int64_t cols, const T* src, int64_t src_row, T* dst,
+               int64_t dst_row) {
+#ifdef __clang__
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) dst[c * dst_row + r] = src[r * src_row + c];
+#else
+  constexpr int n = Vector<T>::lanes;
+  using bits = typename Vector<T>::bits;
+  for (int64_t r = 0; r < rows; r += n)
+    for (int64_t c = 0; c < cols; c += n) {
+      Vec<T> x[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) x[i] = loose(src + (r + i) * src_row + c);
+    // Swaps the off-diagonal blocks of 2 * s by 2 * s elements.
+#pragma GCC unroll 4
+      for (int s = 1; s < n; s *= 2) {
+        bits low, high;
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) {
+          low[i] = i & s ? n + i - s : i;
+          high[i] = i & s ? n + i : i + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) {
+          if (i & s) continue;
+          const Vec<T> a = x[i], b = x[i + s];
+          x[i] = __builtin_shuffle(a, b, low);
+          x[i + s] = __builtin_shuffle(a, b, high);
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) vec(dst + (c + i) * dst_row + r) = x[i];
+    }
+#endif
+}
+
 // ----------------------------------------------------------- matrix products
 
 // Calls finish(m, v, start(m, v) + vector v of row m of A B), of M rows and V vectors.
