@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
   Tensor grad_x = at::empty({slices, count, width}, x.options());
   Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
   Tensor grad_b1 = at::empty({groups, hidden}, x.options());
-  Tensor grad_w2 = at::empty({groups, hidden, width}, x.options());
+  Tensor grad_w2 = at::empty({groups, width, hidden}, x.options());
   float *to_x = grad_x.data_ptr<float>(), *to_w1 = grad_w1.data_ptr<float>(),
         *to_b1 = grad_b1.data_ptr<float>(), *to_w2 = grad_w2.data_ptr<float>();
   at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
   const auto sum = [](const Tensor& parts) {
     return parts.size(0) == 1 ? parts[0] : parts.sum(0);
   };
-  return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2).t()};
+  return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2)};
 }
 
 }  // namespace

@@ -119,26 +119,26 @@ inline void to_panels(int64_t rows, int64_t width, const float* x, int64_t x_row
         put(panels + c * rows + r * kPanel + i, loose(x + r * x_row + c + i));
 }
 
-// grad = h^T x, added to grad if ``add``, where h has ``hidden`` channels in rows of
-// h_row, and x comes in panels.
-inline void outer(int64_t hidden, int64_t width, int64_t rows, const float* h,
-                  int64_t h_row, const float* panels, float* grad, bool add) {
+// grad = a^T b, added to grad if ``add``, where a has m channels, in rows of a_row, and
+// b has n, in panels; grad has rows of grad_row.
+inline void outer(int64_t m, int64_t n, int64_t rows, const float* a, int64_t a_row,
+                  const float* b, float* grad, int64_t grad_row, bool add) {
   constexpr int lanes = Vector<float>::lanes;
-  for (int64_t c = 0; c < width; c += kPanel)
+  for (int64_t c = 0; c < n; c += kPanel)
     for (int i = 0; i < kPanel; i += 2 * lanes) {
       float* to = grad + c + i;
       tiles<float, 2>(
-          hidden, rows, h, int64_t(1), h_row, panels + c * rows + i, kPanel,
+          m, rows, a, int64_t(1), a_row, b + c * rows + i, kPanel,
           [](int64_t, int) { return Vec<float>{}; },
           [=](int64_t r, int v, Vec<float> sum) {
-            float* at = to + r * width + v * lanes;
+            float* at = to + r * grad_row + v * lanes;
             put(at, add ? sum + loose(at) : sum);
           });
     }
 }
 
 // Gradients of W2 GELU(W1 x + b1) as far as they go through the hidden channels
-// [first, last), for some pixels; grad_w2 is that of the transposed W2.
+// [first, last), for some pixels.
 inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
                          const float* b1, const float* w2, int64_t first, int64_t last,
                          int64_t pixels, const float* x, const float* grad,
@@ -148,7 +148,7 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
   const int64_t parts = ceil_div(pixels, kShare);
   const int64_t size = ceil_div(ceil_div(pixels, parts), kRows) * kRows;
   Arena arena(memory);
-  float* h = arena.take<float>(size * h_row);
+  float* h = arena.take<float>(size * kHidden);  // in panels,
   float* grad_h = arena.take<float>(size * h_row);
   float* x_panels = arena.take<float>(size * width);
   float* grad_panels = arena.take<float>(size * width);
@@ -167,13 +167,13 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
       const int64_t rows = std::min(size, pixels - i);
       const float *xs = x + i * width, *grads = grad + i * width;
       for (int64_t c = 0; c < n; c += kPanel) {
-        float *to = h + c, *slope = grad_h + c;
+        float *to = h + c * rows, *slope = grad_h + c;
         const float* b = b1 + begin + c;
         multiply(rows, width, xs, width, to_h + c * width,
                  [=](int64_t r, int64_t j, Vec<float> y) {
                    y += loose(b + j);
                    const Vec<float> share = share_below(y);
-                   put(to + r * h_row + j, y * share);
+                   put(to + r * kPanel + j, y * share);
                    put(slope + r * h_row + j, gelu_slope(y, share));
                  });
         multiply(rows, width, grads, width, to_grad_h + c * width,
@@ -191,9 +191,12 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
                  });
       }
       to_panels(rows, width, xs, width, x_panels);
+      outer(n, width, rows, grad_h, h_row, x_panels, grad_w1 + begin * width, width,
+            i > 0);
       to_panels(rows, width, grads, width, grad_panels);
-      outer(n, width, rows, grad_h, h_row, x_panels, grad_w1 + begin * width, i > 0);
-      outer(n, width, rows, h, h_row, grad_panels, grad_w2 + begin * width, i > 0);
+      for (int64_t c = 0; c < width; c += kPanel)
+        outer(kPanel, n, rows, grad_panels + c * rows, kPanel, h,
+              grad_w2 + c * hidden + begin, hidden, i > 0);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < n; ++c) grad_b1[begin + c] += grad_h[r * h_row + c];
     }
