@@ -80,12 +80,14 @@ def native_op(local, global_, heads, dropout_p=0.0, at=None):
 
 def outputs_and_gradients(path, local, global_, *args):
     """What ``path`` returns, and the gradients of a weighted sum of it."""
-    local, global_ = (x.detach().requires_grad_() for x in (local, global_))
-    outs = path(local, global_, *args)
+    inputs = [
+        None if x is None else x.detach().requires_grad_() for x in (local, global_)
+    ]
+    outs = path(*inputs, *args)
     weights = [torch.cos(torch.arange(o.numel()).view(o.shape) / 3) for o in outs]
     grads = torch.autograd.grad(
         outs,
-        (local, global_),
+        [x for x in inputs if x is not None],
         [w.to(o) for w, o in zip(weights, outs, strict=True)],
     )
     return *outs, *grads
@@ -145,33 +147,81 @@ def test_low_precision_is_as_exact_as_plain_pytorch(shape, dtype, dropout_p):
         assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def self_op(qkv, heads, dropout_p=0.0, at=None):
+    """The operator of one stream, with a seed of our own."""
+    at = seed() if at is None else at
+    return torch.ops.dsnet_mm.self_attention(qkv, at, heads, dropout_p)[:1]
+
+
+def reference_self_attention(qkv, heads, dropout_p=0.0, at=None):
+    at = seed() if at is None else at
+    return reference_co_attention(qkv, qkv, heads, dropout_p, at)[:1]
+
+
+def output_and_gradient(path, qkv, *args):
+    """As :func:`outputs_and_gradients`, of one stream."""
+    return outputs_and_gradients(lambda x, _: path(x, *args), qkv, None)
+
+
+@needs_native
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+@pytest.mark.parametrize('dtype', [*TOLERANCE, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_self_attention(shape, dtype):
+def test_self_attention(shape, dtype, dropout_p):
     n, _, length, heads, width = shape
+    if length == 1 and dropout_p > 0:
+        pytest.skip('Gradients are differences of equal numbers.')
     torch.manual_seed(0)
     qkv = torch.randn(n, length, 3 * heads * width).to(dtype)
-    exact = attention(*split_heads(qkv.double(), heads, 3))
-    plain = self_attention(qkv.clone().requires_grad_(), heads)
-    with torch.no_grad():
-        for x in (qkv, *(view(qkv) for view in VIEWS.values() if n == 1)):
-            measured = self_attention(x, heads)
-            assert measured.dtype == dtype
-            eps = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps
-            rounding = eps * exact.abs().max()
-            error = (measured - exact).abs().max()
-            assert error <= 2 * (plain - exact).abs().max() + rounding
-    if native.WHY_NOT is None:
-        torch.library.opcheck(torch.ops.dsnet_mm.self_attention.default, (qkv, heads))
+    args = heads, dropout_p
+    exact = output_and_gradient(reference_self_attention, qkv.double(), *args)
+    plain = output_and_gradient(reference_self_attention, qkv, *args)
+    measured = output_and_gradient(self_op, qkv, *args)
+    if dtype in TOLERANCE:
+        assert worst(measured, exact) < TOLERANCE[dtype]
+        return
+    for m, p, e in zip(measured, plain, exact, strict=True):
+        assert m.dtype == dtype
+        rounding = torch.finfo(dtype).eps * e.abs().max()
+        assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+
+
+@needs_native
+@pytest.mark.parametrize('view', VIEWS)
+def test_self_attention_of_strided_tokens(view):
+    qkv = VIEWS[view](torch.randn(1, 9, 48, dtype=torch.float64))
+    measured = output_and_gradient(self_op, qkv, 2)
+    assert worst(measured, output_and_gradient(self_op, qkv.clone(), 2)) < 1e-13
+
+
+@needs_native
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+def test_self_attention_passes_opcheck(dropout_p, grad):
+    qkv = torch.randn(2, 9, 48, requires_grad=grad)
+    op = torch.ops.dsnet_mm.self_attention.default
+    torch.library.opcheck(op, (qkv, seed(), 2, dropout_p))
+
+
+@needs_native
+def test_self_attention_is_the_operator_of_either_path(monkeypatch):
+    qkv = torch.randn(2, 9, 48, dtype=torch.float64)
+    expected = attention(*split_heads(qkv, 2, 3))
+    for path in ('native', 'sdpa', 'reference'):
+        monkeypatch.setenv('DSNET_MM_OPS', path)
+        assert worst([self_attention(qkv, 2)], [expected]) < 1e-13
+    assert not self_attention(qkv[:0], 2).numel()
 
 
 @needs_native
 def test_self_attention_refuses_what_does_not_fit():
     op = torch.ops.dsnet_mm.self_attention
     x = torch.zeros(1, 5, 24)
-    for args in ((x[0], 1), (x, 3), (x, 0), (x[:, :0], 1)):
+    for qkv, heads in ((x[0], 1), (x, 3), (x, 0), (x[:, :0], 1)):
         with pytest.raises(RuntimeError, match='self_attention takes'):
-            op(*args)
+            op(qkv, seed(), heads, 0.0)
+    with pytest.raises(RuntimeError, match='self_attention takes'):
+        op(x, seed(), 1, 1.0)
 
 
 @needs_native

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .paths import runs_natively, select_path
+from .paths import select_path
 from .reference import reference_co_attention, split_heads
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor
 def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:
     """Lets tokens attend to each other.
 
-    On the CPU and without gradients the compiled op computes it where it can.
+    On the CPU the compiled op computes it where it can.
 
     Args:
         qkv: Packed projection of shape (N, L, 3 * C).
@@ -45,9 +45,8 @@ def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tenso
     Returns:
         Tokens of shape (N, L, C).
     """
-    plain = dropout_p > 0 or torch.is_autocast_enabled('cpu')
-    if not plain and runs_natively(qkv):
-        return torch.ops.dsnet_mm.self_attention(qkv, num_heads)
+    if qkv.is_cpu and select_path('cpu')[0] == 'native':
+        return native.self_attention(qkv, num_heads, dropout_p)
     return attention(*split_heads(qkv, num_heads, 3), dropout_p)
 
 

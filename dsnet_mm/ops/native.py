@@ -1,9 +1,10 @@
-"""The compiled co-attention op as PyTorch sees it.
+"""The compiled attention ops as PyTorch sees them.
 
 ``dsnet_mm::co_attention(local_qkv, global_qkv, seed, num_heads, dropout_p)``
 returns h_L and h_G, and for each the logarithm (to base 2, as all exponentials
 of the kernels) of the softmax's denominator, (N, num_heads, L or G), from which
-the backward recomputes the attention weights.
+the backward recomputes the attention weights. ``dsnet_mm::self_attention(qkv, seed,
+num_heads, dropout_p)``, on the CPU only, returns the same of one stream.
 """
 
 import importlib
@@ -18,12 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 _OPS = (
     'co_attention',
     'depthwise_conv',
+    'ffn_backward',
     'ffn_',
     'has_projections',
     'linear',
     'linear_',
     'resize_add_',
     'self_attention',
+    'self_attention_backward',
 )
 
 
@@ -77,26 +80,38 @@ def co_attention(
     A projection whose last axis is strided is copied; any other is read where
     it is.
     """
-    # A tensor, so that a compiled graph can draw it.
-    device = local_qkv.device
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), device=device)
-    else:
-        seed = torch.zeros(1, dtype=torch.int64, device=device)
+    seed = _draw_seed(local_qkv.device, dropout_p)
     h_l, h_g, _, _ = torch.ops.dsnet_mm.co_attention(
         local_qkv, global_qkv, seed, num_heads, dropout_p
     )
     return h_l, h_g
 
 
-def _shapes(local_qkv, global_qkv, seed, num_heads, dropout_p):
-    dtype = torch.float64 if local_qkv.dtype == torch.float64 else torch.float32
-    outs, lses = [], []
-    for x in (local_qkv, global_qkv):
-        samples, length, width = x.shape
-        outs.append(x.new_empty(samples, length, width // 3))
-        lses.append(x.new_empty(samples, num_heads, length, dtype=dtype))
-    return *outs, *lses
+def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:
+    """The compiled :func:`dsnet_mm.ops.self_attention`."""
+    seed = _draw_seed(qkv.device, dropout_p)
+    return torch.ops.dsnet_mm.self_attention(qkv, seed, num_heads, dropout_p)[0]
+
+
+def _draw_seed(device: torch.device, dropout_p: float) -> Tensor:
+    """Returns a tensor, so that a compiled graph can draw it."""
+    if dropout_p > 0:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _stream_shapes(qkv, seed, num_heads, dropout_p):
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    samples, length, width = qkv.shape
+    out = qkv.new_empty(samples, length, width // 3)
+    return out, qkv.new_empty(samples, num_heads, length, dtype=dtype)
+
+
+def _shapes(local_qkv, global_qkv, *args):
+    (h_l, lse_l), (h_g, lse_g) = (
+        _stream_shapes(qkv, *args) for qkv in (local_qkv, global_qkv)
+    )
+    return h_l, h_g, lse_l, lse_g
 
 
 def _backward_shapes(grad_local, grad_global, local_qkv, global_qkv, *args):
@@ -109,11 +124,6 @@ def _flops(local_shape, global_shape, *args, **kwargs) -> int:
     return 8 * samples * length * global_shape[1] * (width // 3)
 
 
-def _self_flops(shape, *args, **kwargs) -> int:
-    """Two products of all tokens with each other."""
-    return 4 * shape[0] * shape[1] ** 2 * (shape[2] // 3)
-
-
 def _backward_flops(
     grad_local, grad_global, local_shape, global_shape, *args, **kwargs
 ):
@@ -121,13 +131,41 @@ def _backward_flops(
     return _flops(local_shape, global_shape) * 5 // 2
 
 
+def _self_flops(shape, *args, **kwargs) -> int:
+    """One direction."""
+    return _flops(shape, shape) // 2
+
+
+def _self_backward_flops(grad, shape, *args, **kwargs) -> int:
+    return _backward_flops(grad, grad, shape, shape) // 2
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, seed, *ctx.options = inputs
+    ctx.save_for_backward(qkv, *output, seed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _self_attention_backward(ctx, grad, _):
+    backward = torch.ops.dsnet_mm.self_attention_backward
+    return backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
 if WHY_NOT is None:
     torch.library.register_fake('dsnet_mm::co_attention', _shapes)
     torch.library.register_fake('dsnet_mm::co_attention_backward', _backward_shapes)
+    torch.library.register_fake('dsnet_mm::self_attention', _stream_shapes)
     torch.library.register_fake(
-        'dsnet_mm::self_attention',
-        lambda qkv, num_heads: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
+        'dsnet_mm::self_attention_backward',
+        lambda grad, qkv, *args: qkv.new_empty(qkv.shape),
     )
-    register_flop_formula(torch.ops.dsnet_mm.self_attention)(_self_flops)
-    register_flop_formula(torch.ops.dsnet_mm.co_attention)(_flops)
-    register_flop_formula(torch.ops.dsnet_mm.co_attention_backward)(_backward_flops)
+    torch.library.register_autograd(
+        'dsnet_mm::self_attention',
+        _self_attention_backward,
+        setup_context=_save_for_backward,
+    )
+    _ops = torch.ops.dsnet_mm
+    register_flop_formula(_ops.co_attention)(_flops)
+    register_flop_formula(_ops.co_attention_backward)(_backward_flops)
+    register_flop_formula(_ops.self_attention)(_self_flops)
+    register_flop_formula(_ops.self_attention_backward)(_self_backward_flops)

@@ -176,10 +176,12 @@ void differentiate(const Head<S>& head, Args... args) {
 // finds for its chunk is final; for the shorter stream the parts of all chunks
 // are summed after. Chunks are about as long as the shorter stream or longer, so
 // the parts together are about as long as the streams; and they depend on the
-// shapes alone, so that sums do not change with the number of threads.
+// shapes alone, so that sums do not change with the number of threads. Of streams that
+// are one, only the first is a reader.
 template <typename S>
 void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
-              const Tensor (&out)[2], const Tensor (&lse)[2], Tensor (&grad)[2]) {
+              const Tensor (&out)[2], const Tensor (&lse)[2], Tensor (&grad)[2],
+              bool both = true) {
   using T = Compute<S>;
   const int longer = d.tokens[1] > d.tokens[0], shorter = 1 - longer;
   const int64_t length = d.tokens[longer], rest = d.tokens[shorter];
@@ -205,14 +207,15 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
 
   const int64_t bytes =
       arena_size(width) + (2 * size * padded + std::max(size, rest)) * sizeof(T);
-  run(2 * tasks, bytes, [&](int64_t i, char* memory) {
+  const int readers = both ? 2 : 1;
+  run(readers * tasks, bytes, [&](int64_t i, char* memory) {
     T* own = reinterpret_cast<T*>(memory);
     memory += 2 * size * padded * sizeof(T);
-    const int64_t task = i / 2, h = task / chunks;
+    const int64_t task = i / readers, h = task / chunks;
     const int64_t begin = task % chunks * size;
     const int64_t end = std::min(begin + size, length);
     T* part = parts.data_ptr<T>() + task * 3 * part_size;
-    const int reader = i % 2 ? shorter : longer;
+    const int reader = i % readers ? shorter : longer;
     const Head<S> head = d.head(reader, h);
     const int64_t row = out[reader].stride(1), grad_row = grad_out[reader].stride(1);
     const S* o = rows_of<S>(out[reader], h, d.heads);
@@ -233,6 +236,7 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
 
   at::parallel_for(0, d.count() * 3, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (!both && i % 3 == 0) continue;  // no queries of the second stream
       T* sum = parts.data_ptr<T>() + (i / 3 * chunks * 3 + i % 3) * part_size;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
         const T* part = sum + chunk * 3 * part_size;
@@ -266,12 +270,22 @@ Outputs co_attention_cpu(const Tensor& local_qkv, const Tensor& global_qkv,
   return {out[0], out[1], lse[0], lse[1]};
 }
 
-Tensor self_attention_cpu(const Tensor& qkv, int64_t num_heads) {
+void check_self(const Tensor& qkv, const Tensor& seed, int64_t num_heads,
+                double dropout_p) {
   TORCH_CHECK(qkv.dim() == 3 && qkv.size(1) > 0 && num_heads > 0 && qkv.size(2) > 0 &&
-                  qkv.size(2) % (3 * num_heads) == 0,
+                  qkv.size(2) % (3 * num_heads) == 0 && 0 <= dropout_p &&
+                  dropout_p < 1 && seed.scalar_type() == at::kLong && seed.numel() == 1,
               "self_attention takes (N, L, 3 * C) with C a multiple of num_heads=",
-              num_heads, ", got ", qkv.sizes());
-  const Tensor x = qkv.stride(-1) == 1 ? qkv : qkv.contiguous();
+              num_heads, ", one int64 number, and a dropout in [0, 1), got ",
+              qkv.sizes(), ", ", seed.sizes(), " and ", dropout_p);
+}
+
+Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+std::tuple<Tensor, Tensor> self_attention_cpu(const Tensor& qkv, const Tensor& seed,
+                                              int64_t num_heads, double dropout_p) {
+  check_self(qkv, seed, num_heads, dropout_p);
+  const Tensor x = with_rows(qkv);
   const auto exact = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t n = x.size(0), l = x.size(1);
   Tensor out[2] = {at::empty({n, l, x.size(2) / 3}, x.options())};
@@ -279,9 +293,34 @@ Tensor self_attention_cpu(const Tensor& qkv, int64_t num_heads) {
   if (n > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, x.scalar_type(), "self_attention", [&] {
-          forward(Directions<scalar_t>(x, x, num_heads, 0, Tensor()), out, lse, false);
+          forward(Directions<scalar_t>(x, x, num_heads, dropout_p, seed), out, lse,
+                  false);
         });
-  return out[0];
+  return {out[0], lse[0]};
+}
+
+Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& qkv,
+                                   const Tensor& out, const Tensor& lse,
+                                   const Tensor& seed, int64_t num_heads,
+                                   double dropout_p) {
+  check_self(qkv, seed, num_heads, dropout_p);
+  TORCH_CHECK(grad.sizes() == out.sizes() &&
+                  lse.numel() == qkv.size(0) * num_heads * qkv.size(1) &&
+                  grad.scalar_type() == qkv.scalar_type(),
+              "self_attention_backward takes what self_attention returned and a "
+              "gradient of its first output, got ",
+              grad.sizes(), ", ", out.sizes(), " and ", lse.sizes());
+  const Tensor x = with_rows(qkv), g = with_rows(grad), o = with_rows(out);
+  const Tensor gs[2] = {g, g}, outs[2] = {o, o}, lses[2] = {lse, lse};
+  const Tensor result = at::empty(x.sizes(), x.options());
+  Tensor results[2] = {result, result};
+  if (x.size(0) > 0)
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, x.scalar_type(), "self_attention_backward", [&] {
+          backward(Directions<scalar_t>(x, x, num_heads, dropout_p, seed), gs, outs,
+                   lses, results, false);
+        });
+  return result;
 }
 
 Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad_global,
@@ -307,10 +346,18 @@ Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad
 }
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
-  m.def("self_attention(Tensor qkv, int num_heads) -> Tensor");
+  m.def(
+      "self_attention(Tensor qkv, Tensor seed, int num_heads, float dropout_p) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "self_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, "
+      "Tensor seed, int num_heads, float dropout_p) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("self_attention", self_attention_cpu); }
+TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
+  m.impl("self_attention", self_attention_cpu);
+  m.impl("self_attention_backward", self_attention_backward_cpu);
+}
 
 REGISTER_DEVICE_IMPL(co_attention_impl, CPU, co_attention_cpu);
 REGISTER_DEVICE_IMPL(co_attention_backward_impl, CPU, co_attention_backward_cpu);

@@ -184,8 +184,8 @@ void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
   });
 }
 
-// Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some of
-// the hidden channels: what it finds for weights is a part of a sum over the pixels,
+// Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some
+// of the hidden channels: what it finds for weights is a part of a sum over the pixels,
 // what it finds for x one of a sum over the channels.
 std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
                                                         const Tensor& x,
@@ -228,9 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
       const int64_t channel = slice * length, last = std::min(channel + length, hidden);
       DSNET_BEST(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel, last,
                  n, x_data + first * width, g_data + first * width,
-                 to_x + (slice * count + first) * width,
-                 to_w1 + group * hidden * width, to_b1 + group * hidden,
-                 to_w2 + group * hidden * width, memory);
+                 to_x + (slice * count + first) * width, to_w1 + group * hidden * width,
+                 to_b1 + group * hidden, to_w2 + group * hidden * width, memory);
     }
   });
   const auto sum = [](const Tensor& parts) {
@@ -249,7 +248,8 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
       "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
       "()");
   m.def(
-      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> (Tensor, "
+      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> "
+      "(Tensor, "
       "Tensor, Tensor, Tensor)");
 }
 

@@ -152,8 +152,8 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
   float* grad_h = arena.take<float>(size * h_row);
   float* x_panels = arena.take<float>(size * width);
   float* grad_panels = arena.take<float>(size * width);
-  float* to_h = arena.take<float>(kHidden * width);    // W1,
-  float* from_h = arena.take<float>(kHidden * width);  // the transposed W1,
+  float* to_h = arena.take<float>(kHidden * width);       // W1,
+  float* from_h = arena.take<float>(kHidden * width);     // the transposed W1,
   float* to_grad_h = arena.take<float>(kHidden * width);  // and the transposed W2
   std::fill(grad_b1 + first, grad_b1 + last, 0.f);
   for (int64_t begin = first; begin < last; begin += kHidden) {
