@@ -20,6 +20,7 @@ from dsnet_mm.ops import (
     co_attention,
     depthwise_conv,
     dropout_mask,
+    ffn_backward,
     native,
     reference_co_attention,
     resize,
@@ -50,6 +51,11 @@ SHAPES = [
     (1, 1100, 40, 1, 40),
     (1, 30, 1300, 2, 64),
     (1, 33, 65, 16, 128),
+]
+# Not one token with dropout, whose gradients are differences of equal numbers.
+SHAPES_AND_DROPOUT = [
+    *((shape, 0.0) for shape in SHAPES),
+    *((shape, 0.3) for shape in SHAPES[1:]),
 ]
 VIEWS = {
     'channels-first': lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -127,11 +133,7 @@ def test_sdpa_equals_reference(shape):
 
 @needs_native
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ('shape', 'dropout_p'),
-    # Not one token with dropout, whose gradients are differences of equal numbers.
-    [(shape, 0.0) for shape in SHAPES] + [(shape, 0.3) for shape in SHAPES[1:]],
-)
+@pytest.mark.parametrize(('shape', 'dropout_p'), SHAPES_AND_DROPOUT)
 def test_low_precision_is_as_exact_as_plain_pytorch(shape, dtype, dropout_p):
     inputs = streams(*shape, dtype)
     args = shape[3], dropout_p, seed()
@@ -164,13 +166,10 @@ def output_and_gradient(path, qkv, *args):
 
 
 @needs_native
-@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
 @pytest.mark.parametrize('dtype', [*TOLERANCE, torch.bfloat16])
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize(('shape', 'dropout_p'), SHAPES_AND_DROPOUT)
 def test_self_attention(shape, dtype, dropout_p):
     n, _, length, heads, width = shape
-    if length == 1 and dropout_p > 0:
-        pytest.skip('Gradients are differences of equal numbers.')
     torch.manual_seed(0)
     qkv = torch.randn(n, length, 3 * heads * width).to(dtype)
     args = heads, dropout_p
@@ -445,6 +444,8 @@ def test_older_instruction_sets(capability):
         '    for widths in WIDTHS:\n'
         '        test_linear(*widths, torch.float32)\n'
         '        test_ffn(*widths, torch.float32)\n'
+        '    test_ffn_backward(300, 64, 96, 2)\n'
+        '    test_ffn_backward(300, 64, 96, 2)\n'
         '    test_gelu(torch.float32)\n'
         '    test_gelu_far_from_zero(-50, torch.float32)\n'
         '    test_what_is_no_number_stays_so(torch.float32)\n'
@@ -579,6 +580,9 @@ def for_type(dtype):
     return pytest.param(dtype, marks=pytest.mark.skipif(not usable, reason=reason))
 
 
+needs_tiles = pytest.mark.skipif(
+    not runs_tiled(torch.zeros(1)), reason='no compiled projections'
+)
 for_types = pytest.mark.parametrize(
     'dtype', [for_type(torch.float32), for_type(torch.bfloat16)], ids=str
 )
@@ -642,6 +646,54 @@ def test_ffn(pixels, inputs, hidden, outputs, dtype):
     kept = x.clone()
     tiled_ffn(kept, *tiles, kept)  # in its own memory
     assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
+
+
+@needs_tiles
+@pytest.mark.parametrize('threads', [1, 2, 7])
+@pytest.mark.parametrize(
+    ('pixels', 'width', 'hidden'),
+    # One pixel, more pixels than are taken at a time, more channels than are, and
+    # fewer of either than threads would take.
+    [(1, 32, 32), (300, 64, 96), (23, 96, 416), (1000, 32, 64)],
+)
+def test_ffn_backward(pixels, width, hidden, threads):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, pixels, width)
+    w1, b1 = layer(width, hidden, torch.float32)
+    w2, _ = layer(hidden, width, torch.float32)
+
+    def plain(dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, w1, b1, w2)]
+        out = F.linear(F.gelu(F.linear(*inputs[:3])), inputs[3])
+        return torch.autograd.grad(out, inputs, grad.to(dtype))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        measured = ffn_backward(grad, x, w1, b1, w2)
+    finally:
+        torch.set_num_threads(before)
+    for m, p, e in zip(measured, plain(x.dtype), plain(torch.float64), strict=True):
+        assert_as_exact(m, p, e)
+
+
+@needs_tiles
+def test_ffn_backward_refuses_what_does_not_fit():
+    x, w1, b1 = torch.zeros(3, 32), torch.zeros(64, 32), torch.zeros(64)
+    for change in (
+        dict(grad=x[:2]),
+        dict(x=x[:, :16], grad=x[:, :16]),
+        dict(w1=w1[:40], b1=b1[:40], w2=w1[:40].t()),
+        dict(b1=b1[:3]),
+        dict(w2=w1),
+        dict(x=x[:0], grad=x[:0]),
+    ):
+        with pytest.raises(RuntimeError, match='ffn_backward takes'):
+            ffn_backward(**dict(grad=x, x=x, w1=w1, b1=b1, w2=w1.t()) | change)
+    with pytest.raises(RuntimeError, match='contiguous'):
+        ffn_backward(x, x.t().contiguous().t(), w1, b1, w1.t().contiguous())
+    with pytest.raises(RuntimeError, match='one type, Float'):
+        ffn_backward(x.double(), x, w1, b1, w1.t().contiguous())
 
 
 def gelu_by_ffn(x):

@@ -207,11 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
               *w2_data = read<float>(w2);
   // As many of either as make the parts smallest.
   const int64_t threads = at::get_num_threads();
-  const int64_t groups = std::clamp<int64_t>(
+  const int64_t ranges = std::clamp<int64_t>(
       std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
-  const int64_t slices = std::max<int64_t>(threads / groups, 1);
-  const int64_t size = ceil_div(ceil_div(count, groups), kRows) * kRows;
-  const int64_t length = ceil_div(ceil_div(hidden, slices), kPanel) * kPanel;
+  const int64_t size = ceil_div(ceil_div(count, ranges), kRows) * kRows;
+  const int64_t groups = ceil_div(count, size);
+  const int64_t length = ceil_div(ceil_div(hidden, threads / ranges), kPanel) * kPanel;
+  const int64_t slices = ceil_div(hidden, length);
   Tensor grad_x = at::empty({slices, count, width}, x.options());
   Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
   Tensor grad_b1 = at::empty({groups, hidden}, x.options());

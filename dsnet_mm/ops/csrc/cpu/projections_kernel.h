@@ -197,8 +197,10 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
       for (int64_t c = 0; c < width; c += kPanel)
         outer(kPanel, n, rows, grad_panels + c * rows, kPanel, h,
               grad_w2 + c * hidden + begin, hidden, i > 0);
+      float sums[kHidden] = {};
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < n; ++c) grad_b1[begin + c] += grad_h[r * h_row + c];
+        for (int64_t c = 0; c < n; ++c) sums[c] += grad_h[r * h_row + c];
+      for (int64_t c = 0; c < n; ++c) grad_b1[begin + c] += sums[c];
     }
   }
 }
