@@ -57,8 +57,8 @@ inline Vec<float> exp2(Vec<float> x) {
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
 }
 
-// As avx512::read_rows, of four rows and for scores that are not scaled yet. The
-// weights go to ``w``.
+// Turns scores of keys from ``begin`` on, not scaled yet, into weights of four rows of
+// queries, which go to ``w``, and shrinks what these have summed to a new top.
 inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
                       const float* p, BFloat16* w, float* top, float* total,
                       float* sum) {
@@ -76,7 +76,7 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
   float peak[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    peak[r] = std::max(top[r], avx512::reduce<float, false>(largest[r]) * scale);
+    peak[r] = std::max(top[r], _mm512_reduce_max_ps((__m512)largest[r]) * scale);
   for (int64_t j = 0; j < cols; j += kDepth)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -93,7 +93,7 @@ inline void read_rows(int64_t begin, int64_t cols, float scale, int64_t padded,
       total[r] *= shrink;
       for (int64_t c = 0; c < padded; c += kSide) vec(sum + r * padded + c) *= shrink;
     }
-    total[r] += avx512::reduce<float, true>(mass[r]);
+    total[r] += _mm512_reduce_add_ps((__m512)mass[r]);
     top[r] = peak[r];
   }
 }

@@ -3,8 +3,8 @@
 // DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
 // there is no include guard.
 //
-// Scores are [query][key]: queries are read as they lie in memory, and of the keys a
-// block at a time is transposed, for all queries of a task.
+// What is read by many is read as it lies in memory, and what is the lanes of vectors
+// is transposed once: in forward a task's queries, in backward a block of keys.
 
 #include "vectors.h"
 
@@ -41,20 +41,6 @@ inline Vec<float> log2(Vec<float> x) {
 inline Vec<double> log2(Vec<double> x) {
   for (int i = 0; i < Vector<double>::lanes; ++i) x[i] = std::log2(x[i]);
   return x;
-}
-
-// ------------------------------------------------------- across the lanes
-
-// The largest element, or the sum of all.
-template <typename T, bool kSum>
-inline T reduce(Vec<T> x) {
-#if DSNET_BYTES == 64
-  if constexpr (sizeof(T) == 4)
-    return kSum ? _mm512_reduce_add_ps((__m512)x) : _mm512_reduce_max_ps((__m512)x);
-#endif
-  T y = x[0];
-  for (int i = 1; i < Vector<T>::lanes; ++i) y = kSum ? y + x[i] : x[i] > y ? x[i] : y;
-  return y;
 }
 
 // C[m][n] = sum_k A[m][k] B[k][n], added to C if ``add``; ``cols`` is a
@@ -164,127 +150,160 @@ inline void fetch(int64_t rows, int64_t cols, const S* src, int64_t src_row) {
 
 // -------------------------------------------------------------------- dropout
 
-// 1 / (1 - p) for the weights that stay, 0 for the others: those of a query for
-// keys from ``column`` on.
 template <typename T>
-inline Vec<T> kept(const Dropout& dropout, uint64_t query, uint32_t column) {
-  using words = typename Vector<T>::words;
-  const words key = *reinterpret_cast<const words*>(kIota) + column;
-  const words x = random_word(words{} + static_cast<uint32_t>(query),
-                              words{} + static_cast<uint32_t>(query >> 32), key);
+struct Words {
+  typename Vector<T>::words low, high;
+};
+
+// The random words of as many queries as there are lanes, from number ``row`` on.
+template <typename T>
+inline Words<T> query_lanes(const Dropout& dropout, uint64_t row) {
+  Words<T> words;
+  for (int i = 0; i < Vector<T>::lanes; ++i) {
+    const uint64_t word = query_words(dropout.seed, row + i);
+    words.low[i] = static_cast<uint32_t>(word);
+    words.high[i] = static_cast<uint32_t>(word >> 32);
+  }
+  return words;
+}
+
+// 1 / (1 - p) for the weights that stay, 0 for the others, of queries for keys.
+template <typename T>
+inline Vec<T> kept(const Dropout& dropout, const Words<T>& query,
+                   typename Vector<T>::words key) {
+  const auto x = random_word(query.low, query.high, key);
   const auto stays = x >= dropout.threshold;  // -1 or 0
   return __builtin_convertvector(stays, Vec<T>) * T(-dropout.scale);
 }
 
 // -------------------------------------------------------------------- forward
 
-// Turns scores of n keys from ``begin`` on into weights 2^(score - top) of R rows
-// of queries, and shrinks what these have summed to a new top. Several rows at a
-// time, because each is a chain of instructions that wait for one another.
-template <typename T, int R>
-inline void read_rows(const Dropout* dropout, uint64_t first_row, int64_t begin,
-                      int64_t n, Vec<T> padding, int64_t padded, T* p, T* top, T* total,
-                      T* sum) {
-  constexpr int lanes = Vector<T>::lanes;
-  const int64_t cols = pad<T>(n);
-  Vec<T> largest[R], mass[R];
-  T peak[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    T* s = p + r * kColumns;
-    vec(s + cols - lanes) += padding;
-    largest[r] = vec(s);
-    mass[r] = Vec<T>{};
-  }
-  for (int64_t j = lanes; j < cols; j += lanes)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-      largest[r] = larger<T>(vec(p + r * kColumns + j), largest[r]);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) peak[r] = std::max(top[r], reduce<T, false>(largest[r]));
-  for (int64_t j = 0; j < cols; j += lanes)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      T* s = p + r * kColumns + j;
-      const Vec<T> e = exp2(vec(s) - peak[r]);
-      mass[r] += e;
-      vec(s) = e;
+// A block of keys, the first of them number ``begin``, and their values.
+template <typename T>
+struct Keys {
+  int64_t begin, count;
+  const T *k, *v;
+  int64_t k_row, v_row;
+};
+
+// Queries, as many as one or two vectors have lanes, and what they have read so far.
+template <typename T>
+struct Queries {
+  uint64_t row;  // of the first among all, for dropout
+  int64_t count;
+  const T* q;  // [channel][query], scaled
+  T* top;      // of the scores,
+  T* total;    // the sum of the weights 2^(score - top), before dropout,
+  T* sum;      // and that of the values by the weights, [query][channel]
+};
+
+// Lets V vectors of queries read a block of keys. Scores are [key][query], so that the
+// largest of a query and the sum of its weights stay in a lane.
+template <typename T, int V>
+void read(const Queries<T>& queries, const Keys<T>& keys, int64_t width,
+          const Dropout* dropout, T* p) {
+  constexpr int lanes = Vector<T>::lanes, all = V * lanes;
+  Vec<T> largest[V];
+  for (int v = 0; v < V; ++v) largest[v] = vec(queries.top + v * lanes);
+  tiles<T, V>(
+      keys.count, width, keys.k, keys.k_row, int64_t(1), queries.q, all,
+      [](int64_t, int) { return Vec<T>{}; },
+      [&](int64_t j, int v, Vec<T> score) {
+        largest[v] = larger<T>(score, largest[v]);
+        vec(p + j * all + v * lanes) = score;
+      });
+
+  alignas(64) T shrink[all];  // what was read below the old top
+  for (int v = 0; v < V; ++v) {
+    const Vec<T> peak = largest[v];
+    Vec<T> mass{};
+    T* weights = p + v * lanes;
+    for (int64_t j = 0; j < keys.count; ++j) {
+      const Vec<T> weight = exp2(vec(weights + j * all) - peak);
+      mass += weight;
+      vec(weights + j * all) = weight;
     }
-  for (int r = 0; r < R; ++r) {
     if (dropout) {
-      const uint64_t words = query_words(dropout->seed, first_row + r);
-      for (int64_t j = 0; j < cols; j += lanes)
-        vec(p + r * kColumns + j) *= kept<T>(*dropout, words, begin + j);
+      const Words<T> words = query_lanes<T>(*dropout, queries.row + v * lanes);
+      typename Vector<T>::words key{};
+      key += static_cast<uint32_t>(keys.begin);
+      for (int64_t j = 0; j < keys.count; ++j, key += 1)
+        vec(weights + j * all) *= kept<T>(*dropout, words, key);
     }
-    if (begin && peak[r] > top[r]) {
-      const T shrink = exp2(Vec<T>{} + (top[r] - peak[r]))[0];
-      total[r] *= shrink;
-      for (int64_t c = 0; c < padded; c += lanes) vec(sum + r * padded + c) *= shrink;
-    }
-    total[r] += reduce<T, true>(mass[r]);
-    top[r] = peak[r];
+    Vec<T>&top = vec(queries.top + v * lanes), &total = vec(queries.total + v * lanes);
+    const Vec<T> less = exp2(top - peak);
+    vec(shrink + v * lanes) = less;
+    total = total * less + mass;
+    top = peak;
   }
+
+  const int64_t padded = pad<T>(width);
+  const auto add_values = [&](auto vectors, int64_t c) {
+    const auto at = [&](int64_t r, int v) -> Vec<T>& {
+      return vec(queries.sum + r * padded + c + v * lanes);
+    };
+    tiles<T, vectors>(
+        queries.count, keys.count, p, int64_t(1), all, keys.v + c, keys.v_row,
+        [&](int64_t r, int v) { return keys.begin ? at(r, v) * shrink[r] : Vec<T>{}; },
+        [&](int64_t r, int v, Vec<T> sum) { at(r, v) = sum; });
+  };
+  int64_t c = 0;
+  for (; c + 2 * lanes <= padded; c += 2 * lanes)
+    add_values(std::integral_constant<int, 2>(), c);
+  if (c < padded) add_values(std::integral_constant<int, 1>(), c);
 }
 
-// Queries [first, first + count) of a head, at most kQueries. All of them read a
-// block of keys before the next one is fetched.
+// Queries [first, first + count) of a head, at most kMost. All of them read a block of
+// keys before the next one is fetched.
 template <typename S, typename T>
 void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
             T* lse, char* memory) {
-  constexpr int lanes = Vector<T>::lanes;
+  constexpr int lanes = Vector<T>::lanes, together = 2 * lanes;
   const int64_t width = head.width, padded = pad<T>(width);
+  const int64_t all = ceil_div(count, together) * together;
   Arena arena(memory);
-  T* k = arena.take<T>(padded * kColumns);  // [channel][key]
-  T* rows = arena.take<T>(kColumns * padded);
+  T* q = arena.take<T>(all * padded);
+  T* sum = arena.take<T>(all * padded);
+  T* top = arena.take<T>(all);
+  T* total = arena.take<T>(all);
+  T* q_rows = arena.take<T>(together * padded);
+  T* k_rows = arena.take<T>(kColumns * padded);
   T* v_rows = arena.take<T>(kColumns * padded);
-  T* q_rows = arena.take<T>(kRows * width);
-  T* p = arena.take<T>(kRows * kColumns);  // [query][key]
-  T* sum = arena.take<T>(count * padded);  // [query][channel]
-  T* top = arena.take<T>(pad<T>(count));
-  T* total = arena.take<T>(pad<T>(count));
+  T* p = arena.take<T>(kColumns * together);
   const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
-  std::fill(top, top + count, -std::numeric_limits<T>::infinity());
-  std::fill(total, total + pad<T>(count), T(0));
+  std::fill(top, top + all, -std::numeric_limits<T>::infinity());
+  std::fill(total, total + all, T(0));
 
   for (int64_t begin = 0; begin < head.keys; begin += kColumns) {
     const int64_t n = std::min<int64_t>(kColumns, head.keys - begin);
-    int64_t v_row = head.kv_row;
-    load_transposed(n, width, head.k + begin * head.kv_row, head.kv_row, k, kColumns,
-                    scale, rows);
+    int64_t k_row = head.kv_row, v_row = head.kv_row;
+    const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
     const T* v = as_vectors<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
-    Vec<T> padding{};  // of the last vector: no keys, so no weights
-    for (int64_t j = n; j < pad<T>(n); ++j)
-      padding[j - pad<T>(n) + lanes] = -std::numeric_limits<T>::infinity();
+    const Keys<T> keys{begin, n, k, v, k_row, v_row};
     const int64_t next = begin + n, left = std::min(kColumns, head.keys - next);
     fetch(left, width, head.k + next * head.kv_row, head.kv_row);
     fetch(left, width, head.v + next * head.kv_row, head.kv_row);
-    const int64_t groups = (count + kRows - 1) / kRows;
-    for (int64_t i = 0, group = 0; group < groups; ++group) {
-      const int64_t m = count / groups + (group < count % groups);
-      int64_t q_row = head.q_row;
-      fetch(std::min(kRows, count - i - m), width, head.q + (first + i + m) * q_row,
-            q_row);
-      const T* q = as_rows<S, T>(m, width, head.q + (first + i) * q_row, q_row, q_rows);
-      matmul(m, pad<T>(n), width, q, q_row, int64_t(1), k, kColumns, p, kColumns,
-             false);
-      for (int64_t r = 0; r < m;) {
-        const int64_t at = i + r;
-        const auto read = m - r >= 4 ? read_rows<T, 4> : read_rows<T, 1>;
-        read(head.dropout, head.row + first + at, begin, n, padding, padded,
-             p + r * kColumns, top + at, total + at, sum + at * padded);
-        r += m - r >= 4 ? 4 : 1;
+    for (int64_t i = 0; i < count; i += together) {
+      const int64_t m = std::min<int64_t>(together, count - i);
+      const S* own = head.q + (first + i) * head.q_row;
+      if (begin == 0) {
+        fetch(std::min<int64_t>(together, count - i - m), width, own + m * head.q_row,
+              head.q_row);
+        load_transposed(m, width, own, head.q_row, q + i * padded, pad<T>(m), scale,
+                        q_rows);
       }
-      matmul(m, padded, n, p, kColumns, int64_t(1), v, v_row, sum + i * padded, padded,
-             begin > 0);
-      i += m;
+      const Queries<T> queries{
+          head.row + first + i, m, q + i * padded, top + i, total + i,
+          sum + i * padded};
+      (m > lanes ? read<T, 2> : read<T, 1>)(queries, keys, width, head.dropout, p);
+      if (next < head.keys) continue;
+      for (int64_t r = i; r < i + m; ++r)
+        store(1, width, sum + r * padded, padded, out + r * out_row, out_row,
+              T(1) / total[r]);
     }
   }
-
-  for (int64_t i = 0; i < count; ++i)
-    store(1, width, sum + i * padded, padded, out + i * out_row, out_row,
-          T(1) / total[i]);
-  for (int64_t i = 0; i < count; i += lanes) vec(total + i) = log2(vec(total + i));
-  for (int64_t i = 0; i < count; ++i) lse[i] = top[i] + total[i];
+  for (int64_t i = 0; i < count; i += lanes) vec(top + i) += log2(vec(total + i));
+  std::copy(top, top + count, lse);
 }
 
 // ------------------------------------------------------------------- backward
@@ -344,6 +363,7 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
   T* ds = arena.take<T>(kBlock * kBlock);  // [query][key]
   T* delta = arena.take<T>(q_end - q_begin);
 
+  const auto iota = *reinterpret_cast<const typename Vector<T>::words*>(kIota);
   const double scale = 1 / std::sqrt(double(width));
   const T to_log2 = scale * 1.44269504088896340736;
   for (int64_t i = q_begin; i < q_end; ++i) {
@@ -367,14 +387,19 @@ void differentiate(const Head<S>& head, const S* out, int64_t out_row,
                         {grad_out + first * grad_row, grad_row, g, g_row}, p, ds);
       for (int64_t r = 0; r < m; ++r) {
         const T norm = lse[first + r], d = delta[first + r - q_begin];
-        const uint64_t words =
-            head.dropout ? query_words(head.dropout->seed, head.row + first + r) : 0;
+        Words<T> words{};
+        if (head.dropout) {
+          const uint64_t word = query_words(head.dropout->seed, head.row + first + r);
+          words.low += static_cast<uint32_t>(word);
+          words.high += static_cast<uint32_t>(word >> 32);
+        }
         for (int64_t j = 0; j < cols; j += lanes) {
           Vec<T>& weight = vec(p + r * kBlock + j);
           Vec<T>& slope = vec(ds + r * kBlock + j);
           const Vec<T> e = exp2(weight * to_log2 - norm);
           if (head.dropout) {
-            const Vec<T> keep = kept<T>(*head.dropout, words, begin + j);
+            const auto key = iota + static_cast<uint32_t>(begin + j);
+            const Vec<T> keep = kept<T>(*head.dropout, words, key);
             slope = e * (slope * T(scale) * keep - d);
             weight = e * keep;
           } else {

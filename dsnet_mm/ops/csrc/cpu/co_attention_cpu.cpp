@@ -18,10 +18,9 @@
 namespace dsnet {
 
 constexpr int64_t kQueries = 256;  // of a task, about, that share blocks of keys,
-constexpr int64_t kRows = 24;      // of these, whose scores fit a cache,
 constexpr int64_t kColumns = 128;  // and keys in such a block
 constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
-constexpr int64_t kMost = kQueries * 3 / 2 + 32;  // queries that a task can get
+constexpr int64_t kMost = kQueries * 3 / 2 + 64;  // queries that a task can get
 
 alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                             8, 9, 10, 11, 12, 13, 14, 15};
@@ -39,8 +38,8 @@ struct Head {
 // Enough for either pass of a head of this width in double, and for AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (std::max(kMost + kRows + 3 * kColumns, 6 * kBlock) * padded +
-              std::max(kRows * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
+  return 8 * (std::max(2 * kMost + 2 * kColumns + 32, 6 * kBlock) * padded +
+              std::max(32 * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
          64 * 64;
 }
 
@@ -131,7 +130,7 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
   // Longer tasks are faster, as long as there are several for each thread.
   const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
   const int64_t queries =
-      std::clamp(all / (4 * at::get_num_threads()), kRows, kQueries);
+      std::clamp(all / (4 * at::get_num_threads()), int64_t(32), kQueries);
   // Of nearly equal length, in the rows of AMX's products: every task transposes keys.
   int64_t length[2], parts[2];
   for (int i = 0; i < 2; ++i) {
