@@ -20,7 +20,7 @@ ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
 RESIZE_ADD = 'dsnet_mm::resize_add_'
 DEPTHWISE = 'dsnet_mm::depthwise_conv'
 LINEAR = ('dsnet_mm::linear', 'dsnet_mm::linear_')
-FFN = 'dsnet_mm::ffn_'
+FFN = ('dsnet_mm::ffn', 'dsnet_mm::ffn_')
 
 # Whose other operators count nothing.
 FREE = ('aten', 'prim', 'prims')
@@ -86,8 +86,9 @@ class _Counter(TorchDispatchMode):
             y = args[0] if out is None else out
             self.multiply_adds += _pixels(x) * w.numel()
             self.elementwise += y.numel() * (bias is not None)
-        elif func.name() == FFN:
-            y, x, w1, b1, w2, _ = args
+        elif func.name() in FFN:
+            x, w1, b1, w2, _ = args[-5:]
+            y = args[0] if out is None else out
             self.multiply_adds += _pixels(x) * (w1.numel() + w2.numel())
             self.elementwise += 2 * _pixels(x) * b1.numel() + y.numel()  # GELU, biases
         elif func.name() == DEPTHWISE:

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 _OPS = (
     'co_attention',
     'depthwise_conv',
-    'ffn_backward',
+    'ffn',
     'ffn_',
+    'ffn_backward',
     'has_projections',
     'linear',
     'linear_',

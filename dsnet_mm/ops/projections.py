@@ -1,4 +1,4 @@
-"""Projections of pixels on the CPU, for inference."""
+"""Projections of pixels on the CPU, and the way back of the feed-forward network."""
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ def tiled_ffn(
     Returns:
         Map, channels-last, or tokens of the same shape.
     """
-    add = torch.zeros_like(x) if add is None else add
+    if add is None:
+        return torch.ops.dsnet_mm.ffn(x, w1, b1, w2, b2)
     add = add.contiguous(memory_format=_layout(x))
     torch.ops.dsnet_mm.ffn_(add, x, w1, b1, w2, b2)
     return add
@@ -128,5 +129,8 @@ if native.WHY_NOT is None:
             shape, dtype=x.dtype, device=x.device, memory_format=_layout(x)
         )
 
+    torch.library.register_fake(
+        'dsnet_mm::ffn', lambda x, w1, b1, w2, b2: _linear(x, w2, b2)
+    )
     for _name in ('linear_', 'ffn_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)

@@ -83,8 +83,8 @@ inline void linear(const Layer<BFloat16>& fc, bool add, int64_t count,
 }
 
 // Up to kPixels rows.
-inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, int64_t count,
-                const BFloat16* x, BFloat16* out, char* memory) {
+inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add,
+                int64_t count, const BFloat16* x, BFloat16* out, char* memory) {
   const int64_t rows = round_up(count, kGroup);
   Arena arena(memory);
   BFloat16* a = arena.take<BFloat16>(rows * fc1.in);
@@ -106,7 +106,7 @@ inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, int64_t 
                 sum + c * rows + r * kGroup, kGroup, begin > 0);
   }
   for (int64_t c = 0; c < fc2.out; c += kGroup)
-    write(sum + c * rows, count, fc2.b + c, true, out + c, fc2.out);
+    write(sum + c * rows, count, fc2.b + c, add, out + c, fc2.out);
 }
 
 }  // namespace amx

@@ -1,9 +1,9 @@
-// Projections of pixels on the CPU, without gradients: dsnet_mm::linear, W x + b,
-// dsnet_mm::linear_, out += W x + b, and dsnet_mm::ffn_, out += W2 GELU(W1 x + b1) +
-// b2, whose hidden layer stays in a core's cache, a few hundred pixels at a time.
-// Pixels are those of channels-last maps (N, C, H, W), or tokens (..., C). In float by
-// the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
-// which these read them.
+// Projections of pixels on the CPU: dsnet_mm::linear, W x + b, and dsnet_mm::ffn, W2
+// GELU(W1 x + b1) + b2, whose hidden layer stays in a core's cache, a few hundred
+// pixels at a time; linear_ and ffn_, which add to a tensor that is there; and
+// ffn_backward. Pixels are those of channels-last maps (N, C, H, W), or tokens (...,
+// C). In float by the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in
+// the order in which these read them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -159,11 +159,16 @@ void project(Tensor& out, const Tensor& x, const Tensor& w, const Tensor* b, boo
   });
 }
 
-Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+// For what a weight in tiles makes of x.
+Tensor empty_for(const Tensor& x, const Tensor& w) {
   auto shape = x.sizes().vec();
   channels(x);
   shape[x.dim() == 4 ? 1 : x.dim() - 1] = w.size(0) * (w.dim() == 3 ? kPanel : 16);
-  Tensor out = at::empty(shape, x.options(), layout(x));
+  return at::empty(shape, x.options(), layout(x));
+}
+
+Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+  Tensor out = empty_for(x, w);
   project(out, x, w, b ? &*b : nullptr, false);
   return out;
 }
@@ -173,15 +178,28 @@ void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
   project(out, x, w, b ? &*b : nullptr, true);
 }
 
-void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-             const Tensor& w2, const Tensor& b2) {
+void project_twice(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
+                   const Tensor& w2, const Tensor& b2, bool add) {
   for_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
     TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
                 " channels");
-    each<T>(x, fc1.in, out, fc2.out, [&](auto... pixels) { ffn(fc1, fc2, pixels...); });
+    each<T>(x, fc1.in, out, fc2.out,
+            [&](auto... pixels) { ffn(fc1, fc2, add, pixels...); });
   });
+}
+
+Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+              const Tensor& b2) {
+  Tensor out = empty_for(x, w2);
+  project_twice(out, x, w1, b1, w2, b2, false);
+  return out;
+}
+
+void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
+             const Tensor& w2, const Tensor& b2) {
+  project_twice(out, x, w1, b1, w2, b2, true);
 }
 
 // Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some
@@ -245,6 +263,7 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def("has_projections(ScalarType type) -> bool", has_projections);
   m.def("linear(Tensor x, Tensor w, Tensor? b) -> Tensor");
   m.def("linear_(Tensor(a!) out, Tensor x, Tensor w, Tensor? b) -> ()");
+  m.def("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   m.def(
       "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
       "()");
@@ -257,6 +276,7 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
 TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("linear", linear_op);
   m.impl("linear_", linear_add);
+  m.impl("ffn", ffn_op);
   m.impl("ffn_", ffn_add);
   m.impl("ffn_backward", ffn_backward);
 }

@@ -72,9 +72,10 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
   }
 }
 
-// out += W2 GELU(W1 x + b1) + b2. What out was is read after the last of x.
-inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, int64_t rows,
-                const float* x, float* out, char* memory) {
+// out = W2 GELU(W1 x + b1) + b2, added to out if ``add``. What out was is read after
+// the last of x.
+inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
+                int64_t rows, const float* x, float* out, char* memory) {
   Arena arena(memory);
   float* h = arena.take<float>(rows * kHidden);
   float* sums = arena.take<float>(rows * fc2.out);
@@ -101,7 +102,7 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, int64_t rows,
       const auto accumulate = [=](int64_t r, int64_t i, Vec<float> y) {
         put(to + r * row + i, y + loose(b + r * b_row + i) + loose(to + r * row + i));
       };
-      if (last)
+      if (last && add)
         multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, accumulate);
       else
         multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, write);
