@@ -20,8 +20,8 @@ TILED_TYPES = [
 def runs_tiled(x: Tensor) -> bool:
     """Whether the operators below can be taken for a tensor.
 
-    They are for float32 where there is AVX2 or AVX-512, and for bfloat16 where there
-    is AMX.
+    They are for float32 where there is AVX2 or AVX-512, and for bfloat16, but for
+    :func:`ffn_backward`, where there is AMX.
     """
     return x.dtype in TILED_TYPES and x.is_cpu and select_path('cpu')[0] == 'native'
 

@@ -176,14 +176,14 @@ class TokenLinear(Projection, nn.Linear):
 class FFN(nn.Sequential):
     """Feed-forward network: two 1x1 convolutions with an activation between.
 
-    On the CPU it goes over the pixels in chunks, and the backward computes the
+    On the CPU it goes over the pixels in parts, and the backward computes the
     hidden layer again, so that it is never in memory as a whole. It is then
-    faster although it multiplies more. Packed, it is one operator.
+    faster although it multiplies more.
 
     Args:
         channels: Width of input and output.
         hidden_channels: Width between.
-        act_cfg: Activation. Chunks are for the exact GELU only.
+        act_cfg: Activation. All this is for the exact GELU only.
     """
 
     def __init__(self, channels: int, hidden_channels: int, act_cfg: dict) -> None:
@@ -230,7 +230,10 @@ class FFN(nn.Sequential):
 
 
 class _ChunkedFFN(torch.autograd.Function):
-    """fc2(GELU(fc1(x))) + add of maps (1, C, P, 1), a chunk of pixels at a time."""
+    """fc2(GELU(fc1(x))) + add of maps (1, C, P, 1), a chunk of pixels at a time.
+
+    The compiled operators do it where they can, those of PyTorch otherwise.
+    """
 
     CHUNK_BYTES = 4 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
 
@@ -241,11 +244,11 @@ class _ChunkedFFN(torch.autograd.Function):
 
     @staticmethod
     def compute(x, w1, b1, w2, b2, add):
-        # In the memory of ``add``, which may also be that of x: a chunk has been
-        # read when it is written.
         if _takes_tiles(x, w1):
             tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
             return tiled_ffn(x, tiles1, b1, tiles2, b2, add)
+        # In the memory of ``add``, which may also be that of x: a chunk has been
+        # read when it is written.
         out = torch.zeros_like(x) if add is None else add
         for x_part, out_part in _ChunkedFFN.chunks(b1, x, out):
             hidden = _product(x_part, w1, b1, gelu=True)
@@ -299,7 +302,7 @@ class _ChunkedFFN(torch.autograd.Function):
 
 
 def _takes_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether a feed-forward network can be one operator."""
+    """Whether the compiled operators take x and a weight of these widths."""
     return runs_tiled(x) and not any(width % 32 for width in weight.shape[:2])
 
 

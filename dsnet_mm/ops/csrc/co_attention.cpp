@@ -28,9 +28,6 @@ Gradients co_attention_backward_impl(const Tensor& grad_local,
 
 namespace {
 
-// Kernels read whole rows: a tensor whose last axis is strided is copied.
-Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 void check(const Tensor& local_qkv, const Tensor& global_qkv, const Tensor& seed,
            int64_t num_heads, double dropout_p) {
   TORCH_CHECK(local_qkv.dim() == 3 && global_qkv.dim() == 3 &&

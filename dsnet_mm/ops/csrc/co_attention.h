@@ -25,6 +25,11 @@ Gradients co_attention_backward_impl(const Tensor& grad_local,
                                      const Tensor& global_lse, const Tensor& seed,
                                      int64_t num_heads, double dropout_p);
 
+// Kernels read whole rows: a tensor whose last axis is strided is copied.
+inline Tensor with_rows(const Tensor& x) {
+  return x.stride(-1) == 1 ? x : x.contiguous();
+}
+
 inline Dropout make_dropout(double p, int64_t seed) {
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(p * 4294967296.),
           1 / (1 - p)};

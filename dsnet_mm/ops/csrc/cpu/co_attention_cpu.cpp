@@ -18,6 +18,7 @@
 namespace dsnet {
 
 constexpr int64_t kQueries = 256;  // of a task, about, that share blocks of keys,
+constexpr int64_t kTogether = 32;  // of these, at most, that are multiplied at a time,
 constexpr int64_t kColumns = 128;  // and keys in such a block
 constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
 constexpr int64_t kMost = kQueries * 3 / 2 + 64;  // queries that a task can get
@@ -38,8 +39,8 @@ struct Head {
 // Enough for either pass of a head of this width in double, and for AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (std::max(2 * kMost + 2 * kColumns + 32, 6 * kBlock) * padded +
-              std::max(32 * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
+  return 8 * (std::max(2 * kMost + 2 * kColumns + kTogether, 6 * kBlock) * padded +
+              std::max(kTogether * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
          64 * 64;
 }
 
@@ -130,12 +131,12 @@ void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
   // Longer tasks are faster, as long as there are several for each thread.
   const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
   const int64_t queries =
-      std::clamp(all / (4 * at::get_num_threads()), int64_t(32), kQueries);
-  // Of nearly equal length, in the rows of AMX's products: every task transposes keys.
+      std::clamp(all / (4 * at::get_num_threads()), kTogether, kQueries);
+  // Of nearly equal length. Every task reads all keys.
   int64_t length[2], parts[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t wanted = std::max<int64_t>((d.tokens[i] + queries / 2) / queries, 1);
-    length[i] = ceil_div(ceil_div(d.tokens[i], wanted), 32) * 32;
+    length[i] = ceil_div(ceil_div(d.tokens[i], wanted), kTogether) * kTogether;
     parts[i] = i == 0 || both ? ceil_div(d.tokens[i], length[i]) : 0;
   }
   // The longer tasks first: those that read the longer stream.
@@ -278,8 +279,6 @@ void check_self(const Tensor& qkv, const Tensor& seed, int64_t num_heads,
               num_heads, ", one int64 number, and a dropout in [0, 1), got ",
               qkv.sizes(), ", ", seed.sizes(), " and ", dropout_p);
 }
-
-Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 std::tuple<Tensor, Tensor> self_attention_cpu(const Tensor& qkv, const Tensor& seed,
                                               int64_t num_heads, double dropout_p) {
