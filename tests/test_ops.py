@@ -678,6 +678,17 @@ def test_ffn_backward(pixels, width, hidden, threads):
 
 
 @needs_tiles
+def test_ffn_passes_opcheck():
+    x, w1, b1 = torch.randn(5, 32), torch.randn(64, 32), torch.randn(64)
+    w2 = w1.t().contiguous()
+    ops = torch.ops.dsnet_mm
+    torch.library.opcheck(ops.ffn_backward.default, (x, x, w1, b1, w2))
+    tiles = to_tiles(w1), b1, to_tiles(w2), torch.zeros(32)
+    torch.library.opcheck(ops.ffn.default, (x, *tiles))
+    torch.library.opcheck(ops.ffn_.default, (x.clone(), x, *tiles))
+
+
+@needs_tiles
 def test_ffn_backward_refuses_what_does_not_fit():
     x, w1, b1 = torch.zeros(3, 32), torch.zeros(64, 32), torch.zeros(64)
     for change in (

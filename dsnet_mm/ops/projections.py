@@ -132,5 +132,9 @@ if native.WHY_NOT is None:
     torch.library.register_fake(
         'dsnet_mm::ffn', lambda x, w1, b1, w2, b2: _linear(x, w2, b2)
     )
+    torch.library.register_fake(
+        'dsnet_mm::ffn_backward',
+        lambda grad, *tensors: tuple(map(torch.empty_like, tensors)),
+    )
     for _name in ('linear_', 'ffn_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)
