@@ -221,6 +221,20 @@ def test_self_attention_refuses_what_does_not_fit():
             op(qkv, seed(), heads, 0.0)
     with pytest.raises(RuntimeError, match='self_attention takes'):
         op(x, seed(), 1, 1.0)
+    out, lse = op(x, seed(), 1, 0.0)
+    backward = torch.ops.dsnet_mm.self_attention_backward
+    for change in (out[:, :3], out.double(), out[..., :4]):
+        with pytest.raises(RuntimeError, match='self_attention_backward takes'):
+            backward(change, x, change, lse, seed(), 1, 0.0)
+    with pytest.raises(RuntimeError, match='self_attention_backward takes'):
+        backward(out, x, out, lse[..., :3], seed(), 1, 0.0)
+
+
+@pytest.mark.parametrize('path', [pytest.param('native', marks=needs_native), 'sdpa'])
+def test_self_attention_under_autocast(path, monkeypatch):
+    monkeypatch.setenv('DSNET_MM_OPS', path)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert self_attention(torch.randn(1, 5, 24), 1).dtype == torch.bfloat16
 
 
 @needs_native
@@ -444,7 +458,6 @@ def test_older_instruction_sets(capability):
         '    for widths in WIDTHS:\n'
         '        test_linear(*widths, torch.float32)\n'
         '        test_ffn(*widths, torch.float32)\n'
-        '    test_ffn_backward(300, 64, 96, 2)\n'
         '    test_ffn_backward(300, 64, 96, 2)\n'
         '    test_gelu(torch.float32)\n'
         '    test_gelu_far_from_zero(-50, torch.float32)\n'

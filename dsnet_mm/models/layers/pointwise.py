@@ -87,7 +87,7 @@ class Projection:
         key = outputs, inputs
         if key not in self._packed:
             weight, bias = self.part(outputs, inputs)
-            fits = not any(width % 32 for width in weight.shape)
+            fits = _fits_tiles(weight)
             self._packed[key] = (to_tiles(weight), bias) if fits else None
         return self._packed[key]
 
@@ -244,7 +244,7 @@ class _ChunkedFFN(torch.autograd.Function):
 
     @staticmethod
     def compute(x, w1, b1, w2, b2, add):
-        if _takes_tiles(x, w1):
+        if runs_tiled(x) and _fits_tiles(w1):
             tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
             return tiled_ffn(x, tiles1, b1, tiles2, b2, add)
         # In the memory of ``add``, which may also be that of x: a chunk has been
@@ -271,7 +271,7 @@ class _ChunkedFFN(torch.autograd.Function):
         grad = _flat(grad)
         grad_b2 = _rows(grad).sum(0)
         grad_add = grad if ctx.added else None
-        if x.dtype == torch.float32 and _takes_tiles(x, w1):
+        if x.dtype == torch.float32 and runs_tiled(x) and _fits_tiles(w1):
             grad_x, grad_w1, grad_b1, grad_w2 = ffn_backward(
                 _rows(grad), _rows(x), weight1, b1, weight2
             )
@@ -301,9 +301,9 @@ class _ChunkedFFN(torch.autograd.Function):
         return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_add
 
 
-def _takes_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled operators take x and a weight of these widths."""
-    return runs_tiled(x) and not any(width % 32 for width in weight.shape[:2])
+def _fits_tiles(weight: Tensor) -> bool:
+    """Whether a weight (C_out, C_in, ...) has widths that the tiles can have."""
+    return not any(width % 32 for width in weight.shape[:2])
 
 
 def _is_inference(x: Tensor, weight: Tensor) -> bool:

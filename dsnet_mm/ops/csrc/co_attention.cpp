@@ -62,18 +62,11 @@ Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_glo
                                 const Tensor& seed, int64_t num_heads,
                                 double dropout_p) {
   check(local_qkv, global_qkv, seed, num_heads, dropout_p);
-  const auto fits = [&](const Tensor& x, const Tensor& qkv) {
-    return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == qkv.size(1) &&
-           x.size(2) * 3 == qkv.size(2) && x.scalar_type() == qkv.scalar_type();
-  };
-  const auto exact = local_qkv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto is_lse = [&](const Tensor& x, const Tensor& qkv) {
-    return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == num_heads &&
-           x.size(2) == qkv.size(1) && x.scalar_type() == exact;
-  };
-  TORCH_CHECK(fits(grad_local, local_qkv) && fits(local_out, local_qkv) &&
-                  fits(grad_global, global_qkv) && fits(global_out, global_qkv) &&
-                  is_lse(local_lse, local_qkv) && is_lse(global_lse, global_qkv),
+  TORCH_CHECK(is_output(grad_local, local_qkv) && is_output(local_out, local_qkv) &&
+                  is_output(grad_global, global_qkv) &&
+                  is_output(global_out, global_qkv) &&
+                  is_lse(local_lse, local_qkv, num_heads) &&
+                  is_lse(global_lse, global_qkv, num_heads),
               "co_attention_backward takes what co_attention returned and gradients "
               "of its first two outputs");
   return co_attention_backward_impl(

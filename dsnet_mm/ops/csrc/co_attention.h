@@ -30,6 +30,19 @@ inline Tensor with_rows(const Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+// Whether x can be what a stream has read, (N, L, C), or the logarithms of the
+// softmax's denominators, (N, heads, L).
+inline bool is_output(const Tensor& x, const Tensor& qkv) {
+  return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == qkv.size(1) &&
+         x.size(2) * 3 == qkv.size(2) && x.scalar_type() == qkv.scalar_type();
+}
+
+inline bool is_lse(const Tensor& x, const Tensor& qkv, int64_t num_heads) {
+  const auto exact = qkv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == num_heads &&
+         x.size(2) == qkv.size(1) && x.scalar_type() == exact;
+}
+
 inline Dropout make_dropout(double p, int64_t seed) {
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(p * 4294967296.),
           1 / (1 - p)};

@@ -302,14 +302,14 @@ Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& qkv,
                                    const Tensor& seed, int64_t num_heads,
                                    double dropout_p) {
   check_self(qkv, seed, num_heads, dropout_p);
-  TORCH_CHECK(grad.sizes() == out.sizes() &&
-                  lse.numel() == qkv.size(0) * num_heads * qkv.size(1) &&
-                  grad.scalar_type() == qkv.scalar_type(),
-              "self_attention_backward takes what self_attention returned and a "
-              "gradient of its first output, got ",
-              grad.sizes(), ", ", out.sizes(), " and ", lse.sizes());
+  TORCH_CHECK(
+      is_output(grad, qkv) && is_output(out, qkv) && is_lse(lse, qkv, num_heads),
+      "self_attention_backward takes what self_attention returned and a "
+      "gradient of its first output, got ",
+      grad.sizes(), ", ", out.sizes(), " and ", lse.sizes());
   const Tensor x = with_rows(qkv), g = with_rows(grad), o = with_rows(out);
-  const Tensor gs[2] = {g, g}, outs[2] = {o, o}, lses[2] = {lse, lse};
+  const Tensor gs[2] = {g, g}, outs[2] = {o, o},
+               lses[2] = {lse.contiguous(), lse.contiguous()};
   const Tensor result = at::empty(x.sizes(), x.options());
   Tensor results[2] = {result, result};
   if (x.size(0) > 0)

@@ -88,6 +88,17 @@ inline Vec<float> exp2(Vec<float> x) {
 #endif
 }
 
+inline Vec<double> exp2(Vec<double> x) {
+  using bits = Vector<double>::bits;
+  constexpr double shift = 6755399441055744.;  // 1.5 * 2^52
+  x = larger<double>(Vec<double>{} - 1022., x);
+  const Vec<double> rounded = x + shift;
+  const Vec<double> f = (x - (rounded - shift)) * 0.69314718055994530942;
+  Vec<double> y = Vec<double>{} + 1.;
+  for (int n = 13; n > 0; --n) y = y * f * (1. / n) + 1.;  // Taylor
+  return (Vec<double>)((bits)y + ((bits)rounded << 52));
+}
+
 // ------------------------------------------------------------ moving elements
 
 // dst[c][r] = src[r][c]; both extents are multiples of the lanes.
