@@ -24,6 +24,7 @@ SOURCES = (
     'co_attention.cpp',
     'cpu/co_attention_cpu.cpp',
     'cpu/depthwise_cpu.cpp',
+    'cpu/ds_block_cpu.cpp',
     'cpu/projections_cpu.cpp',
     'cpu/resize_cpu.cpp',
 )

@@ -11,7 +11,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The blocks of DS-Net and DS-FPN fold theirs into what follows
     (:meth:`DSBlock.fuse`), everything else as MMCV's ``fuse_conv_bn`` does.
-    Projections are packed for the CPU at their first call, which doubles their
+    On the CPU a block of DS-Net is then one operator, except for most of the
+    variants of the paper's ablations: hooks of the layers inside are not called. It
+    packs the weights of its projections at its first call, which doubles their
     memory; weights that are changed in place after that are not seen.
 
     Outputs change by rounding only. The model can no longer be trained, and its

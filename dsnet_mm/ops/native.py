@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 _OPS = (
     'co_attention',
     'depthwise_conv',
+    'ds_block',
     'ffn',
     'ffn_',
     'ffn_backward',

@@ -43,28 +43,6 @@ def to_tiles(weight: Tensor) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
-def tiled_linear(
-    x: Tensor, w: Tensor, b: Tensor | None, add: Tensor | None = None
-) -> Tensor:
-    """Computes W x + b, or W x + b + add in the memory of ``add``, without gradients.
-
-    Args:
-        x: Map of shape (N, C_in, H, W), or tokens of shape (..., C_in), in float32 or
-            bfloat16.
-        w: Weight of shape (C_out, C_in) by :func:`to_tiles`.
-        b: Bias of shape (C_out,), or None.
-        add: Map or tokens with C_out channels, or None.
-
-    Returns:
-        Map, channels-last, or tokens with C_out channels.
-    """
-    if add is None:
-        return torch.ops.dsnet_mm.linear(x, w, b)
-    add = add.contiguous(memory_format=_layout(add))
-    torch.ops.dsnet_mm.linear_(add, x, w, b)
-    return add
-
-
 def tiled_ffn(
     x: Tensor,
     w1: Tensor,
@@ -73,7 +51,9 @@ def tiled_ffn(
     b2: Tensor,
     add: Tensor | None = None,
 ) -> Tensor:
-    """Computes W2 GELU(W1 x + b1) + b2, likewise.
+    """Computes W2 GELU(W1 x + b1) + b2, without gradients.
+
+    Or that and ``add``, in the memory of ``add``.
 
     Args:
         x: Map of shape (N, C, H, W), or tokens of shape (..., C), in float32 or

@@ -1,5 +1,7 @@
 """The Dual-Stream block of DS-Net (arXiv 2105.14734, Fig. 2) and its parts."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -12,16 +14,18 @@ from dsnet_mm.ops import (
     attention,
     co_attention,
     depthwise_conv,
+    ds_block,
     resize,
     resize_add,
+    runs_ds_block,
     self_attention,
     split_heads,
+    to_tiles,
 )
 
 from .pointwise import (
     FFN,
     Pointwise,
-    Projection,
     TokenLinear,
     to_map,
     to_tokens,
@@ -104,7 +108,8 @@ class PatchEmbed(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H / p), ceil(W / p))."""
-        pad_h, pad_w = (-side % self.patch_size for side in x.shape[-2:])
+        p = self.patch_size  # Not -side % p, on which compilers of any size fail.
+        pad_h, pad_w = ((side + p - 1) // p * p - side for side in x.shape[-2:])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.projection(x)
@@ -290,9 +295,12 @@ class DSBlock(BaseModule):
         self.proj_out = Pointwise(channels, channels)
         self.ffn = FFN(channels, int(channels * mlp_ratio), act_cfg)
         self.drop_path = DropPath(drop_path_rate)
+        self._packed: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
+        if weights := self.weights_for(x):
+            return ds_block(x, weights, self.num_heads, self.global_factor)
         x = self.pos_embed(x.contiguous(memory_format=torch.channels_last))
         if self.training:
             x = x + self.drop_path(self.dual_stream(self.norm1(x)))
@@ -341,18 +349,89 @@ class DSBlock(BaseModule):
         return self.proj_out(f_l, add, inputs=(0, local_width)) if has_local else add
 
     def fuse(self) -> None:
-        """Folds norms into the layers after them, and packs all projections."""
+        """Folds norms into the layers after them, and prepares for :func:`ds_block`."""
         self.pos_embed.fuse()
         self.norm1 = fold(self.norm1, self.proj_in)
         self.norm2 = fold(self.norm2, self.ffn.fc1)
+        norms = [self.norm1, self.norm2]
         if self.local_conv is not None and folds(self.local_norm):
             self.local_conv.fuse(self.local_norm)
             self.local_norm = nn.Identity()
         if self.isa is not None:
             self.isa.local_norm = fold(self.isa.local_norm, self.isa.local_qkv)
-        for module in self.modules():
-            if isinstance(module, Projection):
-                module.pack()
+            norms.append(self.isa.local_norm)
+        widths = (*self.split_channels, self.ffn.fc1.out_channels)
+        if (
+            self.local_conv is not None
+            and self.local_conv.fused
+            and self.global_qkv is not None
+            and (self.isa is None or self.isa.direction == 'both')
+            and all(isinstance(norm, nn.Identity) for norm in norms)
+            and self.ffn.has_exact_gelu
+            and not any(width % 32 for width in widths)
+        ):
+            self._packed = []
+
+    def weights_for(self, x: Tensor) -> list[Tensor] | None:
+        """Returns what :func:`ds_block` takes, or None if it is not for this map.
+
+        It is for fused blocks with both streams, and ISA both ways or none. Weights
+        are packed at the first call, and again after they were moved to another type
+        or loaded, but not after other changes of them.
+        """
+        if self._packed is None or self.training or not runs_ds_block(x):
+            return None
+        if not self._packed:
+            self._packed = self.pack()
+        return self._packed if self._packed[0].dtype == x.dtype else None
+
+    def pack(self) -> list[Tensor]:
+        """Returns the weights in the order in which :func:`ds_block` uses them."""
+        global_width, channels = self.split_channels[0], sum(self.split_channels)
+        local_width = channels - global_width
+
+        def tiles(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+            weight = to_tiles(weight.flatten(1))
+            return [weight] if bias is None else [weight, bias]
+
+        ffn = self.ffn
+        weights = [
+            *(self.pos_embed.weight, self.pos_embed.bias),
+            *tiles(*self.proj_in.part(outputs=(0, global_width))),
+            *tiles(*self.proj_in.part(outputs=(global_width, channels))),
+            *(self.local_conv.weight, self.local_conv.bias, self.local_conv.border),
+            *(self.global_norm.weight, self.global_norm.bias),
+            *tiles(self.global_qkv.weight, self.global_qkv.bias),
+            *tiles(*self.proj_out.part(inputs=(local_width, channels))),
+            *tiles(*self.proj_out.part(inputs=(0, local_width))),
+            *tiles(ffn.fc1.weight, ffn.fc1.bias),
+            *tiles(ffn.fc2.weight, ffn.fc2.bias),
+        ]
+        if self.isa is not None:
+            isa = self.isa
+            weights += [
+                *tiles(isa.local_qkv.weight, isa.local_qkv.bias),
+                *(isa.global_norm.weight, isa.global_norm.bias),
+                *tiles(isa.global_qkv.weight, isa.global_qkv.bias),
+                *tiles(isa.local_proj.weight, isa.local_proj.bias),
+                *tiles(isa.global_proj.weight, isa.global_proj.bias),
+            ]
+        return weights
+
+    def _forget(self) -> None:
+        if self._packed:
+            self._packed = []
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # packed weights are not saved
+        return {**self.__dict__, '_packed': [] if self._packed else self._packed}
 
     def self_attention(self, f_g: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V of the global tokens, (N, G, alpha * C)."""

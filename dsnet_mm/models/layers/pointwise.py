@@ -6,7 +6,6 @@ than in arithmetic; what is here keeps them in the cache.
 """
 
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import ffn_backward, runs_tiled, tiled_ffn, tiled_linear, to_tiles
+from dsnet_mm.ops import ffn_backward, runs_tiled, tiled_ffn, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -43,20 +42,16 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-class Projection:
-    """A layer whose weights can be packed for inference.
+class Pointwise(nn.Conv2d):
+    """1x1 convolution, which can also be computed in parts.
 
-    Once :meth:`pack` was called, a layer holds its weights also in the order in
-    which :mod:`dsnet_mm.ops.projections` reads them, from the first call that can
-    use it on. They are packed anew after the weights were moved to another type or
-    loaded, but not after other changes of them.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
     """
 
-    _packed: dict[tuple, tuple[Tensor, Tensor | None] | None] | None = None
-
-    def pack(self) -> None:
-        """Prepares for inference, when the weights are final."""
-        self._packed = {}
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
 
     def part(
         self, outputs: Part | None = None, inputs: Part | None = None
@@ -72,52 +67,6 @@ class Projection:
             last = inputs[1] == weight.shape[1]
             weight, bias = weight[:, slice(*inputs)], bias if last else None
         return weight, bias
-
-    def tiles(
-        self, x: Tensor, outputs: Part | None = None, inputs: Part | None = None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Returns a part as :mod:`dsnet_mm.ops.projections` takes it.
-
-        Or None if ``x``, or the part, cannot go that way.
-        """
-        if self._packed is None or not _is_inference(x, self.weight):
-            return None
-        if not runs_tiled(x):
-            return None
-        key = outputs, inputs
-        if key not in self._packed:
-            weight, bias = self.part(outputs, inputs)
-            fits = _fits_tiles(weight)
-            self._packed[key] = (to_tiles(weight), bias) if fits else None
-        return self._packed[key]
-
-    def _forget(self) -> None:
-        if self._packed:
-            self._packed = {}
-
-    def _apply(self, *args, **kwargs) -> nn.Module:
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:  # packed weights are not saved
-        packed = {} if self._packed else self._packed
-        return {**self.__dict__, '_packed': packed}
-
-
-class Pointwise(Projection, nn.Conv2d):
-    """1x1 convolution, which can also be computed in parts.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
 
     def forward(
         self,
@@ -138,8 +87,6 @@ class Pointwise(Projection, nn.Conv2d):
         Returns:
             Map of shape (N, C_out, H, W), channels-last like ``x``.
         """
-        if tiles := self.tiles(x, outputs, inputs):
-            return tiled_linear(x, *tiles, add)
         weight, bias = self.part(outputs, inputs)
         weight = weight[..., None, None]
         if _may_fuse(x, weight):
@@ -148,7 +95,7 @@ class Pointwise(Projection, nn.Conv2d):
         return out if add is None else out + add
 
 
-class TokenLinear(Projection, nn.Linear):
+class TokenLinear(nn.Linear):
     """Linear layer of tokens."""
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -162,8 +109,6 @@ class TokenLinear(Projection, nn.Linear):
         Returns:
             Tokens of shape (N, L, C_out).
         """
-        if tiles := self.tiles(x):
-            return tiled_linear(x, *tiles, add)
         if _may_fuse(x, self.weight):
             size = (x.shape[1], 1)
             x = to_map(x, size)
@@ -194,6 +139,11 @@ class FFN(nn.Sequential):
         )
         super().__init__(layers)
 
+    @property
+    def has_exact_gelu(self) -> bool:
+        """Whether the activation is the GELU of the error function."""
+        return isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Computes fc2(act(fc1(x))).
 
@@ -206,15 +156,12 @@ class FFN(nn.Sequential):
             Map of shape (N, C, H, W).
         """
         fc1, fc2 = self.fc1, self.fc2
-        exact_gelu = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
-        if exact_gelu and (tiles1 := fc1.tiles(x)) and (tiles2 := fc2.tiles(x)):
-            return tiled_ffn(x, *tiles1, *tiles2, add)
         tensors = [x, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         autocast = x.is_cpu and torch.is_autocast_enabled('cpu')
         if autocast:
             dtype = torch.get_autocast_dtype('cpu')
             tensors = [tensor.to(dtype) for tensor in tensors]
-        if not exact_gelu or not _runs_on_onednn(*tensors[:2]):
+        if not self.has_exact_gelu or not _runs_on_onednn(*tensors[:2]):
             x = super().forward(x)
             return x if add is None else x + add
         if add is not None and add.dtype != tensors[0].dtype:  # by autocast
