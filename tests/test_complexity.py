@@ -125,9 +125,11 @@ def test_fused_projections_count_as_plain_ones():
     assert fused.uncounted == ()
 
 
+@pytest.mark.parametrize('isa', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_packed_projections_count_as_plain_ones(dtype):
-    net = DSNet(dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4))
+def test_packed_projections_count_as_plain_ones(dtype, isa):
+    arch = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
+    net = DSNet(arch, isa=isa)
     picture = torch.zeros(1, 3, 64, 64)
     plain = count_complexity(net.double(), picture.double())
     packed = fuse_for_inference(net).to(dtype)

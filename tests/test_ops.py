@@ -670,6 +670,29 @@ def test_ffn(pixels, inputs, hidden, outputs, dtype):
     assert_as_exact(kept, plain(x, *weights, x), exact + x.double())
 
 
+@for_types
+@pytest.mark.parametrize('reads', [False, True])
+def test_merge(reads, dtype):
+    """It is the projections one after the other."""
+    torch.manual_seed(0)
+    x, f_l, h_l = (torch.randn(700, c).to(dtype) for c in (96, 64, 64))
+    (w, b), (w_out, _) = layer(64, 64, dtype), layer(64, 96, dtype)
+    (w1, b1), (w2, b2) = layer(96, 288, dtype), layer(288, 96, dtype)
+    w, w_out, w1, w2 = map(to_tiles, (w, w_out, w1, w2))
+    read = (h_l, w, b) if reads else (None, None, None)
+    args = x, f_l, *read, w_out, w1, b1, w2, b2
+    merged, local = x.clone(), f_l.clone()
+    torch.ops.dsnet_mm.merge_(merged, local, *args[2:])
+    if reads:
+        torch.ops.dsnet_mm.linear_(f_l, h_l, w, b)
+    torch.ops.dsnet_mm.linear_(x, f_l, w_out, None)
+    assert torch.equal(merged, tiled_ffn(x, w1, b1, w2, b2, x))
+    torch.library.opcheck(torch.ops.dsnet_mm.merge_.default, args)
+    for wrong in ((x[:5], *args[1:]), (x, f_l[:5], *args[2:]), (x, x, *args[2:])):
+        with pytest.raises(RuntimeError, match='merge_ takes a map, its local stream'):
+            torch.ops.dsnet_mm.merge_(*wrong)
+
+
 @needs_tiles
 @pytest.mark.parametrize('threads', [1, 2, 7])
 @pytest.mark.parametrize(

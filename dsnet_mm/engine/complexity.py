@@ -21,6 +21,7 @@ RESIZE_ADD = 'dsnet_mm::resize_add_'
 DEPTHWISE = 'dsnet_mm::depthwise_conv'
 LINEAR = ('dsnet_mm::linear', 'dsnet_mm::linear_')
 FFN = ('dsnet_mm::ffn', 'dsnet_mm::ffn_')
+MERGE = 'dsnet_mm::merge_'
 
 # Whose other operators count nothing.
 FREE = ('aten', 'prim', 'prims')
@@ -91,6 +92,12 @@ class _Counter(TorchDispatchMode):
             y = args[0] if out is None else out
             self.multiply_adds += _pixels(x) * (w1.numel() + w2.numel())
             self.elementwise += 2 * _pixels(x) * b1.numel() + y.numel()  # GELU, biases
+        elif func.name() == MERGE:
+            x, f_l, _, w, *_, w_out, w1, b1, w2, _ = args
+            weights = [w_out, w1, w2] if w is None else [w, w_out, w1, w2]
+            self.multiply_adds += _pixels(x) * sum(map(Tensor.numel, weights))
+            self.elementwise += 2 * _pixels(x) * b1.numel() + x.numel()  # as above
+            self.elementwise += f_l.numel() * (w is not None)
         elif func.name() == DEPTHWISE:
             self.multiply_adds += 9 * out.numel()
             self.elementwise += out.numel()

@@ -1,9 +1,10 @@
 """Makes a trained network faster at inference without changing its outputs."""
 
+import torch
 from mmcv.cnn import fuse_conv_bn
 from torch import nn
 
-from .layers import DSBlock
+from .layers import DSBlock, PatchEmbed
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
@@ -28,13 +29,16 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there are no DS-blocks in it.
     """
-    blocks = [module for module in model.modules() if isinstance(module, DSBlock)]
-    if not blocks:
+    if not any(isinstance(module, DSBlock) for module in model.modules()):
         raise ValueError(
             f'fuse_for_inference takes models with DS-blocks (DSNet, DSFPN), and '
             f'{type(model).__name__} has none; mmcv.cnn.fuse_conv_bn fuses others.'
         )
     model.eval()
-    for block in blocks:
-        block.fuse()
+    for module in model.modules():
+        if isinstance(module, DSBlock):
+            module.fuse()
+        elif isinstance(module, PatchEmbed):
+            # As the maps are: else every call copies the weight.
+            module.projection.to(memory_format=torch.channels_last)
     return fuse_conv_bn(model)

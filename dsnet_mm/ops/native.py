@@ -26,6 +26,7 @@ _OPS = (
     'has_projections',
     'linear',
     'linear_',
+    'merge_',
     'resize_add_',
     'self_attention',
     'self_attention_backward',

@@ -116,5 +116,5 @@ if native.WHY_NOT is None:
         'dsnet_mm::ffn_backward',
         lambda grad, *tensors: tuple(map(torch.empty_like, tensors)),
     )
-    for _name in ('linear_', 'ffn_'):
+    for _name in ('linear_', 'ffn_', 'merge_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)

@@ -89,12 +89,14 @@ void resize_add(Tensor& out, const Tensor& x) {
   op.call(out, x);
 }
 
-// out += W2 GELU(W1 out + b1) + b2
-void add_ffn(Tensor& out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-             const Tensor& b2) {
-  static const auto op = find<void(Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                   const Tensor&, const Tensor&)>("dsnet_mm::ffn_");
-  op.call(out, out, w1, b1, w2, b2);
+// f_l += proj(h_l), x += W_out f_l and x += FFN(x)
+void merge(Tensor& x, Tensor& f_l, const Optional& h_l, const Optional& w,
+           const Optional& b, const Tensor& w_out, at::TensorList ffn) {
+  static const auto op =
+      find<void(Tensor&, Tensor&, const Optional&, const Optional&, const Optional&,
+                const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&)>("dsnet_mm::merge_");
+  op.call(x, f_l, h_l, w, b, w_out, ffn[0], ffn[1], ffn[2], ffn[3]);
 }
 
 // (N, C, H, W), channels-last, as (N, H * W, C), and back
@@ -133,19 +135,19 @@ Tensor ds_block(const Tensor& input, at::TensorList w, int64_t num_heads,
   f_g.add_(attention(qkv));
 
   // Inter-scale alignment
+  Optional h_l, local_w, local_b;
   if (w.size() == 30) {
-    Tensor local = to_tokens(f_l);
-    const Tensor local_qkv = Projection{w[20], w[21]}(local);
+    const Tensor local_qkv = Projection{w[20], w[21]}(to_tokens(f_l));
     const Tensor global_qkv = Projection{w[24], w[25]}(LayerNorm{w[22], w[23]}(f_g));
-    const auto [h_l, h_g] = attention(local_qkv, global_qkv);
-    Projection{w[26], w[27]}.add_to(local, h_l);
+    Tensor h_g;
+    std::tie(h_l, h_g) = attention(local_qkv, global_qkv);
+    std::tie(local_w, local_b) = std::tie(w[26], w[27]);
     Projection{w[28], w[29]}.add_to(f_g, h_g);
   }
 
   // Merge
   resize_add(x, Projection{w[13], w[14]}(to_map(f_g, size)));
-  Projection{w[15], {}}.add_to(x, f_l);
-  add_ffn(x, w[16], w[17], w[18], w[19]);
+  merge(x, f_l, h_l, local_w, local_b, w[15], w.slice(16, 4));
   return x;
 }
 

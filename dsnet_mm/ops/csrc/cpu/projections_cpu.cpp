@@ -1,9 +1,9 @@
 // Projections of pixels on the CPU: dsnet_mm::linear, W x + b, and dsnet_mm::ffn, W2
 // GELU(W1 x + b1) + b2, whose hidden layer stays in a core's cache, a few hundred
-// pixels at a time; linear_ and ffn_, which add to a tensor that is there; and
-// ffn_backward. Pixels are those of channels-last maps (N, C, H, W), or tokens (...,
-// C). In float by the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in
-// the order in which these read them.
+// pixels at a time; linear_ and ffn_, which add to a tensor that is there; merge_,
+// which is three of these; and ffn_backward. Pixels are those of channels-last maps (N,
+// C, H, W), or tokens (..., C). In float by the vectors of AVX-512 or AVX2, in bfloat16
+// by AMX; weights come in the order in which these read them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -99,7 +99,24 @@ Layer<T> layer(const Tensor& w, const Tensor* b) {
   return {in, out, read<T>(w), b ? read<T>(*b) : nullptr};
 }
 
-// Calls task(count, x, out, memory) for all pixels, up to kPixels at a time.
+// Calls task(first, count, memory) for all pixels, up to kPixels at a time, with memory
+// for layers that have so many channels on their two sides.
+template <typename T, typename Task>
+void each_part(int64_t pixels, int64_t channels, const Task& task) {
+  // Rows of pixels that are multiplied together: no thread gets less but the last.
+  constexpr int64_t rows = std::is_same_v<T, float> ? kRows : 32;
+  at::parallel_for(0, ceil_div(pixels, rows), 1, [&](int64_t begin, int64_t end) {
+    char* memory = scratch(4 * (kPixels + rows) * (channels + kHidden) + 16 * 1024);
+    begin *= rows;
+    end = std::min(end * rows, pixels);
+    const int64_t parts = ceil_div(end - begin, kPixels);
+    const int64_t size = ceil_div(ceil_div(end - begin, parts), rows) * rows;
+    for (int64_t i = begin; i < end; i += size)
+      task(i, std::min(size, end - i), memory);
+  });
+}
+
+// Calls task(count, x, out, memory) likewise.
 template <typename T, typename Task>
 void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& task) {
   TORCH_CHECK(channels(x) == in && channels(out) == width && out.dim() == x.dim() &&
@@ -110,18 +127,10 @@ void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& t
   const T* from = read<T>(pixels, layout(x));
   read<T>(out, layout(out));
   T* to = out.data_ptr<T>();
-  // Rows of pixels that are multiplied together: no thread gets less but the last.
-  constexpr int64_t rows = std::is_same_v<T, float> ? kRows : 32;
-  const int64_t count = x.numel() / in;
-  at::parallel_for(0, ceil_div(count, rows), 1, [&](int64_t begin, int64_t end) {
-    char* memory = scratch(4 * (kPixels + rows) * (in + kHidden + width) + 16 * 1024);
-    begin *= rows;
-    end = std::min(end * rows, count);
-    const int64_t parts = ceil_div(end - begin, kPixels);
-    const int64_t size = ceil_div(ceil_div(end - begin, parts), rows) * rows;
-    for (int64_t i = begin; i < end; i += size)
-      task(std::min(size, end - i), from + i * in, to + i * width, memory);
-  });
+  each_part<T>(x.numel() / in, in + width,
+               [&](int64_t first, int64_t count, char* memory) {
+                 task(count, from + first * in, to + first * width, memory);
+               });
 }
 
 // By the best instructions.
@@ -204,6 +213,41 @@ void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
   project_twice(out, x, w1, b1, w2, b2, true);
 }
 
+// What comes last in a block: f_l += W h_l + b where there is an h_l, x += W_out f_l,
+// and x += FFN(x), for one part of the pixels after the other, which are then still in
+// a core's cache.
+void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
+           const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+           const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+           const Tensor& b2) {
+  for_type(x.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const Layer<T> out = layer<T>(w_out, nullptr);
+    const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
+    const Layer<T> proj = h_l ? layer<T>(*w, &*b) : Layer<T>{out.in, out.in};
+    const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
+    TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
+                    f_l.numel() == pixels * local_width &&
+                    (!h_l || h_l->numel() == f_l.numel()) && out.out == width &&
+                    proj.in == local_width && proj.out == local_width &&
+                    fc1.in == width && fc1.out == fc2.in,
+                "merge_ takes a map, its local stream and what that has read, got ",
+                x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
+                proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ",
+                fc2.out, " channels");
+    read<T>(x, layout(x));
+    read<T>(f_l, layout(f_l));
+    const T* from = h_l ? read<T>(*h_l) : nullptr;
+    T *to_local = f_l.data_ptr<T>(), *to = x.data_ptr<T>();
+    each_part<T>(pixels, 2 * width, [&](int64_t first, int64_t count, char* memory) {
+      T *local = to_local + first * local_width, *part = to + first * width;
+      if (h_l) linear(proj, true, count, from + first * local_width, local, memory);
+      linear(out, true, count, local, part, memory);
+      ffn(fc1, fc2, true, count, part, part, memory);
+    });
+  });
+}
+
 // Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some
 // of the hidden channels: what it finds for weights is a part of a sum over the pixels,
 // what it finds for x one of a sum over the channels.
@@ -270,6 +314,9 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
       "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
       "()");
   m.def(
+      "merge_(Tensor(a!) x, Tensor(b!) f_l, Tensor? h_l, Tensor? w, Tensor? b, "
+      "Tensor w_out, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
+  m.def(
       "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> "
       "(Tensor, "
       "Tensor, Tensor, Tensor)");
@@ -281,6 +328,7 @@ TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("ffn", ffn_op);
   m.impl("ffn_", ffn_add);
   m.impl("ffn_backward", ffn_backward);
+  m.impl("merge_", merge);
 }
 
 }  // namespace dsnet
