@@ -404,10 +404,12 @@ def test_chunked_ffn_equals_the_plain_one(add: bool, product_calls: list) -> Non
 
 @needs_tiles
 @needs_onednn
+@pytest.mark.parametrize('keeps', [False, True], ids=['recomputed', 'kept'])
 @pytest.mark.parametrize('add', [False, True], ids=['alone', 'added'])
 def test_tiled_ffn_in_training_equals_the_plain_one(
-    add: bool, product_calls: list
+    add: bool, keeps: bool, product_calls: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pointwise._ChunkedFFN, 'KEPT_WIDTH', 32 if keeps else 64)
     ffn, maps = ffn_inputs(add, width=32)
     kept = [x.clone() for x in maps]
     measured = ffn_results(FFN.forward, ffn, maps)

@@ -21,6 +21,7 @@ from dsnet_mm.ops import (
     depthwise_conv,
     dropout_mask,
     ffn_backward,
+    ffn_hidden,
     native,
     reference_co_attention,
     resize,
@@ -694,6 +695,7 @@ def test_merge(reads, dtype):
 
 
 @needs_tiles
+@pytest.mark.parametrize('keeps', [False, True], ids=['recomputed', 'kept'])
 @pytest.mark.parametrize('threads', [1, 2, 7])
 @pytest.mark.parametrize(
     ('pixels', 'width', 'hidden'),
@@ -701,11 +703,11 @@ def test_merge(reads, dtype):
     # fewer of either than threads would take.
     [(1, 32, 32), (300, 64, 96), (23, 96, 416), (1000, 32, 64)],
 )
-def test_ffn_backward(pixels, width, hidden, threads):
+def test_ffn_backward(pixels, width, hidden, threads, keeps):
     torch.manual_seed(0)
     x, grad = torch.randn(2, pixels, width)
     w1, b1 = layer(width, hidden, torch.float32)
-    w2, _ = layer(hidden, width, torch.float32)
+    w2, b2 = layer(hidden, width, torch.float32)
 
     def plain(dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (x, w1, b1, w2)]
@@ -715,9 +717,14 @@ def test_ffn_backward(pixels, width, hidden, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        measured = ffn_backward(grad, x, w1, b1, w2)
+        tiles = to_tiles(w1), b1, to_tiles(w2), b2
+        out, kept = ffn_hidden(x, *tiles)
+        measured = ffn_backward(grad, x, w1, b1, w2, *[kept] * keeps)
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(out, tiled_ffn(x, *tiles))
+    linear = F.linear(x, w1, b1), F.linear(x.double(), w1.double(), b1.double())
+    assert_as_exact(kept, *linear)
     for m, p, e in zip(measured, plain(x.dtype), plain(torch.float64), strict=True):
         assert_as_exact(m, p, e)
 
@@ -727,9 +734,12 @@ def test_ffn_passes_opcheck():
     x, w1, b1 = torch.randn(5, 32), torch.randn(64, 32), torch.randn(64)
     w2 = w1.t().contiguous()
     ops = torch.ops.dsnet_mm
-    torch.library.opcheck(ops.ffn_backward.default, (x, x, w1, b1, w2))
+    hidden = torch.randn(5, 64)
+    for kept in (None, hidden):
+        torch.library.opcheck(ops.ffn_backward.default, (x, x, w1, b1, w2, kept))
     tiles = to_tiles(w1), b1, to_tiles(w2), torch.zeros(32)
     torch.library.opcheck(ops.ffn.default, (x, *tiles))
+    torch.library.opcheck(ops.ffn_hidden.default, (x, *tiles))
     torch.library.opcheck(ops.ffn_.default, (x.clone(), x, *tiles))
 
 
@@ -743,6 +753,7 @@ def test_ffn_backward_refuses_what_does_not_fit():
         dict(b1=b1[:3]),
         dict(w2=w1),
         dict(x=x[:0], grad=x[:0]),
+        dict(hidden=x),
     ):
         with pytest.raises(RuntimeError, match='ffn_backward takes'):
             ffn_backward(**dict(grad=x, x=x, w1=w1, b1=b1, w2=w1.t()) | change)
@@ -806,6 +817,9 @@ def test_projections_refuse_what_does_not_fit(dtype):
         op(out, x, tiles, bias[:32])
     with pytest.raises(RuntimeError, match='maps or tokens, got a number'):
         torch.ops.dsnet_mm.linear(x[0, 0], tiles, bias)
+    with pytest.raises(RuntimeError, match='ffn_hidden takes AVX2'):
+        floats = to_tiles(weight.float()), bias.float()
+        torch.ops.dsnet_mm.ffn_hidden(x.float(), *floats, *floats)
     with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
         torch.ops.dsnet_mm.ffn_(out, x, tiles, bias, tiles, bias)
     torch.library.opcheck(op.default, (out, x, tiles, bias))

@@ -7,7 +7,7 @@ from .co_attention import (
 from .depthwise import depthwise_conv
 from .ds_block import ds_block, runs_ds_block
 from .paths import select_path
-from .projections import ffn_backward, runs_tiled, tiled_ffn, to_tiles
+from .projections import ffn_backward, ffn_hidden, runs_tiled, tiled_ffn, to_tiles
 from .reference import dropout_mask, reference_co_attention, split_heads
 from .resize import resize, resize_add
 
@@ -18,6 +18,7 @@ __all__ = [
     'dropout_mask',
     'ds_block',
     'ffn_backward',
+    'ffn_hidden',
     'reference_co_attention',
     'resize',
     'resize_add',

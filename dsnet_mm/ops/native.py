@@ -23,6 +23,7 @@ _OPS = (
     'ffn',
     'ffn_',
     'ffn_backward',
+    'ffn_hidden',
     'has_projections',
     'linear',
     'linear_',

@@ -74,12 +74,22 @@ def tiled_ffn(
     return add
 
 
+def ffn_hidden(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes W2 GELU(h) + b2 and h = W1 x + b1, in float32; see :func:`tiled_ffn`."""
+    return torch.ops.dsnet_mm.ffn_hidden(x, w1, b1, w2, b2)
+
+
 def ffn_backward(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes gradients of W2 GELU(W1 x + b1), in float32.
-
-    The hidden layer is computed again, and is never in memory as a whole.
 
     Args:
         grad: Gradients of the result, of shape (P, C).
@@ -87,11 +97,13 @@ def ffn_backward(
         w1: Weight of shape (C_hidden, C), multiples of 32.
         b1: Bias of shape (C_hidden,).
         w2: Weight of shape (C, C_hidden).
+        hidden: W1 x + b1, of shape (P, C_hidden). Without, it is computed again, and
+            is never in memory as a whole.
 
     Returns:
         The gradients of ``x``, ``w1``, ``b1`` and ``w2``.
     """
-    return torch.ops.dsnet_mm.ffn_backward(grad, x, w1, b1, w2)
+    return torch.ops.dsnet_mm.ffn_backward(grad, x, w1, b1, w2, hidden)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -113,8 +125,12 @@ if native.WHY_NOT is None:
         'dsnet_mm::ffn', lambda x, w1, b1, w2, b2: _linear(x, w2, b2)
     )
     torch.library.register_fake(
+        'dsnet_mm::ffn_hidden',
+        lambda x, w1, b1, w2, b2: (_linear(x, w2, b2), _linear(x, w1, b1)),
+    )
+    torch.library.register_fake(
         'dsnet_mm::ffn_backward',
-        lambda grad, *tensors: tuple(map(torch.empty_like, tensors)),
+        lambda grad, *tensors: tuple(map(torch.empty_like, tensors[:4])),
     )
     for _name in ('linear_', 'ffn_', 'merge_'):
         torch.library.register_fake(f'dsnet_mm::{_name}', lambda *args: None)

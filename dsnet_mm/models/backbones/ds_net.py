@@ -195,8 +195,13 @@ class DSNet(BaseModule):
                 else:
                     x = block(x)
             if i in self.out_indices:
+                out = getattr(self, f'norm{i}')(x)
+                if out.requires_grad and not torch.compiler.is_compiling():
+                    # PyTorch's batch norm goes back ten times slower through a
+                    # gradient in another order than its input.
+                    out.register_hook(_to_channels_last)
                 # Channels first: MMCV's RoIAlign does not look at strides.
-                outs.append(getattr(self, f'norm{i}')(x).contiguous())
+                outs.append(out.contiguous())
         return tuple(outs)
 
     def init_weights(self) -> None:
@@ -343,3 +348,7 @@ class DSNet(BaseModule):
 
 def _is_pretrained(init_cfg: dict | list | None) -> bool:
     return isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+
+
+def _to_channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsnet_mm.ops import ffn_backward, runs_tiled, tiled_ffn, to_tiles
+from dsnet_mm.ops import ffn_backward, ffn_hidden, runs_tiled, tiled_ffn, to_tiles
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -123,7 +123,8 @@ class FFN(nn.Sequential):
 
     On the CPU it goes over the pixels in parts, and the backward computes the
     hidden layer again, so that it is never in memory as a whole. It is then
-    faster although it multiplies more.
+    faster although it multiplies more. Only where maps are small and wide, the
+    hidden layer is kept for the backward, if that is one operator.
 
     Args:
         channels: Width of input and output.
@@ -183,6 +184,8 @@ class _ChunkedFFN(torch.autograd.Function):
     """
 
     CHUNK_BYTES = 4 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
+    # From these on, computing the hidden layer again takes longer than reading it.
+    KEPT_WIDTH = 256
 
     @staticmethod
     def chunks(b1, *maps):
@@ -205,22 +208,32 @@ class _ChunkedFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, add):
-        ctx.save_for_backward(x, w1, b1, w2)
         ctx.added = add is not None
+        ctx.tiled = x.dtype == torch.float32 and runs_tiled(x) and _fits_tiles(w1)
+        if (
+            ctx.tiled
+            and x.shape[1] >= _ChunkedFFN.KEPT_WIDTH
+            and any(ctx.needs_input_grad)
+        ):
+            tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
+            out, hidden = ffn_hidden(x, tiles1, b1, tiles2, b2)
+            ctx.save_for_backward(x, w1, b1, w2, hidden)
+            return out if add is None else out + add
+        ctx.save_for_backward(x, w1, b1, w2)
         add = None if add is None else add.clone()
         return _ChunkedFFN.compute(x, w1, b1, w2, b2, add)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, w1, b1, w2 = ctx.saved_tensors
+        x, w1, b1, w2, *hidden = ctx.saved_tensors
         weight1, weight2 = w1.flatten(1), w2.flatten(1)
         grad = _flat(grad)
         grad_b2 = _rows(grad).sum(0)
         grad_add = grad if ctx.added else None
-        if x.dtype == torch.float32 and runs_tiled(x) and _fits_tiles(w1):
+        if ctx.tiled:
             grad_x, grad_w1, grad_b1, grad_w2 = ffn_backward(
-                _rows(grad), _rows(x), weight1, b1, weight2
+                _rows(grad), _rows(x), weight1, b1, weight2, *map(_rows, hidden)
             )
             grad_x = grad_x.t()[None, :, :, None]
             grad_w1, grad_w2 = grad_w1[..., None, None], grad_w2[..., None, None]

@@ -208,6 +208,25 @@ Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor&
   return out;
 }
 
+// The same in float, and the hidden layer before GELU.
+std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
+                                      const Tensor& b1, const Tensor& w2,
+                                      const Tensor& b2) {
+  const Layer<float> fc1 = layer<float>(w1, &b1), fc2 = layer<float>(w2, &b2);
+  TORCH_CHECK(has_projections(at::kFloat) && fc1.out == fc2.in,
+              "ffn_hidden takes AVX2, and weights for one hidden layer, got ", fc1.out,
+              " and ", fc2.in, " channels");
+  Tensor out = empty_for(x, w2), hidden = empty_for(x, w1);
+  const float* start = out.const_data_ptr<float>();
+  float* kept = hidden.data_ptr<float>();
+  each<float>(x, fc1.in, out, fc2.out,
+              [&](int64_t count, const float* from, float* to, char* memory) {
+                const int64_t pixel = (to - start) / fc2.out;
+                ffn(fc1, fc2, false, count, from, to, memory, kept + pixel * fc1.out);
+              });
+  return {out, hidden};
+}
+
 void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
              const Tensor& w2, const Tensor& b2) {
   project_twice(out, x, w1, b1, w2, b2, true);
@@ -248,18 +267,18 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
   });
 }
 
-// Gradients of tokens x, W1, b1 and W2. Each thread takes some of the pixels and some
-// of the hidden channels: what it finds for weights is a part of a sum over the pixels,
-// what it finds for x one of a sum over the channels.
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
-                                                        const Tensor& x,
-                                                        const Tensor& w1,
-                                                        const Tensor& b1,
-                                                        const Tensor& w2) {
+// Gradients of tokens x, W1, b1 and W2, from W1 x + b1 if it is given. Each thread
+// takes some of the pixels and some of the hidden channels: what it finds for weights
+// is a part of a sum over the pixels, what it finds for x one of a sum over the
+// channels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1,
+    const Tensor& w2, const std::optional<Tensor>& kept) {
   TORCH_CHECK(x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
                   x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
                   w2.sizes() == w1.t().sizes() && x.numel() > 0 &&
-                  w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0,
+                  w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
+                  (!kept || kept->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
               "ffn_backward takes gradients and inputs (P, C), and weights (C_hidden, "
               "C), (C_hidden,) and (C, C_hidden) with multiples of 32, got ",
               grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
@@ -268,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
   const float *x_data = read<float>(x), *g_data = read<float>(grad),
               *w1_data = read<float>(w1), *b1_data = read<float>(b1),
-              *w2_data = read<float>(w2);
+              *w2_data = read<float>(w2),
+              *kept_data = kept ? read<float>(*kept) : nullptr;
   // As many of either as make the parts smallest.
   const int64_t threads = at::get_num_threads();
   const int64_t ranges = std::clamp<int64_t>(
@@ -292,9 +312,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
       const int64_t first = group * size, n = std::min(size, count - first);
       const int64_t channel = slice * length, last = std::min(channel + length, hidden);
       DSNET_BEST(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel, last,
-                 n, x_data + first * width, g_data + first * width,
-                 to_x + (slice * count + first) * width, to_w1 + group * hidden * width,
-                 to_b1 + group * hidden, to_w2 + group * hidden * width, memory);
+                 n, x_data + first * width, kept ? kept_data + first * hidden : nullptr,
+                 g_data + first * width, to_x + (slice * count + first) * width,
+                 to_w1 + group * hidden * width, to_b1 + group * hidden,
+                 to_w2 + group * hidden * width, memory);
     }
   });
   const auto sum = [](const Tensor& parts) {
@@ -317,9 +338,11 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
       "merge_(Tensor(a!) x, Tensor(b!) f_l, Tensor? h_l, Tensor? w, Tensor? b, "
       "Tensor w_out, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
   m.def(
-      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> "
-      "(Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, "
+      "Tensor? hidden) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ffn_hidden(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
+      "(Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
@@ -328,6 +351,7 @@ TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("ffn", ffn_op);
   m.impl("ffn_", ffn_add);
   m.impl("ffn_backward", ffn_backward);
+  m.impl("ffn_hidden", ffn_hidden);
   m.impl("merge_", merge);
 }
 

@@ -73,9 +73,10 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
 }
 
 // out = W2 GELU(W1 x + b1) + b2, added to out if ``add``. What out was is read after
-// the last of x.
+// the last of x. W1 x + b1 goes to ``hidden`` if there is one.
 inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
-                int64_t rows, const float* x, float* out, char* memory) {
+                int64_t rows, const float* x, float* out, char* memory,
+                float* hidden = nullptr) {
   Arena arena(memory);
   float* h = arena.take<float>(rows * kHidden);
   float* sums = arena.take<float>(rows * fc2.out);
@@ -85,9 +86,12 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
     for (int64_t c = 0; c < n; c += kPanel) {
       float* to = h + c;
       const float* b = fc1.b + begin + c;
+      float* kept = hidden ? hidden + begin + c : nullptr;
       multiply(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) * fc1.in,
-               [=](int64_t r, int64_t i, Vec<float> y) {
-                 put(to + r * kHidden + i, gelu(y + loose(b + i)));
+               [=, row = fc1.out](int64_t r, int64_t i, Vec<float> y) {
+                 y += loose(b + i);
+                 if (kept) put(kept + r * row + i, y);
+                 put(to + r * kHidden + i, gelu(y));
                });
     }
     const bool last = begin + n == fc1.out;
@@ -139,12 +143,12 @@ inline void outer(int64_t m, int64_t n, int64_t rows, const float* a, int64_t a_
 }
 
 // Gradients of W2 GELU(W1 x + b1) as far as they go through the hidden channels
-// [first, last), for some pixels.
+// [first, last), for some pixels. W1 x + b1 is read from ``kept`` if there is one.
 inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
                          const float* b1, const float* w2, int64_t first, int64_t last,
-                         int64_t pixels, const float* x, const float* grad,
-                         float* grad_x, float* grad_w1, float* grad_b1, float* grad_w2,
-                         char* memory) {
+                         int64_t pixels, const float* x, const float* kept,
+                         const float* grad, float* grad_x, float* grad_w1,
+                         float* grad_b1, float* grad_w2, char* memory) {
   const int64_t h_row = kHidden + 16;  // else all rows would share a few cache sets
   const int64_t parts = ceil_div(pixels, kShare);
   const int64_t size = ceil_div(ceil_div(pixels, parts), kRows) * kRows;
@@ -159,7 +163,7 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
   std::fill(grad_b1 + first, grad_b1 + last, 0.f);
   for (int64_t begin = first; begin < last; begin += kHidden) {
     const int64_t n = std::min(kHidden, last - begin);
-    for (int64_t c = 0; c < n; c += kPanel)
+    for (int64_t c = 0; !kept && c < n; c += kPanel)
       transpose(kPanel, width, w1 + (begin + c) * width, width, to_h + c * width,
                 kPanel);
     to_panels(n, width, w1 + begin * width, width, from_h);
@@ -169,14 +173,21 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
       const float *xs = x + i * width, *grads = grad + i * width;
       for (int64_t c = 0; c < n; c += kPanel) {
         float *to = h + c * rows, *slope = grad_h + c;
+        const auto activate = [=](int64_t r, int64_t j, Vec<float> y) {
+          const Vec<float> share = share_below(y);
+          put(to + r * kPanel + j, y * share);
+          put(slope + r * h_row + j, gelu_slope(y, share));
+        };
         const float* b = b1 + begin + c;
-        multiply(rows, width, xs, width, to_h + c * width,
-                 [=](int64_t r, int64_t j, Vec<float> y) {
-                   y += loose(b + j);
-                   const Vec<float> share = share_below(y);
-                   put(to + r * kPanel + j, y * share);
-                   put(slope + r * h_row + j, gelu_slope(y, share));
-                 });
+        if (kept)
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < kPanel; j += Vector<float>::lanes)
+              activate(r, j, loose(kept + (i + r) * hidden + begin + c + j));
+        else
+          multiply(rows, width, xs, width, to_h + c * width,
+                   [=](int64_t r, int64_t j, Vec<float> y) {
+                     activate(r, j, y + loose(b + j));
+                   });
         multiply(rows, width, grads, width, to_grad_h + c * width,
                  [=](int64_t r, int64_t j, Vec<float> y) {
                    float* at = slope + r * h_row + j;
