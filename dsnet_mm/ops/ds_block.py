@@ -23,9 +23,7 @@ def ds_block(
 
     Args:
         x: Map of shape (N, C, H, W), in float32 or bfloat16.
-        weights: Those of the layers in the order in which they are used, of 1x1
-            convolutions and linear layers by :func:`to_tiles`; see
-            ``DSBlock.packed``.
+        weights: Those of ``DSBlock.pack``.
         num_heads: Number of attention heads.
         global_factor: H over the rows of the global stream.
 

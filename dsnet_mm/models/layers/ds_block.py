@@ -108,7 +108,8 @@ class PatchEmbed(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H / p), ceil(W / p))."""
-        p = self.patch_size  # Not -side % p, on which compilers of any size fail.
+        p = self.patch_size
+        # Not -side % p, which PyTorch does not compile for pictures of any size.
         pad_h, pad_w = ((side + p - 1) // p * p - side for side in x.shape[-2:])
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
@@ -386,7 +387,7 @@ class DSBlock(BaseModule):
         return self._packed if self._packed[0].dtype == x.dtype else None
 
     def pack(self) -> list[Tensor]:
-        """Returns the weights in the order in which :func:`ds_block` uses them."""
+        """Returns the weights in the order in which :func:`ds_block` takes them."""
         global_width, channels = self.split_channels[0], sum(self.split_channels)
         local_width = channels - global_width
 
