@@ -184,7 +184,7 @@ class _ChunkedFFN(torch.autograd.Function):
     """
 
     CHUNK_BYTES = 4 * 2**20  # of the hidden layer; the fastest of 1 to 16 MiB
-    # With so many channels, computing the hidden layer again takes longer than reading it.
+    # With so many channels it takes longer to compute the hidden layer than to read it.
     KEPT_WIDTH = 256
 
     @staticmethod
