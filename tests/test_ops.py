@@ -694,6 +694,8 @@ def test_merge(reads, dtype):
     for wrong in ((x[:5], *args[1:]), (x, f_l[:5], *args[2:]), (x, x, *args[2:])):
         with pytest.raises(RuntimeError, match='merge_ takes a map, its local stream'):
             torch.ops.dsnet_mm.merge_(*wrong)
+    with pytest.raises(RuntimeError, match='merge_ takes a weight and a bias'):
+        torch.ops.dsnet_mm.merge_(x, f_l, h_l, None, None, *args[5:])
 
 
 @needs_tiles

@@ -7,7 +7,7 @@ from .projections import runs_tiled
 
 
 def runs_ds_block(x: Tensor) -> bool:
-    """Whether :func:`ds_block` can be taken for a map."""
+    """Whether :func:`ds_block` can be taken: it is for the CPU, without gradients."""
     return (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled('cpu')

@@ -195,8 +195,7 @@ class _ChunkedFFN(torch.autograd.Function):
     @staticmethod
     def compute(x, w1, b1, w2, b2, add):
         if runs_tiled(x) and _fits_tiles(w1):
-            tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
-            return tiled_ffn(x, tiles1, b1, tiles2, b2, add)
+            return tiled_ffn(x, _tiles(w1), b1, _tiles(w2), b2, add)
         # In the memory of ``add``, which may also be that of x: a chunk has been
         # read when it is written.
         out = torch.zeros_like(x) if add is None else add
@@ -215,8 +214,7 @@ class _ChunkedFFN(torch.autograd.Function):
             and x.shape[1] >= _ChunkedFFN.KEPT_WIDTH
             and any(ctx.needs_input_grad)
         ):
-            tiles1, tiles2 = to_tiles(w1.flatten(1)), to_tiles(w2.flatten(1))
-            out, hidden = ffn_hidden(x, tiles1, b1, tiles2, b2)
+            out, hidden = ffn_hidden(x, _tiles(w1), b1, _tiles(w2), b2)
             ctx.save_for_backward(x, w1, b1, w2, hidden)
             return out if add is None else out + add
         ctx.save_for_backward(x, w1, b1, w2)
@@ -264,6 +262,10 @@ class _ChunkedFFN(torch.autograd.Function):
 def _fits_tiles(weight: Tensor) -> bool:
     """Whether a weight (C_out, C_in, ...) has widths that the tiles can have."""
     return not any(width % 32 for width in weight.shape[:2])
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    return to_tiles(weight.flatten(1))
 
 
 def _is_inference(x: Tensor, weight: Tensor) -> bool:

@@ -1,9 +1,10 @@
 // Projections of pixels on the CPU: dsnet_mm::linear, W x + b, and dsnet_mm::ffn, W2
 // GELU(W1 x + b1) + b2, whose hidden layer stays in a core's cache, a few hundred
 // pixels at a time; linear_ and ffn_, which add to a tensor that is there; merge_,
-// which is three of these; and ffn_backward. Pixels are those of channels-last maps (N,
-// C, H, W), or tokens (..., C). In float by the vectors of AVX-512 or AVX2, in bfloat16
-// by AMX; weights come in the order in which these read them.
+// which is three of these; and, for training in float, ffn_hidden and ffn_backward.
+// Pixels are those of channels-last maps (N, C, H, W), or tokens (..., C). In float by
+// the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
+// which these read them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -239,6 +240,8 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
            const std::optional<Tensor>& w, const std::optional<Tensor>& b,
            const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
            const Tensor& b2) {
+  TORCH_CHECK(!h_l || (w && b),
+              "merge_ takes a weight and a bias for what has been read");
   for_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> out = layer<T>(w_out, nullptr);
@@ -258,7 +261,8 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
     read<T>(f_l, layout(f_l));
     const T* from = h_l ? read<T>(*h_l) : nullptr;
     T *to_local = f_l.data_ptr<T>(), *to = x.data_ptr<T>();
-    each_part<T>(pixels, 2 * width, [&](int64_t first, int64_t count, char* memory) {
+    const int64_t widths = local_width + 2 * width;
+    each_part<T>(pixels, widths, [&](int64_t first, int64_t count, char* memory) {
       T *local = to_local + first * local_width, *part = to + first * width;
       if (h_l) linear(proj, true, count, from + first * local_width, local, memory);
       linear(out, true, count, local, part, memory);
@@ -274,15 +278,17 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
 std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1,
     const Tensor& w2, const std::optional<Tensor>& kept) {
-  TORCH_CHECK(x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
-                  x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
-                  w2.sizes() == w1.t().sizes() && x.numel() > 0 &&
-                  w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
-                  (!kept || kept->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
-              "ffn_backward takes gradients and inputs (P, C), and weights (C_hidden, "
-              "C), (C_hidden,) and (C, C_hidden) with multiples of 32, got ",
-              grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
-              w2.sizes());
+  TORCH_CHECK(
+      x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
+          x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
+          w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.size(0) % kPanel == 0 &&
+          w1.size(1) % kPanel == 0 &&
+          (!kept || kept->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
+      "ffn_backward takes gradients and inputs (P, C), weights (C_hidden, C), "
+      "(C_hidden,) and (C, C_hidden) with multiples of 32, and, or not, a hidden "
+      "layer (P, C_hidden), got ",
+      grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
+      w2.sizes());
   TORCH_CHECK(has_projections(at::kFloat), "ffn_backward takes AVX2");
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
   const float *x_data = read<float>(x), *g_data = read<float>(grad),
