@@ -91,7 +91,7 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
         f_g = f_g.transpose(1, 2).reshape(n, -1, *size)
         f_g = F.interpolate(f_g, (height, width), mode='bilinear', align_corners=False)
     x = x + block.drop_path(_pointwise(torch.cat([f_l, f_g], dim=1), block.proj_out))
-    fc1, act, fc2 = block.ffn
+    fc1, act, fc2 = block.ffn.fc1, block.ffn.act, block.ffn.fc2
     hidden = act(_pointwise(block.norm2(x), fc1))
     return x + block.drop_path(_pointwise(hidden, fc2))
 
