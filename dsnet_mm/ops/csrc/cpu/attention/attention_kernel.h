@@ -6,7 +6,7 @@
 // What is read by many is read as it lies in memory, and what is the lanes of vectors
 // is transposed once: in forward a task's queries, in backward a block of keys.
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace dsnet {
 namespace DSNET_ISA {

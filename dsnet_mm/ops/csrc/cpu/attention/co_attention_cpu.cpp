@@ -11,9 +11,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "../co_attention.h"
-#include "../dropout.h"
-#include "memory.h"
+#include "../../co_attention.h"
+#include "../../dropout.h"
+#include "../common/memory.h"
 
 namespace dsnet {
 
@@ -46,9 +46,9 @@ int64_t arena_size(int64_t width) {
 
 }  // namespace dsnet
 
-#define DSNET_KERNEL "attention_kernel.h"
-#include "amx.h"
-#include "each_isa.h"
+#define DSNET_KERNEL "../attention/attention_kernel.h"
+#include "../common/amx.h"
+#include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
 #include "attention_amx.h"
