@@ -22,11 +22,11 @@ from setuptools.command.build_py import build_py
 CSRC = Path('dsnet_mm/ops/csrc')
 SOURCES = (
     'co_attention.cpp',
-    'cpu/co_attention_cpu.cpp',
-    'cpu/depthwise_cpu.cpp',
-    'cpu/ds_block_cpu.cpp',
-    'cpu/projections_cpu.cpp',
-    'cpu/resize_cpu.cpp',
+    'cpu/attention/co_attention_cpu.cpp',
+    'cpu/inference/depthwise_cpu.cpp',
+    'cpu/inference/ds_block_cpu.cpp',
+    'cpu/inference/projections_cpu.cpp',
+    'cpu/inference/resize_cpu.cpp',
 )
 CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')

@@ -1,7 +1,7 @@
 // Projections of pixels in float, for one instruction set: included by each_isa.h.
 // Weights are panels of 32 outputs: [C_out / 32][C_in][32].
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace dsnet {
 namespace DSNET_ISA {

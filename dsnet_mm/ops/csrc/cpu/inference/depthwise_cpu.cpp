@@ -20,8 +20,8 @@ struct Row {
 
 }  // namespace dsnet
 
-#define DSNET_KERNEL "depthwise_kernel.h"
-#include "each_isa.h"
+#define DSNET_KERNEL "../inference/depthwise_kernel.h"
+#include "../common/each_isa.h"
 
 namespace dsnet {
 namespace {

@@ -11,9 +11,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "../co_attention.h"
-#include "../dropout.h"
-#include "memory.h"
+#include "../../co_attention.h"
+#include "../../dropout.h"
+#include "../common/memory.h"
 
 namespace dsnet {
 
@@ -46,9 +46,9 @@ int64_t arena_size(int64_t width) {
 
 }  // namespace dsnet
 
-#define DSNET_KERNEL "attention_kernel.h"
-#include "amx.h"
-#include "each_isa.h"
+#define DSNET_KERNEL "../attention/attention_kernel.h"
+#include "../common/amx.h"
+#include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
 #include "attention_amx.h"
@@ -185,7 +185,9 @@ void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
   using T = Compute<S>;
   const int longer = d.tokens[1] > d.tokens[0], shorter = 1 - longer;
   const int64_t length = d.tokens[longer], rest = d.tokens[shorter];
-  const int64_t width = d.width(), padded = ceil_div(width, 16) * 16;
+  const int64_t width = d.width(), lanes = vector_bytes() / sizeof(T);
+  // The length of a row in ``differentiate``, pad<T>(width).
+  const int64_t padded = ceil_div(width, lanes) * lanes;
   const int64_t wanted = std::max<int64_t>(ceil_div(rest, 64) * 64, 512);
   const int64_t chunks = ceil_div(length, wanted);
   const int64_t size = ceil_div(ceil_div(length, chunks), 64) * 64;

@@ -49,6 +49,9 @@ inline int instructions() {
   return best;
 }
 
+// Bytes of a vector of the kernels that DSNET_BEST calls.
+inline int64_t vector_bytes() { return 16 << instructions(); }
+
 }  // namespace dsnet
 #define DSNET_BEST(KERNEL, ...)      \
   switch (instructions()) {          \
@@ -64,6 +67,7 @@ inline int instructions() {
 #else
 namespace dsnet {
 inline int instructions() { return 0; }
+inline int64_t vector_bytes() { return 16; }
 }  // namespace dsnet
 #define DSNET_BEST(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
 #endif

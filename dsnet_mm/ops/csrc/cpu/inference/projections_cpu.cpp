@@ -17,8 +17,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "amx.h"
-#include "memory.h"
+#include "../common/amx.h"
+#include "../common/memory.h"
 
 namespace dsnet {
 
@@ -36,8 +36,8 @@ struct Layer {
 
 }  // namespace dsnet
 
-#define DSNET_KERNEL "projections_kernel.h"
-#include "each_isa.h"
+#define DSNET_KERNEL "../inference/projections_kernel.h"
+#include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
 #include "projections_amx.h"

@@ -1,7 +1,7 @@
 // Rows of a depth-wise 3x3 convolution, for one instruction set: included by
 // each_isa.h.
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace dsnet {
 namespace DSNET_ISA {

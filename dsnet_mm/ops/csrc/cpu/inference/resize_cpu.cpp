@@ -16,8 +16,8 @@ struct Place {
 
 }  // namespace dsnet
 
-#define DSNET_KERNEL "resize_kernel.h"
-#include "each_isa.h"
+#define DSNET_KERNEL "../inference/resize_kernel.h"
+#include "../common/each_isa.h"
 
 namespace dsnet {
 namespace {

@@ -6,7 +6,7 @@
 // What is read by many is read as it lies in memory, and what is the lanes of vectors
 // is transposed once: in forward a task's queries, in backward a block of keys.
 
-#include "vectors.h"
+#include "../common/vectors.h"
 
 namespace dsnet {
 namespace DSNET_ISA {
@@ -332,8 +332,8 @@ class Block {
 };
 
 // Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head as
-// far as they come from each other, with rows of ``padded`` elements, a multiple
-// of the lanes.
+// far as they come from each other, with rows of ``padded`` = pad<T>(width) elements:
+// rows of as_vectors have as many and no more.
 template <typename S, typename T, typename Products = Block<S, T>>
 void differentiate(const Head<S>& head, const S* out, int64_t out_row,
                    const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
