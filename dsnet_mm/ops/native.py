@@ -17,7 +17,6 @@ from torch import Tensor
 # What a library has that these sources were compiled to.
 _OPS = (
     'co_attention',
-    'depthwise_conv',
     'ds_block',
     'ffn',
     'ffn_',
@@ -27,6 +26,7 @@ _OPS = (
     'linear',
     'linear_',
     'merge_',
+    'residual_conv',
     'resize_add_',
     'self_attention',
     'self_attention_backward',

@@ -1,5 +1,5 @@
-// dsnet_mm::depthwise_conv on the CPU: a depth-wise 3x3 convolution of a channels-last
-// map, with what is added along its borders.
+// dsnet_mm::residual_conv on the CPU: x + conv(scale * x + shift) of a channels-last map,
+// where conv is a depth-wise 3x3 convolution with a bias, padded with zeros.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -28,35 +28,49 @@ namespace {
 
 using at::Tensor;
 
-// What is added to pixels: [top + 2 * bottom][left + 2 * right][channel].
-template <typename S>
-std::vector<float> constants(int64_t channels, const S* bias, const S* border) {
+// The constant part of the output, b + shift * (the sum of the taps inside of the map):
+// [top + 2 * bottom][left + 2 * right][channel], where a pixel on the top edge has no
+// tap above, and so on.
+std::vector<float> constants(int64_t channels, const std::vector<float>& taps,
+                             const std::vector<float>& bias,
+                             const std::vector<float>& shift) {
   std::vector<float> all(16 * channels);
-  for (int place = 0; place < 16; ++place) {
-    const bool at[4] = {(place & 4) != 0, (place & 8) != 0, (place & 1) != 0,
-                        (place & 2) != 0};  // top, bottom, left, right
-    float* to = all.data() + place * channels;
-    std::copy(bias, bias + channels, to);
-    for (int i = 0; border && i < 8; ++i) {
-      const int corner = i - 4;
-      if (i < 4 ? at[i] : at[corner / 2] && at[2 + corner % 2])
-        for (int64_t c = 0; c < channels; ++c) to[c] += border[i * channels + c];
-    }
+  for (int edges = 0; edges < 16; ++edges) {
+    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
+    float* constant = all.data() + edges * channels;
+    std::copy(bias.begin(), bias.end(), constant);
+    for (int i = top; i < 3 - bottom; ++i)
+      for (int j = left; j < 3 - right; ++j)
+        for (int64_t c = 0; c < channels; ++c)
+          constant[c] += shift[c] * taps[(3 * i + j) * channels + c];
   }
   return all;
 }
 
 template <typename S>
+std::vector<float> to_float(const Tensor* x, int64_t count, float otherwise) {
+  if (!x) return std::vector<float>(count, otherwise);
+  const S* from = x->const_data_ptr<S>();
+  return std::vector<float>(from, from + count);
+}
+
+template <typename S>
 void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
-              const Tensor* border, Tensor& out) {
+              const Tensor* scale, const Tensor* shift, Tensor& out) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const S* w = weight.const_data_ptr<S>();
   std::vector<float> taps(9 * channels);  // [tap][channel]
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
   const std::vector<float> added =
-      constants(channels, bias.const_data_ptr<S>(),
-                border ? border->const_data_ptr<S>() : nullptr);
+      constants(channels, taps, to_float<S>(&bias, channels, 0),
+                to_float<S>(shift, channels, 0));
+  // What remains of the affine map goes into the taps, and the residual into their
+  // centre.
+  const std::vector<float> factor = to_float<S>(scale, channels, 1);
+  for (int i = 0; i < 9; ++i)
+    for (int64_t c = 0; c < channels; ++c)
+      taps[i * channels + c] = taps[i * channels + c] * factor[c] + (i == 4);
   const std::vector<S> zeros(channels);
   const S* from = x.const_data_ptr<S>();
   S* to = out.data_ptr<S>();
@@ -70,15 +84,16 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
         row.lines[j] = inside ? from + (i + j - 1) * line : zeros.data();
         row.strides[j] = inside ? channels : 0;
       }
-      const int place = 4 * ((y == 0) + 2 * (y == height - 1));
+      const int edges = 4 * ((y == 0) + 2 * (y == height - 1));
       DSNET_BEST(convolve_row, row, width, channels, taps.data(),
-                 added.data() + place * channels, to + i * line);
+                 added.data() + edges * channels, to + i * line);
     }
   });
 }
 
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      const std::optional<Tensor>& border) {
+Tensor residual_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                     const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift) {
   const auto type = x.scalar_type();
   const int64_t channels = x.dim() == 4 ? x.size(1) : -1;
   const auto fits = [&](const Tensor& t, int64_t numel) {
@@ -87,17 +102,18 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && channels >= 0 &&
                   x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
                   fits(weight, 9 * channels) && fits(bias, channels) &&
-                  (!border || fits(*border, 8 * channels)),
-              "depthwise_conv takes a channels-last map (N, C, H, W) in float32 or "
-              "bfloat16, a weight (C, 1, 3, 3), a bias (C,) and a border (8, C) of its "
-              "type, got ",
+                  (!scale || fits(*scale, channels)) &&
+                  (!shift || fits(*shift, channels)),
+              "residual_conv takes a channels-last map (N, C, H, W) in float32 or "
+              "bfloat16, and of its type a weight (C, 1, 3, 3) and a bias, a scale and "
+              "a shift (C,), got ",
               type, " of ", x.sizes(), ", ", weight.sizes(), ", ", bias.sizes());
   Tensor out = at::empty_like(x);
-  const Tensor* edges = border ? &*border : nullptr;
+  const Tensor *s = scale ? &*scale : nullptr, *h = shift ? &*shift : nullptr;
   if (type == at::kFloat)
-    convolve<float>(x, weight, bias, edges, out);
+    convolve<float>(x, weight, bias, s, h, out);
   else
-    convolve<at::BFloat16>(x, weight, bias, edges, out);
+    convolve<at::BFloat16>(x, weight, bias, s, h, out);
   return out;
 }
 
@@ -105,9 +121,10 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def(
-      "depthwise_conv(Tensor x, Tensor weight, Tensor bias, Tensor? border) -> Tensor");
+      "residual_conv(Tensor x, Tensor weight, Tensor bias, Tensor? scale, "
+      "Tensor? shift) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("depthwise_conv", depthwise_conv); }
+TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("residual_conv", residual_conv); }
 
 }  // namespace dsnet

@@ -27,13 +27,14 @@ inline __m512 gelu(__m512 x) {
 // later: what a product has stored can be loaded by then. ``a`` is x by pack_rows.
 template <typename Finish>
 inline void multiply(int64_t rows, int64_t in, int64_t out, const BFloat16* a,
-                     const BFloat16* w, float* p, const Finish& finish) {
+                     const BFloat16* w, int64_t w_stride, float* p,
+                     const Finish& finish) {
   constexpr int64_t kSize = kGroup * kGroup;
   const int64_t groups = rows / kGroup, steps = out / kGroup * groups;
   for (int64_t i = 0; i <= steps; ++i) {
     if (i < steps)
       product(in / kDepth, a + i % groups * kGroup * kDepth, kDepth, kTile,
-              rows * kDepth, w + i / groups * kGroup * in, kTile, kSide * in,
+              rows * kDepth, w + 2 * (i / groups) * w_stride, kTile, w_stride,
               p + i % 2 * kSize, kGroup, false);
     if (i > 0)
       finish(p + (i - 1) % 2 * kSize, (i - 1) / groups * kGroup,
@@ -75,7 +76,7 @@ inline void linear(const Layer<BFloat16>& fc, bool add, int64_t count,
   float* p = arena.take<float>(2 * kGroup * kGroup);
   pack_rows(count, rows, fc.in, x, fc.in, a);
   const Configuration configuration;
-  multiply(rows, fc.in, fc.out, a, fc.w, p,
+  multiply(rows, fc.in, fc.out, a, fc.w, fc.stride, p,
            [&](const float* sum, int64_t c, int64_t r) {
              write(sum, std::min(kGroup, count - r), fc.b ? fc.b + c : nullptr, add,
                    out + r * fc.out + c, fc.out);
@@ -95,14 +96,14 @@ inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add
   const Configuration configuration;
   for (int64_t begin = 0; begin < fc1.out; begin += kHidden) {
     const int64_t n = std::min(kHidden, fc1.out - begin);
-    multiply(rows, fc1.in, n, a, fc1.w + begin * fc1.in, p,
+    multiply(rows, fc1.in, n, a, fc1.w + begin / kSide * fc1.stride, fc1.stride, p,
              [&](const float* part, int64_t c, int64_t r) {
                activate(part, fc1.b + begin + c, h + c * rows + r * kDepth);
              });
     for (int64_t c = 0; c < fc2.out; c += kGroup)
       for (int64_t r = 0; r < rows; r += kGroup)
         product(n / kDepth, h + r * kDepth, kDepth, kTile, rows * kDepth,
-                fc2.w + c * fc2.in + begin * kSide, kTile, kSide * fc2.in,
+                fc2.w + c / kSide * fc2.stride + begin * kSide, kTile, fc2.stride,
                 sum + c * rows + r * kGroup, kGroup, begin > 0);
   }
   for (int64_t c = 0; c < fc2.out; c += kGroup)

@@ -31,6 +31,7 @@ constexpr int64_t kRows = 12;     // by which threads share the pixels, in float
 template <typename T>
 struct Layer {
   int64_t in, out;
+  int64_t stride;  // from one panel of outputs (in bfloat16, tile) to the next
   const T *w, *b;  // b may be null
 };
 
@@ -97,7 +98,15 @@ Layer<T> layer(const Tensor& w, const Tensor* b) {
   }
   TORCH_CHECK(!b || b->numel() == out, "projections to ", out,
               " channels take biases of as many, got ", b->sizes());
-  return {in, out, read<T>(w), b ? read<T>(*b) : nullptr};
+  // A part of the inputs of a larger weight has its panels further apart.
+  int64_t contiguous = 1;
+  for (int64_t i = w.dim() - 1; i > 0; contiguous *= w.size(i--))
+    TORCH_CHECK(w.stride(i) == contiguous, "projections take weights whose panels are ",
+                "contiguous, got ", w.sizes(), " with strides ", w.strides());
+  constexpr auto type = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK(w.scalar_type() == type, "projections of ", type,
+              " take weights of that type, got ", w.scalar_type());
+  return {in, out, w.stride(0), w.const_data_ptr<T>(), b ? read<T>(*b) : nullptr};
 }
 
 // Calls task(first, count, memory) for all pixels, up to kPixels at a time, with memory
@@ -246,7 +255,7 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
     using T = decltype(number);
     const Layer<T> out = layer<T>(w_out, nullptr);
     const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
-    const Layer<T> proj = h_l ? layer<T>(*w, &*b) : Layer<T>{out.in, out.in};
+    const Layer<T> proj = h_l ? layer<T>(*w, &*b) : Layer<T>{out.in, out.in, 0};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
     TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
                     f_l.numel() == pixels * local_width &&

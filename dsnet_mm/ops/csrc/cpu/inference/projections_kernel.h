@@ -66,9 +66,9 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
       put(to + r * row + i, y + loose(b + i) + loose(to + r * row + i));
     };
     if (add)
-      multiply(rows, fc.in, x, fc.in, fc.w + c * fc.in, accumulate);
+      multiply(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, accumulate);
     else
-      multiply(rows, fc.in, x, fc.in, fc.w + c * fc.in, write);
+      multiply(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, write);
   }
 }
 
@@ -87,7 +87,7 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
       float* to = h + c;
       const float* b = fc1.b + begin + c;
       float* kept = hidden ? hidden + begin + c : nullptr;
-      multiply(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) * fc1.in,
+      multiply(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) / kPanel * fc1.stride,
                [=, row = fc1.out](int64_t r, int64_t i, Vec<float> y) {
                  y += loose(b + i);
                  if (kept) put(kept + r * row + i, y);
@@ -106,10 +106,11 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
       const auto accumulate = [=](int64_t r, int64_t i, Vec<float> y) {
         put(to + r * row + i, y + loose(b + r * b_row + i) + loose(to + r * row + i));
       };
+      const float* panel = fc2.w + c / kPanel * fc2.stride + begin * kPanel;
       if (last && add)
-        multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, accumulate);
+        multiply(rows, n, h, kHidden, panel, accumulate);
       else
-        multiply(rows, n, h, kHidden, fc2.w + c * fc2.in + begin * kPanel, write);
+        multiply(rows, n, h, kHidden, panel, write);
     }
   }
 }
