@@ -1,9 +1,11 @@
 """Parameters and operations of a network, counted while it runs."""
 
+import os
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -11,17 +13,6 @@ aten = torch.ops.aten
 
 # PyTorch has formulas for all its attention kernels but this one.
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
-
-# What models/layers/pointwise.py calls. A name, as builds of PyTorch without oneDNN
-# have no such operators.
-ONEDNN_POINTWISE = 'mkldnn::_convolution_pointwise'
-
-# Of dsnet_mm.ops; they only count where they have been compiled.
-RESIZE_ADD = 'dsnet_mm::resize_add_'
-DEPTHWISE = 'dsnet_mm::depthwise_conv'
-LINEAR = ('dsnet_mm::linear', 'dsnet_mm::linear_')
-FFN = ('dsnet_mm::ffn', 'dsnet_mm::ffn_')
-MERGE = 'dsnet_mm::merge_'
 
 # Whose other operators count nothing.
 FREE = ('aten', 'prim', 'prims')
@@ -75,34 +66,6 @@ class _Counter(TorchDispatchMode):
                 op is aten.convolution and args[2] is not None
             )
             self.elementwise += first.numel() * has_bias
-        elif func.name().startswith(ONEDNN_POINTWISE):
-            # Of 1x1 convolutions: x, W, bias, four of geometry and the epilogue,
-            # behind what is added if there is something.
-            x, _, bias, *rest = args[func._overloadname == 'binary' :]
-            self.multiply_adds += out.numel() * x.shape[1]
-            self.elementwise += out.numel() * (bias is not None)
-            self.elementwise += out.numel() * ('gelu' in rest)
-        elif func.name() in LINEAR:
-            x, w, bias = args[-3:]
-            y = args[0] if out is None else out
-            self.multiply_adds += _pixels(x) * w.numel()
-            self.elementwise += y.numel() * (bias is not None)
-        elif func.name() in FFN:
-            x, w1, b1, w2, _ = args[-5:]
-            y = args[0] if out is None else out
-            self.multiply_adds += _pixels(x) * (w1.numel() + w2.numel())
-            self.elementwise += 2 * _pixels(x) * b1.numel() + y.numel()  # GELU, biases
-        elif func.name() == MERGE:
-            x, f_l, _, w, *_, w_out, w1, b1, w2, _ = args
-            weights = [w_out, w1, w2] if w is None else [w, w_out, w1, w2]
-            self.multiply_adds += _pixels(x) * sum(map(Tensor.numel, weights))
-            self.elementwise += 2 * _pixels(x) * b1.numel() + x.numel()  # as above
-            self.elementwise += f_l.numel() * (w is not None)
-        elif func.name() == DEPTHWISE:
-            self.multiply_adds += 9 * out.numel()
-            self.elementwise += out.numel()
-        elif func.name() == RESIZE_ADD:
-            self.elementwise += args[0].numel()
         elif op is CPU_ATTENTION:
             q, k, v = (x.shape for x in args[:3])
             self.multiply_adds += sdpa_flop_count(q, k, v) // 2
@@ -116,9 +79,9 @@ class _Counter(TorchDispatchMode):
 def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
     """Runs a model once, in evaluation mode, and counts what it does.
 
-    Operators that are registered with PyTorch are seen, compiled ones
-    included; give a new one its formula by
-    ``torch.utils.flop_counter.register_flop_formula``.
+    The operators of this package run as operators of PyTorch meanwhile, so that
+    biases and activations inside of them are seen. Give another operator its formula
+    by ``torch.utils.flop_counter.register_flop_formula``.
 
     Args:
         model: The network; its mode is restored afterwards.
@@ -129,7 +92,8 @@ def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
     """
     training = model.training
     model.eval()
-    with torch.no_grad(), _Counter() as counter:
+    plain = patch.dict(os.environ, DSNET_MM_OPS='sdpa')
+    with plain, torch.no_grad(), _Counter() as counter:
         model(*inputs)
     model.train(training)
     return Complexity(
@@ -138,8 +102,3 @@ def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
         counter.elementwise,
         tuple(sorted(counter.uncounted)),
     )
-
-
-def _pixels(x: Tensor) -> int:
-    """Returns the number of pixels of a map (N, C, H, W), or of tokens (..., C)."""
-    return x.numel() // x.shape[1 if x.dim() == 4 else -1]

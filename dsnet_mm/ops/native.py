@@ -19,7 +19,6 @@ _OPS = (
     'co_attention',
     'ds_block',
     'ffn',
-    'ffn_',
     'ffn_backward',
     'ffn_hidden',
     'has_projections',

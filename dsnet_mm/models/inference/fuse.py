@@ -42,7 +42,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         return FUSED[type(model)](model)
     model.eval()
     _replace(model)
-    return fuse_conv_bn(model)
+    return fuse_conv_bn(model).eval()
 
 
 def _replace(model: nn.Module) -> None:

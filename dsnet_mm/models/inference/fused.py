@@ -24,9 +24,9 @@ class Fused(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = deepcopy(module).eval()
+        self.module = deepcopy(module)
         _parameters_to_buffers(self.module)
-        self.training = False
+        self.eval()
 
     def train(self, mode: bool = True) -> 'Fused':
         """Stays in evaluation mode.
@@ -99,6 +99,13 @@ class FusedDSBlock(Fused):
                     isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)
                 ):
                     setattr(parent, name, PackedProjection(child.weight, child.bias))
+        # To look the weights up by name. ``named_buffers`` takes longer than the smaller
+        # operators.
+        self._places = [
+            (f'{name}.{key}', layer._buffers, key)
+            for name, layer in block.named_modules()
+            for key in layer._buffers
+        ]
         self.is_one_operator = (
             block.local_conv is not None
             and block.global_qkv is not None
@@ -108,17 +115,14 @@ class FusedDSBlock(Fused):
             and block.ffn.has_exact_gelu
             and not any(width % 32 for width in block.split_channels)
         )
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         block = self.module
         if not self._runs_as_one_operator(x):
             return block(x)
-        weights = {
-            f'{name}.{key}': tensor
-            for name, layer in block.named_modules()
-            for key, tensor in layer._buffers.items()
-        }
+        weights = {name: buffers[key] for name, buffers, key in self._places}
         return torch.ops.dsnet_mm.ds_block(
             x, weights, block.num_heads, block.global_factor
         )

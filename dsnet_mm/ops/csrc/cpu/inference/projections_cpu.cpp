@@ -1,6 +1,6 @@
 // Projections of pixels on the CPU: dsnet_mm::linear, W x + b, and dsnet_mm::ffn, W2
 // GELU(W1 x + b1) + b2, whose hidden layer stays in a core's cache, a few hundred
-// pixels at a time; linear_ and ffn_, which add to a tensor that is there; merge_,
+// pixels at a time; linear_, which adds to a tensor that is there; merge_,
 // which is three of these; and, for training in float, ffn_hidden and ffn_backward.
 // Pixels are those of channels-last maps (N, C, H, W), or tokens (..., C). In float by
 // the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
@@ -199,22 +199,17 @@ void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
   project(out, x, w, b ? &*b : nullptr, true);
 }
 
-void project_twice(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-                   const Tensor& w2, const Tensor& b2, bool add) {
+Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+              const Tensor& b2) {
+  Tensor out = empty_for(x, w2);
   for_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
     TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
                 " channels");
     each<T>(x, fc1.in, out, fc2.out,
-            [&](auto... pixels) { ffn(fc1, fc2, add, pixels...); });
+            [&](auto... pixels) { ffn(fc1, fc2, false, pixels...); });
   });
-}
-
-Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-              const Tensor& b2) {
-  Tensor out = empty_for(x, w2);
-  project_twice(out, x, w1, b1, w2, b2, false);
   return out;
 }
 
@@ -235,11 +230,6 @@ std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
                 ffn(fc1, fc2, false, count, from, to, memory, kept + pixel * fc1.out);
               });
   return {out, hidden};
-}
-
-void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-             const Tensor& w2, const Tensor& b2) {
-  project_twice(out, x, w1, b1, w2, b2, true);
 }
 
 // What comes last in a block: f_l += W h_l + b where there is an h_l, x += W_out f_l,
@@ -347,9 +337,6 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def("linear_(Tensor(a!) out, Tensor x, Tensor w, Tensor? b) -> ()");
   m.def("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   m.def(
-      "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
-      "()");
-  m.def(
       "merge_(Tensor(a!) x, Tensor(b!) f_l, Tensor? h_l, Tensor? w, Tensor? b, "
       "Tensor w_out, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
   m.def(
@@ -364,7 +351,6 @@ TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("linear", linear_op);
   m.impl("linear_", linear_add);
   m.impl("ffn", ffn_op);
-  m.impl("ffn_", ffn_add);
   m.impl("ffn_backward", ffn_backward);
   m.impl("ffn_hidden", ffn_hidden);
   m.impl("merge_", merge);
