@@ -1,6 +1,7 @@
 # make demo       installs, then trains and evaluates a small Mask R-CNN; a picture
 # make demo-clip  installs, then trains a small CLIP and compares few-shot methods
 # make test       installs, then runs the tests
+# make test-asan  tests the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   installs, then tests on the GPU and writes a table of times
 # make doctor     what is installed, which ops are live, and why not
 
@@ -9,17 +10,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SCENES := data/scenes
 CSRC := $(shell find dsnet_mm/ops/csrc -type f)
-SHIM := $(wildcard tests/cuda_on_cpu/*)
+SHIM := $(wildcard tests/cuda_on_cpu/* tests/amx_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
+# A copy of the package, so that the ordinary build stays.
+ASAN_COPY := build/asan
+ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
+	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 
 # OpenMP threads that wait by spinning become ten times slower on a machine that
 # does anything else; this lets them sleep soon.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip test test-gpu lint format doctor clean
+.PHONY: setup demo demo-clip test test-asan test-gpu lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +45,20 @@ demo-clip: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-asan: setup
+	rm -rf $(ASAN_COPY)/dsnet_mm $(ASAN_COPY)/tests
+	mkdir -p $(ASAN_COPY)
+	cp -a dsnet_mm tests setup.py pyproject.toml $(ASAN_COPY)
+	rm -f $(ASAN_COPY)/dsnet_mm/ops/_C.*.so
+	cd $(ASAN_COPY) && DSNET_MM_SANITIZE=1 DSNET_MM_WITH_OPS=1 \
+		$(abspath $(BIN))/python setup.py build_ext --inplace
+	cd $(ASAN_COPY) && export LD_PRELOAD='$(ASAN_LIBRARIES)' \
+		ASAN_OPTIONS=detect_leaks=0 && \
+		$(abspath $(BIN))/python -c \
+		'from dsnet_mm.ops import native; exit(native.WHY_NOT)' && \
+		$(abspath $(BIN))/python -m pytest tests/test_ops.py \
+		tests/test_memory_bounds.py
 
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'

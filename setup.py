@@ -7,6 +7,9 @@ Environment variables:
     FORCE_CUDA: 1 to compile for CUDA where there is no GPU; the architectures
         are those of TORCH_CUDA_ARCH_LIST, sm_80 and later.
     MAX_JOBS: How many files are compiled at a time.
+    DSNET_MM_SANITIZE: 1 to compile for ``make test-asan``: with AddressSanitizer and
+        UndefinedBehaviorSanitizer, for the CPU only, and with plain C++ in place of
+        AMX, whose memory accesses the sanitizers do not see.
 """
 
 import json
@@ -29,6 +32,7 @@ SOURCES = (
     'cpu/inference/resize_cpu.cpp',
 )
 CUDA_SOURCES = ('cuda/co_attention_cuda.cu',)
+SANITIZE = ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
 BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 
 
@@ -104,19 +108,24 @@ def ops() -> dict:
             super().run()
 
     wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
-    cuda = bool(torch.version.cuda and CUDA_HOME and wanted)
+    sanitize = os.environ.get('DSNET_MM_SANITIZE') == '1'
+    cuda = bool(torch.version.cuda and CUDA_HOME and wanted and not sanitize)
     flags = ['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
+    if sanitize:
+        flags = ['-O1', '-g1', '-fno-omit-frame-pointer', *SANITIZE, *flags[2:]]
     # Without it at::parallel_for, which is a header, runs on one thread. The
     # library itself is the one that torch has loaded.
     openmp = ['-fopenmp'] * (sys.platform == 'linux')
     extension = (CUDAExtension if cuda else CppExtension)(
         'dsnet_mm.ops._C',
         [str(CSRC / source) for source in SOURCES + CUDA_SOURCES * cuda],
-        include_dirs=[str(mmcv_headers())],
+        include_dirs=[str(mmcv_headers())]
+        + [str(Path('tests/amx_on_cpu').resolve())] * sanitize,
         depends=[str(path) for path in sorted(CSRC.rglob('*.*h'))],
-        define_macros=[('MMCV_WITH_CUDA', None)] * cuda,
+        define_macros=[('MMCV_WITH_CUDA', None)] * cuda
+        + [('DSNET_AMX_ON_CPU', None)] * sanitize,
         extra_compile_args=dict(cxx=flags + openmp, nvcc=['-O3']),
-        extra_link_args=openmp,
+        extra_link_args=openmp + SANITIZE * sanitize,
     )
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildOps))
 

@@ -62,6 +62,32 @@ def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
+def assert_kernels_equal_reference(kernels, inputs, heads, dropout_p, tolerance=1e-5):
+    """Compares outputs and gradients; returns the kernels' lse of either stream."""
+    n, channels = len(inputs[0]), inputs[0].shape[2] // 3
+    tokens = [x.shape[1] for x in inputs]
+    grad_out = [torch.randn(n, t, channels) for t in tokens]
+    seed = torch.tensor([2**40 + 7])
+    out = [torch.full_like(x, torch.nan) for x in grad_out]
+    grad = [torch.full_like(x, torch.nan) for x in inputs]
+    lse = [torch.empty(n, heads, t) for t in tokens]
+    delta = [torch.empty_like(x) for x in lse]
+    kernels(
+        pointers(*inputs),
+        (ctypes.c_int64 * 2)(*tokens),
+        *(ctypes.c_int64(x) for x in (n, heads, channels // heads)),
+        ctypes.c_void_p(seed.data_ptr()),
+        ctypes.c_double(dropout_p),
+        *(pointers(*x) for x in (out, lse, grad_out, delta, grad)),
+    )
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = reference_co_attention(*exact, heads, dropout_p, seed)
+    expected_grad = torch.autograd.grad(expected, exact, [x.double() for x in grad_out])
+    for measured, e in zip([*out, *grad], [*expected, *expected_grad], strict=True):
+        assert (measured - e).abs().max() < tolerance * max(e.abs().max(), 1)
+    return lse
+
+
 @needs_compiler
 @pytest.mark.parametrize('dropout_p', [0.0, 0.3])
 @pytest.mark.parametrize(
@@ -73,24 +99,21 @@ def pointers(*tensors):
 def test_kernels_equal_reference(kernels, shape, dropout_p):
     n, length, rest, heads, width = shape
     torch.manual_seed(0)
-    channels = heads * width
-    inputs = [torch.randn(n, tokens, 3 * channels) for tokens in (length, rest)]
-    grad_out = [torch.randn(n, tokens, channels) for tokens in (length, rest)]
-    seed = torch.tensor([2**40 + 7])
-    out = [torch.full_like(x, torch.nan) for x in grad_out]
-    grad = [torch.full_like(x, torch.nan) for x in inputs]
-    lse = [torch.empty(n, heads, tokens) for tokens in (length, rest)]
-    delta = [torch.empty_like(x) for x in lse]
-    kernels(
-        pointers(*inputs),
-        (ctypes.c_int64 * 2)(length, rest),
-        *(ctypes.c_int64(x) for x in (n, heads, width)),
-        ctypes.c_void_p(seed.data_ptr()),
-        ctypes.c_double(dropout_p),
-        *(pointers(*x) for x in (out, lse, grad_out, delta, grad)),
-    )
-    exact = [x.double().requires_grad_() for x in inputs]
-    expected = reference_co_attention(*exact, heads, dropout_p, seed)
-    expected_grad = torch.autograd.grad(expected, exact, [x.double() for x in grad_out])
-    for measured, e in zip([*out, *grad], [*expected, *expected_grad], strict=True):
-        assert (measured - e).abs().max() < 1e-5 * max(e.abs().max(), 1)
+    inputs = [torch.randn(n, tokens, 3 * heads * width) for tokens in (length, rest)]
+    assert_kernels_equal_reference(kernels, inputs, heads, dropout_p)
+
+
+@needs_compiler
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+@pytest.mark.parametrize('width', [8, 48, 128])
+def test_scores_far_below_zero(kernels, width, dropout_p):
+    """exp2(-lse) overflows, and would be the weight of a key beyond the end."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, tokens, 3, width) for tokens in (20, 35)]
+    for x in inputs:
+        x[:, :, 0, 0] = (110 * width**0.5) ** 0.5  # queries
+        x[:, :, 1, 0] = -x[:, :, 0, 0]  # keys
+    inputs = [x.flatten(2) for x in inputs]
+    # The rounding of a score grows with the score.
+    for lse in assert_kernels_equal_reference(kernels, inputs, 1, dropout_p, 1e-4):
+        assert lse.max() < -128

@@ -185,9 +185,10 @@ __global__ void __launch_bounds__(kThreads)
     load_tile<PARTS>(d.other_part(head, 1), d.other_row, first, d.keys, d.width, k);
     load_tile<PARTS>(d.other_part(head, 2), d.other_row, first, d.keys, d.width, v);
     __syncthreads();
-    // Keys beyond the end are zeros and add nothing.
     for (int j = 0; j < kTile; ++j) {
-      const float weight = exp2f(dot<PARTS>(q, k + j * kWidth) - norm);
+      const float score = dot<PARTS>(q, k + j * kWidth);
+      // A key beyond the end has the score 0, and exp2(0 - lse) may be infinite.
+      const float weight = first + j < d.keys ? exp2f(score - norm) : 0.f;
       float slope = dot<PARTS>(g, v + j * kWidth);
       if (d.seed) slope *= d.kept(words, first + j);
       add<PARTS>(weight * (slope - product), k + j * kWidth, sum);
@@ -234,9 +235,9 @@ __global__ void __launch_bounds__(kThreads)
       words[threadIdx.x] = d.seed ? d.words(head, query) : 0;
     }
     __syncthreads();
-    // Queries beyond the end have gradients of zero and add nothing.
     for (int j = 0; j < kTile; ++j) {
-      const float weight = exp2f(dot<PARTS>(k, q + j * kWidth) - norms[j]);
+      const float score = dot<PARTS>(k, q + j * kWidth);
+      const float weight = first + j < d.queries ? exp2f(score - norms[j]) : 0.f;
       const float slope = dot<PARTS>(v, g + j * kWidth);
       const float keep = d.seed ? d.kept(words[j], key) : 1.f;
       add<PARTS>(weight * keep, g + j * kWidth, grad_v);

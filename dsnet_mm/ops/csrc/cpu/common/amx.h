@@ -13,6 +13,9 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DSNET_AMX  // can be compiled
 #include <immintrin.h>
+#ifdef DSNET_AMX_ON_CPU  // a build for tests, see setup.py
+#include "amx_on_cpu.h"
+#endif
 
 // Around code that uses it. With fewer instructions than the AVX-512 of each_isa.h
 // nothing of that would be inlined.
@@ -25,12 +28,19 @@
 namespace dsnet {
 namespace amx {
 
-// Whether the processor has it and the system lets this process use it.
+// Whether the processor has tiles and the system lets this process use them.
+inline bool has_tiles() {
+#ifdef DSNET_AMX_ON_CPU
+  return true;
+#else
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         at::cpu::init_amx();
+#endif
+}
+
 inline bool available() {
   static const bool yes = at::get_cpu_capability() == "AVX512" &&
-                          __builtin_cpu_supports("amx-tile") &&
-                          __builtin_cpu_supports("amx-bf16") &&
-                          __builtin_cpu_supports("avx512bf16") && at::cpu::init_amx();
+                          __builtin_cpu_supports("avx512bf16") && has_tiles();
   return yes;
 }
 

@@ -30,6 +30,9 @@ class Arena {
 inline char* scratch(int64_t bytes) {
   thread_local c10::DataPtr memory;
   thread_local int64_t size = 0;
+#ifdef __SANITIZE_ADDRESS__
+  size = 0;  // a block of exactly this size, whose end is checked
+#endif
   if (size < bytes) {
     memory = c10::GetCPUAllocator()->allocate(bytes);
     size = bytes;
