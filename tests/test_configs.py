@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
+from .conftest import write_coco
+
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
 DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if p.name.endswith('_coco.py'))
 CLASSIFICATION = sorted(CONFIGS.glob('*_in1k.py'), key=lambda p: p.name)
@@ -97,8 +99,6 @@ def test_demo_classification():
 def test_detection_pipelines(tmp_path):
     """1x and 3x read COCO's own layout."""
     pytest.importorskip('mmdet')
-    from .test_tools import write_coco
-
     init_default_scope('mmdet')
     write_coco(tmp_path, 'train', 4)
     for name in ('mask_rcnn_dsnet_s_coco.py', 'mask_rcnn_dsnet_s_3x_coco.py'):
