@@ -28,6 +28,7 @@ from dsnet_mm.ops import native
 
 from .conftest import COCO, FOLDERS, TOOLS, tool
 
+
 @pytest.fixture(autouse=True)
 def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(folder)

@@ -59,7 +59,9 @@ def find_checkpoint_to_resume(work_dir: str) -> str | None:
             can be read.
     """
     files = sorted(
-        Path(work_dir).glob('*.pth'), key=lambda path: path.stat().st_mtime, reverse=True
+        Path(work_dir).glob('*.pth'),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
     )
     latest = Path(work_dir, 'last_checkpoint')
     if not files and not latest.is_file():
