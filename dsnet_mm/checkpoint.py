@@ -18,12 +18,22 @@ from mmengine.runner import CheckpointLoader
 
 _multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
 
+
+def _get_statistic(owner: Any, name: str) -> Callable:
+    """Replaces ``getattr``, through which a pickle could reach any function.
+
+    A pickled HistoryBuffer names its statistics by it.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr(..., {name!r})')
+    return getattr(owner, name)
+
+
 # What MMEngine writes beside tensors and plain Python values: the histories of its
 # log, and NumPy's arrays and numbers. NumPy 2 renamed numpy.core to numpy._core.
-# MMEngine's own list also has the built-in getattr, through which a pickle can
-# reach any function.
 ALLOWED = [
     HistoryBuffer,
+    (_get_statistic, 'builtins.getattr'),
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},

@@ -1,11 +1,10 @@
 """Finds, checks and loads the checkpoints that a run starts from."""
 
-import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import find_latest_checkpoint
 from torch import nn
@@ -82,9 +81,7 @@ def find_checkpoint_to_resume(work_dir: str) -> str | None:
                 read_training_state(str(path))
             except ValueError:
                 continue
-            print_log(
-                f'{error}; training goes on from {path}.', 'current', logging.WARNING
-            )
+            warnings.warn(f'{error}; training goes on from {path}.', stacklevel=2)
             return str(path)
         raise
 
