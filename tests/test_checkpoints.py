@@ -33,7 +33,8 @@ class Runs:
 @pytest.fixture(autouse=True)
 def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    MARK.unlink(missing_ok=True)
+    if MARK.exists():
+        MARK.rmdir()
 
 
 @pytest.fixture(params=[True, False], ids=['zip', 'legacy'])
