@@ -49,7 +49,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsnet_mm.engine.complexity import count_complexity
+from dsnet_mm.cli.complexity import count_complexity
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import DSNet
 from dsnet_mm.models.fuse import fuse_for_inference

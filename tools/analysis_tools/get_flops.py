@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from dsnet_mm.engine.complexity import Complexity, count_complexity
+from dsnet_mm.cli.complexity import Complexity, count_complexity
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers.reference import reference_net
 
