@@ -9,11 +9,11 @@ pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from dsnet_mm.datasets.few_shot import DATASETS
 from dsnet_mm.few_shot import FewShotConfig
+from dsnet_mm.tasks import PUBLIC_DATASETS
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
-TRAINED = [name for name, info in DATASETS.items() if info.counts[0]]
+TRAINED = [name for name, info in PUBLIC_DATASETS.items() if info.counts[0]]
 
 
 def load(name):

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from dsnet_mm.datasets.few_shot import load_task
 from dsnet_mm.few_shot import FeatureCache
+from dsnet_mm.tasks import load_task
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_key_tells_apart_what_changes_the_features(tmp_path, encoder, items):
 def test_clip_and_warp_differ_as_they_should(encoder):
     from PIL import Image
 
-    from dsnet_mm.few_shot.features import build_transform
+    from dsnet_mm.datasets.pictures import build_transform
 
     wide = Image.new('RGB', (96, 32))
     wide.paste((255, 255, 255), (0, 0, 32, 32))

@@ -9,13 +9,8 @@ import pytest
 from PIL import Image
 
 from dsnet_mm.datasets import sample_few_shot
-from dsnet_mm.datasets.few_shot import (
-    DATASETS,
-    diagnose,
-    load_task,
-    read_split,
-    resolve_prompts,
-)
+from dsnet_mm.datasets.doctor import diagnose
+from dsnet_mm.tasks import PUBLIC_DATASETS, load_task, read_split, resolve_prompts
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared' / 'data' / 'few_shot'
 PUBLISHED = sorted(SHARED.glob('*-shot_*-seed_*.json'))
@@ -142,7 +137,7 @@ def test_csv(tmp_path):
 
 def test_doctor_says_what_to_do(tmp_path):
     (problem,) = diagnose('eurosat', tmp_path)
-    assert DATASETS['eurosat'].source in problem
+    assert PUBLIC_DATASETS['eurosat'].source in problem
     assert 'split_zhou_EuroSAT.json' in problem
 
     folder = make_folder(tmp_path / 'mine', {'a': 4, 'b': 4})

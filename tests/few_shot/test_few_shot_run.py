@@ -30,7 +30,7 @@ def config(tiny_clip, picture_folder, tmp_path):
 
 
 def test_run_opens_test_once_and_last(config, tmp_path, monkeypatch):
-    from dsnet_mm.datasets.few_shot import load_task
+    from dsnet_mm.tasks import load_task
 
     test_paths = {item[0] for item in load_task(config.dataset).split['test']}
     opened = []
@@ -94,8 +94,8 @@ def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_pat
     import shutil
     from dataclasses import replace
 
-    from dsnet_mm.datasets.few_shot import load_task
     from dsnet_mm.few_shot import load_classifier, transfer
+    from dsnet_mm.tasks import load_task
 
     small = replace(config, methods=('clip_adapter',), oracle=(), shots=(4,))
     (_, first, *_) = run(small, tmp_path / 'run', quiet=True)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from dsnet_mm.few_shot.features import Features
-from dsnet_mm.few_shot.methods import METHODS, FewShotData, fit_zero_shot
-from dsnet_mm.few_shot.protocol import evaluate
+from dsnet_mm.datasets.features import Features
+from dsnet_mm.few_shot.evaluation import evaluate
+from dsnet_mm.few_shot.methods import METHODS, FewShotData
+from dsnet_mm.few_shot.methods.zero_shot import fit_zero_shot
 from dsnet_mm.models import OpenCLIPEncoder
 
 CLASSES, SHOTS, WIDTH, TESTS, BATCH = 1000, 16, 1024, 50_000, 256
