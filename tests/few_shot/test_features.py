@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsnet_mm.few_shot import FeatureCache
+from dsnet_mm.few_shot.deployment import DeployedClassifier
 from dsnet_mm.tasks import load_task
 
 
@@ -103,6 +104,15 @@ def test_unreadable_picture_is_named(tmp_path, encoder, items, caplog):
     assert found.labels.tolist() == [items[0][1], items[1][1]]
     with pytest.raises(FileNotFoundError, match=r'none\.jpg is missing'):
         FeatureCache(tmp_path / 'c', encoder).images([('none.jpg', 0, 'x')])
+
+
+def test_deployed_classifier_names_the_picture_it_cannot_read(tmp_path, encoder):
+    classifier = DeployedClassifier(torch.nn.Identity(), encoder, ['a', 'b'], 'clip')
+    (tmp_path / 'bad.jpg').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match=r'bad\.jpg cannot be read'):
+        classifier([tmp_path / 'bad.jpg'])
+    with pytest.raises(FileNotFoundError, match=r'none\.jpg is missing'):
+        classifier([tmp_path / 'none.jpg'])
 
 
 def test_cache_refuses_unknown_options(tmp_path, encoder):

@@ -119,6 +119,19 @@ def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_pat
         transfer(file, tmp_path / 'two', **options)
 
 
+def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
+    options = dict(methods=(), oracle=(), shots=(16,), seeds=(1,), on_bad_image='skip')
+    for part in ('train', 'test'):
+        shutil.copytree(picture_folder, tmp_path / 'split' / part)
+    config = replace(config, dataset=str(tmp_path / 'split'), **options)
+    bad = tmp_path / 'split' / 'test' / 'red' / '99.png'
+    bad.write_bytes(b'no picture')
+    (record,) = run(config, tmp_path / 'run', quiet=True)
+    assert record['test']['pictures'] == 72
+    log = (tmp_path / 'run' / 'run.log').read_text()
+    assert f'WARNING skipped: the picture {bad} cannot be read' in log
+
+
 def test_folder_of_another_run_is_refused(config, tmp_path):
     small = replace(config, methods=(), oracle=(), shots=(1,), seeds=(1,))
     run(small, tmp_path / 'run', quiet=True)
