@@ -6,9 +6,9 @@ from zipfile import ZipFile
 import numpy as np
 from PIL import Image
 
-from dsnet_mm.datasets.few_shot import load_task
 from dsnet_mm.few_shot import demo
 from dsnet_mm.models import OpenCLIPEncoder
+from dsnet_mm.tasks import load_task
 
 
 def test_captions_never_name_what_is_held_out():

@@ -1,15 +1,16 @@
-"""Evaluation, and selection that does not see the test split."""
+"""Selection of hyper-parameters, without the test split."""
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .features import Features
+from dsnet_mm.datasets.features import Features
+
+from .evaluation import evaluate
 from .methods import FewShotData, Method
 
 SELECTIONS = ('val', 'cv', 'fixed')
@@ -18,79 +19,18 @@ SELECTIONS = ('val', 'cv', 'fixed')
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a classifier did.
-
-    Attributes:
-        accuracy: Top-1 accuracy in percent.
-        ece: Expected calibration error over 15 bins, in percent.
-        loss: Mean cross-entropy.
-    """
-
-    accuracy: float
-    ece: float
-    loss: float
-
-
-@torch.no_grad()
-def evaluate(
-    classifier: Callable[[Tensor], Tensor], data: Features, chunk: int = 1024
-) -> Score:
-    """Score a classifier on the first view of labelled features.
-
-    Args:
-        classifier: Features (N, D) to logits (N, K).
-        data: The features.
-        chunk: Pictures at once, which bounds the memory.
-
-    Returns:
-        Its score.
-    """
-    confidence, correct, loss = [], [], 0.0
-    for f, labels in zip(
-        data.features[0].split(chunk), data.labels.split(chunk), strict=True
-    ):
-        logits = classifier(f).float()
-        loss += F.cross_entropy(logits, labels, reduction='sum').item()
-        top = logits.softmax(-1).max(-1)
-        confidence.append(top.values)
-        correct.append(top.indices == labels)
-    confidence, correct = torch.cat(confidence), torch.cat(correct).float()
-    return Score(
-        100 * correct.mean().item(),
-        100 * calibration_error(confidence, correct),
-        loss / len(data),
-    )
-
-
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Expected calibration error.
-
-    Args:
-        confidence: Probability of the predicted class (N,).
-        correct: 1 where it is right, else 0, (N,).
-        bins: Number of bins of equal width.
-
-    Returns:
-        Mean gap between confidence and accuracy, 0 to 1.
-    """
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add(0, index, confidence - correct)
-    return gap.abs().sum().item() / len(confidence)
-
-
-@dataclass(frozen=True)
 class Fit:
-    """A fitted classifier and how it came about.
+    """A fitted classifier and how it was selected.
 
     Attributes:
         classifier: Features (N, D) to logits (N, K).
         options: Its hyper-parameters.
-        selection: How they were chosen: one of ``SELECTIONS``, or ``'oracle'``.
-        val_accuracy: Accuracy they were chosen by, in percent, or None.
+        selection: How the hyper-parameters were chosen: one of ``SELECTIONS``, or
+            ``'oracle'``.
+        val_accuracy: Validation accuracy they were chosen by, in percent, or None.
         tried: Number of combinations tried.
         fit_seconds: Time of the final fit alone.
-        select_seconds: Time of everything.
+        select_seconds: Time of selection and fit.
     """
 
     classifier: nn.Module
@@ -109,19 +49,19 @@ def select(
     selection: str = 'val',
     overrides: dict | None = None,
 ) -> Fit:
-    """Choose hyper-parameters and fit.
+    """Select hyper-parameters and fit.
 
-    The best accuracy wins; of equal ones the least loss. Training pictures are never
-    used to validate what was fitted to them, and validation pictures never to fit.
-    Where there is nothing to choose by (``val`` is empty, or one shot cannot be
-    split) the method's own values are taken and the result says ``'fixed'``.
+    The best accuracy is selected; of equal ones the lowest loss. Training pictures
+    never validate a classifier that was fitted to them. Validation pictures are never
+    fitted to. If there is nothing to select by (``val`` is empty, or ``'cv'`` has one
+    shot), the defaults of the method are taken and the result says ``'fixed'``.
 
     Args:
         method: The method.
         data: Training data.
-        val: Validation features; for an oracle those of the test split.
+        val: Validation features. For an oracle those of the test split.
         selection: One of ``SELECTIONS``, or ``'oracle'``, which takes ``val`` too.
-        overrides: Hyper-parameters that are not searched but set.
+        overrides: Hyper-parameters that are set instead of selected.
 
     Returns:
         The fit.

@@ -9,20 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dsnet_mm.datasets.few_shot import Item
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.tasks import Item
 
-PREPROCESSINGS = ('clip', 'warp')
-"""Both resize bicubically. ``'clip'``: shorter side, then centre crop (CLIP, CoOp
-since October 2021). ``'warp'``: to a square (CoOp before, and CLIP-Adapter's main
-table)."""
+from .pictures import PREPROCESSINGS, build_transform, open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +39,28 @@ class Features:
         return len(self.labels)
 
     def take(self, index: Tensor) -> 'Features':
-        """The pictures with those indices."""
+        """The pictures with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
 
 class FeatureCache:
-    """Features on disk, one file for each list of pictures and way to look at them.
+    """Features on disk, one file for each list of pictures and set of options.
 
-    A file is found by all that its content depends on: weights of the encoder,
-    preprocessing, views, and path, size and time of change of every picture. It
-    carries a checksum that is verified when it is read; a damaged file is rebuilt.
-    Files are shared by methods, seeds and runs.
+    The name of a file is a hash of what its content depends on: weights of the
+    encoder, preprocessing, views, and path, size and modification time of every
+    picture. Methods, seeds and runs share the files. A file has a checksum; a damaged
+    file is computed again.
 
     Args:
-        folder: Folder of the files, made when needed.
+        folder: Folder of the files. It is created if needed.
         encoder: The frozen towers, on the device to use.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of the random crops of augmented views, as a
-            fraction of the picture: CoOp's default; Tip-Adapter has (0.5, 1).
+            fraction of the picture. The default is CoOp's; Tip-Adapter has (0.5, 1).
         batch_size: Pictures encoded at once.
-        workers: Processes that load pictures, 0 for none.
-        on_bad_image: What happens to a picture that cannot be read: ``'error'``, or
-            ``'skip'``, which logs its path and leaves it out.
+        workers: Number of worker processes that load pictures.
+        on_bad_image: What to do with a picture that cannot be read: ``'error'``
+            raises, ``'skip'`` logs its path and leaves it out.
         progress: Called with the number of pictures encoded since the last call.
 
     Raises:
@@ -105,11 +101,11 @@ class FeatureCache:
 
         Args:
             items: The pictures.
-            views: Number of augmented views (random crop and flip), or 0 for the
-                picture itself.
+            views: Number of augmented views (random crop and flip). 0 gives one view,
+                the picture itself.
 
         Returns:
-            Their features, V = max(views, 1).
+            The features, with max(views, 1) views.
 
         Raises:
             FileNotFoundError: If a picture is missing.
@@ -139,7 +135,7 @@ class FeatureCache:
         return Features(stored['features'], stored['labels'])
 
     def texts(self, class_names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Zero-shot classifier (K, D), see ``OpenCLIPEncoder.encode_classes``."""
+        """Text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
         key = {
             'kind': 'texts',
             'weights': self.encoder.digest(),
@@ -203,7 +199,7 @@ class FeatureCache:
 
 
 class _Pictures(Dataset):
-    """Pictures ready for the encoder; an unreadable one is a sentence about it."""
+    """Inputs of the encoder. For an unreadable picture: a sentence that names it."""
 
     def __init__(
         self,
@@ -221,45 +217,15 @@ class _Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                image = image.convert('RGB')
-        except (OSError, SyntaxError, ValueError) as error:
-            return f'the picture {path} cannot be read ({error})'
+            image = open_picture(self.paths[index])
+        except ValueError as error:
+            return str(error)
         if self.view is None:
             return self.plain(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.view * 1_000_003 + index)
             return self.augmented(image)
-
-
-def build_transform(
-    encoder: OpenCLIPEncoder,
-    preprocessing: str,
-    crop_scale: tuple[float, float] | None = None,
-) -> Callable[[Image.Image], Tensor]:
-    """The way from a picture to what the encoder takes, (3, H, W).
-
-    Args:
-        encoder: Gives size, mean and standard deviation.
-        preprocessing: One of ``PREPROCESSINGS``.
-        crop_scale: Instead of it a random crop of that area, and a flip.
-    """
-    from torchvision import transforms as T
-
-    size, bicubic = encoder.image_size, T.InterpolationMode.BICUBIC
-    if crop_scale is not None:
-        steps = [
-            T.RandomResizedCrop(size, crop_scale, interpolation=bicubic),
-            T.RandomHorizontalFlip(),
-        ]
-    elif preprocessing == 'warp':
-        steps = [T.Resize((size, size), bicubic)]
-    else:
-        steps = [T.Resize(size, bicubic), T.CenterCrop(size)]
-    normalise = T.Normalize(encoder.mean, encoder.std)
-    return T.Compose([*steps, T.ToTensor(), normalise])
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
