@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dsnet_mm.datasets.few_shot import load_task
-from dsnet_mm.few_shot import demo
+from dsnet_mm.demo import clip as demo
 from dsnet_mm.models import OpenCLIPEncoder
 
 
