@@ -10,9 +10,9 @@ the picture size, the split and ``i``. A larger set begins with the pictures of 
 smaller one.
 """
 
+from .contact_sheet import preview
 from .data_set import SceneSettings, make_scenes
 from .drawing import BACKGROUNDS, draw_scene
-from .contact_sheet import preview
 from .sampling import MIN_VISIBLE, sample_portrait, sample_scene
 from .vocabulary import COLOURS, DETECTION_CLASSES, SHAPES, TEXTURES, SceneObject
 from .writing import write_classification, write_detection

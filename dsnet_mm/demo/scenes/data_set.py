@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsnet_mm.demo.folders import replacing
+
 from .checks import check_int
 from .contact_sheet import preview
 from .writing import GENERATOR_VERSION, write_classification, write_detection

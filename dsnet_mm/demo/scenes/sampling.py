@@ -31,7 +31,7 @@ def _random_object(
     radius: float,
     span: tuple[float, float],
 ) -> SceneObject:
-    """Returns an object whose x, y, angle and period are random, x and y in ``span``."""
+    """Returns an object of random angle and period, with its centre in ``span``."""
     texture, shape = name.split()
     return SceneObject(
         shape=shape,

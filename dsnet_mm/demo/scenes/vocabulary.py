@@ -121,6 +121,7 @@ COLOURS: dict[str, RGB] = {
 DETECTION_CLASSES = ('striped disc', 'dotted disc', 'striped star', 'dotted star')
 """Class names, in the order of the COCO category ids 1 to 4."""
 
+
 # Pixels; fine, yet three periods across the smallest object. The two textures of the
 # classes differ in scale too: with equal periods, a small network needed several times
 @dataclass(frozen=True)
@@ -173,4 +174,3 @@ class SceneObject:
     def rgb(self) -> RGB:
         """Red, green and blue of the colour, 0 to 255."""
         return COLOURS[self.colour] if isinstance(self.colour, str) else self.colour
-
