@@ -216,10 +216,8 @@ DSNet.forward = _slow_forward
     ]
     for result in results:
         assert result['old_ms'] > 300 > result['new_ms'] > 0
-        ratio = result['new_ms'] / result['old_ms']
-        assert result['new / old'] == pytest.approx(ratio)
         low, high = result['quartiles']
-        assert 0 < low <= high < 1
+        assert 0 < low <= result['ratio'] <= high < 1
 
 
 def test_the_table_of_a_comparison(
@@ -228,8 +226,9 @@ def test_the_table_of_a_comparison(
     def compare(old, panels, settings):
         assert (old, settings.turns) == (checkout, 3)
         for panel in panels:
-            times = dict(old_ms=200.0, new_ms=206.0, quartiles=(1.01, 1.04))
-            yield {'row': panel.title, 'new / old': 1.03, **times}
+            times = dict(old_ms=200.0, new_ms=206.0)
+            ratios = dict(ratio=1.03, quartiles=(1.01, 1.04))
+            yield dict(row=panel.title, **times, **ratios)
 
     monkeypatch.setattr(benchmark, 'compare', compare)
     argv = ['--against', str(checkout), '--size', '64', '--turns', '3', *one_thread]

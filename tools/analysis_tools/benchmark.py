@@ -25,9 +25,10 @@ convolutions are timed in both memory formats, and the faster one is shown.
 The peers come from timm (pip install timm). Without it they are left out.
 
 --against compares two commits. It times DS-Net of this checkout and of another one,
-in alternating turns of two processes, and shows the ratio of the medians. Check the
-other commit out into a folder of its own (git worktree add ../old COMMIT) and compile
-its operators there (python setup.py build_ext --inplace).
+in alternating turns of two processes. Each turn gives a ratio of the two times; the
+table shows their median. Check the other commit out into a folder of its own (git
+worktree add ../old COMMIT) and compile its operators there (python setup.py build_ext
+--inplace).
 """
 
 import argparse

@@ -104,8 +104,8 @@ def compare(
         arch: As in :class:`~dsnet_mm.models.DSNet`.
 
     Yields:
-        A result for each row: names, median milliseconds, and ``new / old``, which
-        is the ratio of these. ``quartiles`` are those of the ratios of each turn.
+        A result for each row: its name, the median milliseconds of both checkouts,
+        and median and quartiles of new / old. Each turn gives one such ratio.
 
     Raises:
         RuntimeError: If a worker fails.
@@ -126,14 +126,13 @@ def compare(
                     worker.stop()
             old_times, new_times = times[0][1:], times[1][1:]
             ratios = [b / a for a, b in zip(old_times, new_times, strict=True)]
-            low, _, high = quantiles(ratios, n=4, method='inclusive')
-            old_ms, new_ms = 1e3 * median(old_times), 1e3 * median(new_times)
+            low, ratio, high = quantiles(ratios, n=4, method='inclusive')
             form = '' if panel.training else ', fused' if fused else ', not fused'
             yield {
                 'row': panel.title + form,
-                'old_ms': old_ms,
-                'new_ms': new_ms,
-                'new / old': new_ms / old_ms,
+                'old_ms': 1e3 * median(old_times),
+                'new_ms': 1e3 * median(new_times),
+                'ratio': ratio,
                 'quartiles': (low, high),
             }
 
@@ -149,7 +148,7 @@ def table_of_comparison(results: list[dict]) -> Table:
             result['row'],
             f'{result["old_ms"]:.1f}',
             f'{result["new_ms"]:.1f}',
-            f'{result["new / old"]:.3f}',
+            f'{result["ratio"]:.3f}',
             f'{low:.3f} to {high:.3f}',
         )
     return table
