@@ -177,9 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.against:
         rows = compare(args.against, panels, settings)
         count = sum(1 if panel.training else 2 for panel in panels)
-        console.print(
-            table_of_comparison(list(track(rows, 'Comparing', count, console=console)))
-        )
+        try:
+            rows = list(track(rows, 'Comparing', count, console=console))
+        except RuntimeError as error:
+            sys.exit(f'benchmark: {error}')
+        console.print(table_of_comparison(rows))
     else:
         run(args, panels, settings, facts, console)
     console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
