@@ -43,7 +43,9 @@ class Fused(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         own = f'{prefix}module.'
-        unfused = [k for k in state_dict if k.startswith(prefix) and not k.startswith(own)]
+        unfused = [
+            k for k in state_dict if k.startswith(prefix) and not k.startswith(own)
+        ]
         if unfused:
             raise ValueError(
                 f'The network was fused for inference, and the state dict is of one '
