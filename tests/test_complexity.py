@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.analysis import get_model_complexity_info
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.cli.complexity import count_complexity
 from dsnet_mm.models import DSNet, fuse_for_inference
-from dsnet_mm.models.layers import pointwise
 
 from .conftest import tool
 
@@ -110,30 +111,56 @@ def test_the_papers_tables(get_flops):
     assert 2 * saved['DS-Net-T*'] == 2 * saved['DS-Net-T'] == saved['T, alpha=1']
 
 
-@pytest.mark.skipif(not pointwise._HAS_ONEDNN, reason='PyTorch without oneDNN')
-def test_fused_projections_count_as_plain_ones():
-    """Bias and GELU are counted, an addition is not, in either form."""
-    torch.manual_seed(0)
-    net = DSNet(dict(embed_dims=(8,) * 4, depths=(1,) * 4, num_heads=(1,) * 4))
-    picture = torch.zeros(1, 3, 64, 64)
-    fused = count_complexity(net, picture)
-    # In float64 there are none, and 1x1 convolutions run as such.
-    plain = count_complexity(net.double(), picture.double())
-    assert fused == plain
-    assert fused.uncounted == ()
+WIDE = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
 
 
 @pytest.mark.parametrize('isa', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_packed_projections_count_as_plain_ones(dtype, isa):
-    arch = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
-    net = DSNet(arch, isa=isa)
+def test_every_form_counts_the_same(dtype, isa):
+    net = DSNet(WIDE, isa=isa).eval()
     picture = torch.zeros(1, 3, 64, 64)
-    plain = count_complexity(net.double(), picture.double())
-    packed = fuse_for_inference(net).to(dtype)
-    counts = [count_complexity(packed, picture.to(dtype)) for _ in range(2)]
-    for count in counts:
-        assert count._replace(params=plain.params) == plain
+    expected = count_complexity(net.double(), picture.double())
+    assert expected.uncounted == ()
+    assert count_complexity(net.to(dtype), picture.to(dtype)) == expected
+    fused = count_complexity(fuse_for_inference(net).to(dtype), picture.to(dtype))
+    # Of the parameters those of the output norm are left.
+    assert fused._replace(params=expected.params) == expected
+
+
+def flops(net, dtype, training=False):
+    """What PyTorch's counter says of our operators."""
+    net = net.to(dtype).train(training)
+    x = torch.randn(2, 3, 64, 64, dtype=dtype, requires_grad=training)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        (out,) = net(x)
+        if training:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_counter_of_pytorch():
+    """It sees the operators in float32, and their plain forms in float64."""
+    net = DSNet(WIDE)
+    expected = flops(net, torch.float64)
+    assert expected == 2 * count_complexity(net, torch.zeros(2, 3, 64, 64).double())[1]
+    assert flops(net, torch.float32) == expected
+    assert flops(fuse_for_inference(net), torch.float32) == expected
+
+
+def test_counter_of_pytorch_in_training():
+    """Where the hidden layer is not kept, it is computed once more."""
+    net = DSNet(WIDE)
+    again = sum(2 * 2 * (16 // 2**i) ** 2 * 64 * 256 for i in range(4))
+    assert flops(net, torch.float32, True) == flops(net, torch.float64, True) + again
+
+
+def test_counter_of_mmengine():
+    net = DSNet(WIDE).eval()
+    shape = (3, 64, 64)
+    counts = count_complexity(net, torch.zeros(1, *shape))
+    analysis = get_model_complexity_info(net, shape, show_table=False, show_arch=False)
+    # It counts resizing by four operations and batch norms too, and no biases.
+    assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsnet_mm.ops import native, runs_tiled, to_tiles
+from dsnet_mm.ops import native, pack
+from dsnet_mm.ops.packing import PACKED_DTYPES
 
 REPO = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,13 +89,12 @@ def check_projections(dtype: torch.dtype) -> None:
         w1 = torch.randn(hidden, width).to(dtype)
         w2, w = torch.randn(width, hidden).to(dtype), torch.randn(width, width)
         b1, b2 = torch.randn(hidden).to(dtype), torch.randn(width).to(dtype)
-        w = to_tiles(w.to(dtype))
-        tiles = to_tiles(w1), b1, to_tiles(w2), b2
+        w = pack(w.to(dtype))
+        tiles = pack(w1), b1, pack(w2), b2
         check(ops.linear, x, w, b2)
         check(ops.linear, x, w, None)
         check(ops.linear_, add, x, w, b2)
         check(ops.ffn, x, *tiles)
-        check(ops.ffn_, add, x, *tiles)
         check(ops.merge_, x, add, h_l, w, b2, w, *tiles)
         check(ops.merge_, x, add, None, None, None, w, *tiles)
         if dtype == torch.float32:
@@ -109,11 +109,10 @@ def check_maps(dtype: torch.dtype, channels: int) -> None:
     for size in ((1, 1), (5, 3), (8, 8)):
         x = torch.randn(2, channels, *size).to(dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        weight, bias = torch.randn(channels, 1, 3, 3), torch.randn(channels)
-        border = torch.randn(8, channels)
-        weight, bias, border = (t.to(dtype) for t in (weight, bias, border))
-        check(ops.depthwise_conv, x, weight, bias, border)
-        check(ops.depthwise_conv, x, weight, bias, None)
+        weight = torch.randn(channels, 1, 3, 3).to(dtype)
+        bias, scale, shift = torch.randn(3, channels).to(dtype)
+        check(ops.residual_conv, x, weight, bias, scale, shift)
+        check(ops.residual_conv, x, weight, bias, None, None)
         out = torch.randn(2, channels, 7, 9).to(dtype)
         check(ops.resize_add_, out.contiguous(memory_format=CHANNELS_LAST), x)
 
@@ -123,7 +122,7 @@ def check_all() -> None:
     for dtype in DTYPES:
         for width in (1, 8, 12, 16, 40):
             check_attention(dtype, width)
-        if runs_tiled(torch.zeros(1, dtype=dtype)):
+        if dtype in PACKED_DTYPES:
             check_projections(dtype)
     for dtype in (torch.float32, torch.bfloat16):
         for channels in (1, 8, 12, 24, 37, 64):

@@ -1,4 +1,4 @@
-from . import meta
+from . import meta as meta  # registers fake kernels and FLOP formulas
 from .co_attention import (
     attention,
     co_attention,

@@ -18,7 +18,8 @@ PACKED_DTYPES = tuple(
     for dtype in (torch.float32, torch.bfloat16)
     if native.WHY_NOT is None and torch.ops.dsnet_mm.has_projections(dtype)
 )
-"""Types that the operators take here: float32 with AVX2 or AVX-512, bfloat16 with AMX."""
+"""Types that the operators take on this machine: float32 with AVX2 or AVX-512, and
+bfloat16 with AMX."""
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The inference form of the modules of DS-Net: all weights are buffers, norms folded."""
+"""The inference form of DS-Net's modules: weights are buffers, norms are folded."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -42,10 +42,8 @@ class Fused(nn.Module):
         return super().train(False)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        own = f'{prefix}module.'
-        unfused = [
-            k for k in state_dict if k.startswith(prefix) and not k.startswith(own)
-        ]
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        unfused = [key for key in keys if not key.startswith(f'{prefix}module.')]
         if unfused:
             raise ValueError(
                 f'The network was fused for inference, and the state dict is of one '
@@ -77,10 +75,10 @@ class FusedDSBlock(Fused):
     of the depth-wise convolution, which pads with zeros, becomes a scale and a shift.
     Other norms stay.
 
-    On the CPU the block is one operator, ``dsnet_mm::ds_block``, if it has both streams,
-    with intra-scale propagation, inter-scale alignment both ways or none, and numbers of
-    channels that are multiples of 32. Otherwise it is the forward of :class:`DSBlock` on
-    the folded weights.
+    On the CPU the block is one operator, ``dsnet_mm::ds_block``, if it has both
+    streams, with intra-scale propagation, inter-scale alignment both ways or none, and
+    numbers of channels that are multiples of 32. Otherwise it is the forward of
+    :class:`DSBlock` on the folded weights.
     """
 
     def __init__(self, module: DSBlock) -> None:
@@ -101,8 +99,8 @@ class FusedDSBlock(Fused):
                     isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)
                 ):
                     setattr(parent, name, PackedProjection(child.weight, child.bias))
-        # To look the weights up by name. ``named_buffers`` takes longer than the smaller
-        # operators.
+        # To look the weights up by name. ``named_buffers`` takes longer than the
+        # smaller operators.
         self._places = [
             (f'{name}.{key}', layer._buffers, key)
             for name, layer in block.named_modules()
@@ -187,7 +185,6 @@ class PackedProjection(nn.Module):
         destination[f'{prefix}bias'] = self.bias
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        packed = self.packed
         self.packed, self._buffers['weight'] = None, self.weight
         super()._load_from_state_dict(state_dict, prefix, *args)
         weight = self._buffers.pop('weight')

@@ -284,9 +284,9 @@ class DSBlock(BaseModule):
             return F.conv2d(f_l, weight, bias)
         h_g = F.conv2d(_to_map(f_g, global_size), weight[:, local_channels:], bias)
         h_g = resize(h_g, size)
-        return (
-            h_g + F.conv2d(f_l, weight[:, :local_channels]) if local_channels else h_g
-        )
+        if not local_channels:
+            return h_g
+        return h_g + F.conv2d(f_l, weight[:, :local_channels])
 
 
 def _depthwise_conv(channels: int) -> nn.Conv2d:
