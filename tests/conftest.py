@@ -227,7 +227,7 @@ RETINANET = (
     + f"""
 model = dict({BACKBONE.format(levels='1, 2, 3', widths='16, 32, 32')}
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
-    test_cfg=dict(score_thr=0.0, max_per_img=10),
+    test_cfg=dict(score_thr=0.0, max_per_img=100),
 )
 custom_hooks = [dict(type='EMAHook')]
 """
