@@ -1,9 +1,14 @@
-# make demo       installs, then trains and evaluates a small Mask R-CNN; a picture
-# make demo-clip  installs, then trains a small CLIP and compares few-shot methods
-# make test       installs, then runs the tests
-# make test-asan  tests the compiled ops under AddressSanitizer and UBSan
-# make test-gpu   installs, then tests on the GPU and writes a table of times
-# make doctor     what is installed, which ops are live, and why not
+# Every target but clean first installs the package into $(VENV), if necessary.
+#
+# make demo       trains and evaluates a small Mask R-CNN, and plots its predictions
+# make demo-clip  trains a small CLIP model and compares few-shot methods with it
+# make test       runs the tests
+# make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
+# make test-gpu   runs the tests on the GPU and writes a table of times
+# make lint       checks style and formatting
+# make format     corrects style and formatting
+# make doctor     reports the installed packages, the compiled ops and any problem
+# make clean      removes the virtual environment and the build
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,14 +19,14 @@ SHIM := $(wildcard tests/cuda_on_cpu/* tests/amx_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
-# A copy of the package, so that the ordinary build stays.
+# The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 
-# OpenMP threads that wait by spinning become ten times slower on a machine that
-# does anything else; this lets them sleep soon.
+# Waiting OpenMP threads spin by default. If other processes need the cores, this makes
+# the program ten times slower. A smaller count lets the threads sleep sooner.
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: setup demo demo-clip test test-asan test-gpu lint format doctor clean

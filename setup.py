@@ -1,15 +1,17 @@
-"""Build steps that pyproject.toml cannot express: the compiled ops.
+"""Builds the compiled ops, which pyproject.toml cannot describe.
+
+The ops are compiled if torch, mmcv and a C++ compiler are available. pip must be called
+with ``--no-build-isolation``; otherwise the build does not find torch and mmcv.
 
 Environment variables:
-    DSNET_MM_WITH_OPS: 1 to fail where the ops cannot be compiled, 0 to leave
-        them out. By default they are compiled if torch, mmcv and a compiler
-        are there; pip needs ``--no-build-isolation`` to see the first two.
-    FORCE_CUDA: 1 to compile for CUDA where there is no GPU; the architectures
-        are those of TORCH_CUDA_ARCH_LIST, sm_80 and later.
-    MAX_JOBS: How many files are compiled at a time.
-    DSNET_MM_SANITIZE: 1 to compile for ``make test-asan``: with AddressSanitizer and
-        UndefinedBehaviorSanitizer, for the CPU only, and with plain C++ in place of
-        AMX, whose memory accesses the sanitizers do not see.
+    DSNET_MM_WITH_OPS: 1 makes the build fail if the ops cannot be compiled. 0 leaves
+        the ops out.
+    FORCE_CUDA: 1 compiles for CUDA on a machine without GPU. TORCH_CUDA_ARCH_LIST
+        names the architectures, sm_80 or later.
+    MAX_JOBS: Number of files that are compiled at the same time.
+    DSNET_MM_SANITIZE: 1 compiles the ops for ``make test-asan``, with AddressSanitizer
+        and UndefinedBehaviorSanitizer, for the CPU only. AMX instructions are replaced
+        by plain C++, because the sanitizers do not check their memory accesses.
 """
 
 import json
@@ -37,12 +39,12 @@ BUILD_INFO = Path('dsnet_mm/ops/build_info.json')
 
 
 def note(**info: str | None) -> None:
-    """Writes down what the ops are built for, or why they are not; for the doctor."""
+    """Writes build_info.json: what the ops are built for, or why they are not built."""
     BUILD_INFO.write_text(json.dumps(info))
 
 
 class BuildPy(build_py):
-    """Adds configurations and tools to the wheel, where mim looks for them."""
+    """Adds configurations and tools to the wheel, in the folder that mim reads."""
 
     def run(self) -> None:
         if not self.distribution.ext_modules:
@@ -62,19 +64,19 @@ class BuildPy(build_py):
 
 
 def mmcv_headers() -> Path:
-    """Returns the headers of the installed mmcv, found without importing it."""
+    """Returns the folder of mmcv's C++ headers. mmcv is not imported."""
     return Path(find_spec('mmcv').origin).parent / 'ops/csrc/common'
 
 
 def why_not() -> str | None:
-    """Tells what the ops cannot be compiled without."""
+    """Returns why the ops cannot be compiled, or None if they can."""
     if os.environ.get('DSNET_MM_WITH_OPS') == '0':
         return 'DSNET_MM_WITH_OPS=0'
     missing = [name for name in ('torch', 'mmcv') if find_spec(name) is None]
     if missing:
         return (
-            f'{" and ".join(missing)} cannot be seen by the build '
-            f'(pip install --no-build-isolation shows it what is installed)'
+            f'the build does not find {" and ".join(missing)} '
+            f'(pip install --no-build-isolation lets it find installed packages)'
         )
     if not (mmcv_headers() / 'pytorch_device_registry.hpp').is_file():
         return 'the installed mmcv has no C++ headers'
@@ -84,13 +86,13 @@ def why_not() -> str | None:
 
 
 def ops() -> dict:
-    """Returns the arguments of ``setup`` that compile the ops, if any can be."""
+    """Returns the arguments of ``setup`` that compile the ops, empty if none can be."""
     reason = why_not()
     if reason:
         message = f'dsnet_mm is built without its compiled ops: {reason}.'
         if os.environ.get('DSNET_MM_WITH_OPS') == '1':
             sys.exit(message)
-        # pip swallows what a build prints, so the doctor repeats it.
+        # pip hides the output of a build. `python -m dsnet_mm` repeats the reason.
         print(message, file=sys.stderr)
         return {}
 
@@ -113,8 +115,8 @@ def ops() -> dict:
     flags = ['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
     if sanitize:
         flags = ['-O1', '-g1', '-fno-omit-frame-pointer', *SANITIZE, *flags[2:]]
-    # Without it at::parallel_for, which is a header, runs on one thread. The
-    # library itself is the one that torch has loaded.
+    # at::parallel_for is a header. Without this flag it runs on one thread. The OpenMP
+    # library is the one that torch has loaded.
     openmp = ['-fopenmp'] * (sys.platform == 'linux')
     extension = (CUDAExtension if cuda else CppExtension)(
         'dsnet_mm.ops._C',

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate on several GPUs of one or more machines; run it on each of them.
+# Evaluates on several GPUs. With several machines, run it on each machine.
 set -euo pipefail
 
 if [[ $# -lt 3 ]]; then
@@ -10,7 +10,7 @@ fi
 NNODES=${NNODES:-1}
 
 if [[ $NNODES == 1 && -z ${PORT:-} ]]; then
-    rendezvous=(--standalone) # on a free port
+    rendezvous=(--standalone) # uses a free port
 else
     rendezvous=(
         --nnodes "$NNODES"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs this package and all it needs, pinned, into a virtual environment.
-# What is there already is left alone, so a second call does nothing twice.
+# Installs this package and its dependencies into a virtual environment. The versions
+# of the OpenMMLab packages are those pinned in pyproject.toml. Packages that are
+# already installed are not installed again.
 #
-#   [PYTHON=python3.11] bash tools/install.sh [.venv]
+# Usage: [PYTHON=python3.11] bash tools/install.sh [.venv]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,10 +18,10 @@ pip() { run -m pip --disable-pip-version-check "$@"; }
 pin() { sed -n "s/^ *\"\($1==[^\"]*\)\",*$/\1/p" pyproject.toml; }
 
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-    stop "Python 3.10 to 3.12 is needed and $python is $("$python" -V 2>&1);" \
-        "name another one with PYTHON=..."
+    stop "Python 3.10 to 3.12 is required, but $python is $("$python" -V 2>&1);" \
+        "set PYTHON to another interpreter."
 command -v c++ >/dev/null || command -v g++ >/dev/null ||
-    stop 'a C++ compiler is needed to build the ops of mmcv and none was found;' \
+    stop 'building the ops of mmcv requires a C++ compiler, but none was found;' \
         'install g++.'
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 
@@ -31,7 +32,7 @@ say 'PyTorch'
 run -c 'import torch, torchvision' 2>/dev/null ||
     pip install 'torch>=2.6,<2.14' torchvision
 
-# Which ops mmcv needs: CUDA ones only where there is a GPU and a compiler for it.
+# mmcv is built with CUDA ops if there are a GPU and an nvcc of torch's CUDA version.
 cuda=$(run - <<'PY'
 import re, shutil, subprocess, torch
 if not torch.cuda.is_available():
@@ -46,9 +47,9 @@ else:
 PY
 )
 if [ "$cuda" = 'no nvcc' ]; then
-    say "This machine has a GPU, but no nvcc for torch's CUDA version: mmcv is built" \
-        'for the CPU, and detectors cannot run on the GPU. Install that CUDA toolkit,' \
-        'then: make clean setup'
+    say "This machine has a GPU, but no nvcc of torch's CUDA version. mmcv is built for" \
+        'the CPU, and detectors cannot run on the GPU. To change this, install that' \
+        'CUDA toolkit, then call: make clean setup'
 fi
 [ "$cuda" = yes ] || export CUDA_VISIBLE_DEVICES=
 
@@ -62,7 +63,7 @@ PY
 }
 
 install_mmcv() {
-    # Not isolated: an isolated build does not see torch and makes no ops.
+    # Without --no-build-isolation the build does not find torch and leaves out the ops.
     CFLAGS='-g0 -O2' MAX_JOBS=${MAX_JOBS:-$(nproc)} MMCV_WITH_OPS=1 \
         pip install -v --no-build-isolation "$@" "$(pin onedl-mmcv)" 2>&1 |
         tee "$log" | awk '
@@ -72,24 +73,25 @@ install_mmcv() {
                 fflush(); shown = 1
             }
             END { if (shown) print "" }' ||
-        { tail -n 30 "$log" >&2; stop "mmcv did not build; all of its output: $log"; }
+        { tail -n 30 "$log" >&2; stop "building mmcv failed; see $log"; }
 }
 
-say 'mmcv with its ops (about 5 minutes on two cores if no wheel of it is cached)'
+say 'mmcv with its ops (about 5 minutes on two cores if no wheel is cached)'
 if ! mmcv_works; then
     install_mmcv
-    # A cached wheel may have no ops, or be built for another torch.
+    # A cached wheel may lack the ops, or its ops may be built for another torch.
     mmcv_works || install_mmcv --force-reinstall --no-deps --no-cache-dir
-    mmcv_works || stop "mmcv was built but its ops do not load; see $log"
+    mmcv_works || stop "mmcv was built, but its ops do not load; see $log"
 fi
 
 say 'mmdet, mmpretrain, open_clip, this package'
 pip install -q --no-build-isolation -e '.[onedl,clip,test,lint]'
 
-# Two OpenCVs come as dependencies and share their files; the one with windows
-# needs libGL, which slim machines lack. Keep the other.
+# The dependencies install both opencv-python and opencv-python-headless. The two write
+# the same files. opencv-python needs libGL, which many machines do not have, so only the
+# headless package is kept.
 if pip show -q opencv-python 2>/dev/null; then
-    say 'OpenCV without windows'
+    say 'opencv-python-headless in place of opencv-python'
     opencv=$(pip show opencv-python | sed -n 's/^Version: //p')
     pip uninstall -q -y opencv-python opencv-python-headless
     pip install -q --no-deps "opencv-python-headless==$opencv"

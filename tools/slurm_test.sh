@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate on a Slurm cluster.
+# Evaluates on a Slurm cluster.
 set -euo pipefail
 
 if [[ $# -lt 4 ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster.
+# Trains on a Slurm cluster.
 set -euo pipefail
 
 if [[ $# -lt 4 ]]; then
