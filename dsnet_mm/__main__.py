@@ -1,4 +1,4 @@
-"""``python -m dsnet_mm``: what is installed, which ops are live, and why not."""
+"""``python -m dsnet_mm`` reports packages, compiled ops, and problems of either."""
 
 import sys
 
@@ -21,11 +21,11 @@ from .environment import (
 
 
 def main() -> int:
-    """Prints the report; returns 1 if something has to be mended."""
+    """Prints the report. Returns 1 if there is a problem, else 0."""
     table = Table(
         'package',
         'version',
-        'distribution, or how to get it',
+        'distribution, or command that installs it',
         title=f'dsnet_mm {__version__}',
     )
     table.add_row('python', python_version(), '')
@@ -43,15 +43,17 @@ def main() -> int:
         onedl = any(name.startswith('onedl') for name in mmengine.distributions)
         family = 'onedl (maintained)' if onedl else 'official'
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    live, detail = mmcv_ops()
+    available, detail = mmcv_ops()
     facts = {
         'OpenMMLab family': family,
-        'torch is built for': f'CUDA {torch.version.cuda}'
+        'torch is compiled for': f'CUDA {torch.version.cuda}'
         if torch.version.cuda
         else 'CPU',
         'GPUs': ', '.join(torch.cuda.get_device_name(i) for i in range(gpus)) or 'none',
         'nvcc': nvcc_version(),
-        'mmcv ops': f'live ({detail})' if live else f'not live: {detail}',
+        'mmcv ops': f'compiled for {detail}'
+        if available
+        else f'not available: {detail}',
         'dsnet_mm ops': ops_build(),
     }
     for device in ('cpu', 'cuda') if gpus else ('cpu',):
@@ -64,7 +66,7 @@ def main() -> int:
     for problem in problems:
         console.print(f'[red]Problem:[/red] {problem}', highlight=False, soft_wrap=True)
     if not problems:
-        console.print('[green]Everything fits together.[/green]')
+        console.print('[green]No problem was found.[/green]')
     return bool(problems)
 
 

@@ -1,4 +1,4 @@
-"""What is installed, whether it fits together, and what to do if not."""
+"""Checks the installed packages and the compiled ops, for ``python -m dsnet_mm``."""
 
 import importlib
 import shutil
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-# Import name -> distributions that provide it, the one we pin first.
+# Import name -> distributions that provide it. The first is the one that is pinned.
 DISTRIBUTIONS = {
     'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
     'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
     'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
     'open_clip': ('open_clip_torch',),
 }
-# Import name -> lowest version that works, first version that is not known to.
+# Import name -> lowest supported version, first version that is not supported.
 SUPPORTED = {
     'mmengine': ('0.10.4', '1.0'),
     'mmcv': ('2.0.0', '2.4'),
@@ -26,9 +26,9 @@ SUPPORTED = {
     'mmpretrain': ('1.2.0', '2.0'),
     'open_clip': ('3.0', '4.0'),
 }
-# Those without which nothing works; the others are for a part each.
+# Packages that every network needs. Each of the others is for a part of this package.
 REQUIRED = ('mmengine', 'mmcv')
-# Import name -> version of the maintained line that this package is tested with.
+# Import name -> version of the maintained family that this package is tested with.
 PINNED = {
     'mmengine': '0.10.12',
     'mmcv': '2.3.6',
@@ -38,14 +38,14 @@ PINNED = {
 
 
 class Installed(NamedTuple):
-    """An installed package: its distributions and the version of the first."""
+    """The distributions of an installed package, and the version of the first."""
 
     distributions: tuple[str, ...]
     version: str
 
 
 def find_installed(name: str) -> Installed | None:
-    """Looks a package up by its import name, without importing it."""
+    """Finds a package by its import name, without importing it."""
     found = {}
     for distribution in DISTRIBUTIONS.get(name, (name,)):
         try:
@@ -56,7 +56,7 @@ def find_installed(name: str) -> Installed | None:
 
 
 def install_command(name: str) -> str:
-    """Returns the command that installs a package as this project pins it."""
+    """Returns the command that installs the pinned version of a package."""
     pin = DISTRIBUTIONS[name][0]
     if name in PINNED:
         pin += f'=={PINNED[name]}'
@@ -65,14 +65,14 @@ def install_command(name: str) -> str:
 
 
 def require(*names: str, user: str) -> None:
-    """Checks that packages are there in a version that works.
+    """Checks that packages are installed in a supported version.
 
     Args:
         *names: Import names, keys of ``SUPPORTED``.
-        user: What needs them, for the message.
+        user: What needs the packages, for the error message.
 
     Raises:
-        ImportError: If one is missing or outside the supported versions.
+        ImportError: If a package is missing or its version is not supported.
     """
     for name in names:
         low, high = SUPPORTED[name]
@@ -80,7 +80,7 @@ def require(*names: str, user: str) -> None:
         if installed is None:
             found = 'is not installed'
         elif not Version(low) <= Version(installed.version) < Version(high):
-            found = f'is {installed.version} here'
+            found = f'is installed in version {installed.version}'
         else:
             continue
         raise ImportError(
@@ -90,7 +90,7 @@ def require(*names: str, user: str) -> None:
 
 
 def find_problems() -> list[str]:
-    """Returns one sentence for each thing that does not fit, with its remedy."""
+    """Returns one sentence for each problem of the installation, with its remedy."""
     problems = []
     for name in SUPPORTED:
         if name not in REQUIRED and not find_installed(name):
@@ -104,7 +104,7 @@ def find_problems() -> list[str]:
         if len(installed.distributions) > 1:
             both = ' and '.join(installed.distributions)
             problems.append(
-                f'{both} are both installed and write the same files of {name}; '
+                f'{both} are both installed, but they contain the same files; '
                 f'pip uninstall {" ".join(installed.distributions)}, then '
                 f'{install_command(name)}'
             )
@@ -112,13 +112,13 @@ def find_problems() -> list[str]:
         importlib.import_module('cv2')
     except ImportError as error:
         problems.append(
-            f'OpenCV does not import ({error}); pip uninstall opencv-python '
+            f'OpenCV cannot be imported ({error}); pip uninstall opencv-python '
             f'opencv-python-headless, then pip install opencv-python-headless'
         )
     if find_spec('mmcv') and not mmcv_ops()[0]:
         problems.append(
             f'mmcv has no compiled ops, so mmdet does not work ({mmcv_ops()[1]}); '
-            f'with torch installed first: pip install --no-cache-dir '
+            f'install torch, then mmcv: pip install --no-cache-dir '
             f'--force-reinstall --no-deps --no-build-isolation '
             f'onedl-mmcv=={PINNED["mmcv"]}'
         )
@@ -138,18 +138,18 @@ def find_problems() -> list[str]:
 
 
 def mmcv_ops() -> tuple[bool, str]:
-    """Tells whether mmcv's compiled ops load, and for what, or why not."""
+    """Returns whether mmcv's ops load, and their devices or the error."""
     try:
         importlib.import_module('mmcv._ext')
         ops = importlib.import_module('mmcv.ops')
     except ImportError as error:
         return False, str(error)
     cuda = ops.get_compiling_cuda_version()
-    return True, 'CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
+    return True, 'the CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
 
 
 def ops_build() -> str:
-    """Tells what the ops are compiled for, or why they are not there."""
+    """Returns the devices the ops are compiled for, or why there are no ops."""
     native = importlib.import_module('dsnet_mm.ops.native')
     if native.WHY_NOT:
         return native.WHY_NOT
@@ -162,7 +162,7 @@ def ops_build() -> str:
 
 
 def co_attention_path(device: str) -> str:
-    """Tells how the co-attention is computed on a type of device, and why."""
+    """Returns the implementation of the co-attention on a device type, and why."""
     ops = importlib.import_module('dsnet_mm.ops')
     try:
         path, reason = ops.select_path(device)

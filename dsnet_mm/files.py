@@ -1,4 +1,4 @@
-"""Files are written in full or not at all, and asked for by a clear sentence."""
+"""Atomic writing of files, and the check that a file exists."""
 
 import os
 from contextlib import suppress
@@ -7,11 +7,11 @@ from uuid import uuid4
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes a file, and its folder, so that it is there in full or not at all.
+    """Writes a file atomically. Its folder is created if necessary.
 
     Args:
-        path: The file. One that exists is replaced.
-        content: What it shall hold; text is encoded as UTF-8.
+        path: File to write. An existing file is replaced.
+        content: Content of the file. Text is encoded as UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,15 +25,15 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def check_file(path: str, what: str, advice: str) -> None:
-    """Checks that a file exists. Addresses with ``://`` are not checked.
+    """Checks that a file exists. URLs are not checked.
 
     Args:
-        path: The file.
-        what: What it is, for the message.
-        advice: What to do when it is missing, for the message.
+        path: Path of the file, or a URL.
+        what: Description of the file, for the error message.
+        advice: What to do if it is missing, for the error message.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
     if '://' not in path and not os.path.isfile(path):
         raise FileNotFoundError(f'there is no {what} {path}; {advice}')

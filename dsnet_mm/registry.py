@@ -1,8 +1,7 @@
-"""Registry nodes of this package, children of MMEngine's root registries.
+"""Registries of this package, children of MMEngine's root registries.
 
-MMEngine imports this file by itself when a configuration names the scope, so
-``type='dsnet_mm.DSNet'`` works in any mmdet or mmpretrain configuration
-without ``custom_imports``.
+MMEngine imports this file when a configuration names the scope ``dsnet_mm``. So
+``type='dsnet_mm.DSNet'`` works in any configuration, without ``custom_imports``.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS

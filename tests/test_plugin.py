@@ -1,4 +1,4 @@
-"""As a stranger uses the package: from an empty folder, or with parts missing."""
+"""The installed package: use from an empty folder, missing packages, the report."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess:
     ],
     ids=['mmdet', 'mmpretrain'],
 )
-def test_from_an_empty_folder(package, config, train, tmp_path):
+def test_training_step_from_an_empty_folder(package, config, train, tmp_path):
     pytest.importorskip(package)
     (tmp_path / 'mine.py').write_text(config)
     done = run(train, tmp_path)
@@ -108,7 +108,7 @@ assert not torch.cuda.is_initialized()
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
-def test_doctor(tmp_path):
+def test_report(tmp_path):
     from dsnet_mm.environment import co_attention_path, find_problems, ops_build
 
     done = subprocess.run(
@@ -125,10 +125,10 @@ def test_doctor(tmp_path):
     assert any(line == f'dsnet_mm co-attention on cpu: {path}' for line in lines)
     problems = find_problems()
     assert done.returncode == bool(problems)
-    assert ('Everything fits together.' in lines) == (not problems)
+    assert ('No problem was found.' in lines) == (not problems)
 
 
-def test_doctor_names_the_command(monkeypatch):
+def test_report_names_the_commands_that_solve_a_problem(monkeypatch):
     from dsnet_mm import environment
     from dsnet_mm.environment import Installed
 
@@ -140,12 +140,12 @@ def test_doctor_names_the_command(monkeypatch):
     problems = ' '.join(environment.find_problems())
     assert 'mmengine and onedl-mmengine are both installed' in problems
     assert 'pip uninstall mmengine onedl-mmengine' in problems
-    assert 'mmcv (>=2.0.0, <2.4), which is 1.7.0 here' in problems
+    assert 'mmcv (>=2.0.0, <2.4), which is installed in version 1.7.0' in problems
     assert 'pip install --no-build-isolation onedl-mmcv==2.3.6' in problems
 
 
-def test_doctor_tells_how_to_get_what_is_absent(monkeypatch, capsys):
-    """A package for a part of this one is no problem when it is absent."""
+def test_report_of_a_missing_optional_package(monkeypatch, capsys):
+    """It has the command that installs the package, and no problem."""
     from dsnet_mm import __main__, environment
 
     find = environment.find_installed
@@ -162,7 +162,7 @@ def test_doctor_tells_how_to_get_what_is_absent(monkeypatch, capsys):
     assert 'needs mmdet' not in out
 
 
-def test_pins_are_those_of_pyproject():
+def test_pinned_versions_are_those_of_pyproject():
     from dsnet_mm.environment import DISTRIBUTIONS, PINNED
 
     pyproject = (Path(__file__).parents[1] / 'pyproject.toml').read_text()
@@ -170,7 +170,7 @@ def test_pins_are_those_of_pyproject():
         assert f'"{DISTRIBUTIONS[name][0]}=={pinned}"' in pyproject
 
 
-def test_missing_mmcv_is_told_with_the_command(tmp_path):
+def test_error_without_mmcv_names_the_command(tmp_path):
     done = run(
         'from dsnet_mm import environment\n'
         'environment.DISTRIBUTIONS["mmcv"] = ("onedl-mmcv-absent",)\n'

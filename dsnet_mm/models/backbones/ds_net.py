@@ -18,9 +18,10 @@ from dsnet_mm.registry import MODELS
 class DSNet(BaseModule):
     """Backbone with a local convolution stream and a global attention stream.
 
-    A stem of 4x4 patches and four stages at strides 4, 8, 16 and 32, each made
-    of :class:`DSBlock` s and opened by a 2x2 patch embedding (Table 1). With
-    ISA, the default, these are the paper's starred models:
+    It has four stages with strides 4, 8, 16 and 32 (Table 1). Each stage is a patch
+    embedding, of 4x4 patches in the first stage and of 2x2 patches in the others,
+    followed by several :class:`DSBlock`. With ISA, the default, the networks are the
+    starred ones of the paper:
 
     ======== ========== ============== =========== =========== ============
     arch     depths     channels       parameters  parameters  ImageNet-1k
@@ -31,54 +32,52 @@ class DSNet(BaseModule):
     base     3, 4, 28,3 64 .. 512      49.3 M      41.8 M      83.1 / 82.8
     ======== ========== ============== =========== =========== ============
 
-    Every output goes through a norm of its own, ``norm{i}``. The blocks are
-    residual and pre-normalised, so their raw maps grow with depth, and a neck
-    that mixes levels needs comparable ones. It is the norm of ``norm_cfg``:
-    the last one is then the final batch norm of the public classifier, which
-    an ImageNet checkpoint fills, and a batch norm folds into the convolution
-    that follows it. In classification, ``out_indices=(3,)``, only that last
-    one exists.
+    Each output has a norm of its own, ``norm{i}``, of the type ``norm_cfg``. The blocks
+    are residual and pre-normalised, so their feature maps grow with depth. The norms
+    make the levels comparable for a neck. ``norm3`` is the final batch norm of the
+    public classifier, so an ImageNet checkpoint contains it. In classification,
+    ``out_indices=(3,)``, it is the only output norm.
 
     Args:
-        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with
-            ``embed_dims``, ``depths`` and ``num_heads``, one entry a stage.
-        in_channels: Channels of the input picture.
-        alpha: Share of the channels given to the global stream (Table 2).
-        isa: Inter-Scale Alignment: True, False (the models without star), or
-            one way only (Table 3); see :class:`DSBlock`.
-        intra_scale: Streams with intra-scale propagation (Table 3); see
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
+            ``depths`` and ``num_heads``, each with one value per stage.
+        in_channels: Channels of the input.
+        alpha: Fraction of the channels in the global stream (Table 2).
+        isa: Inter-Scale Alignment. True, False (the networks without star), or one of
+            the two directions (Table 3). See :class:`DSBlock`.
+        intra_scale: Streams with intra-scale propagation (Table 3). See
             :class:`DSBlock`.
-        num_heads: Overrides the heads of ``arch``: one number, or one a stage.
-            The public code has 1, 2, 5, 8, the default; Table 1 says 8.
-        global_factors: Each stage's global stream has ``floor(H / factor)``
-            rows of the stage's H. The default is the public code's, 3x3 at the
-            last stage of a 224 pixel input: only this fits the published
-            multiply-adds. The paper's Fig. 2, stride 32 in every stage, is
-            ``(8, 4, 2, 1)``.
-        mlp_ratio: Width of the hidden layer of the FFNs over their input's.
-        attn_drop_rate: Dropout of the attention weights (0.1 in the public
-            code).
-        drop_path_rate: Stochastic depth of the last block; it rises linearly
-            from 0 over the depth of the whole network.
-        out_indices: Stages whose maps are returned; negative ones count from
-            the last.
-        frozen_stages: -1 freezes nothing, 0 the stem, k also stages 1 to k.
-            Output norms are never frozen: a classification checkpoint has no
-            statistics for them, except the last.
-        norm_eval: Keeps the batch norms inside the stages (not the output
-            norms, see above) at their running statistics while training.
-        norm_cfg: Normalisation of maps; tokens always have LayerNorm.
+        num_heads: Number of attention heads, one for all stages or one per stage.
+            None takes those of ``arch``: 1, 2, 5, 8, as in the public code. Table 1
+            of the paper has 8.
+        global_factors: Reduction of the global stream, one factor per stage. In a
+            stage of H rows the global stream has ``floor(H / factor)`` rows. The
+            default is that of the public code, and the only one with the published
+            multiply-adds. It gives 3x3 tokens in the last stage of a 224x224 input.
+            ``(8, 4, 2, 1)`` is Fig. 2 of the paper, stride 32 in all stages.
+        mlp_ratio: Ratio of hidden to input channels of the FFNs.
+        attn_drop_rate: Dropout of the attention weights. The public code has 0.1.
+        drop_path_rate: Stochastic depth rate of the last block. The rate increases
+            linearly from 0 over all blocks.
+        out_indices: Stages whose feature maps are returned. Negative values count
+            from the last stage.
+        frozen_stages: Number of stages that are frozen, with their patch embeddings.
+            0 freezes the first patch embedding only, -1 nothing. Output norms are not
+            frozen, because a classification checkpoint only has the last one.
+        norm_eval: Whether the batch norms of the stages use their running statistics
+            in training. This excludes the output norms.
+        norm_cfg: Norm of feature maps. Tokens have LayerNorm.
         act_cfg: Activation of the FFNs.
-        with_cp: Trades time for memory by gradient checkpointing of each
-            block. Batch norms then see every batch twice in training.
-        init_cfg: Initialisation, as in MMEngine. A checkpoint of an
-            mmpretrain classifier is taken by ``dict(type='Pretrained',
-            checkpoint=..., prefix='backbone.')``; ``checkpoint=None`` keeps the
-            place in a configuration and initialises at random.
+        with_cp: Whether gradient checkpointing is used for each block. It saves
+            memory and costs time. Batch norms then update their statistics twice per
+            training step.
+        init_cfg: Initialisation, as in MMEngine. ``dict(type='Pretrained',
+            checkpoint=..., prefix='backbone.')`` loads the checkpoint of an
+            mmpretrain classifier. With ``checkpoint=None`` the weights are random, and
+            a configuration can still set the checkpoint by an option.
 
     Raises:
-        ValueError: If the architecture, alpha, heads, factors or indices are
-            impossible, or if a checkpoint does not fit.
+        ValueError: If an argument is out of range, or if a checkpoint does not fit.
     """
 
     arch_zoo = {
@@ -176,12 +175,12 @@ class DSNet(BaseModule):
         """Computes the feature maps.
 
         Args:
-            x: Pictures of shape (N, C_in, H, W), of any size.
+            x: Input of shape (N, C_in, H, W), of any height and width.
 
         Returns:
-            For each i of ``out_indices`` in rising order, a map of shape
-            (N, embed_dims[i], ceil(H / stride), ceil(W / stride)), where
-            stride is 4, 8, 16, 32.
+            For each stage i of ``out_indices``, in increasing order, a feature map of
+            shape (N, embed_dims[i], ceil(H / stride), ceil(W / stride)). The strides
+            of the stages are 4, 8, 16 and 32.
         """
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
@@ -197,15 +196,15 @@ class DSNet(BaseModule):
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x)
                 if out.requires_grad and not torch.compiler.is_compiling():
-                    # PyTorch's batch norm goes back ten times slower through a
-                    # gradient in another order than its input.
+                    # The backward of PyTorch's batch norm is ten times slower if the
+                    # gradient has another memory format than the input.
                     out.register_hook(_to_channels_last)
-                # Channels first: MMCV's RoIAlign does not look at strides.
+                # In channels-first memory order: MMCV's RoIAlign ignores strides.
                 outs.append(out.contiguous())
         return tuple(outs)
 
     def init_weights(self) -> None:
-        """Initialises the weights, from a checkpoint where ``init_cfg`` says so.
+        """Initialises the weights by ``init_cfg``, which can name a checkpoint.
 
         Raises:
             ValueError: If the checkpoint is not safe to load (see
@@ -217,9 +216,9 @@ class DSNet(BaseModule):
             super().init_weights()
 
     def check_checkpoint(self) -> None:
-        """Checks that the checkpoint of ``init_cfg``, if there is one, fits.
+        """Checks that the checkpoint of ``init_cfg`` fits, if there is one.
 
-        MMEngine would only warn, and train from random weights.
+        MMEngine only warns about missing weights, and trains from random ones.
 
         Raises:
             ValueError: If it is not safe to load, or does not fit this
@@ -235,7 +234,7 @@ class DSNet(BaseModule):
         state = state.get('state_dict', state)
 
         def stage_shapes(state: dict[str, Tensor], prefix: str) -> dict:
-            # The output norms may differ: a classifier has the last one only.
+            # Output norms are not compared: a classifier only has the last one.
             stages = (f'{prefix}patch_embeds.', f'{prefix}stages.')
             return {
                 key.removeprefix(prefix): tuple(value.shape)
@@ -272,7 +271,7 @@ class DSNet(BaseModule):
         )
 
     def train(self, mode: bool = True) -> 'DSNet':
-        """Sets the mode, keeping frozen stages and batch norms as configured."""
+        """Sets the mode, except of frozen stages and, with ``norm_eval``, of norms."""
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -282,16 +281,17 @@ class DSNet(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Tells the depth of a parameter for layer-wise learning rate decay.
+        """Returns the depth of a parameter, for layer-wise learning rate decay.
 
         Args:
             param_name: Full name of the parameter.
-            prefix: Part of the name in front of this backbone's own.
+            prefix: Part of the name before the name within this backbone.
 
         Returns:
-            The layer of the parameter and the number of layers: 0 for the
-            stem, 1 to n for the blocks (a patch embedding counts with the
-            block behind it), and n + 1 for what follows.
+            The layer of the parameter, and the number of layers. The first patch
+            embedding is layer 0. The n blocks are layers 1 to n. The other patch
+            embeddings belong to the block after them. All other parameters are in
+            layer n + 1.
         """
         num_layers = sum(self.depths) + 2
         kind, _, rest = param_name.removeprefix(prefix).partition('.')
@@ -305,7 +305,7 @@ class DSNet(BaseModule):
         return sum(self.depths[: int(stage)]) + int(block) + 1, num_layers
 
     def _freeze_stages(self) -> None:
-        # frozen_stages=0 is the stem alone; k >= 1 also what leads to stage k.
+        # 0 freezes the first patch embedding, k >= 1 all stages up to stage k.
         if self.frozen_stages < 0:
             return
         frozen: list[nn.Module] = [

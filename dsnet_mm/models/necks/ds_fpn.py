@@ -29,50 +29,49 @@ class DSFPN(BaseModule):
                          |
         stride 64        +- 2x2 patch embedding -- DS-Block ---------> F5
 
-    It replaces ``type='FPN'`` in any mmdet detector, with any backbone. Fig. 3
-    draws F2 to F5; the level of stride 4, which Mask R-CNN needs, is that of a
-    plain FPN: a DS-Block for its many positions would double the neck's
-    multiply-adds. The figure leaves open where the width changes,
-    whether ISA is on, and whether the sums are smoothed; ``docs/ds_fpn.md``
-    has the parameters and multiply-adds of each choice.
+    It can replace ``type='FPN'`` in any mmdet detector, with any backbone. Fig. 3
+    has the outputs F2 to F5. Mask R-CNN also needs a level of stride 4. This level
+    is that of a plain FPN, because a DS-Block at stride 4 would double the
+    multiply-adds of the neck. The figure does not show where the number of channels
+    changes, whether ISA is on, and whether a convolution follows the sums. There is
+    an option for each. ``docs/ds_fpn.md`` lists their parameters and multiply-adds.
 
     Args:
-        in_channels: Channels of the backbone's maps, finest first.
+        in_channels: Channels of the backbone's feature maps, finest level first.
         out_channels: Channels of all outputs.
-        num_outs: Number of outputs; those beyond the backbone's levels are
-            made one from another, each half the size.
-        start_level: First level of the backbone used.
-        end_level: Last level used; -1 is the last there is.
-        add_extra_convs: Source of the first extra level: ``'on_input'`` (or
-            True; the backbone's last map, as Fig. 3 draws it),
-            ``'on_lateral'``, ``'on_output'``, or False for a max-pool of the
-            last output, as in FPN.
-        relu_before_extra_convs: Applies a ReLU before each extra level but the
+        num_outs: Number of outputs. Outputs beyond the levels of the backbone are
+            extra levels. Each has half the height and width of the level before.
+        start_level: First level of the backbone that is used.
+        end_level: Last level that is used. -1 is the last level of the backbone.
+        add_extra_convs: Source of the first extra level. ``'on_input'`` or True: the
+            backbone's last feature map, as in Fig. 3. ``'on_lateral'``: the last sum.
+            ``'on_output'``: the last output. False: all extra levels are a
+            max-pooling of the last output, as in FPN.
+        relu_before_extra_convs: Whether a ReLU precedes each extra level except the
             first.
-        no_norm_on_lateral: Leaves the 1x1 lateral convolutions without norm.
+        no_norm_on_lateral: Whether the 1x1 lateral convolutions have no norm.
         conv_cfg: Type of the 1x1 and 3x3 convolutions.
-        norm_cfg: Norm of the 1x1 and 3x3 convolutions, None for none, and of
-            the DS-Blocks, where None stands for BN.
+        norm_cfg: Norm of the DS-Blocks and of the 1x1 and 3x3 convolutions. With
+            None the blocks have BN and the convolutions have no norm.
         act_cfg: Activation after the 1x1 and 3x3 convolutions.
-        upsample_cfg: Arguments of the top-down resizing.
-        project_first: Changes the width before the DS-Block, so that all
-            blocks have ``out_channels`` (default: fewer parameters, and heads
-            and widths that do not depend on the backbone), or after it, at the
-            backbone's own width (fewer multiply-adds).
-        num_plain_levels: Number of levels, finest first, with a plain 1x1
-            lateral instead of a DS-Block. None leaves DS-Blocks on the three
-            coarsest, as drawn.
+        upsample_cfg: Arguments of ``F.interpolate`` in the top-down path.
+        project_first: Whether the 1x1 convolution precedes the DS-Block. True: all
+            blocks have ``out_channels`` channels. This needs fewer parameters. False:
+            blocks have the channels of the backbone. This needs fewer multiply-adds.
+        num_plain_levels: Number of levels, finest first, with a 1x1 convolution only
+            and no DS-Block. None leaves DS-Blocks on the three coarsest levels, as in
+            Fig. 3.
         smooth: Whether a 3x3 convolution follows each sum, as in FPN.
         num_heads: Attention heads of the DS-Blocks.
-        alpha: Share of the channels given to attention, see :class:`DSBlock`.
+        alpha: Fraction of the channels in the global stream, see :class:`DSBlock`.
         isa: Inter-Scale Alignment in the DS-Blocks, see :class:`DSBlock`.
-        global_factors: Factor of the global stream at each level used, see
-            :class:`DSBlock`. None gives all of them the size of the coarsest
-            level of the backbone (stride 32). Extra levels have factor 1.
+        global_factors: Factor of the global stream at each used level, see
+            :class:`DSBlock`. With None the global streams of all levels have the size
+            of the coarsest level. Extra levels have factor 1.
         init_cfg: Initialisation, as in MMEngine.
 
     Raises:
-        ValueError: If levels, widths or factors do not fit together.
+        ValueError: If levels, channels or factors do not match.
     """
 
     def __init__(
@@ -192,14 +191,14 @@ class DSFPN(BaseModule):
                 )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Builds the pyramid.
+        """Computes the feature pyramid.
 
         Args:
-            inputs: Maps of the backbone, (N, in_channels[i], H_i, W_i), finest
-                first.
+            inputs: Feature maps of the backbone, of shape
+                (N, in_channels[i], H_i, W_i), finest level first.
 
         Returns:
-            ``num_outs`` maps of shape (N, out_channels, H_i, W_i).
+            ``num_outs`` feature maps of shape (N, out_channels, H_i, W_i).
         """
         laterals = [
             lateral_conv(inputs[level])
@@ -228,5 +227,5 @@ class DSFPN(BaseModule):
         else:
             while len(outs) < self.num_outs:
                 outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
-        # Channels first: MMCV's RoIAlign does not look at strides.
+        # In channels-first memory order: MMCV's RoIAlign ignores strides.
         return tuple(out.contiguous() for out in outs)
