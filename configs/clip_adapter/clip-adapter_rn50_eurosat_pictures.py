@@ -1,5 +1,5 @@
-# The same from pictures: the encoder runs at every step, and every epoch has crops of
-# its own.
+# Trains on pictures instead of cached features. The encoder runs at every step, and each
+# epoch has new random crops.
 _base_ = 'clip-adapter_rn50_eurosat.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# DS-Net-T*, ImageNet-1k, 8 GPUs x 128, 300 epochs: the recipe of the public code.
+# DS-Net-T*, ImageNet-1k, 8 GPUs x 128, 300 epochs. The recipe is that of the public code.
 # Not trained by us.
 _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
@@ -42,7 +42,7 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
 ]
 
-# The public code keeps an average of the weights, and reports the raw ones.
+# As in the public code, the weights are averaged, and the raw weights are evaluated.
 custom_hooks = [
     dict(
         type='EMAHook',

@@ -1,5 +1,5 @@
-# The demo's network over-fits eight photographs of COCO: a check that real boxes and
-# polygons are learnt. It is evaluated on the very pictures it is trained on.
+# Trains and evaluates the detector of the demo on the same eight pictures of COCO. This
+# overfitting shows that the network can learn real boxes and polygons.
 _base_ = 'mask_rcnn_dsnet_demo_scenes.py'
 
 model = dict(
@@ -43,13 +43,14 @@ eight = dict(
     data_root=data_root,
     ann_file='annotations/instances_train2017.json',
     data_prefix=dict(img='train2017/'),
-    # In the subset of 72: photographs whose objects all exceed 50 x 50 pixels.
+    # Pictures in which all objects are larger than 50 x 50 pixels. The indices are
+    # those of a subset of COCO with 72 pictures.
     indices=[1, 2, 3, 4, 5, 10, 11, 16],
 )
 train_dataloader = dict(batch_size=4, dataset=dict(**eight, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**eight, test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-# Without a file of annotations the truth is `instances` of the pictures evaluated.
+# Without ann_file the metric takes the ground truth from `instances` of the samples.
 val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator
 

@@ -1,12 +1,12 @@
-# The demo: a small Mask R-CNN with DS-Net and DS-FPN that learns the drawn scenes
-# from scratch in minutes on two CPU cores. `make demo` trains and evaluates it.
+# The detector of the demo: a small Mask R-CNN with DS-Net and DS-FPN on synthetic scenes.
+# `make demo` trains and evaluates it, in a few minutes on two CPU cores.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
 width = 64
-# Heads of stock width without norm did not learn in the time there is.
+# Without norms, heads of the default width did not learn within these iterations.
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
     backbone=dict(
@@ -17,7 +17,7 @@ model = dict(
         ),
         global_factors=(8, 4, 2, 1),
         out_indices=(0, 1, 2, 3),
-        # The warm-up on single objects, configs/dsnet/dsnet-demo_scenes.py.
+        # The checkpoint of configs/dsnet/dsnet-demo_scenes.py.
         init_cfg=dict(
             type='Pretrained',
             checkpoint='work_dirs/dsnet-demo_scenes/last.pth',

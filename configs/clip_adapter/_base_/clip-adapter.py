@@ -1,5 +1,5 @@
-# One CLIP-Adapter, trained by MMEngine's Runner on cached features, 16 shots. The
-# files that inherit from this one name the encoder and the data set.
+# Trains one CLIP-Adapter with MMEngine's Runner, on cached features, 16 shots. The
+# configurations that inherit from this one set the encoder and the data set.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 
 model = dict(
@@ -9,7 +9,7 @@ model = dict(
     head=dict(type='dsnet_mm.CLIPAdapterHead', adapter=dict(preset='paper', alpha=0.2)),
 )
 
-# Preprocessing 'clip' or 'warp', see docs/clip_adapter.md.
+# preprocessing is 'clip' or 'warp', see docs/clip_adapter.md.
 features = dict(folder='work_dirs/few_shot_features', preprocessing='clip')
 draw = dict(
     type='dsnet_mm.FewShotDataset',
@@ -47,7 +47,8 @@ test_cfg = dict()
 default_hooks = dict(checkpoint=dict(interval=100, max_keep_ckpts=1))
 randomness = dict(seed=0)
 
-# All methods, 1 to 16 shots, three seeds: python tools/few_shot.py run CONFIG.
+# Options of `python tools/few_shot.py run CONFIG`, which fits all these methods with 1 to
+# 16 shots and three seeds.
 few_shot = dict(
     methods=[
         'linear_probe',

@@ -1,21 +1,21 @@
-# What the COCO detectors share: DS-Net-S* and the usual recipe of attention backbones,
-# AdamW without decay on norms, 12 epochs (1x).
+# Backbone and schedule of the COCO detectors: DS-Net-S*, and the usual recipe of
+# attention backbones, AdamW without weight decay on norms, 12 epochs (1x).
 _base_ = [
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
-# Detectors take it out by `_base_.pop('backbone')`, and choose out_indices.
+# A detector moves it into its model by `_base_.pop('backbone')` and adds out_indices.
 backbone = dict(
     type='dsnet_mm.DSNet',
     arch='small',
     drop_path_rate=0.2,
-    # An ImageNet checkpoint (configs/dsnet/dsnet-small_8xb128_in1k.py) goes here:
+    # To start from a checkpoint of configs/dsnet/dsnet-small_8xb128_in1k.py, add
     # --cfg-options model.backbone.init_cfg.checkpoint=PATH
     init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
 )
 
-# Batch norms see two pictures on each GPU, so processes share their statistics.
+# With two pictures per GPU, batch norms need the statistics of all processes.
 sync_bn = 'torch'
 
 optim_wrapper = dict(
