@@ -1,5 +1,5 @@
-# A small DS-Net that classifies pictures of single synthetic objects. `make demo` trains
-# it. The detector of the demo starts from its weights.
+# A small DS-Net that classifies pictures of single synthetic objects. `make demo`
+# trains it. The detector of the demo starts from its weights.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 
 classes = ('dotted disc', 'dotted star', 'striped disc', 'striped star')

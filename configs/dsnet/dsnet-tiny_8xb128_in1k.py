@@ -1,5 +1,5 @@
-# DS-Net-T*, ImageNet-1k, 8 GPUs x 128, 300 epochs. The recipe is that of the public code.
-# Not trained by us.
+# DS-Net-T*, ImageNet-1k, 8 GPUs x 128, 300 epochs. Not trained by us.
+# The recipe is that of the public code.
 _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',

@@ -1,5 +1,5 @@
-# The detector of the demo: a small Mask R-CNN with DS-Net and DS-FPN on synthetic scenes.
-# `make demo` trains and evaluates it, in a few minutes on two CPU cores.
+# The detector of the demo: a small Mask R-CNN with DS-Net and DS-FPN, for synthetic
+# scenes. `make demo` trains and evaluates it, in a few minutes on two CPU cores.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',

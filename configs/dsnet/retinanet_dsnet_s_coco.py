@@ -1,5 +1,5 @@
 # RetinaNet, DS-Net-S* with DS-FPN, COCO, 12 epochs (1x). Not trained by us.
-# The levels are those of Fig. 3 of the paper: C2 to C4, and F5 from C4, strides 8 to 64.
+# The levels are those of Fig. 3: C2 to C4, and F5 from C4, strides 8 to 64.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/datasets/coco_detection.py',

@@ -47,8 +47,8 @@ test_cfg = dict()
 default_hooks = dict(checkpoint=dict(interval=100, max_keep_ckpts=1))
 randomness = dict(seed=0)
 
-# Options of `python tools/few_shot.py run CONFIG`, which fits all these methods with 1 to
-# 16 shots and three seeds.
+# Options of `python tools/few_shot.py run CONFIG`, which fits all these methods with 1
+# to 16 shots and three seeds.
 few_shot = dict(
     methods=[
         'linear_probe',
