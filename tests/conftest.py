@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and functions that several test files use."""
 
 import importlib.util
 import json
@@ -40,10 +40,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def error(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """Largest error of any tensor, relative to its largest value.
+    """Returns the largest error of all tensors.
 
-    Or to 1: smaller ones are often sums that cancel, as the gradients of biases
-    in front of norms, and have the rounding of their parts.
+    It is relative to the largest value of the tensor, or to 1 if that is smaller. Small
+    values are often sums that cancel, such as the gradient of a bias before a norm. Their
+    rounding error is that of the terms.
     """
     return max(
         ((m.double() - e).abs().max() / e.abs().max().clamp(min=1)).item()
@@ -52,7 +53,7 @@ def error(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a Python of its own, in the repository."""
+    """Runs code in a new Python process, in the root of the repository."""
     return subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
@@ -64,9 +65,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 # ------------------------------------------------------------------- attention
 
-# N, L, G, heads, width of a head: one token, fewer tokens than a vector has
-# lanes, more than a panel (64) and a block (72) and multiples of nothing, all
-# heads and widths at their extremes, chunks of either stream in backward.
+# Batch size, local tokens, global tokens, heads, channels of a head. The shapes cover
+# a single token, fewer tokens than a vector has lanes, numbers of tokens below, at and
+# above the sizes of a panel (64) and a block (72), few and many heads and channels, and
+# backward passes that split either stream.
 SHAPES = [
     (1, 1, 1, 1, 8),
     (2, 7, 5, 3, 8),
@@ -77,7 +79,7 @@ SHAPES = [
     (1, 30, 1300, 2, 64),
     (1, 33, 65, 16, 128),
 ]
-# Not one token with dropout, whose gradients are differences of equal numbers.
+# Without the shape of one token, whose gradients with dropout are rounding errors.
 SHAPES_AND_DROPOUT = [
     *((shape, 0.0) for shape in SHAPES),
     *((shape, 0.3) for shape in SHAPES[1:]),
@@ -88,7 +90,7 @@ VIEWS = {
     'every other row': lambda x: torch.stack([x, x], 2)[:, :, 0],
     'expanded': lambda x: x[:1].expand(2, -1, -1),
 }
-# Relative to the largest value; the backward sums up to 1300 of them.
+# Relative to the largest value. A gradient is a sum of up to 1300 terms.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
@@ -104,13 +106,13 @@ def seed(number=-(3**39)):
 
 
 def native_op(local, global_, heads, dropout_p=0.0, at=None):
-    """The op itself, with a seed of our own."""
+    """Calls the compiled co-attention with a fixed seed."""
     at = seed() if at is None else at
     return torch.ops.dsnet_mm.co_attention(local, global_, at, heads, dropout_p)[:2]
 
 
 def outputs_and_gradients(path, local, global_, *args):
-    """What ``path`` returns, and the gradients of a weighted sum of it."""
+    """Returns the outputs of ``path``, and the gradients of a weighted sum of them."""
     inputs = [
         None if x is None else x.detach().requires_grad_() for x in (local, global_)
     ]
@@ -125,7 +127,7 @@ def outputs_and_gradients(path, local, global_, *args):
 
 
 def worst(measured, expected):
-    """Largest error of any tensor, relative to its largest value."""
+    """Returns the largest error of all tensors, relative to their largest values."""
     return max(
         ((m.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
         if e.abs().max() > 1e-12
@@ -150,19 +152,19 @@ VARIANTS = [
     dict(num_heads=4),
     dict(global_factors=(8, 4, 2, 1)),
 ]
-# With numbers of channels that can be packed.
+# The fused form packs weights with these numbers of channels.
 WIDE = dict(embed_dims=(64, 128, 192, 256), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """Gives norms the statistics and weights that training could end with."""
+    """Sets random statistics and weights of norms, like those of a trained model."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.1, 3)
         if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight)  # negative ones among them
+            nn.init.normal_(module.weight)  # some are negative
             nn.init.normal_(module.bias)
             module.weight.data[::4] = 1e-9
     return model
@@ -196,7 +198,7 @@ BACKBONE = """
         out_channels=16, num_outs=5, num_heads=1,
     ),
 """
-# Only the data root of the base, data/coco/, is wrong for the pictures here.
+# The data root of the base configuration is data/coco/, which does not exist here.
 DETECTION = """
 _base_ = [
     'mmdet::_base_/models/{model}_r50_fpn.py',
@@ -248,7 +250,7 @@ model = dict({BACKBONE.format(levels='0, 1, 2, 3', widths='16, 16, 32, 32')}
 )
 """
 )
-# Nothing random and no batch norm: two processes must train what one does.
+# Without randomness and batch norm, one and two processes train the same weights.
 CLASSIFIER = """
 _base_ = ['mmpretrain::_base_/default_runtime.py']
 pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
@@ -290,7 +292,7 @@ model = dict(
 
 
 def draw(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, list[int]]:
-    """A 64 x 64 picture of a square (0) or disc (1), and its left, top, w, h."""
+    """Draws a 64x64 picture of a square (0) or disc (1). Returns it and the box."""
     image = rng.integers(0, 60, (64, 64, 3), np.uint8)
     size = int(rng.integers(20, 36))
     left, top = (int(rng.integers(0, 64 - size)) for _ in range(2))
@@ -333,7 +335,7 @@ def write_coco(root: Path, split: str, num: int) -> None:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with configurations, and data sets in ``sets``."""
+    """A folder with configurations, and with data sets in ``sets``."""
     folder = tmp_path_factory.mktemp('tools')
     write_coco(folder / 'sets' / 'coco', 'train', 4)
     write_coco(folder / 'sets' / 'coco', 'val', 2)
@@ -355,7 +357,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    """Imports a tool, to call its ``main`` without starting a process."""
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Weights and input by formula, for which ``tests/data`` holds golden numbers."""
+"""Weights and input of the golden numbers in ``tests/data``, given by formulas."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmark.py: its tables, its models, the memory, and two checkouts compared."""
+"""benchmark.py: tables, models, memory, and the comparison of two checkouts."""
 
 import csv
 import importlib.util
@@ -29,7 +29,7 @@ def benchmark():
 
 @pytest.fixture(autouse=True)
 def quick_product(monkeypatch):
-    """A small matrix product. No test looks at its rate."""
+    """Times a small matrix product instead of a large one."""
     monkeypatch.setattr(timing, 'PRODUCT', (64, 64, 64))
 
 
@@ -39,13 +39,13 @@ def settings(*models: str, turns: int = 2) -> Settings:
 
 @pytest.fixture
 def one_thread():
-    """The option for one thread. Afterwards the process has as many as before."""
+    """Returns the option for one thread, and restores the number of threads."""
     threads = torch.get_num_threads()
     yield ['--threads', '1']
     torch.set_num_threads(threads)
 
 
-def test_table_plot_and_refusal(benchmark, one_thread, tmp_path, capsys):
+def test_table_plot_and_existing_files(benchmark, one_thread, tmp_path, capsys):
     argv = ['--models', 'ours', 'plain', *SMALL, *one_thread, '--no-memory']
     benchmark.main([*argv, '--out', str(tmp_path), '--profile'])
     out = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_table_plot_and_refusal(benchmark, one_thread, tmp_path, capsys):
         assert not row['peak_mib']
     infer, train = (float(ours[mode]['gflop']) for mode in ('inference', 'training'))
     assert train == pytest.approx(3 * infer)
-    # Of 3.546 G at 224, a little more than 224**2 / 64**2 times as many.
+    # 3.546 G at 224x224, times the ratio of the pixels, and a little more.
     plain = next(row for row in rows if row['model'] == 'plain DS-Net-S*')
     assert infer < float(plain['gflop']) < 2 * 3.546 * (64 / 224) ** 2
     assert (tmp_path / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
@@ -118,7 +118,7 @@ def test_without_timm(benchmark, monkeypatch, capsys):
     assert 'pip install timm' in capsys.readouterr().err
 
 
-def test_a_failing_row_is_reported(benchmark, one_thread, monkeypatch, capsys):
+def test_error_of_a_model_is_in_the_table(benchmark, one_thread, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError('two\nlines')
 
@@ -131,7 +131,7 @@ def test_a_failing_row_is_reported(benchmark, one_thread, monkeypatch, capsys):
 
 @pytest.mark.parametrize('size', [(64, 64), (64, 96)])
 def test_outputs(size):
-    """All models give finite logits, or maps of four stages. Those of DS-Net agree."""
+    """All models return finite logits or four feature maps. Those of DS-Net agree."""
     panel = Panel('inference', size, 'float32', 1)
     keys = [k for k, m in models.MODELS.items() if models.timm or m[1] is None]
     rows = models.rows_of(panel, settings(*keys))
@@ -146,12 +146,11 @@ def test_outputs(size):
         assert len(outs) == (1 if panel.classifies else 4)
         assert all(torch.isfinite(out).all() for out in outs)
         first = outs if first is None else first
-        if row.key in ('ours', 'plain'):  # the same weights, from the same seed
+        if row.key in ('ours', 'plain'):  # They have the same weights.
             torch.testing.assert_close(outs, first, rtol=1e-3, atol=1e-4)
 
 
-def test_the_plain_row_is_plain():
-    """It runs PyTorch's own operators only."""
+def test_plain_model_only_uses_operators_of_pytorch():
     namespaces = set()
 
     class Watch(TorchDispatchMode):
@@ -168,7 +167,7 @@ def test_the_plain_row_is_plain():
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason='needs /proc of Linux')
 def test_memory():
-    """A training step holds the gradients, and for a small picture little else."""
+    """For a small picture, a training step needs little more than the gradients."""
     panel = Panel('training', (64, 64), 'float32', 1)
     peak = peak_in_child(Row('plain'), panel, settings('plain'))
     net = models.build(Row('plain'), panel, 0.0)
@@ -183,7 +182,7 @@ TINY = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """Another checkout: a copy of this package, compiled operators included."""
+    """Returns a second checkout: a copy of this package with its compiled ops."""
     package = Path(dsnet_mm.__file__).parent
     ignored = shutil.ignore_patterns('__pycache__', 'csrc')
     shutil.copytree(package, tmp_path / 'other' / 'dsnet_mm', ignore=ignored)
@@ -191,7 +190,7 @@ def checkout(tmp_path) -> Path:
 
 
 def test_against_another_checkout(checkout):
-    """The ratio is new over old: a checkout that sleeps 0.3 s a call is the slower."""
+    """The ratio is new over old. The old checkout sleeps 0.3 s in each call."""
     slow = checkout / 'dsnet_mm' / 'models' / '__init__.py'
     slow.write_text(
         slow.read_text()
@@ -220,9 +219,7 @@ DSNet.forward = _slow_forward
         assert 0 < low <= result['ratio'] <= high < 1
 
 
-def test_the_table_of_a_comparison(
-    benchmark, one_thread, checkout, capsys, monkeypatch
-):
+def test_table_of_a_comparison(benchmark, one_thread, checkout, capsys, monkeypatch):
     def compare(old, panels, settings):
         assert (old, settings.turns) == (checkout, 3)
         for panel in panels:
@@ -239,7 +236,7 @@ def test_the_table_of_a_comparison(
     assert cells == [title, '200.0', '206.0', '1.030', '1.010 to 1.040']
 
 
-def test_a_failing_worker_is_reported(checkout, capfd):
+def test_error_of_a_worker(checkout, capfd):
     (checkout / 'dsnet_mm' / 'models' / '__init__.py').write_text('1 / 0')
     panel = Panel('inference', (64, 64), 'float32', 1)
     with pytest.raises(RuntimeError, match=f'worker of {checkout} ended with status 1'):
@@ -247,7 +244,7 @@ def test_a_failing_worker_is_reported(checkout, capfd):
     assert 'ZeroDivisionError' in capfd.readouterr().err
 
 
-def test_compiled_and_not_compiled_are_not_compared(checkout, monkeypatch):
+def test_only_one_of_the_checkouts_has_compiled_ops(checkout, monkeypatch):
     against.check_checkout(checkout)
     binaries = list(checkout.glob('dsnet_mm/ops/_C.*'))
     for binary in binaries:

@@ -42,7 +42,7 @@ def test_counts_by_hand():
     assert counts.uncounted == ()
 
 
-def test_an_operator_without_formula_is_named():
+def test_operators_without_formula_are_listed():
     @torch.library.custom_op('dsnet_mm_test::twice', mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
@@ -56,8 +56,8 @@ def test_an_operator_without_formula_is_named():
     )
 
 
-def test_the_papers_tables(get_flops):
-    """Tables 2 and 4, to their printed digits, by the published order."""
+def test_tables_2_and_4_of_the_paper(get_flops):
+    """All printed digits agree, in the order of operations of the public code."""
     models = list(get_flops.published_models())
     measured = {name: counts for name, _, _, counts, _ in models}
     params = {name: f'{c.params / 1e6:.1f}' for name, c in measured.items()}
@@ -66,7 +66,7 @@ def test_the_papers_tables(get_flops):
         'DS-Net-T*': '10.5',
         'DS-Net-S': '19.6',  # 19.7 in the paper
         'DS-Net-S*': '23.0',
-        'DS-Net-B': '41.8',  # 48.8 in the paper, which cannot be
+        'DS-Net-B': '41.8',  # 48.8 in the paper, which cannot be right
         'DS-Net-B*': '49.3',
         'T, alpha=0': '8.6',
         'T, alpha=0.25': '8.7',
@@ -80,7 +80,7 @@ def test_the_papers_tables(get_flops):
     assert products['DS-Net-S'] == '3.1'  # 3 in the paper, without a decimal
     assert products['DS-Net-S*'] == '3.5'
     assert products['DS-Net-B*'] == '8.3'  # 8.4 in the paper
-    # Table 2 has three decimals, and element-wise operations in them.
+    # Table 2 has three decimals and includes element-wise operations.
     all_operations = {
         name.removeprefix('T, alpha='): f'{(c.multiply_adds + c.elementwise) / 1e9:.3f}'
         for name, c in measured.items()
@@ -93,7 +93,7 @@ def test_the_papers_tables(get_flops):
         '0.75': '1.615',
         '1': '1.647',
     }
-    # What is computed at low resolution is saved, and nothing else.
+    # The network saves the projections that it computes at low resolution.
     computed = {name: counts for name, *_, counts in models}
     assert computed['T, alpha=0'] == measured['T, alpha=0']
     saved = {
@@ -102,7 +102,7 @@ def test_the_papers_tables(get_flops):
     assert all(c.uncounted == () for c in computed.values())
     pixels, tokens = (56, 28, 14, 7), (7, 7, 7, 3)
     assert saved['T, alpha=1'] == sum(
-        # proj_in and proj_out of every block
+        # proj_in and proj_out of each block
         depth * 2 * channels**2 * (side**2 - global_side**2)
         for depth, channels, side, global_side in zip(
             (2, 2, 4, 1), (64, 128, 320, 512), pixels, tokens, strict=True
@@ -116,19 +116,19 @@ WIDE = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
 
 @pytest.mark.parametrize('isa', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_every_form_counts_the_same(dtype, isa):
+def test_counts_do_not_depend_on_dtype_and_fusion(dtype, isa):
     net = DSNet(WIDE, isa=isa).eval()
     picture = torch.zeros(1, 3, 64, 64)
     expected = count_complexity(net.double(), picture.double())
     assert expected.uncounted == ()
     assert count_complexity(net.to(dtype), picture.to(dtype)) == expected
     fused = count_complexity(fuse_for_inference(net).to(dtype), picture.to(dtype))
-    # Of the parameters those of the output norm are left.
+    # A fused network has parameters in its output norm only. Its weights are buffers.
     assert fused._replace(params=expected.params) == expected
 
 
 def flops(net, dtype, training=False):
-    """What PyTorch's counter says of our operators."""
+    """Counts the operations of a network with PyTorch's FlopCounterMode."""
     net = net.to(dtype).train(training)
     x = torch.randn(2, 3, 64, 64, dtype=dtype, requires_grad=training)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
@@ -139,7 +139,7 @@ def flops(net, dtype, training=False):
 
 
 def test_counter_of_pytorch():
-    """It sees the operators in float32, and their plain forms in float64."""
+    """float32 uses the compiled operators, float64 those of PyTorch."""
     net = DSNet(WIDE)
     expected = flops(net, torch.float64)
     assert expected == 2 * count_complexity(net, torch.zeros(2, 3, 64, 64).double())[1]
@@ -148,7 +148,7 @@ def test_counter_of_pytorch():
 
 
 def test_counter_of_pytorch_in_training():
-    """Where the hidden layer is not kept, it is computed once more."""
+    """In float32 the backward computes the hidden layers of the FFNs again."""
     net = DSNet(WIDE)
     again = sum(2 * 2 * (16 // 2**i) ** 2 * 64 * 256 for i in range(4))
     assert flops(net, torch.float32, True) == flops(net, torch.float64, True) + again
@@ -159,7 +159,7 @@ def test_counter_of_mmengine():
     shape = (3, 64, 64)
     counts = count_complexity(net, torch.zeros(1, *shape))
     analysis = get_model_complexity_info(net, shape, show_table=False, show_arch=False)
-    # It counts resizing by four operations and batch norms too, and no biases.
+    # MMEngine also counts resizing and batch norms, but no biases.
     assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
 
 

@@ -20,8 +20,8 @@ def kinds(module):
     return [type(m) for m in module.modules() if isinstance(m, (DSBlock, PatchEmbed))]
 
 
-def test_figure_3():
-    """RetinaNet's levels: DS-Blocks on C2 to C4, patch embedding and one for F5."""
+def test_modules_and_shapes_of_figure_3():
+    """With the levels of RetinaNet: DS-Blocks on C2 to C4, and F5 from C4."""
     neck = DSFPN(CHANNELS, 32, num_outs=4, start_level=1)
     assert [kinds(lateral) for lateral in neck.lateral_convs] == [[DSBlock]] * 3
     assert [kinds(extra) for extra in neck.extra_convs] == [[PatchEmbed, DSBlock]]
@@ -35,15 +35,15 @@ def test_figure_3():
     ]
 
 
-def test_mask_rcnn_levels_have_a_plain_stride_4():
+def test_no_ds_block_at_stride_4_with_the_levels_of_mask_rcnn():
     neck = DSFPN(CHANNELS, 32, num_outs=5)
     assert [kinds(lateral) for lateral in neck.lateral_convs] == [[]] + [[DSBlock]] * 3
-    # every global stream has the size of the coarsest level
+    # All global streams have the size of the coarsest level.
     factors = [b.global_factor for b in neck.modules() if isinstance(b, DSBlock)]
     assert factors == [4, 2, 1, 1]
 
 
-def test_plain_levels_only_is_mmdets_fpn():
+def test_neck_without_ds_blocks_equals_the_fpn_of_mmdet():
     mmdet_necks = pytest.importorskip('mmdet.models.necks')
     torch.manual_seed(0)
     fpn = mmdet_necks.FPN(CHANNELS, 32, num_outs=5).eval()
@@ -77,7 +77,7 @@ def test_plain_levels_only_is_mmdets_fpn():
     ],
     ids=str,
 )
-def test_every_parameter_learns(options):
+def test_every_parameter_has_a_gradient(options):
     torch.manual_seed(0)
     neck = DSFPN(**(dict(in_channels=CHANNELS, out_channels=32, num_outs=5) | options))
     neck.init_weights()

@@ -10,7 +10,7 @@ from .conftest import TINY, VARIANTS
 
 
 def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:
-    """Fig. 2 position by position: loops and explicit softmax, ISA both ways."""
+    """Computes a block with ISA by loops over the pixels, as in Fig. 2."""
     channels, height, width = x.shape[1:]
     half = channels // 2
     heads, d = block.num_heads, half // block.num_heads
@@ -39,7 +39,7 @@ def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:
     for picture in x:
         f = linear(pixels(block.norm1(picture[None])[0]), block.proj_in)
         f_g, f_l = f[:, :half], f[:, half:]
-        # local: sum over a 3x3 window with a weight per channel and offset
+        # Local stream: depth-wise 3x3 convolution.
         normed = block.local_norm(f_l)
         f_local = f_l.clone()
         for i in range(height):
@@ -51,18 +51,18 @@ def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:
                             weight = block.local_conv.weight[:, 0, m + 1, k + 1]
                             total = total + weight * normed[(i + m) * width + j + k]
                 f_local[i * width + j] += total
-        # global: half resolution is the mean of 2x2 pixels for a factor of 2
+        # Global stream: bilinear resizing by 1/2 is the mean of 2x2 pixels.
         grid = f_g.view(height // 2, 2, width // 2, 2, half)
         f_global = grid.mean((1, 3)).reshape(-1, half)
         q, k, v = linear(block.global_norm(f_global), block.global_qkv).chunk(3, 1)
         f_global = f_global + attend(q, k, v)
-        # co-attention
+        # Inter-Scale Alignment.
         isa = block.isa
         ql, kl, vl = linear(isa.local_norm(f_local), isa.local_qkv).chunk(3, 1)
         qg, kg, vg = linear(isa.global_norm(f_global), isa.global_qkv).chunk(3, 1)
         h_local = f_local + linear(attend(ql, kg, vg), isa.local_proj)
         h_global = f_global + linear(attend(qg, kl, vl), isa.global_proj)
-        # merge
+        # Merging.
         h_global = h_global.T.view(1, half, height // 2, width // 2)
         h_global = pixels(nn.Upsample(scale_factor=2, mode='bilinear')(h_global)[0])
         merged = linear(torch.cat([h_local, h_global], 1), block.proj_out)
@@ -74,7 +74,7 @@ def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 class _PointwiseNorm(nn.Module):
-    """An affine map per channel that takes maps and tokens: BN in evaluation."""
+    """Scales the channels of feature maps or tokens, as BN does in evaluation."""
 
     def __init__(self, channels):
         super().__init__()
@@ -98,7 +98,7 @@ def test_block_equals_the_equations():
 
 
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_every_parameter_learns(options):
+def test_every_parameter_has_a_gradient(options):
     torch.manual_seed(0)
     net = DSNet(**(dict(arch=TINY, out_indices=(0, 1, 2, 3)) | options))
     net.init_weights()
@@ -109,8 +109,8 @@ def test_every_parameter_learns(options):
         for name, param in net.named_parameters()
         if param.grad is None or not param.grad.abs().sum() > 0
     ]
-    # A softmax ignores what is added to all its scores alike; a bias before a
-    # norm over the batch, or added to all keys, has no effect.
+    # Some biases have no effect on the output: a batch norm removes the bias before
+    # it, and a softmax removes a bias that all keys share.
     assert not [name for name in silent if not name.endswith('bias')]
 
 
@@ -128,8 +128,8 @@ def test_any_size(size):
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_outputs_are_what_roi_align_reads(layout):
-    # It reads memory as channels-first, whatever the strides say.
+def test_outputs_are_in_channels_first_memory_order(layout):
+    """MMCV's RoIAlign ignores strides and reads memory in channels-first order."""
     roi_align = pytest.importorskip('mmcv.ops').roi_align
     net = DSNet(TINY, out_indices=(0, 1, 2, 3)).eval()
     maps = net(torch.randn(1, 3, 96, 64).contiguous(memory_format=layout))
@@ -141,7 +141,7 @@ def test_outputs_are_what_roi_align_reads(layout):
         torch.testing.assert_close(measured, expected)
 
 
-def test_detection_size():
+def test_output_shapes_at_a_detection_size():
     net = DSNet(TINY, out_indices=(0, 3)).eval()
     with torch.no_grad():
         first, last = net(torch.randn(1, 3, 800, 1333))
@@ -149,7 +149,7 @@ def test_detection_size():
     assert last.shape == (1, 64, 25, 42)
 
 
-def test_global_stream_has_the_published_sizes():
+def test_sizes_of_the_global_stream():
     sizes = {}
     for factors in ((8, 4, 2, 2), (8, 4, 2, 1)):
         net = DSNet(TINY, global_factors=factors).eval()
@@ -174,7 +174,7 @@ def test_output_norms_follow_out_indices():
         assert (out.std((0, 2, 3), correction=0) - 1).abs().max() < 0.01
 
 
-def test_checkpointing_changes_nothing():
+def test_gradient_checkpointing_does_not_change_gradients():
     torch.manual_seed(0)
     net = DSNet(TINY, out_indices=(0, 1, 2, 3))
     x = torch.randn(2, 3, 64, 64)
@@ -188,7 +188,7 @@ def test_checkpointing_changes_nothing():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_drop_path_rises_over_the_whole_depth():
+def test_drop_path_rate_increases_over_all_blocks():
     net = DSNet(TINY, drop_path_rate=0.4)
     rates = [block.drop_path.drop_prob for stage in net.stages for block in stage]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
@@ -232,7 +232,7 @@ def test_frozen_stages(frozen_stages):
             )
 
 
-def test_norm_eval_leaves_the_output_norms_learning():
+def test_norm_eval_excludes_the_output_norms():
     net = DSNet(TINY, out_indices=(2, 3), norm_eval=True).train()
     net(torch.randn(2, 3, 64, 64))
     for name, module in net.named_modules():
@@ -287,7 +287,7 @@ def test_bad_arguments(options, sentence):
         DSNet(**options)
 
 
-def test_pretrained(tmp_path):
+def test_pretrained_checkpoint(tmp_path):
     torch.manual_seed(0)
     trained = DSNet(TINY)
     path = tmp_path / 'classifier.pth'
@@ -313,8 +313,8 @@ def test_pretrained(tmp_path):
     DSNet(TINY, init_cfg=init_cfg | dict(checkpoint=None)).init_weights()
 
 
-def test_gradients_reach_the_output_norms_channels_last():
-    """Through those in another order PyTorch goes back ten times slower."""
+def test_output_norms_get_channels_last_gradients():
+    """With other gradients the backward of PyTorch's batch norm is ten times slower."""
     net = DSNet(TINY, out_indices=(0, 1, 2, 3))
     layouts = []
     for i in range(4):

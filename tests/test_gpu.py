@@ -1,7 +1,7 @@
-"""What tests/test_ops.py and test_layers.py show of the CPU, on a GPU.
+"""Tests of the co-attention and of the networks on a GPU.
 
-``make test-gpu`` runs them, and fails where they would be skipped. They can be
-tried without a GPU: with DSNET_MM_TEST_DEVICE=cpu they run on the CPU.
+``make test-gpu`` runs them, and fails if the ops are not compiled for CUDA. With
+DSNET_MM_TEST_DEVICE=cpu they run on the CPU.
 """
 
 import os
@@ -20,12 +20,14 @@ from dsnet_mm.ops import (
     reference_co_attention,
 )
 
-from .test_layers import build, error, pictures
-from .test_ops import (
+from .conftest import (
     SHAPES,
     VIEWS,
+    build,
+    error,
     native_op,
     outputs_and_gradients,
+    pictures,
     seed,
     streams,
     worst,
@@ -39,13 +41,13 @@ LOW = [torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _float32_products() -> Iterator[None]:
-    """By default cuDNN takes TF32 for float32."""
+    """Turns TF32 off, which cuDNN uses for float32 by default."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 def inputs_on_device(*args, **kwargs) -> list[Tensor]:
-    """Streams of test_ops.py."""
+    """The streams of conftest.py, on the device."""
     return [
         x.detach().to(DEVICE).requires_grad_(x.requires_grad)
         for x in streams(*args, **kwargs)
@@ -58,7 +60,7 @@ def exact(inputs: list[Tensor], *args) -> tuple[Tensor, ...]:
     return outputs_and_gradients(reference_co_attention, *doubles, *args)
 
 
-# ------------------------------------------------------------------------ the op
+# ------------------------------------------------------------------ co-attention
 
 
 @pytest.mark.parametrize('dropout_p', [0.0, 0.3])
@@ -73,7 +75,7 @@ def test_native_equals_reference(shape: tuple, dropout_p: float) -> None:
 @pytest.mark.parametrize('dropout_p', [0.0, 0.3])
 @pytest.mark.parametrize('dtype', LOW, ids=str)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_low_precision_is_as_exact_as_plain_pytorch(
+def test_rounding_in_low_precision_is_that_of_plain_pytorch(
     shape: tuple, dtype: torch.dtype, dropout_p: float
 ) -> None:
     inputs = inputs_on_device(*shape, dtype)
@@ -82,14 +84,14 @@ def test_low_precision_is_as_exact_as_plain_pytorch(
     plain = outputs_and_gradients(reference_co_attention, *inputs, *args)
     for m, p, e in zip(measured, plain, exact(inputs, *args), strict=True):
         assert m.dtype == dtype
-        # What is exactly 0, as the gradient of a softmax of one score, may be
-        # rounded as other numbers are.
+        # A gradient that is exactly 0, as that of a softmax over one score, may have
+        # a rounding error of eps.
         rounding = torch.finfo(dtype).eps * e.abs().max().clamp(min=1)
         assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
-    # Scores of +-5000.
+    # The scores are about +-5000.
     inputs = [30 * x for x in inputs_on_device(1, 100, 80, 1, 32, torch.float32)]
     measured = native_op(*inputs, 1, at=seed().to(DEVICE))
     expected = reference_co_attention(*(x.double() for x in inputs), 1)
@@ -97,7 +99,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize('needed', [0, 1])
-def test_one_output_and_one_input_with_gradient(needed: int) -> None:
+def test_gradient_of_one_output_for_one_input(needed: int) -> None:
     inputs = inputs_on_device(1, 12, 6, 1, 8, torch.float32)
     grads = [
         torch.autograd.grad(path(*inputs)[needed].sum(), inputs[1 - needed])[0]
@@ -109,8 +111,8 @@ def test_one_output_and_one_input_with_gradient(needed: int) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_weights_are_those_of_the_mask() -> None:
-    # One-hot values and equal scores show the weights themselves.
+def test_dropped_weights_are_those_of_dropout_mask() -> None:
+    # With one-hot values the output is the attention weights. All scores are equal.
     n, length, rest, heads = 2, 70, 16, 2
     local = torch.zeros(n, length, 3 * heads * 16, device=DEVICE)
     global_ = torch.zeros(n, rest, 3 * heads * 16, device=DEVICE)
@@ -124,7 +126,7 @@ def test_dropped_weights_are_those_of_the_mask() -> None:
     assert torch.equal(dropout_mask(shape, 0.5, seed().to(DEVICE)).cpu(), expected)
 
 
-def test_dropout_draws_from_the_generator_of_torch() -> None:
+def test_dropout_depends_on_manual_seed() -> None:
     inputs = inputs_on_device(1, 20, 10, 1, 8, torch.float32, grad=False)
     outs = []
     for number in (0, 1, 0):
@@ -145,7 +147,7 @@ def test_strided_inputs(view) -> None:
 def test_strided_gradients() -> None:
     inputs = inputs_on_device(1, 20, 10, 1, 8, torch.float32)
     h_l, h_g = native_op(*inputs, 1, at=seed().to(DEVICE))
-    # Of a sum over channels: expanded, with strides of 0.
+    # The gradient of a sum is an expanded tensor, with strides of 0.
     measured = torch.autograd.grad(h_l.sum() + h_g.sum(), inputs)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(
@@ -202,7 +204,7 @@ def test_autocast_runs_the_op_in_its_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, *LOW], ids=str)
-def test_two_runs_are_equal_bit_by_bit(dtype: torch.dtype) -> None:
+def test_two_runs_give_identical_results(dtype: torch.dtype) -> None:
     inputs = inputs_on_device(1, 1100, 300, 2, 32, dtype)
     args = 2, 0.1, seed().to(DEVICE)
     torch.use_deterministic_algorithms(True)
@@ -218,7 +220,7 @@ def test_two_runs_are_equal_bit_by_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
 @pytest.mark.parametrize('path', ['native', 'sdpa'])
-def test_network_equals_that_in_float64(
+def test_network_equals_the_network_in_float64(
     path: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('DSNET_MM_OPS', path)
@@ -236,7 +238,8 @@ def test_network_equals_that_in_float64(
         )
         grads = [param.grad for param in model.parameters()]
         results.append([tensor.cpu() for tensor in (*outs, x.grad, *grads)])
-    # Relative to the largest value; gradients sum up to thousands of pixels.
+    # The error is relative to the largest value. A gradient sums over thousands of
+    # pixels.
     assert error(*results) < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The layers of the package: no module imports from a layer above its own."""
+"""No module of the package imports from a higher layer."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ FILES = [file for layer in LAYERS for file in (PACKAGE / layer).rglob('*.py')]
 
 
 def imported_by(file: Path) -> set[str]:
-    """Absolute names that a file imports, also inside functions."""
+    """Returns the absolute names that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
@@ -24,7 +24,7 @@ def imported_by(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_point_down(file):
+def test_no_import_from_a_higher_layer(file):
     layer = file.relative_to(PACKAGE).parts[0]
     packages = {folder.name for folder in PACKAGE.iterdir() if folder.is_dir()}
     above = packages - set(LAYERS[: LAYERS.index(layer) + 1])

@@ -1,4 +1,7 @@
-"""Against golden numbers of an independent implementation of the public code."""
+"""Compares DS-Net with golden numbers of the public code.
+
+They come from an independent implementation, see ``tests/data/README.md``.
+"""
 
 import subprocess
 import sys
@@ -74,7 +77,7 @@ def test_tiny_equals_the_public_code(fused, converted):
     assert_equals_golden(measured)
 
 
-def test_the_reference_equals_the_public_code(converted):
+def test_reference_network_equals_the_public_code(converted):
     with torch.no_grad():
         (out,) = reference_net(load_backbone(converted), picture(224, 224))
     assert_equals_golden(dict(logits=logits_of(out, converted)))
@@ -111,7 +114,7 @@ def test_converted_checkpoint_fits_the_configuration(arch, tmp_path):
     ],
     ids=['another model', 'no weights', 'no file', 'damaged'],
 )
-def test_converter_refuses(content, sentence, tmp_path):
+def test_converter_raises(content, sentence, tmp_path):
     src = tmp_path / 'src.pth'
     if isinstance(content, bytes):
         src.write_bytes(content)
@@ -124,7 +127,7 @@ def test_converter_refuses(content, sentence, tmp_path):
     assert not (tmp_path / 'dst.pth').exists()
 
 
-def test_converter_overwrites_nothing(tmp_path):
+def test_converter_does_not_overwrite_files(tmp_path):
     (tmp_path / 'dst.pth').write_text('mine')
     torch.save({'head.bias': torch.zeros(2)}, tmp_path / 'src.pth')
     done = convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')

@@ -1,4 +1,4 @@
-"""The drawn data set: determinism, exact truth, COCO files, the whole folder."""
+"""The synthetic data set: determinism, masks, COCO files, the folder."""
 
 import hashlib
 import importlib.util
@@ -75,7 +75,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path):
     assert len({first[name] for name in pictures}) == len(pictures)
 
 
-def test_more_pictures_keep_the_first_ones(tmp_path):
+def test_first_pictures_do_not_depend_on_their_number(tmp_path):
     few, many = tmp_path / 'few', tmp_path / 'many'
     for out, count in ((few, 2), (many, 5)):
         write_detection(out, num_train=count, num_val=count, size=64, seed=1)
@@ -112,7 +112,7 @@ def test_masks_are_exact_and_disjoint(index):
         assert not (different & ~mask).any()
 
 
-def test_a_later_object_covers_an_earlier_one():
+def test_later_objects_cover_earlier_ones():
     back = SceneObject('square', 'striped', 'red', (60, 60), 30)
     front = SceneObject('disc', 'dotted', 'blue', (70, 60), 8)
     _, (lone,) = draw_scene([back], 128, rng(0))
@@ -124,22 +124,22 @@ def test_a_later_object_covers_an_earlier_one():
 
 
 @pytest.mark.parametrize('centre', [(-500, 40), (40, 900), (-500, -500)])
-def test_an_object_outside_the_picture_leaves_no_trace(centre):
+def test_object_outside_the_picture_has_an_empty_mask(centre):
     _, masks = draw_scene([SceneObject('star', 'plain', 'red', centre, 30)], 64, rng(0))
     assert not masks.any()
 
 
 @pytest.mark.parametrize('texture', TEXTURES)
 @pytest.mark.parametrize('shape', SHAPES)
-def test_every_shape_and_texture_is_drawn_as_named(shape, texture):
+def test_every_shape_and_texture(shape, texture):
     obj = SceneObject(shape, texture, 'red', (64, 64), 40)
     assert obj.name == f'{texture} {shape}'
     image, (mask,) = draw_scene([obj], 128, rng(0))
     rows, columns = np.nonzero(mask)
-    # The shape fits in its circle and nearly fills it one way.
+    # The shape lies in its circle. Its width or height is close to the diameter.
     assert np.hypot(rows - 64, columns - 64).max() <= 42
     assert max(np.ptp(rows), np.ptp(columns)) >= 55
-    # Its named colour, and a lighter one on a fair share of it.
+    # Pixels have the colour of the object, and a texture also has lighter pixels.
     lighter = (image[mask] > np.add(COLOURS['red'], (10, 60, 60))).all(axis=1)
     assert (image[mask] >= COLOURS['red']).all()
     assert not lighter.any() if texture == 'plain' else 0.25 < lighter.mean() < 0.7
@@ -155,7 +155,7 @@ def test_shapes_differ():
             assert (first & second).sum() / (first | second).sum() < 0.85
 
 
-def test_turning_is_clockwise_and_takes_the_texture_along():
+def test_rotation_is_clockwise_and_rotates_the_texture():
     upright = SceneObject('triangle', 'striped', 'red', (64, 64), 40)
     image, (mask,) = draw_scene([upright], 128, rng(0))
     turned, (turned_mask,) = draw_scene([replace(upright, angle=90)], 128, rng(0))
@@ -163,12 +163,12 @@ def test_turning_is_clockwise_and_takes_the_texture_along():
     assert columns[rows.argmin()] == 64
     rows, columns = np.nonzero(turned_mask)
     assert rows[columns.argmax()] == 64
-    # Stripes run across the upright triangle, and down the turned one.
+    # Stripes are horizontal before the rotation and vertical after it.
     assert np.ptp(image[64, 58:70].astype(int), axis=0).max() == 0
     assert np.ptp(turned[58:70, 64].astype(int), axis=0).max() == 0
 
 
-def test_the_background_has_as_much_contrast_as_the_objects():
+def test_contrast_of_background_and_objects():
     inside, outside = [], []
     for index in range(60):
         objects = [sample_portrait(rng(1, index), 96, 'striped disc')]
@@ -191,7 +191,7 @@ def test_background_patterns_vary_and_are_finite(name):
 # --- Sampling -------------------------------------------------------------------
 
 
-def test_sampled_scenes_hold_what_they_promise():
+def test_distribution_of_sampled_scenes():
     radii, hidden, cut = [], 0, 0
     for index in range(150):
         objects = sample_scene(rng(5, index), 128)
@@ -200,7 +200,7 @@ def test_sampled_scenes_hold_what_they_promise():
         assert len(objects) - len(classes) <= 2
         _, masks = draw_scene(objects, 128, rng(0))
         for obj, mask in zip(objects, masks, strict=True):
-            # The whole of it, in a picture that it cannot leave.
+            # The full object, drawn in a larger picture.
             moved = replace(obj, centre=(obj.centre[0] + 64, obj.centre[1] + 64))
             full = draw_scene([moved], 256, rng(0))[1][0]
             inside = full[64:192, 64:192].sum()
@@ -214,7 +214,7 @@ def test_sampled_scenes_hold_what_they_promise():
     assert hidden > 30 and cut > 50
 
 
-def test_sizes_follow_the_picture():
+def test_object_sizes_scale_with_the_picture():
     radii = [o.radius for i in range(60) for o in sample_scene(rng(6, i), 256)]
     assert 17 < min(radii) < 22 and 68 < max(radii) < 80
 
@@ -274,7 +274,7 @@ def test_classification_folders(tmp_path):
             assert len(list(folder.glob('*.png'))) == count
 
 
-def test_parts_do_not_write_over_files(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     (tmp_path / 'val').mkdir()
     (tmp_path / 'cls').mkdir()
     with pytest.raises(FileExistsError, match='val exists already'):
@@ -294,7 +294,7 @@ def test_preview_shows_up_to_twelve_pictures(detection, tmp_path):
 # --- The whole folder -----------------------------------------------------------
 
 
-def test_second_call_does_nothing_and_other_settings_stop(tmp_path):
+def test_second_call_does_nothing_and_other_settings_raise(tmp_path):
     out = tmp_path / 'new' / 'scenes'
     manifest = make_scenes(out, SMALL)
     assert json.loads((out / 'manifest.json').read_text()) == manifest
@@ -314,7 +314,7 @@ def test_second_call_does_nothing_and_other_settings_stop(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ['scenes']
 
 
-def test_a_foreign_folder_is_never_replaced(tmp_path):
+def test_folder_with_other_files_is_not_replaced(tmp_path):
     (tmp_path / 'photo.png').write_bytes(b'mine')
     (tmp_path / 'manifest.json').write_text('{"settings": 1}')
     for overwrite in (False, True):
@@ -323,7 +323,7 @@ def test_a_foreign_folder_is_never_replaced(tmp_path):
     assert (tmp_path / 'photo.png').read_bytes() == b'mine'
 
 
-def test_a_failure_leaves_the_old_set_and_no_rubbish(tmp_path, monkeypatch):
+def test_failure_keeps_the_old_data_set(tmp_path, monkeypatch):
     out = tmp_path / 'scenes'
     make_scenes(out, SMALL)
     before = digests(out)
@@ -389,7 +389,7 @@ def test_bad_settings(change, error, message):
         SceneSettings(**change)
 
 
-def test_bad_arguments_of_the_parts(tmp_path):
+def test_bad_arguments_of_the_functions(tmp_path):
     out = tmp_path / 'scenes'
     with pytest.raises(ValueError, match='num_val must be at least 1, got -3'):
         write_detection(out, num_train=1, num_val=-3)

@@ -1,4 +1,4 @@
-"""A tiny random CLIP model and pictures for it."""
+"""Fixtures: a tiny CLIP model with random weights, and pictures."""
 
 import json
 
@@ -65,7 +65,7 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Names of what was loaded, in order."""
+    """Names of the functions that loaded a CLIP model or a data set, in order."""
     import open_clip
 
     from dsnet_mm.tasks import task

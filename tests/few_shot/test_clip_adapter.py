@@ -1,4 +1,4 @@
-"""CLIPAdapter, its presets, and the encoder."""
+"""CLIPAdapter with its presets, and OpenCLIPEncoder."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ IMAGES = 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_alpha_zero_is_zero_shot_to_the_bit(preset):
+def test_logits_with_alpha_zero_are_exactly_those_of_zero_shot(preset):
     adapter = CLIPAdapter(TEXT, 100.0, preset, alpha=0.0)
     assert torch.equal(adapter(IMAGES), zero_shot_logits(IMAGES, TEXT, 100.0))
 
 
-def test_alpha_and_beta_zero_of_both_adapters_is_zero_shot():
+def test_logits_with_alpha_and_beta_zero():
     adapter = CLIPAdapter(TEXT, 100.0, text=True, alpha=0.0, beta=0.0)
     assert torch.equal(adapter(IMAGES), zero_shot_logits(IMAGES, TEXT, 100.0))
 
@@ -39,7 +39,7 @@ def test_number_of_parameters_of_the_paper():
     assert sum(p.numel() for p in adapter.parameters()) == 524_288
 
 
-def test_presets_are_what_their_sources_do():
+def test_presets():
     released = CLIPAdapter(TEXT, 10.0, 'released', alpha=1.0)
     assert released.visual_adapter(IMAGES).min() >= 0
 
@@ -68,13 +68,13 @@ def test_every_parameter_gets_a_gradient(options):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_learnt_ratio_starts_where_told():
+def test_learnt_ratio_starts_at_alpha():
     adapter = CLIPAdapter(TEXT, 10.0, alpha=0.6, learn_ratio=True)
     assert adapter.alpha.item() == pytest.approx(0.6)
     assert adapter.alpha.requires_grad
 
 
-def test_zero_init_starts_as_zero_shot():
+def test_zero_init_starts_at_zero_shot():
     adapter = CLIPAdapter(TEXT, 10.0, zero_init=True, alpha=0.5)
     expected = zero_shot_logits(IMAGES, TEXT, 10.0)
     torch.testing.assert_close(adapter(IMAGES), expected)
@@ -92,12 +92,12 @@ def test_zero_init_starts_as_zero_shot():
         (dict(reduction=64), 'reduction must be from 1 to 32'),
     ],
 )
-def test_adapter_refuses(options, message):
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         CLIPAdapter(TEXT, 10.0, **options)
 
 
-def test_width_that_does_not_match():
+def test_wrong_width_of_features():
     adapter = CLIPAdapter(TEXT, 10.0)
     with pytest.raises(ValueError, match=r'must be \(N, 32\).*got \(5, 16\)'):
         adapter(IMAGES[:, :16])
@@ -116,7 +116,7 @@ def test_encoder_is_frozen_and_in_eval(encoder):
     assert encoder(features)[0] is features
 
 
-def test_prompt_ensemble_is_mean_of_unit_features(encoder):
+def test_prompt_ensemble_is_the_mean_of_normalised_features(encoder):
     names, prompts = ['cat', 'sea_lake'], ['a {}.', 'the {}.']
     single = [encoder.encode_classes(names, [prompt]) for prompt in prompts]
     expected = F.normalize((single[0] + single[1]) / 2, dim=-1)
@@ -125,7 +125,7 @@ def test_prompt_ensemble_is_mean_of_unit_features(encoder):
     assert torch.equal(encoder.encode_classes(names, prompts), same)
 
 
-def test_encoder_tells_weights_apart(tiny_clip, encoder):
+def test_digest_depends_on_the_weights(tiny_clip, encoder):
     assert OpenCLIPEncoder(**tiny_clip).digest() == encoder.digest()
     assert OpenCLIPEncoder(tiny_clip['model']).digest() != encoder.digest()
 
@@ -138,12 +138,12 @@ def test_encoder_tells_weights_apart(tiny_clip, encoder):
         ('ViT-B-32-quickgelu', 'laion2b_s34b_b79k', 'ViT-B-32'),
     ],
 )
-def test_quick_gelu_mismatch_names_the_right_model(model, tag, right):
+def test_error_of_wrong_gelu_names_the_right_model(model, tag, right):
     with pytest.raises(ValueError, match=f"use model='{right}'"):
         OpenCLIPEncoder(model, tag)
 
 
-def test_encoder_refuses(tiny_clip, encoder):
+def test_bad_arguments_of_the_encoder(tiny_clip, encoder):
     with pytest.raises(ValueError, match="no model 'RN51'"):
         OpenCLIPEncoder('RN51')
     with pytest.raises(ValueError, match="'opnai' is neither a file nor a tag"):

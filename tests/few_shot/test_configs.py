@@ -1,4 +1,4 @@
-"""Every configuration trains and is tested, with a tiny CLIP and tiny data."""
+"""Training and testing with each configuration, with a tiny CLIP and few pictures."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def load(name):
 
 @pytest.mark.parametrize('encoder', ['rn50', 'vit-b16'])
 @pytest.mark.parametrize('dataset', TRAINED)
-def test_one_data_set_and_encoder_throughout(encoder, dataset):
+def test_all_parts_have_the_same_data_set_and_encoder(encoder, dataset):
     cfg = load(f'{encoder}_{dataset}')
     few_shot = FewShotConfig(**cfg.few_shot)
     model = {'rn50': 'RN50-quickgelu', 'vit-b16': 'ViT-B-16-quickgelu'}[encoder]
@@ -40,7 +40,7 @@ def test_one_data_set_and_encoder_throughout(encoder, dataset):
         assert loader.dataset.features.encoder.model == model
 
 
-def test_there_are_eleven():
+def test_number_of_public_data_sets_with_training_pictures():
     assert len(TRAINED) == 11
 
 

@@ -1,4 +1,4 @@
-"""The demo without a download, cut short."""
+"""The pictures and the pre-training of tools/demo_clip.py, with few steps."""
 
 from io import BytesIO
 from zipfile import ZipFile
@@ -12,7 +12,7 @@ from dsnet_mm.models import OpenCLIPEncoder
 from dsnet_mm.tasks import load_task
 
 
-def test_captions_never_name_what_is_held_out():
+def test_captions_do_not_name_held_out_classes():
     rng = np.random.default_rng(0)
     captions = [demo.random_scene(rng)[1] for _ in range(300)]
     words = set(' '.join(captions).replace('.', '').split())
@@ -21,7 +21,7 @@ def test_captions_never_name_what_is_held_out():
     assert len(demo.HELD_OUT) == len(set(demo.HELD_OUT)) == 24
 
 
-def test_captions_are_true():
+def test_captions_describe_the_pictures():
     for seed in range(30):
         obj, caption = demo.random_scene(np.random.default_rng(seed))
         assert f'{obj.texture} {obj.shape}' in caption
@@ -31,7 +31,7 @@ def test_captions_are_true():
             assert obj.centre[1] > demo.SIZE / 2
 
 
-def test_pictures_are_a_task(tmp_path):
+def test_pictures_are_read_as_a_task(tmp_path):
     demo.write_pictures(tmp_path / 'held_out', train=2, val=1, test=1)
     task = load_task(tmp_path / 'held_out')
     assert set(task.class_names) == set(demo.HELD_OUT)
@@ -44,7 +44,7 @@ def small_clip(out):
     return demo.pretrain(out, demo.scene_pairs(4), steps=2, quiet=True)
 
 
-def test_pretraining_is_repeatable_and_done_once(tmp_path):
+def test_pretraining_is_deterministic_and_done_once(tmp_path):
     config, weights = small_clip(tmp_path / 'a')
     encoder = OpenCLIPEncoder(str(config), str(weights))
     assert (encoder.embed_dims, encoder.image_size) == (128, demo.SIZE)
@@ -55,7 +55,7 @@ def test_pretraining_is_repeatable_and_done_once(tmp_path):
     assert other.digest() == encoder.digest()
 
 
-def test_cifar_classes_are_apart(tmp_path):
+def test_training_and_task_have_different_classes_of_cifar(tmp_path):
     names = ('airplane', 'cat', *demo.CIFAR_HELD_OUT)
     with ZipFile(tmp_path / 'cifar.zip', 'w') as file:
         for part in ('train', 'test'):
@@ -75,7 +75,7 @@ def test_cifar_classes_are_apart(tmp_path):
     assert sizes == {'train': 16, 'val': 4, 'test': 12}
 
 
-def test_an_archive_without_cifar(tmp_path):
+def test_archive_without_cifar(tmp_path):
     with ZipFile(tmp_path / 'other.zip', 'w') as file:
         file.writestr('photos/cat.jpg', b'')
     sentence = r"no pictures cifar10/train/class_name/\*.jpg; .* 'photos/cat.jpg'"

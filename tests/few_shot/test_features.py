@@ -1,4 +1,4 @@
-"""The feature cache: what it gives, shares, verifies and refuses."""
+"""FeatureCache: features, shared files, checksums and errors."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ def count_encoded(cache):
     return lambda: sum(seen)
 
 
-def test_second_time_is_read_and_equal(tmp_path, encoder, items):
+def test_second_call_reads_the_file(tmp_path, encoder, items):
     first = FeatureCache(tmp_path, encoder).images(items, views=2)
     again = FeatureCache(tmp_path, encoder)
     encoded = count_encoded(again)
@@ -35,7 +35,7 @@ def test_second_time_is_read_and_equal(tmp_path, encoder, items):
     assert not list(tmp_path.glob('.*'))
 
 
-def test_key_tells_apart_what_changes_the_features(tmp_path, encoder, items):
+def test_every_option_has_a_file_of_its_own(tmp_path, encoder, items):
     FeatureCache(tmp_path, encoder).images(items)
     FeatureCache(tmp_path, encoder, preprocessing='warp').images(items)
     FeatureCache(tmp_path, encoder).images(items, views=1)
@@ -44,7 +44,7 @@ def test_key_tells_apart_what_changes_the_features(tmp_path, encoder, items):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_clip_and_warp_differ_as_they_should(encoder):
+def test_clip_crops_and_warp_does_not(encoder):
     from PIL import Image
 
     from dsnet_mm.datasets.pictures import build_transform
@@ -92,7 +92,7 @@ def test_changed_picture_is_encoded_again(tmp_path, encoder):
     assert not torch.allclose(red.features, blue.features)
 
 
-def test_unreadable_picture_is_named(tmp_path, encoder, items, caplog):
+def test_error_names_the_unreadable_picture(tmp_path, encoder, items, caplog):
     bad = tmp_path / 'bad.jpg'
     bad.write_bytes(b'no picture')
     mixed = [items[0], (str(bad), 1, 'x'), items[1]]
@@ -106,7 +106,7 @@ def test_unreadable_picture_is_named(tmp_path, encoder, items, caplog):
         FeatureCache(tmp_path / 'c', encoder).images([('none.jpg', 0, 'x')])
 
 
-def test_deployed_classifier_names_the_picture_it_cannot_read(tmp_path, encoder):
+def test_error_of_a_deployed_classifier_names_the_picture(tmp_path, encoder):
     classifier = DeployedClassifier(torch.nn.Identity(), encoder, ['a', 'b'], 'clip')
     (tmp_path / 'bad.jpg').write_bytes(b'no picture')
     with pytest.raises(ValueError, match=r'bad\.jpg cannot be read'):
@@ -115,7 +115,7 @@ def test_deployed_classifier_names_the_picture_it_cannot_read(tmp_path, encoder)
         classifier([tmp_path / 'none.jpg'])
 
 
-def test_cache_refuses_unknown_options(tmp_path, encoder):
+def test_unknown_options(tmp_path, encoder):
     with pytest.raises(ValueError, match='preprocessing must be one of'):
         FeatureCache(tmp_path, encoder, preprocessing='crop')
     with pytest.raises(ValueError, match='on_bad_image must be'):

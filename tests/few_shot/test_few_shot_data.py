@@ -1,4 +1,4 @@
-"""Splits, draws, prompts, folders and the doctor."""
+"""Splits, few-shot draws, prompts, folders, and the check of a data set."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[3] / 'shared' / 'data' / 'few_shot'
 PUBLISHED = sorted(SHARED.glob('*-shot_*-seed_*.json'))
 
 
-@pytest.mark.skipif(not PUBLISHED, reason='the published index files are not here')
+@pytest.mark.skipif(not PUBLISHED, reason='the published index files are missing')
 @pytest.mark.parametrize('index_file', PUBLISHED, ids=lambda p: p.stem)
 def test_draw_equals_published_index_file(index_file):
     name, shots, seed = re.fullmatch(
@@ -47,21 +47,21 @@ def write_split(path, per_class=6):
     return path
 
 
-def test_draw_is_one_stream_over_train_then_val(tmp_path):
+def test_all_classes_share_one_random_stream(tmp_path):
     split_file = write_split(tmp_path / 'split_zhou_X.json')
     drawn = sample_few_shot(split_file, 5, 1)
     rng = random.Random(1)
     for part, count in (('train', 5), ('val', 4)):
         assert drawn[part] == [
             (f'{cls}/{part}_{i}.jpg', label, cls)
-            for cls, label in (('hare', 1), ('red_fox', 0))  # as in the file
+            for cls, label in (('hare', 1), ('red_fox', 0))  # order of the file
             for i in rng.sample(range(6), count)
         ]
     assert drawn == sample_few_shot(read_split(split_file), 5, 1)
     assert drawn != sample_few_shot(split_file, 5, 2)
 
 
-def test_draw_refuses_what_it_cannot_give(tmp_path):
+def test_bad_arguments_of_a_draw(tmp_path):
     split_file = write_split(tmp_path / 'split_zhou_X.json')
     with pytest.raises(ValueError, match=r"'hare' has 6 .* fewer than the 7 shots"):
         sample_few_shot(split_file, 7, 1)
@@ -118,7 +118,7 @@ def test_folder_with_split_and_empty_class(tmp_path):
         load_task(tmp_path)
 
 
-def test_duplicate_class_names_are_refused(tmp_path):
+def test_duplicate_class_names(tmp_path):
     make_folder(tmp_path / 'mine', {'red fox': 2, 'red_fox': 2})
     with pytest.raises(ValueError, match="duplicate class names 'red fox'"):
         load_task(tmp_path / 'mine')
@@ -141,7 +141,7 @@ def test_csv(tmp_path):
         load_task(file)
 
 
-def test_doctor_says_what_to_do(tmp_path):
+def test_doctor_names_missing_and_damaged_files(tmp_path):
     (problem,) = diagnose('eurosat', tmp_path)
     assert PUBLIC_DATASETS['eurosat'].source in problem
     assert 'split_zhou_EuroSAT.json' in problem
@@ -155,7 +155,7 @@ def test_doctor_says_what_to_do(tmp_path):
     assert '1 pictures are damaged' in problems
 
 
-def test_doctor_counts_public_set(tmp_path):
+def test_doctor_compares_counts_with_the_papers(tmp_path):
     folder = tmp_path / 'dtd'
     folder.mkdir()
     write_split(folder / 'split_zhou_DescribableTextures.json')
@@ -183,7 +183,7 @@ def test_imagenet_layouts(tmp_path):
         assert len(task.split['train']) == (2 if name == 'imagenet' else 0)
 
 
-def test_imagenet_may_have_a_name_twice(tmp_path):
+def test_imagenet_may_have_duplicate_class_names(tmp_path):
     place = tmp_path / 'imagenet-rendition'
     make_folder(place / 'imagenet-r', {'n01': 1, 'n02': 1})
     (place / 'classnames.txt').write_text('n01 missile\nn02 missile\n')

@@ -1,4 +1,4 @@
-"""FewShotDataset takes what every data set of MMEngine takes."""
+"""FewShotDataset, with the arguments of all data sets of MMEngine."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_indices(build):
     assert_equal_samples(list(build().get_subset([20, 3, 11])), chosen)
 
 
-def test_lazy_init_reads_nothing_until_the_first_access(build, monkeypatch):
+def test_lazy_init_reads_at_the_first_access(build, monkeypatch):
     from dsnet_mm.datasets import few_shot_dataset
 
     read = []
@@ -58,7 +58,7 @@ def test_lazy_init_reads_nothing_until_the_first_access(build, monkeypatch):
     assert lazy.metainfo['classes'] == ('blue', 'green sea', 'red')
 
 
-def test_test_mode_decides_about_refused_samples(build):
+def test_test_mode_raises_if_the_pipeline_returns_none(build):
     tried = []
 
     def refuse(sample):
@@ -72,20 +72,20 @@ def test_test_mode_decides_about_refused_samples(build):
     assert len(tried) == 1 + 4
 
 
-def test_serialized_or_not_samples_are_the_same(build):
+def test_serialization_does_not_change_samples(build):
     assert build().data_list == []
     plain = build(serialize_data=False)
     assert len(plain.data_list) == 24
     assert_equal_samples(list(plain), list(build()))
 
 
-def test_metainfo_is_kept_and_filter_cfg_is_taken(build):
+def test_metainfo_and_filter_cfg(build):
     dataset = build(metainfo=dict(classes=('a', 'b', 'c'), paper='x'), filter_cfg={})
     assert dataset.metainfo == dict(classes=('a', 'b', 'c'), paper='x')
     assert build().metainfo == dict(classes=('blue', 'green sea', 'red'))
 
 
-def test_training_sample_has_a_random_view_of_its_picture(tiny_clip, encoder, tmp_path):
+def test_training_sample_has_a_random_view(tiny_clip, encoder, tmp_path):
     from dsnet_mm.datasets import sample_few_shot
     from dsnet_mm.few_shot import FeatureCache
 
@@ -115,6 +115,6 @@ def paint(folder):
             picture.save(folder / cls / f'{i}.png')
 
 
-def test_unknown_part_is_refused(picture_folder):
+def test_unknown_part(picture_folder):
     with pytest.raises(ValueError, match=r"part must be 'train', .* got 'all'"):
         FewShotDataset(str(picture_folder), 'all')

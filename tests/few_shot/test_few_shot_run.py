@@ -1,4 +1,4 @@
-"""The whole run: order of events, resuming, table, plot, deployed file, sentences."""
+"""A whole run: order of events, resuming, table, plot, classifier files, errors."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def config(tiny_clip, picture_folder, tmp_path):
     )
 
 
-def test_run_opens_test_once_and_last(config, tmp_path, monkeypatch):
+def test_run_opens_the_test_split_once_and_last(config, tmp_path, monkeypatch):
     test_paths = {item[0] for item in load_task(config.dataset).split['test']}
     opened = []
     images = FeatureCache.images
@@ -72,7 +72,7 @@ def test_run_opens_test_once_and_last(config, tmp_path, monkeypatch):
     assert about['class_names'] == ['blue', 'green sea', 'red']
 
 
-def test_killed_run_goes_on(config, tmp_path, monkeypatch):
+def test_interrupted_run_continues(config, tmp_path, monkeypatch):
     work_dir = tmp_path / 'run'
     select, calls = runner_module.select, []
 
@@ -132,7 +132,7 @@ def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
     assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
 
-def test_folder_of_another_run_is_refused(config, tmp_path):
+def test_folder_of_another_run(config, tmp_path):
     small = replace(config, methods=(), oracle=(), shots=(1,), seeds=(1,))
     run(small, tmp_path / 'run', quiet=True)
     with pytest.raises(FileExistsError, match='another run, with other seeds'):
@@ -149,7 +149,7 @@ def test_too_many_shots_fail_before_anything_is_written(config, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_config_refuses(config):
+def test_bad_arguments_of_the_configuration(config):
     with pytest.raises(ValueError, match="no method 'tip'"):
         replace(config, methods=('tip',))
     with pytest.raises(ValueError, match='name methods in oracle'):
@@ -158,14 +158,14 @@ def test_config_refuses(config):
         replace(config, seeds=())
 
 
-def test_interval_is_student_t():
+def test_confidence_interval():
     assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)
     assert half_interval([1.0, 2.0]) is None
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """tools/few_shot.py, called with arguments."""
+    """Calls tools/few_shot.py with arguments."""
     path = ROOT / 'tools' / 'few_shot.py'
     spec = importlib.util.spec_from_file_location('few_shot_tool', path)
     module = importlib.util.module_from_spec(spec)
@@ -178,7 +178,7 @@ def tool(monkeypatch):
     return call
 
 
-def test_command_line_and_snippet_of_the_docs(
+def test_command_line_and_code_of_the_docs(
     tool, config, picture_folder, tmp_path, capsys
 ):
     work_dir = tmp_path / 'run'
@@ -220,7 +220,7 @@ def test_doctor_command(tool, picture_folder, tmp_path):
         tool('doctor', 'dtd', '--data-root', tmp_path)
 
 
-def test_configuration_without_few_shot_is_refused(tool, tmp_path):
+def test_bad_arguments_of_the_command_line(tool, tmp_path):
     (tmp_path / 'other.py').write_text('model = dict()')
     with pytest.raises(SystemExit, match='has no few_shot'):
         tool('run', tmp_path / 'other.py')

@@ -1,4 +1,4 @@
-"""How often CLIP and a data set are loaded, and when."""
+"""CLIP models and data sets are loaded only when needed, and only once."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ from dsnet_mm.models import OpenCLIPEncoder
 
 @pytest.fixture
 def own_clip(tiny_clip, tmp_path):
-    """The tiny CLIP in files that no encoder of another test has loaded."""
+    """Copies of the files of the tiny CLIP, which no other test has loaded."""
     return {key: shutil.copy(path, tmp_path) for key, path in tiny_clip.items()}
 
 
@@ -35,7 +35,7 @@ def test_encoders_of_the_same_weights_share_the_towers(own_clip, loads):
         OpenCLIPEncoder.shared(**own_clip, amp='float8')
 
 
-def test_last_encoder_gives_the_memory_back(own_clip):
+def test_towers_are_freed_with_the_last_encoder(own_clip):
     first = OpenCLIPEncoder(**own_clip)
     second = OpenCLIPEncoder.shared(**own_clip)
     clip = weakref.ref(first.clip)
@@ -73,7 +73,7 @@ def test_changed_towers_are_not_shared(own_clip, change):
     assert second.digest() == digest
 
 
-def test_towers_on_another_device_stay_there(own_clip):
+def test_towers_on_another_device_are_not_shared(own_clip):
     first = OpenCLIPEncoder(**own_clip).to('meta')
     second = OpenCLIPEncoder.shared(**own_clip)
     assert next(first.parameters()).is_meta
@@ -89,7 +89,7 @@ def test_data_sets_with_features_load_one_clip(
         for part in ('train', 'val', 'test')
     ]
     assert loads.count('create_model') == 1
-    for dataset in datasets:  # copies and worker processes do not need it
+    for dataset in datasets:  # copies and worker processes do not need the encoder
         modules = [v for v in vars(dataset).values() if isinstance(v, torch.nn.Module)]
         assert not modules
 
@@ -119,7 +119,7 @@ def test_first_forward_encodes_the_class_names(
     head = head_class(encoder=tiny_clip, class_names=str(picture_folder))
     features = torch.randn(2, 16)
     logits = head((features,))
-    assert loads == ['read_folder'], 'the towers of the fixture are there'
+    assert loads == ['read_folder'], 'the towers of the fixture are reused'
     names = ['blue', 'green sea', 'red']
     text = encoder.encode_classes(names, 'a photo of a {}.')
     assert torch.equal(head.adapter.text_features, text)
@@ -128,7 +128,7 @@ def test_first_forward_encodes_the_class_names(
     assert len(loads) == 1
 
 
-def test_checkpoint_stands_in_for_the_data_set(
+def test_head_with_a_checkpoint_does_not_need_the_data_set(
     head_class, tiny_clip, picture_folder, loads
 ):
     trained = head_class(encoder=tiny_clip, class_names=str(picture_folder))
@@ -147,7 +147,7 @@ def test_checkpoint_stands_in_for_the_data_set(
         trained.load_state_dict(head.state_dict())
 
 
-def test_checkpoint_from_before_the_first_forward_has_no_text_features(
+def test_checkpoint_that_was_saved_before_the_first_forward(
     head_class, tiny_clip, picture_folder
 ):
     names = str(picture_folder)
@@ -156,7 +156,7 @@ def test_checkpoint_from_before_the_first_forward_has_no_text_features(
     assert head((torch.randn(2, 16),)).isfinite().all()
 
 
-def test_learnt_text_features_are_there_for_the_optimizer(
+def test_learnt_text_features_are_computed_by_the_constructor(
     head_class, tiny_clip, encoder, picture_folder
 ):
     head = head_class(
@@ -169,7 +169,7 @@ def test_learnt_text_features_are_there_for_the_optimizer(
     assert torch.equal(text, encoder.encode_classes(names, 'photo'))
 
 
-def test_wrong_names_and_prompts_are_refused_at_once(head_class, tiny_clip):
+def test_constructor_raises_for_bad_names_and_prompts(head_class, tiny_clip):
     with pytest.raises(ValueError, match="duplicate class names 'a'"):
         head_class(encoder=tiny_clip, class_names=['a', 'b', 'a'])
     with pytest.raises(ValueError, match=r'must hold \{\} once'):

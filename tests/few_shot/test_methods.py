@@ -1,4 +1,4 @@
-"""Every method on features whose structure is known, and the selection."""
+"""All methods on synthetic features, and the selection of hyper-parameters."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ QUICK = {
 
 
 def draw(count, seed, views=1):
-    """Clusters that the text features only hint at."""
+    """Samples clusters. The text features are noisy copies of their centres."""
     centres = F.normalize(torch.randn(CLASSES, WIDTH, generator=rng(0)), dim=-1)
     labels = torch.arange(CLASSES).repeat_interleave(count)
     noise = torch.randn(views, len(labels), WIDTH, generator=rng(seed))
@@ -49,12 +49,12 @@ def data(encoder):
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_method_fits_and_survives_its_file(name, data, encoder, tmp_path):
+def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
     method, test = METHODS[name], draw(200, 3)
     options = {**method.defaults, **QUICK.get(name, {})}
     classifier = method.fit(data, **options)
     start = fit_zero_shot(data)
-    if name == 'coop':  # knows only the class names, which this encoder finds random
+    if name == 'coop':  # starts from the class names, and this encoder is random
         start = CosineClassifier(
             encoder.encode_classes(data.class_names, 'photo'), data.logit_scale
         )
@@ -71,7 +71,9 @@ def test_method_fits_and_survives_its_file(name, data, encoder, tmp_path):
     assert loaded.class_names == data.class_names
     again = method.fit(data, **options)
     with torch.no_grad():
-        assert torch.equal(again(test.features[0]), expected), 'a fit is repeatable'
+        assert torch.equal(again(test.features[0]), expected), (
+            'a second fit gives the same classifier'
+        )
 
 
 def test_tip_adapter_formula(data):
@@ -84,7 +86,7 @@ def test_tip_adapter_formula(data):
     torch.testing.assert_close(tip(f), expected)
 
 
-def test_prompt_learner_with_the_words_of_a_prompt_is_that_prompt(encoder):
+def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
     learner = PromptLearner(encoder, ['disc', 'star'], n_ctx=4)
     tokens = encoder.tokenizer(['a photo of a disc.'])
     with torch.no_grad():
@@ -104,7 +106,7 @@ def test_coop_epochs():
 # --- Selection --------------------------------------------------------------------
 
 
-def test_val_selection_takes_the_best_and_does_not_fit_to_it(data):
+def test_val_selection_takes_the_best_accuracy(data):
     val = draw(4, 5)
     fit = select(METHODS['tip_adapter'], data, val)
     assert (fit.selection, fit.tried) == ('val', 72)
@@ -118,7 +120,7 @@ def test_val_selection_takes_the_best_and_does_not_fit_to_it(data):
     assert len(fit.classifier.keys) == CLASSES * SHOTS
 
 
-def test_cross_validation_refits_on_all(data):
+def test_cross_validation_fits_to_all_pictures_at_the_end(data):
     fit = select(METHODS['linear_probe'], data, None, 'cv')
     assert (fit.selection, fit.tried) == ('cv', 4)
     again = METHODS['linear_probe'].fit(data, weight_decay=fit.options['weight_decay'])
@@ -140,7 +142,7 @@ def test_cross_validation_folds_are_balanced(data, monkeypatch):
     assert len(seen[-1].train) == CLASSES * SHOTS
 
 
-def test_nothing_to_select_by_means_fixed(data):
+def test_defaults_are_taken_without_validation_features(data):
     for val, selection in ((None, 'val'), (draw(4, 5), 'fixed')):
         fit = select(METHODS['linear_probe'], data, val, selection)
         assert (fit.selection, fit.tried) == ('fixed', 1)
@@ -162,7 +164,7 @@ def test_calibration_error():
     assert calibration_error(both, right) == pytest.approx(0.125)
 
 
-def test_evaluation_in_chunks_is_the_same(data):
+def test_evaluation_does_not_depend_on_the_chunk_size(data):
     test, classifier = draw(50, 6), fit_zero_shot(data)
     whole, parts = evaluate(classifier, test), evaluate(classifier, test, chunk=7)
     assert parts.accuracy == whole.accuracy

@@ -1,4 +1,4 @@
-"""CLIP-Adapter through MMEngine's Runner, from pictures and from cached features."""
+"""CLIP-Adapter in MMEngine's Runner, on pictures and on cached features."""
 
 import shutil
 import subprocess
@@ -72,7 +72,7 @@ def config(tiny_clip, picture_folder, work_dir, cached):
 
 
 @pytest.mark.parametrize('cached', [False, True], ids=['pictures', 'features'])
-def test_adapter_learns_and_clip_does_not(tiny_clip, picture_folder, tmp_path, cached):
+def test_training_changes_the_adapter_only(tiny_clip, picture_folder, tmp_path, cached):
     runner = Runner.from_cfg(config(tiny_clip, picture_folder, tmp_path, cached))
     runner.model.head.encode_class_names()
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
@@ -86,11 +86,11 @@ def test_adapter_learns_and_clip_does_not(tiny_clip, picture_folder, tmp_path, c
     }
     assert not runner.model.backbone.clip.training
     accuracy = runner.test()['accuracy/top1']
-    assert accuracy > 60  # three plain colours
+    assert accuracy > 60  # the classes are three colours
 
 
 def test_run_and_test_load_clip_once(tiny_clip, picture_folder, tmp_path, loads):
-    """Training, then testing with another Runner on the checkpoint."""
+    """Trains, then tests the checkpoint with another Runner."""
     own_clip = {key: shutil.copy(path, tmp_path) for key, path in tiny_clip.items()}
     cfg = config(own_clip, picture_folder, tmp_path, cached=True)
     cfg.train_cfg.max_epochs = 1
@@ -122,7 +122,7 @@ def test_moving_average_of_an_adapter(tiny_clip, picture_folder, tmp_path):
     assert text_features.isfinite().all()
 
 
-def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
+def test_head_has_exactly_one_source_of_text_features(tiny_clip, tmp_path):
     from safetensors.torch import save_file
 
     from dsnet_mm.models.heads import CLIPAdapterHead
@@ -150,8 +150,7 @@ def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
     assert same(features).isfinite().all()
 
 
-def test_import_is_light():
-    """Neither mmpretrain nor open_clip is imported before something needs it."""
+def test_import_of_the_package_imports_neither_mmpretrain_nor_open_clip():
     code = (
         'import sys, dsnet_mm.models, dsnet_mm.datasets\n'
         'print([m for m in ("mmpretrain", "open_clip", "mmdet") if m in sys.modules])'
@@ -170,7 +169,7 @@ def test_import_is_light():
         ('open_clip', "MODELS.build(dict(type='OpenCLIPEncoder', model='RN50'))"),
     ],
 )
-def test_missing_package_is_named_when_needed(missing, build):
+def test_error_names_the_missing_package(missing, build):
     code = (
         f'import sys; sys.modules[{missing!r}] = None\n'
         'import dsnet_mm.models\n'
