@@ -43,8 +43,8 @@ def error(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """Returns the largest error of all tensors.
 
     It is relative to the largest value of the tensor, or to 1 if that is smaller. Small
-    values are often sums that cancel, such as the gradient of a bias before a norm. Their
-    rounding error is that of the terms.
+    values are often sums that cancel, such as the gradient of a bias before a norm.
+    Their rounding error is that of the terms.
     """
     return max(
         ((m.double() - e).abs().max() / e.abs().max().clamp(min=1)).item()

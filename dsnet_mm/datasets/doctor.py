@@ -1,4 +1,4 @@
-"""The check of a data set before it is used."""
+"""Check of the files of a data set."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from .pictures import open_picture
 def diagnose(
     dataset: str | Path, data_root: str | Path = 'data', decode: bool = False
 ) -> list[str]:
-    """Look for what is wrong with a data set.
+    """Check the files of a data set.
 
     Args:
         dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
         data_root: Folder of the public data sets.
-        decode: Whether to open every picture, which finds damaged ones.
+        decode: Whether to read all pictures, to find damaged ones.
 
     Returns:
-        One sentence for each problem: a missing file, with its source and its place;
-        a count that differs from the papers; missing, empty or damaged pictures.
+        One sentence for each problem. Problems are missing files, numbers of classes or
+        pictures that differ from the papers, and missing, empty or damaged pictures.
     """
     try:
         task = load_task(dataset, data_root)

@@ -1,4 +1,4 @@
-"""Features of pictures and class names, computed once and kept on disk."""
+"""Features of pictures and class names, stored on disk."""
 
 import hashlib
 import json
@@ -39,28 +39,27 @@ class Features:
         return len(self.labels)
 
     def take(self, index: Tensor) -> 'Features':
-        """The pictures with these indices."""
+        """Return the features of the pictures with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
 
 class FeatureCache:
     """Features on disk, one file for each list of pictures and set of options.
 
-    The name of a file is a hash of what its content depends on: weights of the
-    encoder, preprocessing, views, and path, size and modification time of every
-    picture. Methods, seeds and runs share the files. A file has a checksum; a damaged
-    file is computed again.
+    The name of a file is a hash of the weights of the encoder, the preprocessing, the
+    views, and the path, size and modification time of each picture. Methods, seeds and
+    runs share the files. Each file has a checksum. A damaged file is computed again.
 
     Args:
         folder: Folder of the files. It is created if needed.
-        encoder: The frozen towers, on the device to use.
+        encoder: Encoder of the pictures and class names, on its device.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of the random crops of augmented views, as a
             fraction of the picture. The default is CoOp's; Tip-Adapter has (0.5, 1).
         batch_size: Pictures encoded at once.
         workers: Number of worker processes that load pictures.
         on_bad_image: What to do with a picture that cannot be read: ``'error'``
-            raises, ``'skip'`` logs its path and leaves it out.
+            raises an error, ``'skip'`` logs its path and omits it.
         progress: Called with the number of pictures encoded since the last call.
 
     Raises:
@@ -97,7 +96,7 @@ class FeatureCache:
         self.progress = progress
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
-        """Features of pictures.
+        """Return the features of pictures.
 
         Args:
             items: The pictures.
@@ -135,7 +134,7 @@ class FeatureCache:
         return Features(stored['features'], stored['labels'])
 
     def texts(self, class_names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
+        """Return text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
         key = {
             'kind': 'texts',
             'weights': self.encoder.digest(),
@@ -199,7 +198,7 @@ class FeatureCache:
 
 
 class _Pictures(Dataset):
-    """Inputs of the encoder. For an unreadable picture: a sentence that names it."""
+    """Inputs of the encoder, and error messages in place of unreadable pictures."""
 
     def __init__(
         self,
@@ -237,7 +236,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, None if it is missing, stale or damaged."""
+    """Return the tensors of a cache file, or None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -248,6 +247,8 @@ def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
         logger.warning('rebuilding the damaged cache file %s (%s)', path, error)
         return None
     if metadata.get('key') != key or metadata.get('sha256') != _checksum(tensors):
-        logger.warning('rebuilding the cache file %s, which fails its check', path)
+        logger.warning(
+            'rebuilding the cache file %s: its key or checksum is wrong', path
+        )
         return None
     return tensors

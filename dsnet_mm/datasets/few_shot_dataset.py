@@ -1,4 +1,4 @@
-"""Few-shot draws for MMEngine's Runner, as pictures or as cached features."""
+"""Few-shot data sets for MMEngine's Runner, of pictures or of cached features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakKeyDictionary
@@ -15,39 +15,40 @@ from .features import FeatureCache
 from .sampling import sample_few_shot
 
 _encoders: 'WeakKeyDictionary[FewShotDataset, OpenCLIPEncoder]' = WeakKeyDictionary()
-"""The encoder of each data set, so that the next data set shares it. It is not an
+"""The encoder of each data set, so that other data sets can share it. It is not an
 attribute, because copies of a data set and worker processes do not need it."""
 
 
 @DATASETS.register_module()
 class FewShotDataset(BaseDataset):
-    """A few-shot draw, or the test pictures, of a data set.
+    """A few-shot draw of a data set, or its test pictures.
 
-    Samples have ``gt_label`` and ``img_path``. With ``features`` they have
-    ``features`` (D,) instead of ``img_path``, those of a random view in each epoch.
+    A sample has ``gt_label`` and ``img_path``. With ``features`` it has ``features``
+    (D,) instead of ``img_path``. They are those of a random view, drawn at each access.
 
     Args:
         dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
-        part: ``'train'`` or ``'val'`` of the draw, or ``'test'``.
+        part: ``'train'`` or ``'val'``, the parts of the draw, or ``'test'``.
         shots: Training pictures of each class.
         seed: Seed of the draw.
         data_root: Folder of the public data sets.
         features: Arguments of :class:`FeatureCache`. Its ``encoder`` holds the
             arguments of ``OpenCLIPEncoder``. None gives pictures.
-        views: Augmented views of a training picture, with ``features``.
+        views: Number of augmented views of a training picture, with ``features``.
         pipeline: Transforms of a sample.
         metainfo: Meta information. ``classes`` is added if it is missing.
         filter_cfg: See ``BaseDataset``. It has no effect, because nothing is
             filtered.
-        indices: First samples, as a number, or samples to keep, as indices.
+        indices: Number of samples to keep, or indices of the samples to keep.
         serialize_data: Whether worker processes share the list of samples.
-        test_mode: Whether a sample that the pipeline refuses is an error. If not,
-            another one is taken.
-        lazy_init: Whether the data set is read at the first access, not here.
-        max_refetch: Number of other samples that are tried.
+        test_mode: Whether it is an error if the pipeline returns None. Otherwise
+            another sample is taken.
+        lazy_init: Whether the data set is read at the first access instead of by the
+            constructor.
+        max_refetch: Number of other samples to try if the pipeline returns None.
 
     Raises:
-        ValueError: If ``part`` is none of the three.
+        ValueError: If ``part`` is unknown.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class FewShotDataset(BaseDataset):
         )
 
     def load_data_list(self) -> list[dict]:
-        """Read the samples of the part, and encode them with ``features``."""
+        """Read the samples of the part. With ``features``, also encode them."""
         task = load_task(self.dataset, self.data_root)
         self._metainfo.setdefault('classes', task.class_names)
         items = (

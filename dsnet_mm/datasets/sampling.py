@@ -1,4 +1,4 @@
-"""Few-shot draws, equal to those of CoOp."""
+"""Few-shot draws of CoOp."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ def sample_few_shot(
 ) -> dict[str, list[Item]]:
     """Draw the few-shot training and validation sets of CoOp.
 
-    Reproduces the published draws (CoOp, ``generate_fewshot_dataset``). All classes
-    share one random stream. Classes are drawn in the order of their first item, and
+    The items are those of ``generate_fewshot_dataset`` in CoOp's code. All classes share
+    one random number generator. Classes are drawn in the order of their first item, and
     train is drawn before val.
 
     Args:

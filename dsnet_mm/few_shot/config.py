@@ -18,7 +18,7 @@ class FewShotConfig:
         prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. None takes those of the
             data set.
         methods: Names of ``METHODS``. Zero-shot is always added.
-        oracle: Methods that are also selected on the test split, labelled as such.
+        oracle: Methods that are also selected on the test split. They are labelled so.
         shots: Training pictures of each class, one or more values.
         seeds: Seeds of the draws. Three or more give a confidence interval.
         selection: One of ``SELECTIONS``.
@@ -66,12 +66,12 @@ class FewShotConfig:
         for name in (*self.methods, *self.oracle, *self.overrides):
             if name not in METHODS:
                 raise ValueError(
-                    f'there is no method {name!r}; there are {", ".join(METHODS)}.'
+                    f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
                 )
         if self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '
-                f'see what selecting on the test split gives, name methods in oracle.'
+                f'select on the test split, name methods in oracle.'
             )
         if not self.shots or not self.seeds:
-            raise ValueError('shots and seeds must name at least one each.')
+            raise ValueError('shots and seeds must each have at least one value.')

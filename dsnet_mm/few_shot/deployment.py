@@ -1,4 +1,4 @@
-"""Classifiers as small files, and the classification of pictures with them."""
+"""Saving, loading and use of classifiers."""
 
 import json
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def save_classifier(
 
     Args:
         path: File to write.
-        classifier: What a method of ``METHODS`` returned.
-        encoder: Encoder of its input. The file holds its name, not its weights.
+        classifier: Classifier that a method of ``METHODS`` returned.
+        encoder: Encoder of its input. The file has its name, but not its weights.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
     """
@@ -111,7 +111,7 @@ def load_classifier(
 
     Args:
         path: The file.
-        encoder: The encoder. None takes the one that the file names.
+        encoder: The encoder. None loads the one that is named in the file.
 
     Returns:
         The classifier, in eval mode.
@@ -127,14 +127,14 @@ def load_classifier(
         text = (file.metadata() or {}).get('dsnet_mm')
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if text is None:
-        raise ValueError(f'{path} is no classifier that save_classifier wrote.')
+        raise ValueError(f'{path} is not a file of save_classifier.')
     about = json.loads(text)
     if encoder is None:
         encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
     if encoder.digest() != about['weights']:
         raise ValueError(
-            f'{path} belongs to {about["model"]!r} with the weights '
-            f'{about["pretrained"]!r}, and the encoder at hand has other weights.'
+            f'{path} was saved for {about["model"]!r} with the weights '
+            f'{about["pretrained"]!r}, but the encoder has other weights.'
         )
     if about['kind'] == 'CLIPAdapter':
         classifier: nn.Module = CLIPAdapter(

@@ -34,7 +34,7 @@ def evaluate(
     Args:
         classifier: Features (N, D) to logits (N, K).
         data: The features.
-        chunk: Pictures evaluated at once. It bounds the memory.
+        chunk: Number of pictures evaluated at once. It bounds the memory.
 
     Returns:
         The score.
@@ -61,7 +61,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
     Args:
         confidence: Probability of the predicted class (N,).
-        correct: 1 if it is right, else 0, (N,).
+        correct: 1 if the prediction is right, else 0, (N,).
         bins: Number of bins of equal width.
 
     Returns:

@@ -12,12 +12,12 @@ from dsnet_mm.files import write_atomic
 from .methods import METHODS
 
 REFERENCE = 'clip_adapter'
-"""Method that the others are compared with, on the same draws."""
+"""Method that all others are compared with, on the same draws."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at some shots.
+    """Results of a method with a number of shots.
 
     Attributes:
         label: Method, and ``oracle`` if it was selected on the test split.
@@ -43,12 +43,12 @@ class Cell:
 
     @property
     def interval(self) -> float | None:
-        """Half of the 95 % confidence interval of the mean over seeds."""
+        """Half of the width of the 95 % confidence interval of the mean over seeds."""
         return half_interval(list(self.accuracies.values()))
 
 
 def half_interval(values: list[float]) -> float | None:
-    """Half of the 95 % confidence interval of a mean, by Student's t.
+    """Return half of the 95 % confidence interval of a mean, by Student's t.
 
     Args:
         values: One value for each seed.
@@ -91,11 +91,11 @@ def table(records: list[dict], about: dict) -> str:
         about: Content of ``run.json``.
 
     Returns:
-        Two tables. First: the accuracy of each method by shots, with the 95 %
-        confidence interval of the mean over seeds. Second, at the most shots: the
-        gain over zero-shot, the paired comparison with CLIP-Adapter, calibration,
-        time and parameters. Then the methods that are not above zero-shot by more
-        than the interval.
+        Two tables. The first has the accuracy of each method and number of shots, with
+        the 95 % confidence interval of the mean over seeds. The second is for the
+        largest number of shots. It has the gain over zero-shot, the paired comparison
+        with CLIP-Adapter, calibration, time and parameters. A sentence names the
+        methods whose gain over zero-shot is not larger than the interval.
     """
     cells = {(cell.label, cell.shots): cell for cell in collect(records)}
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
@@ -221,7 +221,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     for i, label in enumerate(labels):
         line = sorted((c for c in cells if c.label == label), key=lambda c: c.shots)
         is_main = label == METHODS[REFERENCE].title
-        # Side by side, so that intervals can be told apart.
+        # Points are shifted, so that the intervals do not cover each other.
         shift = 2 ** (0.25 * (i / max(len(labels) - 1, 1) - 0.5))
         _, _, bars = axes.errorbar(
             [c.shots * shift for c in line],

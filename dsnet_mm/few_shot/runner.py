@@ -1,4 +1,4 @@
-"""A run: methods x shots x seeds on one data set, test split opened last."""
+"""A run of all methods, shots and seeds on one data set."""
 
 import json
 import logging
@@ -52,12 +52,11 @@ class _Job:
 
 
 def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> list[dict]:
-    """Fit and test all methods, and write a file for each.
+    """Fit and test all methods, and write a file for each classifier.
 
-    First all classifiers are selected and fitted, without the test split. Then the
-    test split is opened, once, and all classifiers are tested. ``run.log`` in
-    ``work_dir`` records the order. A stopped run is continued by a call with the same
-    configuration.
+    First, all classifiers are selected and fitted without the test split. Then the test
+    split is opened once, and all classifiers are tested. ``run.log`` in ``work_dir``
+    records the order. A call with the same configuration continues an interrupted run.
 
     Args:
         config: Options of the run.
@@ -69,7 +68,7 @@ def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> lis
         The content of ``runs/*.json``.
 
     Raises:
-        FileExistsError: If the folder holds another run, or something else.
+        FileExistsError: If the folder contains another run or other files.
         ValueError: If the data set has too few pictures, or a picture is unreadable.
         FileNotFoundError: If a file is missing.
     """
@@ -89,7 +88,9 @@ def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> lis
             f'set on it.'
         )
     for shots in config.shots:
-        sample_few_shot(task.split, shots, config.seeds[0])  # fails early
+        sample_few_shot(
+            task.split, shots, config.seeds[0]
+        )  # raises before the encoder is loaded
     claim_work_dir(work_dir, config, task)
     encoder = OpenCLIPEncoder.shared(
         config.model, config.pretrained, amp=config.amp, device=config.device
@@ -148,7 +149,7 @@ class _Runner:
         return self._draw[1:]
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
-        """Select and fit one classifier. ``test`` is for oracles only."""
+        """Select and fit one classifier. Oracles are selected on ``test``."""
         path = self.work_dir / 'runs' / f'{job.name}.json'
         if path.is_file():
             self.step(2, job.name)

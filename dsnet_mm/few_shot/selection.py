@@ -15,7 +15,8 @@ from .methods import FewShotData, Method
 
 SELECTIONS = ('val', 'cv', 'fixed')
 """``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
-``'cv'``: cross-validation within the shots. ``'fixed'``: the values of the method."""
+``'cv'``: by cross-validation within the training pictures. ``'fixed'``: the defaults of
+the method."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ def select(
 ) -> Fit:
     """Select hyper-parameters and fit.
 
-    The best accuracy is selected; of equal ones the lowest loss. Training pictures
-    never validate a classifier that was fitted to them. Validation pictures are never
-    fitted to. If there is nothing to select by (``val`` is empty, or ``'cv'`` has one
-    shot), the defaults of the method are taken and the result says ``'fixed'``.
+    The values with the best validation accuracy are selected, and of equal ones those
+    with the lowest loss. No classifier is validated on pictures that it was fitted to.
+    Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the defaults
+    of the method are used, and the selection of the result is ``'fixed'``.
 
     Args:
         method: The method.
         data: Training data.
-        val: Validation features. For an oracle those of the test split.
+        val: Validation features. Those of an oracle are from the test split.
         selection: One of ``SELECTIONS``, or ``'oracle'``, which takes ``val`` too.
         overrides: Hyper-parameters that are set instead of selected.
 
@@ -136,7 +137,7 @@ def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
 
 
 def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Features]]:
-    """Pairs of training part and held-out features, balanced over classes."""
+    """Yield training data and held-out features, balanced over classes."""
     labels = data.train.labels
     position = torch.zeros_like(labels)
     for label in labels.unique():

@@ -1,4 +1,4 @@
-"""Test of a classifier on another data set."""
+"""Testing a classifier on another data set."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def transfer(
 ) -> Score:
     """Test a classifier on the test split of another data set.
 
-    The classes of the data set must be among those of the classifier. Logits of the
-    other classes are left out. The shifted test sets of ImageNet are such data sets.
+    The classes of the data set must be among those of the classifier, as in the shifted
+    test sets of ImageNet. The logits of other classes are not used.
 
     Args:
         classifier_file: File of :func:`save_classifier`.

@@ -1,4 +1,4 @@
-"""The folder of a run and the description in it."""
+"""The folder of a run, and its description in ``run.json``."""
 
 import json
 import platform
@@ -21,9 +21,9 @@ def read_json(path: Path) -> dict:
 
 
 def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> None:
-    """Begin a run in a folder, or go on with it.
+    """Prepare the folder of a new run, or check that of an interrupted run.
 
-    A new folder gets ``run.json``: the options, class names, prompts and versions.
+    ``run.json`` describes the run: options, class names, prompts and versions.
 
     Args:
         work_dir: Folder of the results.
@@ -31,8 +31,8 @@ def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> 
         task: Its data set.
 
     Raises:
-        FileExistsError: If the folder holds a run with other options, or something
-            else.
+        FileExistsError: If the folder contains a run with other options, or other
+            files.
     """
     wanted = json.loads(json.dumps(asdict(config)))
     about = work_dir / 'run.json'
@@ -43,13 +43,13 @@ def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> 
         )
         if other:
             raise FileExistsError(
-                f'{work_dir} holds another run, with other {", ".join(other)}; choose '
-                f'another folder.'
+                f'{work_dir} contains another run, with other {", ".join(other)}; '
+                f'choose another folder.'
             )
         return
     if work_dir.exists() and any(work_dir.iterdir()):
         raise FileExistsError(
-            f'{work_dir} is not empty and holds no few-shot run; choose another folder.'
+            f'{work_dir} is not empty and not a few-shot run; choose another folder.'
         )
     description = {
         'config': wanted,
@@ -66,7 +66,7 @@ def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> 
 
 
 def _commit() -> str | None:
-    """Return the commit of this source tree, None outside of one."""
+    """Return the commit of the source code, or None if it is not in a repository."""
     try:
         done = subprocess.run(
             ['git', 'rev-parse', 'HEAD'],

@@ -1,6 +1,6 @@
 """Tasks: a data set with its class names and prompts.
 
-This package is below models and datasets, which both use it.
+The packages models and datasets both import this one.
 """
 
 from .catalogue import PUBLIC_DATASETS

@@ -22,7 +22,7 @@ Tip-Adapter's set for ImageNet."""
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Check that prompts can tell the classes apart.
+    """Check that the class names differ and are not empty.
 
     Args:
         class_names: Names by label.
@@ -43,7 +43,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
 
 
 def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return prompts given by name, by file or as they are.
+    """Return the prompts of a name, of a file or of a list.
 
     Args:
         prompts: One of
@@ -88,6 +88,6 @@ def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
     for prompt in prompts:
         if prompt.count('{}') != 1:
             raise ValueError(
-                f'the prompt {prompt!r} must hold {{}} once, where the class name goes.'
+                f'the prompt {prompt!r} must contain {{}} once, for the class name.'
             )
     return tuple(prompts)

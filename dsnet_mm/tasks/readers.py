@@ -21,16 +21,16 @@ def read_public(name: str, data_root: Path) -> Split:
 
     Raises:
         FileNotFoundError: If the data set, or one of its files, is missing.
-        ValueError: If a file does not hold what it should.
+        ValueError: If the content of a file is wrong.
     """
     info = PUBLIC_DATASETS[name]
     folder = data_root / info.folder
     if not folder.is_dir():
         raise FileNotFoundError(
-            f'{info.title} is expected in {folder}: get the pictures from '
-            f'{info.source} so that they lie in {folder / info.images}'
+            f'{info.title} is not in {folder}; put the pictures of {info.source} into '
+            f'{folder / info.images}'
             + (
-                f', and {info.split_file} from {SPLITS_SOURCE}.'
+                f', and {info.split_file} of {SPLITS_SOURCE} into {folder}.'
                 if info.split_file
                 else '.'
             )
@@ -48,7 +48,7 @@ def read_public(name: str, data_root: Path) -> Split:
 
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing; it belongs to the data set.')
+        raise FileNotFoundError(f'{path} is missing; it is a part of the data set.')
     return [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
 
 
@@ -80,7 +80,9 @@ def _read_imagenet(name: str, folder: Path) -> Split:
     parts = {'train': images / 'train', 'test': images / 'val'}
     for part, place in (parts if name == 'imagenet' else {'test': images}).items():
         if not place.is_dir():
-            raise FileNotFoundError(f'{place} is missing; it holds the pictures.')
+            raise FileNotFoundError(
+                f'{place} is missing; it must contain the pictures.'
+            )
         folders = sorted(p for p in place.iterdir() if p.is_dir())
         if name == 'imagenetv2':
             folders.sort(key=lambda p: int(p.name))
@@ -124,12 +126,12 @@ def read_folder(folder: Path) -> Split:
             if sub.is_dir() and not sub.name.startswith('.'):
                 pictures = _pictures(sub)
                 if not pictures and part != 'val':
-                    raise ValueError(f'the class folder {sub} holds no picture.')
+                    raise ValueError(f'the class folder {sub} contains no picture.')
                 found[part][sub.name] = [str(p) for p in pictures]
     classes = sorted({cls for group in found.values() for cls in group})
     if len(classes) < 2:
         raise ValueError(
-            f'{folder} must hold a folder of pictures for each of at least two '
+            f'{folder} must contain a folder of pictures for each of at least two '
             f'classes, directly or below train and test; found {classes}.'
         )
     items = {

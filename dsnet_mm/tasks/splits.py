@@ -25,7 +25,7 @@ def read_split(split_file: str | Path) -> Split:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a split file.
+        ValueError: If the file is not a split file.
     """
     split_file = Path(split_file)
     if not split_file.is_file():
@@ -43,7 +43,7 @@ def read_split(split_file: str | Path) -> Split:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'{split_file} is no split file: it must hold lists of [path, label, '
+            f'{split_file} is not a split file: it must have lists of [path, label, '
             f'class name] under train, val and test ({error!r}).'
         ) from error
 

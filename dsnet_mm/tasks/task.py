@@ -54,7 +54,7 @@ def load_task(
 
     Raises:
         FileNotFoundError: If the data set, or one of its files, is missing.
-        ValueError: If the data set does not have one of these layouts.
+        ValueError: If the layout or the class names of the data set are wrong.
     """
     path = Path(dataset)
     if str(dataset) in PUBLIC_DATASETS:
@@ -80,7 +80,7 @@ def load_task(
     if missing:
         raise ValueError(f'{name} has no picture of the classes {missing}.')
     class_names = tuple(names[label] for label in range(len(names)))
-    if name not in PUBLIC_DATASETS:  # ImageNet has two names twice
+    if name not in PUBLIC_DATASETS:  # ImageNet has duplicate names
         check_class_names(class_names)
     if split['train']:
         trained = {item[1] for item in split['train']}

@@ -85,7 +85,7 @@ def test_zero_init_starts_at_zero_shot():
     [
         (dict(preset='best'), 'preset must be one of paper, released'),
         (dict(alpha=1.5), 'alpha must be from 0 to 1'),
-        (dict(alpha=0.0, learn_ratio=True), 'inside where it is learnt'),
+        (dict(alpha=0.0, learn_ratio=True), 'neither 0 nor 1 with learn_ratio'),
         (dict(visual=False), 'nothing to learn'),
         (dict(text=True, learn_classifier=True), 'both learn the text features'),
         (dict(zero_init=True, second_relu=True), 'no gradient'),

@@ -72,7 +72,7 @@ def test_bad_arguments_of_a_draw(tmp_path):
     with pytest.raises(FileNotFoundError, match='split_zhou'):
         sample_few_shot(tmp_path / 'none.json', 1, 1)
     split_file.write_text('{"train": []}')
-    with pytest.raises(ValueError, match='is no split file'):
+    with pytest.raises(ValueError, match='is not a split file'):
         sample_few_shot(split_file, 1, 1)
 
 
@@ -83,7 +83,7 @@ def test_prompts_by_name_file_and_list(tmp_path):
     file = tmp_path / 'prompts.txt'
     file.write_text('a {}.\n\nthe {}.\n')
     assert resolve_prompts(file) == ('a {}.', 'the {}.')
-    with pytest.raises(ValueError, match=r'must hold \{\} once'):
+    with pytest.raises(ValueError, match=r'must contain \{\} once'):
         resolve_prompts(['a photo'])
     with pytest.raises(ValueError, match=r'has no \{\}'):
         resolve_prompts('a photo')
@@ -114,7 +114,7 @@ def test_folder_with_split_and_empty_class(tmp_path):
     assert [len(task.split[p]) for p in ('train', 'val', 'test')] == [4, 0, 2]
     assert task.prompts == ('{} texture.',)
     (tmp_path / 'train' / 'c').mkdir()
-    with pytest.raises(ValueError, match='holds no picture'):
+    with pytest.raises(ValueError, match='contains no picture'):
         load_task(tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_learnt_text_features_are_computed_by_the_constructor(
 def test_constructor_raises_for_bad_names_and_prompts(head_class, tiny_clip):
     with pytest.raises(ValueError, match="duplicate class names 'a'"):
         head_class(encoder=tiny_clip, class_names=['a', 'b', 'a'])
-    with pytest.raises(ValueError, match=r'must hold \{\} once'):
+    with pytest.raises(ValueError, match=r'must contain \{\} once'):
         head_class(encoder=tiny_clip, class_names='eurosat', prompts=['a photo'])
     with pytest.raises(ValueError, match="no model 'RN51'"):
         head_class(encoder=dict(model='RN51'), class_names=['a', 'b'])

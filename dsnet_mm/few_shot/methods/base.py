@@ -1,4 +1,4 @@
-"""What all methods have in common: their data and their description."""
+"""Training data and description of a few-shot method."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +12,15 @@ from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 @dataclass(frozen=True)
 class FewShotData:
-    """What a method is fitted to.
+    """Training data of a method.
 
     Attributes:
         train: Features of the training pictures, with augmented views.
         shots: Training pictures of each class.
-        text_features: Text features of the classes (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features of the classes (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
-        encoder: The towers, for methods that learn the input of the text tower.
+        encoder: The encoder, for methods that learn the input of its text tower.
     """
 
     train: Features
@@ -31,7 +31,7 @@ class FewShotData:
     encoder: OpenCLIPEncoder | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
-        """The same with a part of the training pictures."""
+        """Return the data with a part of the training pictures."""
         return replace(self, train=self.train.take(index), shots=shots)
 
 
@@ -44,8 +44,8 @@ class Method:
         fit: Function from data and hyper-parameters to a classifier of image
             features.
         defaults: Hyper-parameters if nothing is selected.
-        grid: Values to select from. Each combination is a fit of its own.
-        late_grid: Values to select from for attributes of the fitted classifier.
+        grid: Values to select from. Each combination is fitted.
+        late_grid: Values to select from for attributes of a fitted classifier.
         source: Where the defaults come from.
     """
 
@@ -58,11 +58,11 @@ class Method:
 
 
 def num_learnt(model: nn.Module) -> int:
-    """Number of parameters that a fit has learnt."""
+    """Return the number of parameters that a fit has learnt."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return getattr(model, 'num_learnt', count)
 
 
 def mean_features(train: Features) -> Tensor:
-    """Mean over views of the features of length 1, of length 1 again, (N, D)."""
+    """Normalise features, average them over views, and normalise again, (N, D)."""
     return F.normalize(F.normalize(train.features, dim=-1).mean(0), dim=-1)

@@ -19,14 +19,14 @@ def fit_clip_adapter(
     learn_ratio: bool = False,
     **recipe,
 ) -> nn.Module:
-    """Train CLIP-Adapter. ``alpha`` is also the beta of a text adapter.
+    """Train CLIP-Adapter.
 
     Args:
         data: Training data.
-        preset: See :class:`CLIPAdapter`, as the next four.
+        preset: See :class:`CLIPAdapter`.
         visual: Whether image features are adapted.
         text: Whether text features are adapted.
-        alpha: Weight of the adapters.
+        alpha: Weight of both adapters.
         learn_ratio: Whether the weights are learnt.
         **recipe: Arguments of :func:`train`.
 

@@ -16,11 +16,11 @@ from .zero_shot import fold_text_features
 class PromptLearner(nn.Module):
     """Learnt context words before the class name.
 
-    All classes share one context, and the class name is at the end. Gradients run
-    through the frozen text tower.
+    All classes share one context, and the class name is at the end. The gradient is
+    computed through the frozen text tower.
 
     Args:
-        encoder: The towers.
+        encoder: Encoder with the text tower.
         class_names: Names by label.
         n_ctx: Number of context words.
     """
@@ -44,7 +44,7 @@ class PromptLearner(nn.Module):
         self.context = nn.Parameter(0.02 * torch.randn(n_ctx, width))
 
     def classifier(self) -> Tensor:
-        """Text features (K, D), rows of length 1."""
+        """Text features (K, D), rows of unit norm."""
         n_ctx = len(self.context)
 
         def put_context(module: nn.Module, inputs: tuple, embedded: Tensor) -> Tensor:

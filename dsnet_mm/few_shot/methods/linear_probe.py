@@ -9,7 +9,7 @@ from .training import train
 
 
 class LinearClassifier(nn.Module):
-    """A linear layer on image features of length 1.
+    """A linear layer on normalised image features.
 
     Args:
         weight: Weight (K, D).

@@ -13,8 +13,8 @@ class TaskResidual(nn.Module):
     """Text features plus a learnt residual.
 
     Args:
-        text_features: Text features (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
         alpha: Weight of the residual.
     """
 
@@ -28,7 +28,7 @@ class TaskResidual(nn.Module):
         self.residual = nn.Parameter(torch.zeros_like(text_features))
 
     def classifier(self) -> Tensor:
-        """Adapted text features (K, D), rows of length 1."""
+        """Adapted text features (K, D), rows of unit norm."""
         return F.normalize(self.text_features + self.alpha * self.residual, dim=-1)
 
     def forward(self, image_features: Tensor) -> Tensor:

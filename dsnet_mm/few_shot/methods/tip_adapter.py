@@ -12,10 +12,10 @@ class TipAdapter(nn.Module):
     """Zero-shot CLIP and a key-value cache (Tip-Adapter, arXiv 2207.09519).
 
     Args:
-        keys: Features of the training pictures (N, D), rows of length 1.
+        keys: Features of the training pictures (N, D), rows of unit norm.
         labels: Labels of the training pictures (N,).
-        text_features: Text features (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
         alpha: Weight of the cache.
         beta: Sharpness of the affinity exp(-beta (1 - cos)).
         learn_keys: Whether the keys are parameters (Tip-Adapter-F).

@@ -1,4 +1,4 @@
-"""The training loop of all methods that learn by gradient descent."""
+"""Training loop of the methods that use gradient descent."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .base import FewShotData
 
 
 def coop_epochs(shots: int) -> int:
-    """Return the epochs of CoOp, except on ImageNet, where they are always 50."""
+    """Return CoOp's number of epochs. On ImageNet CoOp always has 50 epochs."""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
@@ -32,8 +32,8 @@ def train(
 ) -> nn.Module:
     """Minimise the cross-entropy over all parameters that require a gradient.
 
-    Each picture is seen once an epoch, in a random view. The learning rate follows a
-    cosine from ``lr`` to 0.
+    In each epoch each picture is used once, with a random view. The learning rate
+    decays from ``lr`` to 0 by a cosine.
 
     Args:
         model: Classifier of image features (N, D) with logits (N, K).
@@ -44,7 +44,7 @@ def train(
         batch_size: Batch size, None for all pictures.
         weight_decay: Weight decay.
         eps: Constant of Adam and AdamW.
-        warmup_epochs: Number of first epochs with a learning rate of 1e-5.
+        warmup_epochs: Number of epochs at the start with a learning rate of 1e-5.
         decay_by: Whether the learning rate changes each ``'iteration'`` or
             ``'epoch'``.
         seed: Seed of the order of pictures and of their views.
@@ -84,9 +84,9 @@ def train(
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Multiply matrices in bfloat16 with float32 sums, on CPUs that can.
+    """Multiply matrices in bfloat16 with float32 sums, on CPUs that support it.
 
-    The cosines keep about three digits.
+    The cosine similarities then have about three correct digits.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('medium')

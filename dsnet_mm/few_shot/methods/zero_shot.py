@@ -9,11 +9,11 @@ from .base import FewShotData, num_learnt
 
 
 class CosineClassifier(nn.Module):
-    """Cosine classifier: zero-shot CLIP, and methods that change its text features.
+    """Cosine classifier of zero-shot CLIP and of methods that learn text features.
 
     Args:
-        text_features: Text features (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
     """
 
     def __init__(self, text_features: Tensor, logit_scale: float | Tensor) -> None:

@@ -24,11 +24,11 @@ class OpenCLIPEncoder(BaseModule):
     """Image and text tower of an open_clip model.
 
     Both towers are frozen and stay in eval mode. As the backbone of an mmpretrain
-    ``ImageClassifier`` the encoder returns image features (N, D), not normalised, the
-    input of CLIP-Adapter.
+    ``ImageClassifier`` the encoder returns image features (N, D), not normalised. They
+    are the input of CLIP-Adapter.
 
-    The constructor always loads the weights. :meth:`shared` does not if an encoder of
-    this process has them.
+    The constructor always loads the weights. :meth:`shared` reuses them if an encoder
+    of this process has loaded them.
 
     Args:
         model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file with
@@ -40,7 +40,7 @@ class OpenCLIPEncoder(BaseModule):
 
     Attributes:
         embed_dims: Width D of the image and text features.
-        logit_scale: Factor of the cosine in CLIP's logits.
+        logit_scale: Scale of the cosine similarities in CLIP's logits.
         image_size: Height and width of the pictures in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.
@@ -174,7 +174,7 @@ class OpenCLIPEncoder(BaseModule):
                 prompts are normalised, averaged and normalised again.
 
         Returns:
-            Text features (K, D), rows of length 1.
+            Text features (K, D), rows of unit norm.
 
         Raises:
             ValueError: If a prompt is wrong.
@@ -193,7 +193,7 @@ class OpenCLIPEncoder(BaseModule):
         return F.normalize(grouped.mean(1), dim=-1)
 
     def digest(self) -> str:
-        """Return the SHA-256 of all weights, by which caches identify the model."""
+        """Return the SHA-256 of all weights. It identifies the model in caches."""
         state = self._state()
         if state not in self._digest:
             sha = hashlib.sha256()
@@ -286,8 +286,8 @@ def _model_config(name: str) -> dict:
     config = _import_open_clip().get_model_config(name)
     if config is None:
         raise ValueError(
-            f'open_clip has no model {name!r}; open_clip.list_models() names all, and '
-            f'a JSON file can describe another.'
+            f'open_clip has no model {name!r}; use a name of open_clip.list_models(), '
+            f'or a JSON file with the configuration of a model.'
         )
     return config
 
@@ -310,8 +310,8 @@ def _check_model(name: str, pretrained: str | None) -> None:
             if bool(tag.get('quick_gelu', False)) != has_quick_gelu:
                 trained = 'QuickGELU' if tag.get('quick_gelu') else 'plain GELU'
                 raise ValueError(
-                    f'the weights {pretrained!r} were trained with {trained} and '
-                    f'{name!r} has the other: use model={other!r}.'
+                    f'the weights {pretrained!r} were trained with {trained}, but '
+                    f'{name!r} has the other one; use model={other!r}.'
                 )
             return
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Heads. mmpretrain, whose heads they extend, is imported when one is built."""
+"""Heads of classifiers. mmpretrain is imported when CLIPAdapterHead is built."""
 
 from dsnet_mm.registry import MODELS
 

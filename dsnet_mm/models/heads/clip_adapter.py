@@ -1,13 +1,13 @@
-"""The adapter of CLIP-Adapter (arXiv 2110.04544)."""
+"""CLIP-Adapter (arXiv 2110.04544)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRESETS: dict[str, dict] = {
-    # The equations of the paper, which searches alpha.
+    # The equations of the paper. The paper searches alpha.
     'paper': dict(),
-    # github.com/gaopengcuhk/CLIP-Adapter, and CLAP's and ProLIP's copies of it.
+    # github.com/gaopengcuhk/CLIP-Adapter, also used by CLAP and ProLIP.
     'released': dict(second_relu=True),
     # CLIP-Adapter as in the paper of Tip-Adapter.
     'biased': dict(bias=True),
@@ -18,7 +18,7 @@ PRESETS: dict[str, dict] = {
         second_relu=True, input_norm=True, output_norm=False, learn_classifier=True
     ),
 }
-"""Arguments of :class:`CLIPAdapter` that differ from the default, by implementation."""
+"""Arguments of :class:`CLIPAdapter` in published implementations."""
 
 
 class CLIPAdapter(nn.Module):
@@ -30,12 +30,12 @@ class CLIPAdapter(nn.Module):
         f* = alpha A(f) + (1 - alpha) f,     W* likewise with beta
         logits = logit_scale * cos(f*, W*)
 
-    ``alpha`` and ``beta`` are the weights of the adapters, as in the paper. If they are
-    0, the logits are exactly those of zero-shot CLIP.
+    ``alpha`` and ``beta`` are the weights of the adapters, as in the paper. With 0 for
+    both, the logits are exactly those of zero-shot CLIP.
 
     Args:
-        text_features: Text features (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
         preset: One of ``PRESETS``. The other arguments override it.
         visual: Whether image features are adapted (paper, Eq. 3).
         text: Whether text features are adapted (paper, Eq. 4).
@@ -47,13 +47,14 @@ class CLIPAdapter(nn.Module):
         second_relu: Whether a ReLU follows the second layer.
         input_norm: Whether image features are normalised before the adapter.
         output_norm: Whether image features are normalised after the sum.
-        zero_init: Whether the weights of the second layer are 0 at the start, so that
-            training starts from (1 - alpha) f. If not, they have the initialisation
-            of ``nn.Linear``.
-        learn_classifier: Whether the text features are learnt too, not normalised.
+        zero_init: Whether the weights of the second layer are initialised with 0, so
+            that training starts from (1 - alpha) f. Otherwise they are initialised as
+            in ``nn.Linear``.
+        learn_classifier: Whether the text features are parameters. They are then not
+            normalised.
 
     Attributes:
-        options: The arguments but the first two, with the values of the preset.
+        options: All arguments except the first two, with the values of the preset.
 
     Raises:
         ValueError: If a value is out of range, or two arguments exclude each other.
@@ -123,14 +124,14 @@ class CLIPAdapter(nn.Module):
             )
         if zero_init and self.second_relu:
             raise ValueError(
-                'zero_init=True and second_relu=True let no gradient through; use one '
-                'of them.'
+                'zero_init=True and second_relu=True together give no gradient; use '
+                'one of them.'
             )
         for name, value in (('alpha', alpha), ('beta', beta)):
             if not 0 <= value <= 1 or (learn_ratio and value in (0, 1)):
                 raise ValueError(
-                    f'{name} must be from 0 to 1, and inside where it is learnt, got '
-                    f'{value}.'
+                    f'{name} must be from 0 to 1, and neither 0 nor 1 with '
+                    f'learn_ratio=True, got {value}.'
                 )
         width = text_features.shape[1]
         if not 1 <= reduction <= width:
@@ -226,8 +227,8 @@ def zero_shot_logits(
 
     Args:
         image_features: Image features (N, D), not normalised.
-        text_features: Text features (K, D), rows of length 1.
-        logit_scale: Factor of the cosine.
+        text_features: Text features (K, D), rows of unit norm.
+        logit_scale: Scale of the cosine similarities.
 
     Returns:
         Logits (N, K).

@@ -1,4 +1,4 @@
-"""CLIP-Adapter as a head of mmpretrain."""
+"""CLIP-Adapter as a head of mmpretrain's ``ImageClassifier``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +29,12 @@ except ImportError as error:
 class CLIPAdapterHead(ClsHead):
     """CLIP-Adapter on the features of a frozen :class:`OpenCLIPEncoder`.
 
-    The text features are a part of the state dict. They come from a checkpoint, or
-    from the class names at the first forward without one. Until then they are NaN,
-    and the head has loaded neither the data set nor CLIP. The exception is an adapter
-    that learns the text features: they are computed by the constructor, because the
-    optimizer takes them from there.
+    The text features are part of the state dict. If no checkpoint is loaded, they are
+    computed from the class names at the first forward. Before that they are NaN, and
+    neither the data set nor CLIP is loaded.
+
+    If the adapter learns the text features, the constructor computes them, because the
+    optimizer needs them as parameters.
 
     Args:
         encoder: Arguments of :class:`OpenCLIPEncoder`, whose text tower encodes the
@@ -92,7 +93,7 @@ class CLIPAdapterHead(ClsHead):
             self.encode_class_names()
 
     def _num_classes(self) -> int:
-        """Return the number of classes, 0 if only the data set knows it."""
+        """Return the number of classes, or 0 if the data set must be read for it."""
         if not isinstance(self.class_names, str):
             check_class_names(self.class_names)
             return len(self.class_names)
@@ -103,9 +104,8 @@ class CLIPAdapterHead(ClsHead):
     def encode_class_names(self) -> None:
         """Compute the text features from the class names.
 
-        The first forward calls it unless a checkpoint was loaded. The towers are
-        those of an existing encoder with the same weights if there is one, such as
-        the backbone.
+        The first forward calls it unless a checkpoint was loaded. If an encoder with
+        the same weights exists, such as the backbone, its towers are used.
         """
         names, prompts = self.class_names, self.prompts
         if isinstance(names, str):
@@ -133,7 +133,7 @@ class CLIPAdapterHead(ClsHead):
         if stored is not None:
             buffer = self.adapter.text_features
             if not self._has_text_features and isinstance(self.class_names, str):
-                # Without the data set only the checkpoint knows the number of classes.
+                # The number of classes is that of the checkpoint.
                 buffer.data = buffer.new_full((len(stored), buffer.shape[1]), torch.nan)
             if stored.shape == buffer.shape:
                 is_nan = bool(stored.isnan().any())  # saved before the first forward
