@@ -12,9 +12,9 @@ def sample_few_shot(
 ) -> dict[str, list[Item]]:
     """Draw the few-shot training and validation sets of CoOp.
 
-    The items are those of ``generate_fewshot_dataset`` in CoOp's code. All classes share
-    one random number generator. Classes are drawn in the order of their first item, and
-    train is drawn before val.
+    The items are those of ``generate_fewshot_dataset`` in CoOp's code. All classes
+    share one random number generator. Classes are drawn in the order of their first
+    item, and train is drawn before val.
 
     Args:
         split_file: Path of a ``split_zhou_*.json`` file, or a split.

@@ -54,8 +54,8 @@ def select(
 
     The values with the best validation accuracy are selected, and of equal ones those
     with the lowest loss. No classifier is validated on pictures that it was fitted to.
-    Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the defaults
-    of the method are used, and the selection of the result is ``'fixed'``.
+    Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the
+    defaults of the method are used, and the selection of the result is ``'fixed'``.
 
     Args:
         method: The method.

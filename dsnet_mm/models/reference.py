@@ -1,9 +1,10 @@
-"""DS-Net as its public code computes it: slow, plain, and easy to check.
+"""Reference implementation of DS-Net with PyTorch operators only.
 
-It is the oracle of the tests, the baseline of ``benchmark.py``, and what the
-published multiply-adds count: maps channels first, every projection at the
-resolution where the paper's Fig. 2 draws it, attention matrices held whole. The
-parameters are those of :class:`~dsnet_mm.models.DSNet`.
+It follows the order of operations of the public code: channels-first memory, all
+projections at the resolution of Fig. 2, and full attention matrices. The tests compare
+:class:`~dsnet_mm.models.DSNet` with it, ``benchmark.py`` uses it as the baseline, and
+the published multiply-adds are those of this order. The parameters are those of
+:class:`~dsnet_mm.models.DSNet`.
 """
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 
 def reference_net(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Computes what ``net(x)`` computes.
+    """Computes the outputs of a network.
 
     Args:
         net: A :class:`~dsnet_mm.models.DSNet`.
-        x: Pictures of shape (N, C_in, H, W).
+        x: Input of shape (N, C_in, H, W).
 
     Returns:
-        The maps of ``net.out_indices``.
+        The feature maps of the stages ``net.out_indices``.
     """
     outs = []
     for i, (patch_embed, stage) in enumerate(
@@ -35,14 +36,14 @@ def reference_net(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def reference_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Computes what ``block(x)`` computes.
+    """Computes the output of a block.
 
     Args:
         block: A :class:`~dsnet_mm.models.DSBlock`.
-        x: Map of shape (N, C, H, W).
+        x: Feature map of shape (N, C, H, W).
 
     Returns:
-        Map of shape (N, C, H, W).
+        Feature map of shape (N, C, H, W).
     """
     n, _, height, width = x.shape
     has_global = block.split_channels[0] > 0
@@ -71,18 +72,18 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
         local_qkv = _pointwise(isa.local_norm(f_l), isa.local_qkv)
         local_qkv = local_qkv.flatten(2).transpose(1, 2)
         global_qkv = _linear(isa.global_norm(f_g), isa.global_qkv)
-        local_reads = isa.direction in ('both', 'global_to_local')
-        global_reads = isa.direction in ('both', 'local_to_global')
-        local_parts = local_reads + 2 * global_reads
-        global_parts = global_reads + 2 * local_reads
+        local_attends = isa.direction in ('both', 'global_to_local')
+        global_attends = isa.direction in ('both', 'local_to_global')
+        local_parts = local_attends + 2 * global_attends
+        global_parts = global_attends + 2 * local_attends
         local_parts = _heads(local_qkv, block.num_heads, local_parts)
         global_parts = _heads(global_qkv, block.num_heads, global_parts)
-        if local_reads:
+        if local_attends:
             k_g, v_g = global_parts[-2:]
             h_l = _attention(local_parts[0], k_g, v_g, block)
             h_l = _linear(h_l, isa.local_proj)
             f_l = f_l + h_l.transpose(1, 2).reshape(f_l.shape)
-        if global_reads:
+        if global_attends:
             k_l, v_l = local_parts[-2:]
             h_g = _attention(global_parts[0], k_l, v_l, block)
             f_g = f_g + _linear(h_g, isa.global_proj)
@@ -96,7 +97,7 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.drop_path(_pointwise(hidden, fc2))
 
 
-# Not by the layers' own ``forward``, which is not plain.
+# The layers are not called, because their ``forward`` uses other operators.
 def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias)
 
@@ -110,13 +111,13 @@ def _depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
-    """(N, L, parts * C) -> parts of (N, num_heads, L, C / num_heads)."""
+    """Splits (N, L, parts * C) into parts of (N, num_heads, L, C / num_heads)."""
     n, length, _ = x.shape
     return x.reshape(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, block: nn.Module) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, heads merged."""
+    """Computes softmax(q k^T / sqrt(d)) v and concatenates the heads."""
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     weights = F.dropout(weights, block.attn_drop_rate, block.training)
     return (weights @ v).transpose(1, 2).flatten(2)

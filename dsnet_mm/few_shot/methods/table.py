@@ -54,7 +54,7 @@ METHODS: dict[str, Method] = {
         fit_clip_adapter,
         dict(alpha=0.5, learn_ratio=True, **_FAST),
         _FAST_GRID,
-        source='adapter of the paper, with a learnt ratio',
+        source='adapter of the paper, with a learnt scalar ratio',
     ),
     'clip_adapter_text': Method(
         'CLIP-Adapter, text',
