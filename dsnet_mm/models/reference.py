@@ -97,7 +97,6 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.drop_path(_pointwise(hidden, fc2))
 
 
-# The layers are not called, because their ``forward`` uses other operators.
 def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias)
 
