@@ -10,7 +10,7 @@ from .pictures import open_picture
 def diagnose(
     dataset: str | Path, data_root: str | Path = 'data', decode: bool = False
 ) -> list[str]:
-    """Check the files of a data set.
+    """Checks the files of a data set.
 
     Args:
         dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.

@@ -39,7 +39,7 @@ class Features:
         return len(self.labels)
 
     def take(self, index: Tensor) -> 'Features':
-        """Return the features of the pictures with these indices."""
+        """Returns the features of the pictures with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
 
@@ -96,7 +96,7 @@ class FeatureCache:
         self.progress = progress
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
-        """Return the features of pictures.
+        """Returns the features of pictures.
 
         Args:
             items: The pictures.
@@ -134,7 +134,7 @@ class FeatureCache:
         return Features(stored['features'], stored['labels'])
 
     def texts(self, class_names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Return text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
+        """Returns text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
         key = {
             'kind': 'texts',
             'weights': self.encoder.digest(),
@@ -236,7 +236,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file, or None if it is missing or damaged."""
+    """Returns the tensors of a cache file, or None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:

@@ -86,7 +86,7 @@ class FewShotDataset(BaseDataset):
         )
 
     def load_data_list(self) -> list[dict]:
-        """Read the samples of the part. With ``features``, also encode them."""
+        """Reads the samples of the part. With ``features``, also encodes them."""
         task = load_task(self.dataset, self.data_root)
         self._metainfo.setdefault('classes', task.class_names)
         items = (
@@ -106,7 +106,7 @@ class FewShotDataset(BaseDataset):
         return [dict(gt_label=label, row=row) for row, label in enumerate(labels)]
 
     def prepare_data(self, idx: int) -> dict | None:
-        """Return a sample after the pipeline."""
+        """Returns a sample after the pipeline."""
         sample = self.get_data_info(idx)
         if self.features is not None:
             view = torch.randint(len(self._features), ())

@@ -15,7 +15,7 @@ main table of CLIP-Adapter)."""
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Open a picture as RGB.
+    """Opens a picture as RGB.
 
     Args:
         path: File of the picture.
@@ -41,7 +41,7 @@ def build_transform(
     preprocessing: str,
     crop_scale: tuple[float, float] | None = None,
 ) -> Callable[[Image.Image], Tensor]:
-    """Build the transform from a picture to an input of the encoder, (3, H, W).
+    """Builds the transform from a picture to an input of the encoder, (3, H, W).
 
     Args:
         encoder: Encoder whose size, mean and standard deviation are used.

@@ -10,7 +10,7 @@ from dsnet_mm.tasks.splits import Item, group_by_label, read_split
 def sample_few_shot(
     split_file: str | Path | Mapping[str, Sequence[Item]], shots: int, seed: int
 ) -> dict[str, list[Item]]:
-    """Draw the few-shot training and validation sets of CoOp.
+    """Draws the few-shot training and validation sets of CoOp.
 
     The items are those of ``generate_fewshot_dataset`` in CoOp's code. All classes
     share one random number generator. Classes are drawn in the order of their first

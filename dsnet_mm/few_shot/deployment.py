@@ -27,7 +27,7 @@ def save_classifier(
     class_names: Sequence[str],
     preprocessing: str,
 ) -> None:
-    """Write a classifier as a safetensors file, atomically.
+    """Writes a classifier as a safetensors file, atomically.
 
     Args:
         path: File to write.
@@ -82,7 +82,7 @@ class DeployedClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Classify pictures.
+        """Classifies pictures.
 
         Args:
             images: Files or PIL images.
@@ -107,7 +107,7 @@ class DeployedClassifier:
 def load_classifier(
     path: str | Path, encoder: OpenCLIPEncoder | None = None
 ) -> DeployedClassifier:
-    """Read a file of :func:`save_classifier`.
+    """Reads a file of :func:`save_classifier`.
 
     Args:
         path: The file.

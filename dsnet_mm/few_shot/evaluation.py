@@ -29,7 +29,7 @@ class Score:
 def evaluate(
     classifier: Callable[[Tensor], Tensor], data: Features, chunk: int = 1024
 ) -> Score:
-    """Score a classifier on the first view of labelled features.
+    """Scores a classifier on the first view of labelled features.
 
     Args:
         classifier: Features (N, D) to logits (N, K).
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Compute the expected calibration error.
+    """Computes the expected calibration error.
 
     Args:
         confidence: Probability of the predicted class (N,).

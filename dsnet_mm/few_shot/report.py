@@ -48,7 +48,7 @@ class Cell:
 
 
 def half_interval(values: list[float]) -> float | None:
-    """Return half of the 95 % confidence interval of a mean, by Student's t.
+    """Returns half of the 95 % confidence interval of a mean, by Student's t.
 
     Args:
         values: One value for each seed.
@@ -63,7 +63,7 @@ def half_interval(values: list[float]) -> float | None:
 
 
 def collect(records: list[dict]) -> list[Cell]:
-    """Group the records of a run by method and shots."""
+    """Groups the records of a run by method and shots."""
     groups: dict[tuple[str, int], list[dict]] = {}
     for record in records:
         oracle = ' (oracle)' if record['selection'] == 'oracle' else ''
@@ -84,7 +84,7 @@ def collect(records: list[dict]) -> list[Cell]:
 
 
 def table(records: list[dict], about: dict) -> str:
-    """Format a run as Markdown.
+    """Formats a run as Markdown.
 
     Args:
         records: What ``run`` returned.
@@ -186,7 +186,7 @@ def _with_interval(cell: Cell | None) -> str:
 
 
 def _paired(cell: Cell, reference: Cell | None) -> str:
-    """Format the mean difference on the same draws, its interval and paired p-value."""
+    """Formats the mean difference on the same draws, its interval and p-value."""
     if reference is None or cell is reference:
         return '-'
     seeds = sorted(cell.accuracies.keys() & reference.accuracies.keys())
@@ -199,7 +199,7 @@ def _paired(cell: Cell, reference: Cell | None) -> str:
 
 
 def plot(records: list[dict], about: dict, path: str | Path) -> None:
-    """Plot the accuracy over shots with confidence intervals.
+    """Plots the accuracy over shots with confidence intervals.
 
     Args:
         records: What ``run`` returned.
@@ -255,7 +255,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
 
 
 def write_report(work_dir: str | Path, records: list[dict]) -> str:
-    """Write ``results.md`` and ``accuracy.png`` of a finished run.
+    """Writes ``results.md`` and ``accuracy.png`` of a finished run.
 
     Args:
         work_dir: Folder of the run.

@@ -52,7 +52,7 @@ class _Job:
 
 
 def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> list[dict]:
-    """Fit and test all methods, and write a file for each classifier.
+    """Fits and tests all methods, and writes a file for each classifier.
 
     First, all classifiers are selected and fitted without the test split. Then the test
     split is opened once, and all classifiers are tested. ``run.log`` in ``work_dir``
@@ -126,7 +126,7 @@ class _Runner:
         self._draw: tuple[tuple[int, int], FewShotData, Features | None] | None = None
 
     def draw(self, job: _Job) -> tuple[FewShotData, Features | None]:
-        """Return training data and validation features of a job."""
+        """Returns training data and validation features of a job."""
         key = job.shots, job.seed
         if self._draw is None or self._draw[0] != key:
             if job.shots:
@@ -149,7 +149,7 @@ class _Runner:
         return self._draw[1:]
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
-        """Select and fit one classifier. Oracles are selected on ``test``."""
+        """Selects and fits one classifier. Oracles are selected on ``test``."""
         path = self.work_dir / 'runs' / f'{job.name}.json'
         if path.is_file():
             self.step(2, job.name)
@@ -190,7 +190,7 @@ class _Runner:
         self.step(2, job.name)
 
     def test(self, jobs: list[_Job]) -> list[dict]:
-        """Open the test split and test the classifiers that are not tested yet."""
+        """Opens the test split and tests the classifiers that are not tested yet."""
         paths = {job: self.work_dir / 'runs' / f'{job.name}.json' for job in jobs}
         done = [
             path.is_file() and read_json(path)['test'] is not None

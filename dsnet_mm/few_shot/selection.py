@@ -50,7 +50,7 @@ def select(
     selection: str = 'val',
     overrides: dict | None = None,
 ) -> Fit:
-    """Select hyper-parameters and fit.
+    """Selects hyper-parameters and fits.
 
     The values with the best validation accuracy are selected, and of equal ones those
     with the lowest loss. No classifier is validated on pictures that it was fitted to.
@@ -137,7 +137,7 @@ def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
 
 
 def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Features]]:
-    """Yield training data and held-out features, balanced over classes."""
+    """Yields training data and held-out features, balanced over classes."""
     labels = data.train.labels
     position = torch.zeros_like(labels)
     for label in labels.unique():

@@ -17,7 +17,7 @@ def transfer(
     cache_dir: str | Path = 'work_dirs/few_shot_features',
     encoder: OpenCLIPEncoder | None = None,
 ) -> Score:
-    """Test a classifier on the test split of another data set.
+    """Tests a classifier on the test split of another data set.
 
     The classes of the data set must be among those of the classifier, as in the shifted
     test sets of ImageNet. The logits of other classes are not used.

@@ -16,12 +16,12 @@ from .config import FewShotConfig
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file."""
+    """Reads a JSON file."""
     return json.loads(path.read_text(encoding='utf-8'))
 
 
 def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> None:
-    """Prepare the folder of a new run, or check that of an interrupted run.
+    """Prepares the folder of a new run, or checks that of an interrupted run.
 
     ``run.json`` describes the run: options, class names, prompts and versions.
 
@@ -66,7 +66,7 @@ def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> 
 
 
 def _commit() -> str | None:
-    """Return the commit of the source code, or None if it is not in a repository."""
+    """Returns the commit of the source code, or None if it is not in a repository."""
     try:
         done = subprocess.run(
             ['git', 'rev-parse', 'HEAD'],

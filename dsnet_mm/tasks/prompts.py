@@ -22,7 +22,7 @@ Tip-Adapter's set for ImageNet."""
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Check that the class names differ and are not empty.
+    """Checks that the class names differ and are not empty.
 
     Args:
         class_names: Names by label.
@@ -43,7 +43,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
 
 
 def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts of a name, of a file or of a list.
+    """Returns the prompts of a name, of a file or of a list.
 
     Args:
         prompts: One of

@@ -10,7 +10,7 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.tif', '.ti
 
 
 def read_public(name: str, data_root: Path) -> Split:
-    """Read a public data set in CoOp's layout.
+    """Reads a public data set in CoOp's layout.
 
     Args:
         name: One of ``PUBLIC_DATASETS``.
@@ -53,7 +53,7 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_aircraft(folder: Path) -> Split:
-    """Read the lists of variants that come with FGVC Aircraft."""
+    """Reads the lists of variants that come with FGVC Aircraft."""
     labels = {name: i for i, name in enumerate(_read_lines(folder / 'variants.txt'))}
     split: Split = {}
     for part in ('train', 'val', 'test'):
@@ -66,7 +66,7 @@ def _read_aircraft(folder: Path) -> Split:
 
 
 def _read_imagenet(name: str, folder: Path) -> Split:
-    """Read ImageNet or one of its shifted test sets.
+    """Reads ImageNet or one of its shifted test sets.
 
     Class names come from ``classnames.txt``. ImageNet's validation pictures are the
     test set; there is no val set. The folders of ImageNetV2 are named by label, those
@@ -103,7 +103,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Split:
-    """Read a folder of pictures.
+    """Reads a folder of pictures.
 
     Args:
         folder: Folder with one folder of pictures a class, directly or below
@@ -146,7 +146,7 @@ def read_folder(folder: Path) -> Split:
 
 
 def read_csv(path: Path) -> Split:
-    """Read a CSV file.
+    """Reads a CSV file.
 
     Args:
         path: File with the columns ``path`` and ``class`` and, if there is one,

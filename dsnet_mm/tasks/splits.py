@@ -15,7 +15,7 @@ Split = dict[str, list[Item]]
 
 
 def read_split(split_file: str | Path) -> Split:
-    """Read a ``split_zhou_*.json`` file.
+    """Reads a ``split_zhou_*.json`` file.
 
     Args:
         split_file: Path of the file.
@@ -49,7 +49,7 @@ def read_split(split_file: str | Path) -> Split:
 
 
 def group_by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
-    """Group items by label, labels in the order of their first item."""
+    """Groups items by label, labels in the order of their first item."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item[1], []).append(tuple(item))
@@ -57,7 +57,7 @@ def group_by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
 
 
 def split_within_classes(items: Iterable[Item]) -> Split:
-    """Split each class into 50 % train, 20 % val and 30 % test, as CoOp does.
+    """Splits each class into 50 % train, 20 % val and 30 % test, as CoOp does.
 
     The split is the same in each call.
 

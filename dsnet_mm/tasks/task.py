@@ -32,7 +32,7 @@ def load_task(
     data_root: str | Path = 'data',
     prompts: str | Path | Sequence[str] | None = None,
 ) -> FewShotTask:
-    """Read a data set by name, folder or file. Pictures are not opened.
+    """Reads a data set by name, folder or file. Pictures are not opened.
 
     Args:
         dataset: One of

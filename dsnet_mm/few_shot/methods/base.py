@@ -31,7 +31,7 @@ class FewShotData:
     encoder: OpenCLIPEncoder | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
-        """Return the data with a part of the training pictures."""
+        """Returns the data with a part of the training pictures."""
         return replace(self, train=self.train.take(index), shots=shots)
 
 
@@ -58,11 +58,11 @@ class Method:
 
 
 def num_learnt(model: nn.Module) -> int:
-    """Return the number of parameters that a fit has learnt."""
+    """Returns the number of parameters that a fit has learnt."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return getattr(model, 'num_learnt', count)
 
 
 def mean_features(train: Features) -> Tensor:
-    """Normalise features, average them over views, and normalise again, (N, D)."""
+    """Normalises features, averages them over views, and normalises again, (N, D)."""
     return F.normalize(F.normalize(train.features, dim=-1).mean(0), dim=-1)

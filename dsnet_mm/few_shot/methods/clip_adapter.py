@@ -19,7 +19,7 @@ def fit_clip_adapter(
     learn_ratio: bool = False,
     **recipe,
 ) -> nn.Module:
-    """Train CLIP-Adapter.
+    """Trains CLIP-Adapter.
 
     Args:
         data: Training data.

@@ -68,7 +68,7 @@ class PromptLearner(nn.Module):
 
 
 def fit_coop(data: FewShotData, *, n_ctx: int, **recipe) -> nn.Module:
-    """Train CoOp and fold it into a cosine classifier."""
+    """Trains CoOp and folds it into a cosine classifier."""
     if data.encoder is None:
         raise ValueError('CoOp learns through the text tower and needs the encoder.')
     with torch.random.fork_rng(devices=[]):

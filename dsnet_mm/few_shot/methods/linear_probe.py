@@ -29,7 +29,7 @@ class LinearClassifier(nn.Module):
 
 
 def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> nn.Module:
-    """Fit a logistic regression by L-BFGS, from zero weights.
+    """Fits a logistic regression by L-BFGS, from zero weights.
 
     Args:
         data: Training data. Views are averaged.
@@ -54,7 +54,7 @@ def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> nn.Module:
 
 
 def fit_linear_probe_zs(data: FewShotData, **recipe) -> nn.Module:
-    """Train a linear layer that starts as zero-shot CLIP (after ZS-LP of CLAP)."""
+    """Trains a linear layer that starts as zero-shot CLIP (after ZS-LP of CLAP)."""
     return train(
         LinearClassifier(data.logit_scale * data.text_features), data, **recipe
     )

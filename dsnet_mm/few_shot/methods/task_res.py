@@ -38,7 +38,7 @@ class TaskResidual(nn.Module):
 
 
 def fit_task_res(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:
-    """Train TaskRes and fold it into a cosine classifier."""
+    """Trains TaskRes and folds it into a cosine classifier."""
     model = train(
         TaskResidual(data.text_features, data.logit_scale, alpha), data, **recipe
     )

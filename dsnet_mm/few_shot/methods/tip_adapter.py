@@ -51,7 +51,7 @@ class TipAdapter(nn.Module):
 
 
 def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Module:
-    """Build Tip-Adapter, which is not trained."""
+    """Builds Tip-Adapter, which is not trained."""
     return TipAdapter(
         mean_features(data.train),
         data.train.labels,
@@ -65,7 +65,7 @@ def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Modul
 def fit_tip_adapter_f(
     data: FewShotData, *, alpha: float, beta: float, **recipe
 ) -> nn.Module:
-    """Train the keys of Tip-Adapter (Tip-Adapter-F)."""
+    """Trains the keys of Tip-Adapter (Tip-Adapter-F)."""
     model = TipAdapter(
         mean_features(data.train),
         data.train.labels,

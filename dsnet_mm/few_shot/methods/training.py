@@ -12,7 +12,7 @@ from .base import FewShotData
 
 
 def coop_epochs(shots: int) -> int:
-    """Return CoOp's number of epochs. On ImageNet CoOp always has 50 epochs."""
+    """Returns CoOp's number of epochs. On ImageNet CoOp always has 50 epochs."""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
@@ -30,7 +30,7 @@ def train(
     decay_by: str = 'iteration',
     seed: int = 0,
 ) -> nn.Module:
-    """Minimise the cross-entropy over all parameters that require a gradient.
+    """Minimises the cross-entropy over all parameters that require a gradient.
 
     In each epoch each picture is used once, with a random view. The learning rate
     decays from ``lr`` to 0 by a cosine.
@@ -84,7 +84,7 @@ def train(
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Multiply matrices in bfloat16 with float32 sums, on CPUs that support it.
+    """Multiplies matrices in bfloat16 with float32 sums, on CPUs that support it.
 
     The cosine similarities then have about three correct digits.
     """

@@ -27,13 +27,13 @@ class CosineClassifier(nn.Module):
 
 
 def fit_zero_shot(data: FewShotData) -> nn.Module:
-    """Return zero-shot CLIP."""
+    """Returns zero-shot CLIP."""
     return CosineClassifier(data.text_features, data.logit_scale)
 
 
 @torch.no_grad()
 def fold_text_features(model: nn.Module, data: FewShotData) -> CosineClassifier:
-    """Turn a model that learnt text features into a cosine classifier.
+    """Turns a model that learnt text features into a cosine classifier.
 
     Args:
         model: Model with ``classifier()``, which returns text features (K, D).

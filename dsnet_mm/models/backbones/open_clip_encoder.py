@@ -98,7 +98,7 @@ class OpenCLIPEncoder(BaseModule):
         amp: str | None = None,
         device: str | torch.device = 'cpu',
     ) -> 'OpenCLIPEncoder':
-        """Return an encoder, with the towers of an existing one if possible.
+        """Returns an encoder, with the towers of an existing one if possible.
 
         Towers are reused if they have the same model and weights, are on the device,
         and have not been changed since they were loaded. Otherwise they are loaded.
@@ -129,14 +129,14 @@ class OpenCLIPEncoder(BaseModule):
         return cls(model, pretrained, amp=amp).to(device)
 
     def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
-        """Stay in eval mode, whatever ``mode`` is."""
+        """Stays in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def init_weights(self) -> None:
-        """Keep the weights that the constructor loaded."""
+        """Keeps the weights that the constructor loaded."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Encode pictures.
+        """Encodes pictures.
 
         Args:
             x: Normalised pictures (N, 3, H, W), or cached features (N, D), which are
@@ -154,7 +154,7 @@ class OpenCLIPEncoder(BaseModule):
             return (self.clip.encode_image(x).float(),)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encode tokenised texts (N, L) to features (N, D), not normalised.
+        """Encodes tokenised texts (N, L) to features (N, D), not normalised.
 
         Unlike :meth:`forward` it is differentiable, for methods that learn the input
         of the text tower.
@@ -166,7 +166,7 @@ class OpenCLIPEncoder(BaseModule):
     def encode_classes(
         self, class_names: Sequence[str], prompts: str | Sequence[str]
     ) -> Tensor:
-        """Compute the text features of classes, the weights of zero-shot CLIP.
+        """Computes the text features of classes, the weights of zero-shot CLIP.
 
         Args:
             class_names: Names by label. Underscores become spaces.
@@ -193,7 +193,7 @@ class OpenCLIPEncoder(BaseModule):
         return F.normalize(grouped.mean(1), dim=-1)
 
     def digest(self) -> str:
-        """Return the SHA-256 of all weights. It identifies the model in caches."""
+        """Returns the SHA-256 of all weights. It identifies the model in caches."""
         state = self._state()
         if state not in self._digest:
             sha = hashlib.sha256()
@@ -205,7 +205,7 @@ class OpenCLIPEncoder(BaseModule):
         return self._digest[state]
 
     def _state(self) -> tuple:
-        """Return a value that changes when a parameter is changed or replaced."""
+        """Returns a value that changes when a parameter is changed or replaced."""
         return tuple((id(p), p._version, p.dtype) for p in self.clip.parameters())
 
     def _autocast(self, x: Tensor) -> torch.autocast:
@@ -223,7 +223,7 @@ class OpenCLIPEncoder(BaseModule):
 
 
 def feature_width(model: str) -> int:
-    """Return the width D of the features of a model, without loading it.
+    """Returns the width D of the features of a model, without loading it.
 
     Args:
         model: See :class:`OpenCLIPEncoder`.
@@ -259,7 +259,7 @@ def _checked_amp(amp: str | None) -> str | None:
 
 
 def _identity(model: str, pretrained: str | None) -> tuple:
-    """Identify a model and its weights, by name or by the state of their files."""
+    """Identifies a model and its weights, by name or by the state of their files."""
 
     def files(name: str | None) -> str | tuple | None:
         path = Path(str(name).removeprefix('local-dir:'))
@@ -273,7 +273,7 @@ def _identity(model: str, pretrained: str | None) -> tuple:
 
 
 def _registered_name(model: str) -> str:
-    """Return the name by which open_clip knows a model; registers a JSON file."""
+    """Returns the name by which open_clip knows a model; registers a JSON file."""
     if not model.endswith('.json'):
         return model
     if not Path(model).is_file():
@@ -293,7 +293,7 @@ def _model_config(name: str) -> dict:
 
 
 def _check_model(name: str, pretrained: str | None) -> None:
-    """Refuse unknown models, and weights trained with another kind of GELU."""
+    """Refuses unknown models, and weights trained with another kind of GELU."""
     config = _model_config(name)
     if pretrained is None or Path(pretrained).is_file():
         return

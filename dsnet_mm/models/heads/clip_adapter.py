@@ -177,7 +177,7 @@ class CLIPAdapter(nn.Module):
         return self._beta if hasattr(self, '_beta') else self.beta_logit.sigmoid()
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Classify image features.
+        """Classifies image features.
 
         Args:
             image_features: Features of the image tower (N, D), not normalised.
@@ -216,14 +216,14 @@ def _is_zero(ratio: Tensor | float) -> bool:
 
 
 def _blend(adapter: nn.Module, x: Tensor, ratio: Tensor | float) -> Tensor:
-    """Return ``ratio * adapter(x) + (1 - ratio) * x``."""
+    """Returns ``ratio * adapter(x) + (1 - ratio) * x``."""
     return x if _is_zero(ratio) else ratio * adapter(x) + (1 - ratio) * x
 
 
 def zero_shot_logits(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor
 ) -> Tensor:
-    """Compute the logits of zero-shot CLIP.
+    """Computes the logits of zero-shot CLIP.
 
     Args:
         image_features: Image features (N, D), not normalised.

@@ -93,7 +93,7 @@ class CLIPAdapterHead(ClsHead):
             self.encode_class_names()
 
     def _num_classes(self) -> int:
-        """Return the number of classes, or 0 if the data set must be read for it."""
+        """Returns the number of classes, or 0 if the data set must be read for it."""
         if not isinstance(self.class_names, str):
             check_class_names(self.class_names)
             return len(self.class_names)
@@ -102,7 +102,7 @@ class CLIPAdapterHead(ClsHead):
 
     @torch.no_grad()
     def encode_class_names(self) -> None:
-        """Compute the text features from the class names.
+        """Computes the text features from the class names.
 
         The first forward calls it unless a checkpoint was loaded. If an encoder with
         the same weights exists, such as the backbone, its towers are used.
