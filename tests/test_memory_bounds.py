@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,4 +163,4 @@ def test_the_guard_page_cannot_be_read():
         'ctypes.string_at(x.data_ptr(), 13)'
     )
     assert done.stdout == 'True\n'
-    assert done.returncode == -signal.SIGSEGV
+    assert done.returncode != 0  # SIGSEGV, which AddressSanitizer turns into an exit.

@@ -1,5 +1,15 @@
 // dsnet_mm::depthwise_conv on the CPU: a depth-wise 3x3 convolution of a channels-last
-// map, with what is added along its borders.
+// map. For pixel (y, x) and channel c:
+//
+//   out[y][x][c] = sum_ij weight[c][i][j] in[y + i - 1][x + j - 1][c] + bias[c]
+//                  + sum of border[k][c] over the edges and corners k of the pixel
+//
+// The border corrects a batch norm that is folded into the convolution: at the border
+// the norm's shift is missing where the kernel reads zeros of the padding. border[0] to
+// border[3] are for the top, bottom, left and right edge, border[4] to border[7] for
+// the corners top left, top right, bottom left and bottom right.
+//
+// Threads divide the rows of the output; see depthwise_kernel.h for one row.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,10 +21,11 @@
 
 namespace dsnet {
 
-// What a row of the output reads: lines of the map, or zeros, whose stride is 0.
+// The three input rows of one output row. A row of the padding is one pixel of zeros
+// with stride 0.
 template <typename S>
-struct Row {
-  const S* lines[3];
+struct InputRows {
+  const S* rows[3];
   int64_t strides[3];  // from pixel to pixel
 };
 
@@ -28,19 +39,20 @@ namespace {
 
 using at::Tensor;
 
-// What is added to pixels: [top + 2 * bottom][left + 2 * right][channel].
+// The bias and the border terms of all kinds of pixels:
+// [top + 2 * bottom][left + 2 * right][channel].
 template <typename S>
-std::vector<float> constants(int64_t channels, const S* bias, const S* border) {
+std::vector<float> offsets(int64_t channels, const S* bias, const S* border) {
   std::vector<float> all(16 * channels);
-  for (int place = 0; place < 16; ++place) {
-    const bool at[4] = {(place & 4) != 0, (place & 8) != 0, (place & 1) != 0,
-                        (place & 2) != 0};  // top, bottom, left, right
-    float* to = all.data() + place * channels;
-    std::copy(bias, bias + channels, to);
+  for (int kind = 0; kind < 16; ++kind) {
+    const bool at[4] = {(kind & 4) != 0, (kind & 8) != 0, (kind & 1) != 0,
+                        (kind & 2) != 0};  // top, bottom, left, right
+    float* offset = all.data() + kind * channels;
+    std::copy(bias, bias + channels, offset);
     for (int i = 0; border && i < 8; ++i) {
       const int corner = i - 4;
       if (i < 4 ? at[i] : at[corner / 2] && at[2 + corner % 2])
-        for (int64_t c = 0; c < channels; ++c) to[c] += border[i * channels + c];
+        for (int64_t c = 0; c < channels; ++c) offset[c] += border[i * channels + c];
     }
   }
   return all;
@@ -54,25 +66,25 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
   std::vector<float> taps(9 * channels);  // [tap][channel]
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
-  const std::vector<float> added =
-      constants(channels, bias.const_data_ptr<S>(),
-                border ? border->const_data_ptr<S>() : nullptr);
+  const std::vector<float> all_offsets =
+      offsets(channels, bias.const_data_ptr<S>(),
+              border ? border->const_data_ptr<S>() : nullptr);
   const std::vector<S> zeros(channels);
-  const S* from = x.const_data_ptr<S>();
-  S* to = out.data_ptr<S>();
-  const int64_t line = width * channels;
+  const S* src = x.const_data_ptr<S>();
+  S* dst = out.data_ptr<S>();
+  const int64_t row_size = width * channels;
   at::parallel_for(0, x.size(0) * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % height;
-      Row<S> row;
+      InputRows<S> in;
       for (int j = 0; j < 3; ++j) {
         const bool inside = y + j > 0 && y + j <= height;
-        row.lines[j] = inside ? from + (i + j - 1) * line : zeros.data();
-        row.strides[j] = inside ? channels : 0;
+        in.rows[j] = inside ? src + (i + j - 1) * row_size : zeros.data();
+        in.strides[j] = inside ? channels : 0;
       }
-      const int place = 4 * ((y == 0) + 2 * (y == height - 1));
-      DSNET_BEST(convolve_row, row, width, channels, taps.data(),
-                 added.data() + place * channels, to + i * line);
+      const int kind = 4 * ((y == 0) + 2 * (y == height - 1));
+      DSNET_DISPATCH(convolve_row, in, width, channels, taps.data(),
+                     all_offsets.data() + kind * channels, dst + i * row_size);
     }
   });
 }
@@ -93,11 +105,11 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
               "type, got ",
               type, " of ", x.sizes(), ", ", weight.sizes(), ", ", bias.sizes());
   Tensor out = at::empty_like(x);
-  const Tensor* edges = border ? &*border : nullptr;
+  const Tensor* border_or_null = border ? &*border : nullptr;
   if (type == at::kFloat)
-    convolve<float>(x, weight, bias, edges, out);
+    convolve<float>(x, weight, bias, border_or_null, out);
   else
-    convolve<at::BFloat16>(x, weight, bias, edges, out);
+    convolve<at::BFloat16>(x, weight, bias, border_or_null, out);
   return out;
 }
 
