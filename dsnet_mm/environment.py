@@ -155,9 +155,9 @@ def ops_build() -> str:
         return native.WHY_NOT
     cuda = native.build_info().get('cuda')
     devices = f'CPU and CUDA {cuda}' if cuda else 'the CPU'
-    projections = importlib.import_module('dsnet_mm.ops.projections')
+    packing = importlib.import_module('dsnet_mm.ops.packing')
     torch = importlib.import_module('torch')
-    amx = ', bfloat16 by AMX' if torch.bfloat16 in projections.TILED_TYPES else ''
+    amx = ', bfloat16 by AMX' if torch.bfloat16 in packing.PACKED_DTYPES else ''
     return f'compiled for {devices}{amx}'
 
 

@@ -6,6 +6,7 @@ without ``custom_imports``.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -17,6 +18,12 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='dsnet_mm',
     locations=['dsnet_mm.models'],
+)
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.engine.fuse_hook', 'dsnet_mm.engine.iteration_seed_hook'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

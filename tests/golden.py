@@ -1,4 +1,4 @@
-"""Weights and input by formula, for numbers of an independent implementation."""
+"""Weights and input by formula, for which ``tests/data`` holds golden numbers."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(__file__).resolve().parents[2] / 'shared' / 'golden'
+DATA = Path(__file__).resolve().parent / 'data'
 
 
 def noise(size: int, stream: int) -> np.ndarray:
-    """Values in [-1, 1) from integer hashing, the same on every machine."""
+    """Returns values in [-1, 1) by integer hashing, the same on every machine."""
     mask = np.uint64(0xFFFFFFFF)
     h = np.arange(size, dtype=np.uint64) + np.uint64(1000003 * stream)
     h = (h * np.uint64(2654435761)) & mask
@@ -22,8 +22,8 @@ def noise(size: int, stream: int) -> np.ndarray:
 
 
 def public_state(arch: str) -> dict[str, Tensor]:
-    """A state dict with the names and shapes of the public code, in float64."""
-    shapes = json.loads((GOLDEN / 'keys.json').read_text())[arch]
+    """Returns a float64 state dict with the names and shapes of the public code."""
+    shapes = json.loads((DATA / 'public_keys.json').read_text())[arch]
     state = {}
     for stream, key in enumerate(sorted(shapes)):
         shape = shapes[key]
@@ -43,5 +43,12 @@ def public_state(arch: str) -> dict[str, Tensor]:
 
 
 def picture(height: int, width: int) -> Tensor:
+    """Returns a float64 picture of shape (1, 3, height, width)."""
     k = torch.arange(3 * height * width, dtype=torch.float64)
     return (torch.sin(0.0137 * k) + torch.cos(0.00091 * k)).view(1, 3, height, width)
+
+
+def golden() -> dict[str, Tensor]:
+    """Returns the golden numbers of DS-Net-T for ``picture(224, 224)``."""
+    with np.load(DATA / 'dsnet_tiny_224.npz') as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

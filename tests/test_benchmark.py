@@ -1,11 +1,18 @@
-import argparse
+"""benchmark.py: its tables, its models, the memory, and two checkouts compared."""
+
 import csv
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsnet_mm
+from dsnet_mm.cli.benchmark import against, models, timing
+from dsnet_mm.cli.benchmark.memory import peak_in_child
+from dsnet_mm.cli.benchmark.models import Panel, Row, Settings
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/analysis_tools/benchmark.py'
 CLEAR_REFS = Path('/proc/self/clear_refs')
@@ -17,13 +24,22 @@ def benchmark():
     spec = importlib.util.spec_from_file_location('benchmark', TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.PRODUCT = (64, 64, 64)  # quick; no figure is looked at here
     return module
+
+
+@pytest.fixture(autouse=True)
+def quick_product(monkeypatch):
+    """A small matrix product. No test looks at its rate."""
+    monkeypatch.setattr(timing, 'PRODUCT', (64, 64, 64))
+
+
+def settings(*models: str, turns: int = 2) -> Settings:
+    return Settings(models, False, 'cpu', 1, turns, 0.0)
 
 
 @pytest.fixture
 def one_thread():
-    """The option for it; the process is left with as many as it had."""
+    """The option for one thread. Afterwards the process has as many as before."""
     threads = torch.get_num_threads()
     yield ['--threads', '1']
     torch.set_num_threads(threads)
@@ -83,6 +99,9 @@ def test_table_plot_and_refusal(benchmark, one_thread, tmp_path, capsys):
         (['--batch', '0'], '--batch is 1 at least, got 0.'),
         (['--attn-drop-rate', '1'], '--attn-drop-rate lies in [0, 1), got 1.0.'),
         (['--out', __file__], '--out is a folder, but'),
+        (['--against', 'nowhere'], 'there is no dsnet_mm in'),
+        (['--against', '.', '--models', 'ours'], 'leave out --models.'),
+        (['--against', '.', '--turns', '2'], '--against takes 3 --turns at least'),
     ],
 )
 def test_bad_arguments(benchmark, argv, sentence, capsys):
@@ -103,7 +122,7 @@ def test_a_failing_row_is_reported(benchmark, one_thread, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError('two\nlines')
 
-    monkeypatch.setattr(benchmark, 'reference_net', fail)
+    monkeypatch.setattr(models, 'reference_net', fail)
     argv = ['--models', 'ours', 'plain', *SMALL, *one_thread, '--no-memory']
     benchmark.main([*argv, '--mode', 'inference'])
     out = capsys.readouterr().out
@@ -111,28 +130,28 @@ def test_a_failing_row_is_reported(benchmark, one_thread, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('size', [(64, 64), (64, 96)])
-def test_outputs(benchmark, size):
-    """All models give finite logits, or maps of four stages; ours agree."""
-    panel = benchmark.Panel('inference', size, 'float32', 1)
-    keys = [k for k, m in benchmark.MODELS.items() if benchmark.timm or m[1] is None]
-    args = argparse.Namespace(models=keys, compile=False)
-    rows = [r for r in benchmark.rows_of(args, panel) if r.layout == 'contiguous']
+def test_outputs(size):
+    """All models give finite logits, or maps of four stages. Those of DS-Net agree."""
+    panel = Panel('inference', size, 'float32', 1)
+    keys = [k for k, m in models.MODELS.items() if models.timm or m[1] is None]
+    rows = models.rows_of(panel, settings(*keys))
+    rows = [row for row in rows if row.layout == 'contiguous']
     picture = torch.randn(1, 3, *size)
     first = None
     for row in rows:
-        net = benchmark.build(row, panel, 0.1)
+        net = models.build(row, panel, 0.1)
         with torch.inference_mode():
             outs = net(picture)
         outs = [outs] if panel.classifies else outs
         assert len(outs) == (1 if panel.classifies else 4)
         assert all(torch.isfinite(out).all() for out in outs)
         first = outs if first is None else first
-        if row.key in ('ours', 'plain'):  # of the same weights, as of the same seed
+        if row.key in ('ours', 'plain'):  # the same weights, from the same seed
             torch.testing.assert_close(outs, first, rtol=1e-3, atol=1e-4)
 
 
-def test_the_plain_row_is_plain(benchmark):
-    """It runs PyTorch's own operators, and none of what makes ours faster."""
+def test_the_plain_row_is_plain():
+    """It runs PyTorch's own operators only."""
     namespaces = set()
 
     class Watch(TorchDispatchMode):
@@ -140,20 +159,100 @@ def test_the_plain_row_is_plain(benchmark):
             namespaces.add(func.namespace)
             return func(*args, **(kwargs or {}))
 
-    panel = benchmark.Panel('inference', (64, 64), 'float32', 1)
-    net = benchmark.build(benchmark.Row('plain'), panel, 0.0)
+    panel = Panel('inference', (64, 64), 'float32', 1)
+    net = models.build(Row('plain'), panel, 0.0)
     with torch.no_grad(), Watch():
         net(torch.randn(1, 3, 64, 64))
     assert namespaces == {'aten'}
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason='needs /proc of Linux')
-def test_memory(benchmark):
+def test_memory():
     """A training step holds the gradients, and for a small picture little else."""
-    args = benchmark.parse_args(['--models', 'plain', '--threads', '1'])
-    panel = benchmark.Panel('training', (64, 64), 'float32', 1)
-    result = dict(model='plain DS-Net-S*', layout='contiguous')
-    peak = benchmark.peak_in_child(result, panel, args)
-    net = benchmark.build(benchmark.Row('plain'), panel, 0.0)
+    panel = Panel('training', (64, 64), 'float32', 1)
+    peak = peak_in_child(Row('plain'), panel, settings('plain'))
+    net = models.build(Row('plain'), panel, 0.0)
     gradients = sum(param.nbytes for param in net.parameters()) / 2**20
     assert gradients < peak < 1.5 * gradients
+
+
+# --- Two checkouts --------------------------------------------------------------
+
+TINY = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Another checkout: a copy of this package, compiled operators included."""
+    package = Path(dsnet_mm.__file__).parent
+    ignored = shutil.ignore_patterns('__pycache__', 'csrc')
+    shutil.copytree(package, tmp_path / 'other' / 'dsnet_mm', ignore=ignored)
+    return tmp_path / 'other'
+
+
+def test_against_another_checkout(checkout):
+    """The ratio is new over old: a checkout that sleeps 0.3 s a call is the slower."""
+    slow = checkout / 'dsnet_mm' / 'models' / '__init__.py'
+    slow.write_text(
+        slow.read_text()
+        + """
+import time
+_forward = DSNet.forward
+def _slow_forward(self, x):
+    time.sleep(0.3)
+    return _forward(self, x)
+DSNet.forward = _slow_forward
+"""
+    )
+    panels = [
+        Panel('inference', (64, 96), 'bfloat16', 1),
+        Panel('training', (64, 64), 'float32', 2),
+    ]
+    results = list(against.compare(checkout, panels, settings(turns=4), TINY))
+    assert [result['row'] for result in results] == [
+        'inference, 1 x 64x96, bfloat16, fused',
+        'inference, 1 x 64x96, bfloat16, not fused',
+        'training, 2 x 64x64, float32',
+    ]
+    for result in results:
+        assert result['old_ms'] > 300 > result['new_ms'] > 0
+        low, high = result['quartiles']
+        assert 0 < low <= result['ratio'] <= high < 1
+
+
+def test_the_table_of_a_comparison(
+    benchmark, one_thread, checkout, capsys, monkeypatch
+):
+    def compare(old, panels, settings):
+        assert (old, settings.turns) == (checkout, 3)
+        for panel in panels:
+            times = dict(old_ms=200.0, new_ms=206.0)
+            ratios = dict(ratio=1.03, quartiles=(1.01, 1.04))
+            yield dict(row=panel.title, **times, **ratios)
+
+    monkeypatch.setattr(benchmark, 'compare', compare)
+    argv = ['--against', str(checkout), '--size', '64', '--turns', '3', *one_thread]
+    benchmark.main([*argv, '--mode', 'training', '--dtype', 'float32'])
+    line = next(r for r in capsys.readouterr().out.splitlines() if '8 x 64x64' in r)
+    cells = [cell.strip() for cell in line.strip('│').split('│')]
+    title = 'training, 8 x 64x64, float32'
+    assert cells == [title, '200.0', '206.0', '1.030', '1.010 to 1.040']
+
+
+def test_a_failing_worker_is_reported(checkout, capfd):
+    (checkout / 'dsnet_mm' / 'models' / '__init__.py').write_text('1 / 0')
+    panel = Panel('inference', (64, 64), 'float32', 1)
+    with pytest.raises(RuntimeError, match=f'worker of {checkout} ended with status 1'):
+        next(against.compare(checkout, [panel], settings(turns=3), TINY))
+    assert 'ZeroDivisionError' in capfd.readouterr().err
+
+
+def test_compiled_and_not_compiled_are_not_compared(checkout, monkeypatch):
+    against.check_checkout(checkout)
+    binaries = list(checkout.glob('dsnet_mm/ops/_C.*'))
+    for binary in binaries:
+        binary.unlink()
+    if not binaries:
+        (checkout / 'dsnet_mm/ops/_C.so').touch()
+    with pytest.raises(ValueError, match=r'are compiled in .* and not in'):
+        against.check_checkout(checkout)

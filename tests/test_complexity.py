@@ -1,23 +1,21 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dsnet_mm.engine.complexity import count_complexity
+from dsnet_mm.cli.complexity import count_complexity
 from dsnet_mm.models import DSNet, fuse_for_inference
 from dsnet_mm.models.layers import pointwise
 
-TOOL = Path(__file__).resolve().parents[1] / 'tools/analysis_tools/get_flops.py'
+from .conftest import tool
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
 
 
 @pytest.fixture(scope='module')
 def get_flops():
-    spec = importlib.util.spec_from_file_location('get_flops', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool('analysis_tools/get_flops.py')
 
 
 def test_counts_by_hand():
@@ -148,7 +146,7 @@ def test_packed_projections_count_as_plain_ones(dtype, isa):
 def test_configurations(get_flops, config, shape, params, monkeypatch, capsys):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmpretrain')
-    path = TOOL.parents[2] / 'configs' / 'dsnet' / config
+    path = CONFIGS / config
     monkeypatch.setattr('sys.argv', ['get_flops.py', str(path), '--shape', shape])
     get_flops.main()
     out = capsys.readouterr().out

@@ -1,14 +1,24 @@
 """Every configuration is built and does one training step and one inference."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.model import (
+    MMDistributedDataParallel,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from torch import nn
+
+from .conftest import write_coco
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
 DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if p.name.endswith('_coco.py'))
@@ -16,11 +26,22 @@ CLASSIFICATION = sorted(CONFIGS.glob('*_in1k.py'), key=lambda p: p.name)
 
 
 def trained(model, data: dict, cfg: Config) -> dict[str, float]:
-    """One training step as MMEngine does it; every loss must be finite."""
+    """One training step as MMEngine does it.
+
+    Every loss is finite and every parameter has a gradient: DDP stops at the
+    second step if one has none.
+    """
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    without = {name for name, param in model.named_parameters() if param.requires_grad}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(
+                lambda _, name=name: without.discard(name)
+            )
     before = {k: v.clone() for k, v in model.state_dict().items()}
     losses = {k: v.item() for k, v in model.train_step(data, optim_wrapper).items()}
     assert all(np.isfinite(value) for value in losses.values()), losses
+    assert not without
     moved = sum(
         not torch.equal(v, before[k]) for k, v in model.state_dict().items()
     ) / len(before)
@@ -39,12 +60,21 @@ def test_all_are_listed():
     }
 
 
+def load_detector(name: str) -> Config:
+    """Loads a configuration, with fewer proposals for training."""
+    cfg = Config.fromfile(CONFIGS / name)
+    if name.startswith('mask_rcnn'):
+        cfg.model.train_cfg.rpn_proposal.max_per_img = 50
+        cfg.model.train_cfg.rcnn.sampler.num = 32
+    init_default_scope('mmdet')
+    return cfg
+
+
 @pytest.mark.parametrize('name', DETECTION)
 def test_detection(name):
     testing = pytest.importorskip('mmdet.testing')
     pytest.importorskip('mmcv._ext')
-    cfg = Config.fromfile(CONFIGS / name)
-    init_default_scope('mmdet')
+    cfg = load_detector(name)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -97,8 +127,6 @@ def test_demo_classification():
 def test_detection_pipelines(tmp_path):
     """1x and 3x read COCO's own layout."""
     pytest.importorskip('mmdet')
-    from .test_tools import write_coco
-
     init_default_scope('mmdet')
     write_coco(tmp_path, 'train', 4)
     for name in ('mask_rcnn_dsnet_s_coco.py', 'mask_rcnn_dsnet_s_3x_coco.py'):
@@ -169,3 +197,103 @@ def test_layer_wise_decay():
     assert scales[last] == 0.5
     assert scales['backbone.patch_embeds.0.projection.weight'] == 0.5**10
     assert {g['weight_decay'] for g in groups if '.norm' in g['param_name']} == {0.0}
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """One process that is a group by itself."""
+    store = dist.FileStore(str(tmp_path / 'store'), 1)
+    dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mask_rcnn_dsnet_t_coco.py',
+        'mask_rcnn_dsnet_t_fpn_coco.py',
+        'retinanet_dsnet_t_coco.py',
+        'retinanet_dsnet_t_fpn_coco.py',
+    ],
+)
+def test_two_steps_of_distributed_training(name: str, process_group: None) -> None:
+    """DDP raises at the second step if a parameter had no gradient in the first."""
+    testing = pytest.importorskip('mmdet.testing')
+    pytest.importorskip('mmcv._ext')
+    cfg = load_detector(name)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model = MMDistributedDataParallel(model, device_ids=None, broadcast_buffers=False)
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    data = testing.demo_mm_inputs(
+        2, [[3, 64, 64]] * 2, num_classes=80, with_mask=model.module.with_mask
+    )
+    for _ in range(2):
+        losses = model.train().train_step(data, optim_wrapper)
+        assert all(value.isfinite() for value in losses.values())
+
+
+def test_sync_bn_takes_the_place_of_every_batch_norm() -> None:
+    """As ``sync_bn='torch'`` of the COCO configurations does.
+
+    PyTorch's SyncBatchNorm refuses to run on the CPU, so this only tests that
+    it is everywhere, under the same names, and is taken out again.
+    """
+    pytest.importorskip('mmdet')
+    cfg = load_detector('retinanet_dsnet_t_coco.py')
+    assert cfg.sync_bn == 'torch'
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    picture = torch.randn(1, 3, 64, 64)
+    expected = model.extract_feat(picture)
+    names = {k: v.clone() for k, v in model.state_dict().items()}
+    norms = [k for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert any(name.startswith('neck') for name in norms)
+
+    synced = convert_sync_batchnorm(model, cfg.sync_bn)
+    for name in norms:
+        assert isinstance(synced.get_submodule(name), nn.SyncBatchNorm)
+    assert synced.state_dict().keys() == names.keys()
+    reverted = revert_sync_batchnorm(synced).eval()
+    for one, other in zip(reverted.extract_feat(picture), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    backbone = dict(cfg.model.backbone, norm_cfg=dict(type='SyncBN'))
+    neck = dict(cfg.model.neck, norm_cfg=dict(type='SyncBN'))
+    for part in (backbone, neck):
+        modules = list(MODELS.build(part).modules())
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+
+
+@pytest.mark.skipif(
+    not torch.amp.is_autocast_available('cpu'), reason='no autocast on the CPU'
+)
+def test_mixed_precision_computes_in_bfloat16() -> None:
+    """One training step; MMCV's NMS, which Mask R-CNN trains with, has none."""
+    testing = pytest.importorskip('mmdet.testing')
+    pytest.importorskip('mmcv._ext')
+    cfg = load_detector('retinanet_dsnet_t_coco.py')
+    cfg.model.backbone.drop_path_rate = 0.0
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    data = testing.demo_mm_inputs(2, [[3, 64, 96]] * 2, num_classes=80)
+    data = model.train().data_preprocessor(data, training=True)
+    losses, norms = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled):
+            dtype = torch.bfloat16 if enabled else torch.float32
+            features = model.backbone(data['inputs'])
+            assert {x.dtype for x in features} == {dtype}
+            assert {x.dtype for x in model.neck(features)} == {dtype}
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert {param.grad.dtype for param in model.parameters()} == {torch.float32}
+        losses.append(loss.item())
+        norms.append(sum(param.grad.norm() ** 2 for param in model.parameters()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)

@@ -6,20 +6,7 @@ from torch import nn
 
 from dsnet_mm.models import DSFPN, DSBlock, DSNet
 
-TINY = dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))
-VARIANTS = [
-    dict(),
-    dict(isa=False),
-    dict(isa='global_to_local'),
-    dict(isa='local_to_global'),
-    dict(intra_scale='local'),
-    dict(intra_scale='global'),
-    dict(isa=False, alpha=0.0),
-    dict(isa=False, alpha=0.25),
-    dict(isa=False, alpha=1.0),
-    dict(num_heads=4),
-    dict(global_factors=(8, 4, 2, 1)),
-]
+from .conftest import TINY, VARIANTS
 
 
 def block_by_hand(block: DSBlock, x: torch.Tensor) -> torch.Tensor:

@@ -2,23 +2,22 @@
 
 import ctypes
 import mmap
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsnet_mm.ops import native, runs_tiled, to_tiles
+from dsnet_mm.ops import pack
+from dsnet_mm.ops.packing import PACKED_DTYPES
 
-REPO = Path(__file__).resolve().parents[1]
+from .conftest import needs_native, run_python
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHANNELS_LAST = torch.channels_last
 pytestmark = [
-    pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT)),
+    needs_native,
     pytest.mark.skipif(sys.platform != 'linux', reason='guard pages by mprotect'),
 ]
 
@@ -87,18 +86,17 @@ def check_projections(dtype: torch.dtype) -> None:
         w1 = torch.randn(hidden, width).to(dtype)
         w2, w = torch.randn(width, hidden).to(dtype), torch.randn(width, width)
         b1, b2 = torch.randn(hidden).to(dtype), torch.randn(width).to(dtype)
-        w = to_tiles(w.to(dtype))
-        tiles = to_tiles(w1), b1, to_tiles(w2), b2
+        w = pack(w.to(dtype))
+        packed = pack(w1), b1, pack(w2), b2
         check(ops.linear, x, w, b2)
         check(ops.linear, x, w, None)
         check(ops.linear_, add, x, w, b2)
-        check(ops.ffn, x, *tiles)
-        check(ops.ffn_, add, x, *tiles)
-        check(ops.merge_, x, add, h_l, w, b2, w, *tiles)
-        check(ops.merge_, x, add, None, None, None, w, *tiles)
+        check(ops.ffn, x, *packed)
+        check(ops.merge_, x, add, h_l, w, b2, w, *packed)
+        check(ops.merge_, x, add, None, None, None, w, *packed)
         if dtype == torch.float32:
-            check(ops.ffn_hidden, x, *tiles)
-            _, kept = ops.ffn_hidden(x, *tiles)
+            check(ops.ffn_hidden, x, *packed)
+            _, kept = ops.ffn_hidden(x, *packed)
             for hidden_layer in (kept, None):
                 check(ops.ffn_backward, add, x, w1, b1, w2, hidden_layer)
 
@@ -109,10 +107,10 @@ def check_maps(dtype: torch.dtype, channels: int) -> None:
         x = torch.randn(2, channels, *size).to(dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
         weight, bias = torch.randn(channels, 1, 3, 3), torch.randn(channels)
-        border = torch.randn(8, channels)
-        weight, bias, border = (t.to(dtype) for t in (weight, bias, border))
-        check(ops.depthwise_conv, x, weight, bias, border)
-        check(ops.depthwise_conv, x, weight, bias, None)
+        scale, shift = torch.randn(2, channels)
+        weight, bias, scale, shift = (t.to(dtype) for t in (weight, bias, scale, shift))
+        check(ops.residual_conv, x, weight, bias, scale, shift)
+        check(ops.residual_conv, x, weight, bias, None, None)
         out = torch.randn(2, channels, 7, 9).to(dtype)
         check(ops.resize_add_, out.contiguous(memory_format=CHANNELS_LAST), x)
 
@@ -122,21 +120,11 @@ def check_all() -> None:
     for dtype in DTYPES:
         for width in (1, 8, 12, 16, 40):
             check_attention(dtype, width)
-        if runs_tiled(torch.zeros(1, dtype=dtype)):
+        if dtype in PACKED_DTYPES:
             check_projections(dtype)
     for dtype in (torch.float32, torch.bfloat16):
         for channels in (1, 8, 12, 24, 37, 64):
             check_maps(dtype, channels)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, '-c', code],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env=os.environ | environment,
-    )
 
 
 @pytest.mark.parametrize('capability', ['avx512', 'avx2', 'default'])

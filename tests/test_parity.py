@@ -1,15 +1,19 @@
-"""Against numbers of an independent implementation of the public code."""
+"""Against golden numbers of an independent implementation of the public code."""
 
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .golden import GOLDEN, picture, public_state
+from dsnet_mm.models import DSNet, fuse_for_inference
+from dsnet_mm.models.reference import reference_net
+
+from .golden import golden, picture, public_state
 
 REPO = Path(__file__).resolve().parents[1]
 CONVERTER = REPO / 'tools' / 'model_converters' / 'dsnet_to_mm.py'
@@ -21,24 +25,67 @@ def convert(src: Path, dst: Path) -> subprocess.CompletedProcess:
     )
 
 
-def classifier(arch: str):
-    from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
-
-    cfg = Config.fromfile(REPO / f'configs/dsnet/dsnet-{arch}_8xb128_in1k.py')
-    init_default_scope('mmpretrain')
-    return MODELS.build(cfg.model)
-
-
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason='the golden numbers (../shared/golden) are not here'
-)
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory) -> dict[str, Tensor]:
+    """The state dict of DS-Net-T, converted from the public names."""
+    folder = tmp_path_factory.mktemp('converted')
+    torch.save(public_state('tiny'), folder / 'public.pth')
+    done = convert(folder / 'public.pth', folder / 'mm.pth')
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / 'mm.pth', weights_only=True)['state_dict']
 
 
-@needs_golden
+def load_backbone(state: dict[str, Tensor]) -> DSNet:
+    net = DSNet('tiny').double().eval()
+    prefix = 'backbone.'
+    net.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    )
+    return net
+
+
+def logits_of(out: Tensor, state: dict[str, Tensor]) -> Tensor:
+    return F.linear(out.mean((2, 3)), state['head.fc.weight'], state['head.fc.bias'])
+
+
+def assert_equals_golden(measured: dict[str, Tensor]) -> None:
+    expected = golden()
+    for name, value in measured.items():
+        error = (value - expected[name]).abs().max()
+        assert error <= 1e-9 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize('fused', [False, True], ids=['network', 'fused'])
+def test_tiny_equals_the_public_code(fused, converted):
+    net = load_backbone(converted)
+    if fused:
+        net = fuse_for_inference(net)
+    maps = []
+    for stage in net.stages:
+        stage[-1].register_forward_hook(lambda module, args, out: maps.append(out))
+    with torch.no_grad():
+        (out,) = net(picture(224, 224))
+    measured = dict(logits=logits_of(out, converted))
+    for i, x in enumerate(maps, 1):
+        measured[f'stage{i}_corner'] = x[:, :8, :4, :4]
+        measured[f'stage{i}_channel_mean'] = x.mean((2, 3))
+        measured[f'stage{i}_channel_std'] = x.flatten(2).std(2, correction=0)
+    assert set(measured) == set(golden())
+    assert_equals_golden(measured)
+
+
+def test_the_reference_equals_the_public_code(converted):
+    with torch.no_grad():
+        (out,) = reference_net(load_backbone(converted), picture(224, 224))
+    assert_equals_golden(dict(logits=logits_of(out, converted)))
+
+
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_converted_checkpoint_fits_the_configuration(arch, tmp_path):
     pytest.importorskip('mmpretrain')
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
     state = {
         k: v.half() if v.is_floating_point() else v
         for k, v in public_state(arch).items()
@@ -47,37 +94,11 @@ def test_converted_checkpoint_fits_the_configuration(arch, tmp_path):
     done = convert(tmp_path / 'public.pth', tmp_path / 'mm.pth')
     assert done.returncode == 0, done.stderr
     converted = torch.load(tmp_path / 'mm.pth', weights_only=True)['state_dict']
-    classifier(arch).load_state_dict(converted, strict=True)
-    kinds = {v.dtype for v in converted.values()}
-    assert kinds == {torch.float16, torch.int64}
-
-
-@needs_golden
-def test_tiny_equals_the_public_code(tmp_path):
-    pytest.importorskip('mmpretrain')
-    torch.save(public_state('tiny'), tmp_path / 'public.pth')
-    done = convert(tmp_path / 'public.pth', tmp_path / 'mm.pth')
-    assert done.returncode == 0, done.stderr
-    model = classifier('tiny').double().eval()
-    model.load_state_dict(
-        torch.load(tmp_path / 'mm.pth', weights_only=True)['state_dict']
-    )
-    stages = []
-    for stage in model.backbone.stages:
-        stage[-1].register_forward_hook(lambda module, args, out: stages.append(out))
-    with torch.no_grad():
-        logits = model(picture(224, 224))
-
-    expected = np.load(GOLDEN / 'dsnet_tiny_224.npz')
-    measured = dict(logits=logits)
-    for i, out in enumerate(stages, 1):
-        measured[f'stage{i}_corner'] = out[:, :8, :4, :4]
-        measured[f'stage{i}_channel_mean'] = out.mean((2, 3))
-        measured[f'stage{i}_channel_std'] = out.flatten(2).std(2, correction=0)
-    assert set(measured) == set(expected)
-    for name, value in measured.items():
-        error = np.abs(value.numpy() - expected[name]).max()
-        assert error <= 1e-9 * np.abs(expected[name]).max(), name
+    cfg = Config.fromfile(REPO / f'configs/dsnet/dsnet-{arch}_8xb128_in1k.py')
+    init_default_scope('mmpretrain')
+    MODELS.build(cfg.model).load_state_dict(converted, strict=True)
+    dtypes = {v.dtype for v in converted.values()}
+    assert dtypes == {torch.float16, torch.int64}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """As a stranger uses the package: from an empty folder, or with parts missing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -108,12 +109,23 @@ assert not torch.cuda.is_initialized()
 
 
 def test_doctor(tmp_path):
+    from dsnet_mm.environment import co_attention_path, find_problems, ops_build
+
     done = subprocess.run(
-        [sys.executable, '-m', 'dsnet_mm'], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, '-m', 'dsnet_mm'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, COLUMNS='400'),
     )
-    assert 'OpenMMLab family' in done.stdout
-    assert re.search(r'\ndsnet_mm ops: .*(compiled|built|load)', done.stdout)
-    assert done.returncode == ('Problem' in done.stdout)
+    assert re.search(r'^OpenMMLab family: (onedl|official)', done.stdout, re.M)
+    lines = done.stdout.splitlines()
+    assert f'dsnet_mm ops: {ops_build()}' in lines
+    path = co_attention_path('cpu')
+    assert any(line == f'dsnet_mm co-attention on cpu: {path}' for line in lines)
+    problems = find_problems()
+    assert done.returncode == bool(problems)
+    assert ('Everything fits together.' in lines) == (not problems)
 
 
 def test_doctor_names_the_command(monkeypatch):

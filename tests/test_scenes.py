@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from dsnet_mm.datasets.scenes import (
+from dsnet_mm.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
     DETECTION_CLASSES,
@@ -331,7 +331,7 @@ def test_a_failure_leaves_the_old_set_and_no_rubbish(tmp_path, monkeypatch):
     def fail(path):
         raise OSError('disk full')
 
-    monkeypatch.setattr('dsnet_mm.datasets.scenes.preview', fail)
+    monkeypatch.setattr('dsnet_mm.demo.scenes.data_set.preview', fail)
     with pytest.raises(OSError, match='disk full'):
         make_scenes(out, replace(SMALL, seed=9), overwrite=True)
     assert digests(out) == before

@@ -1,24 +1,25 @@
-"""CLIP-Adapter without a download: train a tiny CLIP, then run all methods.
+"""Trains a small CLIP without a download, then runs all few-shot methods on it.
 
-Pictures and captions are drawn. The few-shot task is about textures and shapes that
-the model has never seen.
+Pictures and captions are drawn. The classes of the few-shot task have textures and
+shapes that the model has never seen.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from zipfile import is_zipfile
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from dsnet_mm.few_shot import FewShotConfig, run
-from dsnet_mm.few_shot.demo import (
+from dsnet_mm.demo.clip import (
     cifar_pairs,
     pretrain,
     scene_pairs,
     write_cifar,
     write_pictures,
 )
+from dsnet_mm.few_shot import FewShotConfig, run
 from dsnet_mm.few_shot.report import write_report
 
 METHODS = (
@@ -32,7 +33,9 @@ METHODS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo_clip'))
-    parser.add_argument('--steps', type=int, default=1000, help='of the pre-training')
+    parser.add_argument(
+        '--steps', type=int, default=1000, help='optimizer steps of the pre-training'
+    )
     parser.add_argument(
         '--cifar10',
         type=Path,
@@ -44,15 +47,18 @@ def main() -> None:
     parser.add_argument('--seeds', nargs='+', type=int, default=[1, 2, 3])
     args = parser.parse_args()
 
-    if args.cifar10 is None:
-        write_pictures(args.work_dir / 'held_out')
-        pairs = scene_pairs()
-    elif args.cifar10.is_file():
-        write_cifar(args.work_dir / 'held_out', args.cifar10)
-        pairs = cifar_pairs(args.cifar10)
-    else:
-        sys.exit(f'error: there is no file {args.cifar10}.')
-    model, weights = pretrain(args.work_dir, pairs, args.steps)
+    if args.cifar10 and not is_zipfile(args.cifar10):
+        sys.exit(f'error: --cifar10 takes a ZIP file, and {args.cifar10} is not one.')
+    try:
+        if args.cifar10:
+            write_cifar(args.work_dir / 'held_out', args.cifar10)
+            pairs = cifar_pairs(args.cifar10)
+        else:
+            write_pictures(args.work_dir / 'held_out')
+            pairs = scene_pairs()
+        model, weights = pretrain(args.work_dir, pairs, args.steps)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
     config = FewShotConfig(
         dataset=str(args.work_dir / 'held_out'),
         model=str(model),

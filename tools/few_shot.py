@@ -17,7 +17,7 @@ from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.markdown import Markdown
 
-from dsnet_mm.datasets.few_shot import diagnose
+from dsnet_mm.datasets.doctor import diagnose
 from dsnet_mm.few_shot import FewShotConfig, run, transfer
 from dsnet_mm.few_shot.report import write_report
 

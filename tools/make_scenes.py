@@ -1,15 +1,15 @@
-"""Draw the embedded data set: detection, classification and a preview."""
+"""Writes the drawn data set of the demo: detection, classification, a preview."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-from dsnet_mm.datasets.scenes import SceneSettings, make_scenes
+from dsnet_mm.demo.scenes import SceneSettings, make_scenes
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
         argv: Arguments without the program's name; those of the process if None.

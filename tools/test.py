@@ -8,23 +8,21 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from dsnet_mm.engine.config import (
+from dsnet_mm.checkpoint import restricted_loading
+from dsnet_mm.cli.arguments import (
     add_config_arguments,
     add_run_arguments,
-    check_data,
-    check_file,
-    end_run,
-    load_checkpoint,
-    load_config,
-    set_run,
-    unwrap,
+    add_trust_argument,
     user_errors,
 )
+from dsnet_mm.cli.checkpoints import load_checkpoint, unwrap
+from dsnet_mm.cli.config import load_config
+from dsnet_mm.cli.data import check_data
+from dsnet_mm.cli.distributed import end_run, set_run
+from dsnet_mm.files import check_file, write_atomic
 from dsnet_mm.models import fuse_for_inference
 
 
@@ -69,36 +67,6 @@ def set_tta(cfg: Config) -> None:
     cfg.model = dict(**cfg.get('tta_model', tta), module=cfg.model)
 
 
-class FuseHook(Hook):
-    """Tests with a fused copy of the model.
-
-    Not earlier, since MMEngine loads the checkpoint once more and an EMAHook
-    puts its weights into the model, and a copy, as it takes them out again.
-    """
-
-    priority = 'VERY_LOW'
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Puts the copy in the model's place."""
-        model = runner.model
-        if is_model_wrapper(model):  # for several GPUs
-            model = model.module
-        runner.model = fuse_for_inference(deepcopy(model))
-
-
-def write_metrics(metrics: dict, path: Path) -> None:
-    """Writes metrics as JSON, all or nothing.
-
-    Args:
-        metrics: Names and numbers.
-        path: The file.
-    """
-    part = path.with_name(path.name + '.part')
-    text = json.dumps(metrics, indent=2, default=lambda value: value.tolist())
-    part.write_text(text + '\n')
-    os.replace(part, path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -119,8 +87,19 @@ def main(argv: list[str] | None = None) -> None:
         action='store_true',
         help='fold batch norms into the layers beside them (fuse_for_inference)',
     )
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
+    with restricted_loading(trust=args.trust_checkpoint):
+        test(parser, args)
 
+
+def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Evaluates as the arguments say.
+
+    Args:
+        parser: Tells of errors.
+        args: What it parsed.
+    """
     with user_errors(parser):
         if args.out and not args.out.endswith(('.pkl', '.pickle')):
             raise ValueError(f'--out takes the name of a .pkl file, got {args.out}')
@@ -145,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         runner = Runner.from_cfg(cfg)
         if args.fuse:
             fuse_for_inference(deepcopy(unwrap(runner.model)))  # tells if it cannot
-            runner.register_hook(FuseHook())
+            runner.register_hook(dict(type='dsnet_mm.FuseHook'))
         # MMEngine loads it again, for its hooks, and would only warn of a misfit.
         load_checkpoint(runner.model, args.checkpoint)
         if args.tta and getattr(unwrap(runner.model), 'with_mask', False):
@@ -162,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = runner.test()
     if is_main_process():
         path = Path(cfg.work_dir, runner.timestamp, 'metrics.json')
-        write_metrics(metrics, path)
+        text = json.dumps(metrics, indent=2, default=lambda value: value.tolist())
+        write_atomic(path, text + '\n')
         print(f'Metrics are in {path}.')
     end_run()
 

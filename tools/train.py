@@ -6,20 +6,25 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
-from dsnet_mm.engine.config import (
+from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
+from dsnet_mm.cli.arguments import (
     add_config_arguments,
     add_run_arguments,
-    check_data,
-    check_file,
-    check_pretrained,
-    end_run,
-    load_checkpoint,
-    load_config,
-    set_run,
+    add_trust_argument,
     user_errors,
 )
+from dsnet_mm.cli.checkpoints import (
+    check_pretrained,
+    find_checkpoint_to_resume,
+    load_checkpoint,
+    read_training_state,
+)
+from dsnet_mm.cli.config import load_config
+from dsnet_mm.cli.data import check_data
+from dsnet_mm.cli.distributed import end_run, set_run
+from dsnet_mm.files import check_file
 from dsnet_mm.models import DSNet
 
 
@@ -81,6 +86,8 @@ def set_auto_scale_lr(cfg: Config) -> None:
 def set_start(cfg: Config, resume: str | None) -> None:
     """Sets where training starts: anew, from weights, or where it had stopped.
 
+    A resumed training has the seed of its checkpoint.
+
     Args:
         cfg: Configuration, changed in place.
         resume: Checkpoint to resume from, ``'auto'`` for the latest of the
@@ -89,33 +96,42 @@ def set_start(cfg: Config, resume: str | None) -> None:
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If checkpoints in the working directory would be lost.
+        ValueError: If it cannot be loaded, or if checkpoints in the working
+            directory would be lost.
     """
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
-    if resume in (None, 'auto'):
-        last = Path(cfg.work_dir, 'last_checkpoint')
-        kept = last.is_file() or any(last.parent.glob('*.pth'))
-        if kept and resume is None:
-            raise ValueError(
-                f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
-                f'it by --resume, or choose another --work-dir'
-            )
-        if kept and not last.is_file():
-            raise ValueError(
-                f'{cfg.work_dir} holds checkpoints but no file last_checkpoint that '
-                f'names the latest; name it by --resume CHECKPOINT'
-            )
-        resume = find_latest_checkpoint(cfg.work_dir) if kept else None
+    folder = Path(cfg.work_dir)
+    kept = (folder / 'last_checkpoint').is_file() or any(folder.glob('*.pth'))
+    if resume is None and kept:
+        raise ValueError(
+            f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
+            f'it by --resume, or choose another --work-dir'
+        )
+    if resume == 'auto':
+        resume = find_checkpoint_to_resume(cfg.work_dir)
     cfg.resume = resume is not None
     if cfg.resume:
         cfg.load_from = resume
-    if cfg.get('load_from'):
+        cfg.setdefault('randomness', {})
+        cfg.randomness.seed = read_training_state(resume)['meta'].get('seed')
+    elif cfg.get('load_from'):
         check_file(
             cfg.load_from,
             'checkpoint',
-            'name one by --resume CHECKPOINT or --cfg-options load_from=CHECKPOINT',
+            'name another by --cfg-options load_from=CHECKPOINT',
         )
+        read_checkpoint(cfg.load_from)
+
+
+def set_seeds(cfg: Config) -> None:
+    """Lets a resumed training end as one that was never interrupted.
+
+    Args:
+        cfg: Configuration, changed in place.
+    """
+    hook = dict(type='dsnet_mm.IterationSeedHook')
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +164,19 @@ def main(argv: list[str] | None = None) -> None:
         action='store_true',
         help='scale the learning rate with the batch size of all GPUs together',
     )
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
+    with restricted_loading(trust=args.trust_checkpoint):
+        train(parser, args)
 
+
+def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Trains as the arguments say.
+
+    Args:
+        parser: Tells of errors.
+        args: What it parsed.
+    """
     with user_errors(parser):
         cfg = load_config(args.config, args.cfg_options)
         if args.no_validate:
@@ -160,25 +187,18 @@ def main(argv: list[str] | None = None) -> None:
             set_ema(cfg)
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
+        set_seeds(cfg)
         check_data(cfg, ('train', 'val'))
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
-
-    with user_errors(parser):
         runner = Runner.from_cfg(cfg)
         for module in runner.model.modules():
             if isinstance(module, DSNet):
                 module.check_checkpoint()
-    if cfg.resume:
-        with user_errors(parser):
-            checkpoint = load_checkpoint(runner.model, cfg.load_from)
-            if 'message_hub' not in checkpoint:
-                raise ValueError(
-                    f'{cfg.load_from} holds weights and no state of a training; start '
-                    f'from it by --cfg-options load_from={cfg.load_from}'
-                )
-    elif args.resume:
+        if cfg.resume:
+            load_checkpoint(runner.model, cfg.load_from)
+    if args.resume and not cfg.resume:
         runner.logger.info(
             f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
         )

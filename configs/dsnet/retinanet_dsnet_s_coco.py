@@ -1,29 +1,17 @@
 # RetinaNet, DS-Net-S* with DS-FPN, COCO, 12 epochs (1x). Not trained by us.
 # Levels as in Fig. 3 of the paper: C2 to C4, and F5 from C4, strides 8 to 64.
-_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    'mmdet::retinanet/retinanet_tta.py',
+    '_base_/dsnet_s_1x_coco.py',
+]
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='dsnet_mm.DSNet',
-        arch='small',
-        out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
+    # Without C1: the neck would leave its norm without gradient.
+    backbone=dict(_delete_=True, **_base_.pop('backbone'), out_indices=(1, 2, 3)),
+    neck=dict(
+        type='dsnet_mm.DSFPN', in_channels=[128, 320, 512], start_level=0, num_outs=4
     ),
-    neck=dict(type='dsnet_mm.DSFPN', in_channels=[64, 128, 320, 512], num_outs=4),
     bbox_head=dict(anchor_generator=dict(strides=[8, 16, 32, 64])),
 )
-
-sync_bn = 'torch'
-
-optim_wrapper = dict(
-    optimizer=dict(
-        _delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    ),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[8, 11], gamma=0.1),
-]

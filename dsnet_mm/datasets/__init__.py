@@ -1,3 +1,3 @@
-from .few_shot import sample_few_shot
+from .sampling import sample_few_shot
 
 __all__ = ['sample_few_shot']

@@ -1,31 +1,50 @@
 """Few-shot draws for MMEngine's Runner, as pictures or as cached features."""
 
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
 import torch
 from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 
+from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.registry import DATASETS
+from dsnet_mm.tasks import load_task
 
-from .few_shot import load_task, sample_few_shot
+from .features import FeatureCache
+from .sampling import sample_few_shot
+
+_encoders: 'WeakKeyDictionary[FewShotDataset, OpenCLIPEncoder]' = WeakKeyDictionary()
+"""The encoder of each data set, so that the next data set shares it. It is not an
+attribute, because copies of a data set and worker processes do not need it."""
 
 
 @DATASETS.register_module()
 class FewShotDataset(BaseDataset):
     """A few-shot draw, or the test pictures, of a data set.
 
-    Samples have ``img_path`` and ``gt_label``. With ``features`` they have
-    ``features`` (D,) too, of another augmented view in each epoch.
+    Samples have ``gt_label`` and ``img_path``. With ``features`` they have
+    ``features`` (D,) instead of ``img_path``, those of a random view in each epoch.
 
     Args:
-        dataset: Name, folder or file, see :func:`load_task`.
+        dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
         part: ``'train'`` or ``'val'`` of the draw, or ``'test'``.
         shots: Training pictures of each class.
         seed: Seed of the draw.
         data_root: Folder of the public data sets.
-        features: Arguments of ``FeatureCache``; its ``encoder`` holds the arguments
-            of ``OpenCLIPEncoder``. None gives pictures only.
+        features: Arguments of :class:`FeatureCache`. Its ``encoder`` holds the
+            arguments of ``OpenCLIPEncoder``. None gives pictures.
         views: Augmented views of a training picture, with ``features``.
         pipeline: Transforms of a sample.
+        metainfo: Meta information. ``classes`` is added if it is missing.
+        filter_cfg: See ``BaseDataset``. It has no effect, because nothing is
+            filtered.
+        indices: First samples, as a number, or samples to keep, as indices.
+        serialize_data: Whether worker processes share the list of samples.
+        test_mode: Whether a sample that the pipeline refuses is an error. If not,
+            another one is taken.
+        lazy_init: Whether the data set is read at the first access, not here.
+        max_refetch: Number of other samples that are tried.
 
     Raises:
         ValueError: If ``part`` is none of the three.
@@ -40,43 +59,55 @@ class FewShotDataset(BaseDataset):
         data_root: str = 'data',
         features: dict | None = None,
         views: int = 10,
-        pipeline: list = [],
+        pipeline: list[dict | Callable] = [],
+        metainfo: Mapping | None = None,
+        filter_cfg: dict | None = None,
+        indices: int | Sequence[int] | None = None,
+        serialize_data: bool = True,
+        test_mode: bool = False,
+        lazy_init: bool = False,
+        max_refetch: int = 1000,
     ) -> None:
         if part not in ('train', 'val', 'test'):
             raise ValueError(f"part must be 'train', 'val' or 'test', got {part!r}.")
-        self.part, self.shots, self.seed = part, shots, seed
+        self.dataset, self.part, self.shots, self.seed = dataset, part, shots, seed
         self.features, self.views = features, views
-        self.task = load_task(dataset, data_root)
         super().__init__(
-            metainfo=dict(classes=self.task.class_names),
+            metainfo=metainfo,
+            data_root=data_root,
+            filter_cfg=filter_cfg,
+            indices=indices,
+            serialize_data=serialize_data,
             pipeline=pipeline,
-            serialize_data=False,
+            test_mode=test_mode,
+            lazy_init=lazy_init,
+            max_refetch=max_refetch,
         )
 
     def load_data_list(self) -> list[dict]:
-        """The samples of the part."""
+        """Read the samples of the part, and encode them with ``features``."""
+        task = load_task(self.dataset, self.data_root)
+        self._metainfo.setdefault('classes', task.class_names)
         items = (
-            self.task.split['test']
+            task.split['test']
             if self.part == 'test'
-            else sample_few_shot(self.task.split, self.shots, self.seed)[self.part]
+            else sample_few_shot(task.split, self.shots, self.seed)[self.part]
         )
         if self.features is None:
             return [dict(img_path=path, gt_label=label) for path, label, _ in items]
-
-        from dsnet_mm.few_shot.features import FeatureCache
-        from dsnet_mm.models import OpenCLIPEncoder
-
         options = dict(self.features)
-        encoder = OpenCLIPEncoder(**options.pop('encoder')).to(get_device())
+        encoder = OpenCLIPEncoder.shared(**options.pop('encoder'), device=get_device())
+        _encoders[self] = encoder
         cache = FeatureCache(encoder=encoder, **options)
         found = cache.images(items, self.views if self.part == 'train' else 0)
-        self._cached = found.features
-        return [dict(gt_label=int(label)) for label in found.labels]
+        self._features = found.features
+        labels = found.labels.tolist()
+        return [dict(gt_label=label, row=row) for row, label in enumerate(labels)]
 
-    def prepare_data(self, idx: int) -> dict:
-        """One sample, after the pipeline."""
+    def prepare_data(self, idx: int) -> dict | None:
+        """Return a sample after the pipeline."""
         sample = self.get_data_info(idx)
         if self.features is not None:
-            view = torch.randint(len(self._cached), ())
-            sample['features'] = self._cached[view, idx]
+            view = torch.randint(len(self._features), ())
+            sample['features'] = self._features[view, sample.pop('row')]
         return self.pipeline(sample)

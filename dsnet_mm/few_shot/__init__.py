@@ -1,9 +1,12 @@
 """Few-shot classification with CLIP: methods, protocol and report."""
 
-from .classifiers import load_classifier, save_classifier
-from .features import FeatureCache
+from dsnet_mm.datasets.features import FeatureCache
+
+from .config import FewShotConfig
+from .deployment import load_classifier, save_classifier
 from .methods import METHODS
-from .runner import FewShotConfig, run, transfer
+from .runner import run
+from .transfer import transfer
 
 __all__ = [
     'METHODS',

@@ -12,7 +12,7 @@ from dsnet_mm.files import write_atomic
 from .methods import METHODS
 
 REFERENCE = 'clip_adapter'
-"""Method that the others are compared with, draw by draw."""
+"""Method that the others are compared with, on the same draws."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Cell:
         label: Method, and ``oracle`` if it was selected on the test split.
         shots: Shots, 0 for zero-shot.
         accuracies: Test accuracy by seed, in percent.
-        ece: Mean expected calibration error in percent.
+        ece: Mean expected calibration error, in percent.
         fit_seconds: Mean time of a fit.
-        select_seconds: Mean time with selection.
-        parameters: Parameters learnt.
+        select_seconds: Mean time of selection and fit.
+        parameters: Number of learnt parameters.
     """
 
     label: str
@@ -51,10 +51,10 @@ def half_interval(values: list[float]) -> float | None:
     """Half of the 95 % confidence interval of a mean, by Student's t.
 
     Args:
-        values: One value a seed.
+        values: One value for each seed.
 
     Returns:
-        Half its width; None for fewer than three values, which say nothing about it.
+        Half the width, or None for fewer than three values.
     """
     if len(values) < 3:
         return None
@@ -84,17 +84,18 @@ def collect(records: list[dict]) -> list[Cell]:
 
 
 def table(records: list[dict], about: dict) -> str:
-    """A run as Markdown.
+    """Format a run as Markdown.
 
     Args:
         records: What ``run`` returned.
         about: Content of ``run.json``.
 
     Returns:
-        The accuracy of each method over shots with the 95 % confidence interval of
-        the mean over seeds; at the most shots the gain over zero-shot, the paired
-        comparison with CLIP-Adapter, calibration, time and parameters; and which
-        methods do not beat zero-shot by more than the interval.
+        Two tables. First: the accuracy of each method by shots, with the 95 %
+        confidence interval of the mean over seeds. Second, at the most shots: the
+        gain over zero-shot, the paired comparison with CLIP-Adapter, calibration,
+        time and parameters. Then the methods that are not above zero-shot by more
+        than the interval.
     """
     cells = {(cell.label, cell.shots): cell for cell in collect(records)}
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
@@ -185,7 +186,7 @@ def _with_interval(cell: Cell | None) -> str:
 
 
 def _paired(cell: Cell, reference: Cell | None) -> str:
-    """Mean difference over the same draws, its interval, and Student's paired p."""
+    """Format the mean difference on the same draws, its interval and paired p-value."""
     if reference is None or cell is reference:
         return '-'
     seeds = sorted(cell.accuracies.keys() & reference.accuracies.keys())
@@ -198,7 +199,7 @@ def _paired(cell: Cell, reference: Cell | None) -> str:
 
 
 def plot(records: list[dict], about: dict, path: str | Path) -> None:
-    """Accuracy over shots as a picture, with the confidence intervals.
+    """Plot the accuracy over shots with confidence intervals.
 
     Args:
         records: What ``run`` returned.

@@ -1,12 +1,10 @@
-"""Methods x shots x seeds on one data set, resumable, test split opened last."""
+"""A run: methods x shots x seeds on one data set, test split opened last."""
 
 import json
 import logging
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,87 +18,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dsnet_mm import __version__
-from dsnet_mm.datasets.few_shot import FewShotTask, load_task, sample_few_shot
+from dsnet_mm.datasets import sample_few_shot
+from dsnet_mm.datasets.features import FeatureCache, Features
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.tasks import FewShotTask, load_task
 
-from .classifiers import load_classifier, save_classifier
-from .features import FeatureCache, Features
+from .config import FewShotConfig
+from .deployment import load_classifier, save_classifier
+from .evaluation import evaluate
 from .methods import METHODS, FewShotData, num_learnt
-from .protocol import SELECTIONS, Score, evaluate, select
+from .selection import select
+from .work_dir import claim_work_dir, read_json
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FewShotConfig:
-    """What a run does.
-
-    Attributes:
-        dataset: Name, folder or CSV file, see :func:`load_task`.
-        model: Model of open_clip, see :class:`OpenCLIPEncoder`.
-        pretrained: Its weights.
-        data_root: Folder of the public data sets.
-        prompts: See :func:`resolve_prompts`; None takes those of the data set.
-        methods: Names of ``METHODS``. Zero-shot is always added.
-        oracle: Methods that are also selected on the test split, labelled as such.
-        shots: Shots to run.
-        seeds: Seeds to run; three or more give a confidence interval.
-        selection: One of ``SELECTIONS``.
-        overrides: Hyper-parameters by method that are set, not searched.
-        preprocessing: One of ``PREPROCESSINGS``.
-        views: Augmented views of a training picture; 0 takes the picture itself.
-        crop_scale: See :class:`FeatureCache`.
-        amp: See :class:`OpenCLIPEncoder`.
-        device: Device of the encoder.
-        on_bad_image: See :class:`FeatureCache`.
-        cache_dir: Folder of the features.
-        workers: Processes that load pictures.
-
-    Raises:
-        ValueError: If a value is unknown.
-    """
-
-    dataset: str
-    model: str
-    pretrained: str | None
-    data_root: str = 'data'
-    prompts: str | list[str] | None = None
-    methods: tuple[str, ...] = (
-        'linear_probe',
-        'tip_adapter',
-        'tip_adapter_f',
-        'task_res',
-        'clip_adapter',
-    )
-    oracle: tuple[str, ...] = ()
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    seeds: tuple[int, ...] = (1, 2, 3)
-    selection: str = 'val'
-    overrides: dict[str, dict] = field(default_factory=dict)
-    preprocessing: str = 'clip'
-    views: int = 10
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    amp: str | None = None
-    device: str = 'cpu'
-    on_bad_image: str = 'error'
-    cache_dir: str = 'work_dirs/few_shot_features'
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (*self.methods, *self.oracle, *self.overrides):
-            if name not in METHODS:
-                raise ValueError(
-                    f'there is no method {name!r}; there are {", ".join(METHODS)}.'
-                )
-        if self.selection not in SELECTIONS:
-            raise ValueError(
-                f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '
-                f'see what selecting on the test split gives, name methods in oracle.'
-            )
-        if not self.shots or not self.seeds:
-            raise ValueError('shots and seeds must name at least one each.')
 
 
 @dataclass(frozen=True)
@@ -123,16 +54,16 @@ class _Job:
 def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> list[dict]:
     """Fit and test all methods, and write a file for each.
 
-    First everything is fitted and selected, without the test split; then the test
-    split is opened, once, and everything is tested. ``run.log`` in ``work_dir`` has
-    both in order. Called again with the same configuration it goes on where it was
-    stopped.
+    First all classifiers are selected and fitted, without the test split. Then the
+    test split is opened, once, and all classifiers are tested. ``run.log`` in
+    ``work_dir`` records the order. A stopped run is continued by a call with the same
+    configuration.
 
     Args:
-        config: What to do.
+        config: Options of the run.
         work_dir: Folder of the results: ``run.json``, ``run.log``, ``runs/*.json``
             and ``classifiers/*.safetensors``.
-        quiet: Whether to leave out the progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         The content of ``runs/*.json``.
@@ -159,9 +90,10 @@ def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> lis
         )
     for shots in config.shots:
         sample_few_shot(task.split, shots, config.seeds[0])  # fails early
-    _claim_folder(work_dir, config, task)
-    encoder = OpenCLIPEncoder(config.model, config.pretrained, amp=config.amp)
-    encoder.to(config.device)
+    claim_work_dir(work_dir, config, task)
+    encoder = OpenCLIPEncoder.shared(
+        config.model, config.pretrained, amp=config.amp, device=config.device
+    )
     with _log_to(work_dir / 'run.log'), _progress(3 * len(jobs), quiet) as step:
         runner = _Runner(config, work_dir, task, encoder, step)
         for job in jobs:
@@ -193,7 +125,7 @@ class _Runner:
         self._draw: tuple[tuple[int, int], FewShotData, Features | None] | None = None
 
     def draw(self, job: _Job) -> tuple[FewShotData, Features | None]:
-        """Training data and validation features of a job."""
+        """Return training data and validation features of a job."""
         key = job.shots, job.seed
         if self._draw is None or self._draw[0] != key:
             if job.shots:
@@ -216,7 +148,7 @@ class _Runner:
         return self._draw[1:]
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
-        """Fit and select one classifier; ``test`` is for oracles only."""
+        """Select and fit one classifier. ``test`` is for oracles only."""
         path = self.work_dir / 'runs' / f'{job.name}.json'
         if path.is_file():
             self.step(2, job.name)
@@ -257,10 +189,10 @@ class _Runner:
         self.step(2, job.name)
 
     def test(self, jobs: list[_Job]) -> list[dict]:
-        """Open the test split and test all classifiers that are not tested yet."""
+        """Open the test split and test the classifiers that are not tested yet."""
         paths = {job: self.work_dir / 'runs' / f'{job.name}.json' for job in jobs}
         done = [
-            path.is_file() and _read(path)['test'] is not None
+            path.is_file() and read_json(path)['test'] is not None
             for path in paths.values()
         ]
         if not all(done):
@@ -275,7 +207,7 @@ class _Runner:
         for (job, path), tested in zip(paths.items(), done, strict=True):
             if job.oracle and not tested:
                 self.fit(job, test)
-            record = _read(path)
+            record = read_json(path)
             if not tested:
                 classifier = load_classifier(
                     self.work_dir / 'classifiers' / f'{job.name}.safetensors',
@@ -292,110 +224,12 @@ class _Runner:
         return records
 
 
-def transfer(
-    classifier_file: str | Path,
-    dataset: str | Path,
-    data_root: str | Path = 'data',
-    cache_dir: str | Path = 'work_dirs/few_shot_features',
-    encoder: OpenCLIPEncoder | None = None,
-) -> Score:
-    """Test a classifier on the test split of another data set.
-
-    For ImageNet's shifted sets, say, or any data set whose classes are among those of
-    the classifier: the others are left out.
-
-    Args:
-        classifier_file: File of ``save_classifier``.
-        dataset: See :func:`load_task`.
-        data_root: Folder of the public data sets.
-        cache_dir: Folder of the features.
-        encoder: See :func:`load_classifier`.
-
-    Returns:
-        The score.
-
-    Raises:
-        ValueError: If the classifier does not know a class.
-        FileNotFoundError: If a file is missing.
-    """
-    deployed = load_classifier(classifier_file, encoder)
-    task = load_task(dataset, data_root)
-    unknown = sorted(set(task.class_names) - set(deployed.class_names))
-    if unknown:
-        raise ValueError(
-            f'the classifier does not know {len(unknown)} of the classes of '
-            f'{task.name}, such as {unknown[0]!r}.'
-        )
-    if task.class_names == deployed.class_names:
-        columns = list(range(len(task.class_names)))
-    else:
-        columns = [deployed.class_names.index(name) for name in task.class_names]
-    cache = FeatureCache(
-        cache_dir, deployed.encoder, preprocessing=deployed.preprocessing
-    )
-    return evaluate(
-        lambda f: deployed.classifier(f)[:, columns], cache.images(task.split['test'])
-    )
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding='utf-8'))
-
-
-def _claim_folder(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> None:
-    """Takes an empty folder, or one with the same run."""
-    wanted = json.loads(json.dumps(asdict(config)))
-    about = work_dir / 'run.json'
-    if about.is_file():
-        found = _read(about)['config']
-        other = sorted(
-            k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)
-        )
-        if other:
-            raise FileExistsError(
-                f'{work_dir} holds another run, with other {", ".join(other)}; choose '
-                f'another folder.'
-            )
-        return
-    if work_dir.exists() and any(work_dir.iterdir()):
-        raise FileExistsError(
-            f'{work_dir} is not empty and holds no few-shot run; choose another folder.'
-        )
-    description = {
-        'config': wanted,
-        'class_names': list(task.class_names),
-        'prompts': list(task.prompts),
-        'versions': {
-            'dsnet_mm': __version__,
-            'commit': _commit(),
-            'torch': torch.__version__,
-            'python': platform.python_version(),
-        },
-    }
-    write_atomic(about, json.dumps(description, indent=2))
-
-
-def _commit() -> str | None:
-    """Commit of this source tree, None outside of one."""
-    try:
-        done = subprocess.run(
-            ['git', 'rev-parse', 'HEAD'],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding='utf-8')
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     console = RichHandler(logging.WARNING, show_path=False)
-    package = logging.getLogger('dsnet_mm.few_shot')
+    package = logging.getLogger('dsnet_mm')
     level, package.propagate = package.level, False
     package.setLevel(logging.INFO)
     package.addHandler(handler)

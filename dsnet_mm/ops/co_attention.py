@@ -10,13 +10,16 @@ from torch import Tensor
 
 from . import native
 from .paths import select_path
-from .reference import reference_co_attention, split_heads
+from .reference import reference_attention, reference_co_attention, split_heads
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Computes softmax(q k^T / sqrt(d)) v and merges the heads.
+
+    PyTorch's ``scaled_dot_product_attention`` computes it, except where
+    :func:`select_path` says ``'reference'``.
 
     Args:
         q: Queries of shape (N, num_heads, L, d).
@@ -28,14 +31,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor
     Returns:
         Tokens of shape (N, L, num_heads * d).
     """
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return out.transpose(1, 2).flatten(2)
+    if select_path(q.device.type)[0] == 'reference':
+        return reference_attention(q, k, v, dropout_p)
+    return _sdpa(q, k, v, dropout_p)
 
 
 def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:
     """Lets tokens attend to each other.
 
-    On the CPU the compiled op computes it where it can.
+    On the CPU the compiled operator computes it where it can, see
+    :func:`select_path`; otherwise :func:`attention` does.
 
     Args:
         qkv: Packed projection of shape (N, L, 3 * C).
@@ -105,9 +110,12 @@ def sdpa_co_attention(
     )
     q_l, k_l, v_l = split_heads(local_qkv, num_heads, 3)
     q_g, k_g, v_g = split_heads(global_qkv, num_heads, 3)
-    h_l = attention(q_l, k_g, v_g, dropout_p)
-    h_g = attention(q_g, k_l, v_l, dropout_p)
-    return h_l, h_g
+    return _sdpa(q_l, k_g, v_g, dropout_p), _sdpa(q_g, k_l, v_l, dropout_p)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    return out.transpose(1, 2).flatten(2)
 
 
 def _check(

@@ -13,21 +13,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # What a library has that these sources were compiled to.
 _OPS = (
     'co_attention',
-    'depthwise_conv',
     'ds_block',
     'ffn',
-    'ffn_',
     'ffn_backward',
     'ffn_hidden',
     'has_projections',
     'linear',
     'linear_',
     'merge_',
+    'residual_conv',
     'resize_add_',
     'self_attention',
     'self_attention_backward',
@@ -102,74 +100,3 @@ def _draw_seed(device: torch.device, dropout_p: float) -> Tensor:
     if dropout_p > 0:
         return torch.randint(2**63 - 1, (1,), device=device)
     return torch.zeros(1, dtype=torch.int64, device=device)
-
-
-def _stream_shapes(qkv, seed, num_heads, dropout_p):
-    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    samples, length, width = qkv.shape
-    out = qkv.new_empty(samples, length, width // 3)
-    return out, qkv.new_empty(samples, num_heads, length, dtype=dtype)
-
-
-def _shapes(local_qkv, global_qkv, *args):
-    (h_l, lse_l), (h_g, lse_g) = (
-        _stream_shapes(qkv, *args) for qkv in (local_qkv, global_qkv)
-    )
-    return h_l, h_g, lse_l, lse_g
-
-
-def _backward_shapes(grad_local, grad_global, local_qkv, global_qkv, *args):
-    return local_qkv.new_empty(local_qkv.shape), global_qkv.new_empty(global_qkv.shape)
-
-
-def _flops(local_shape, global_shape, *args, **kwargs) -> int:
-    """Two directions, two products each, two operations per multiply-add."""
-    samples, length, width = local_shape
-    return 8 * samples * length * global_shape[1] * (width // 3)
-
-
-def _backward_flops(
-    grad_local, grad_global, local_shape, global_shape, *args, **kwargs
-):
-    """Five products where the forward has two."""
-    return _flops(local_shape, global_shape) * 5 // 2
-
-
-def _self_flops(shape, *args, **kwargs) -> int:
-    """One direction."""
-    return _flops(shape, shape) // 2
-
-
-def _self_backward_flops(grad, shape, *args, **kwargs) -> int:
-    return _backward_flops(grad, grad, shape, shape) // 2
-
-
-def _save_for_backward(ctx, inputs, output):
-    qkv, seed, *ctx.options = inputs
-    ctx.save_for_backward(qkv, *output, seed)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _self_attention_backward(ctx, grad, _):
-    backward = torch.ops.dsnet_mm.self_attention_backward
-    return backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-if WHY_NOT is None:
-    torch.library.register_fake('dsnet_mm::co_attention', _shapes)
-    torch.library.register_fake('dsnet_mm::co_attention_backward', _backward_shapes)
-    torch.library.register_fake('dsnet_mm::self_attention', _stream_shapes)
-    torch.library.register_fake(
-        'dsnet_mm::self_attention_backward',
-        lambda grad, qkv, *args: qkv.new_empty(qkv.shape),
-    )
-    torch.library.register_autograd(
-        'dsnet_mm::self_attention',
-        _self_attention_backward,
-        setup_context=_save_for_backward,
-    )
-    _ops = torch.ops.dsnet_mm
-    register_flop_formula(_ops.co_attention)(_flops)
-    register_flop_formula(_ops.co_attention_backward)(_backward_flops)
-    register_flop_formula(_ops.self_attention)(_self_flops)
-    register_flop_formula(_ops.self_attention_backward)(_self_backward_flops)

@@ -3,7 +3,6 @@
 import os
 
 import torch
-from torch import Tensor
 
 from . import native
 
@@ -36,6 +35,10 @@ def select_path(device: str) -> tuple[str, str]:
         )
     if forced:
         return forced, f'DSNET_MM_OPS={forced}'
+    # MMEngine's complexity analysis traces a model. It has formulas for products of
+    # matrices, and none for PyTorch's attention.
+    if torch.jit.is_tracing():
+        return 'reference', 'traced programs hold plain products of matrices'
     if native.WHY_NOT:
         return 'sdpa', f'the compiled op is not there: {native.WHY_NOT}'
     # The CUDA kernels have not been timed on a GPU. They do without tensor
@@ -46,10 +49,3 @@ def select_path(device: str) -> tuple[str, str]:
     if _is_exporting():
         return 'sdpa', 'exported programs hold PyTorch operators only'
     return 'native', 'compiled'
-
-
-def runs_natively(x: Tensor) -> bool:
-    """Whether the compiled operators without gradients can be taken for a tensor."""
-    return (
-        not torch.is_grad_enabled() and x.is_cpu and select_path('cpu')[0] == 'native'
-    )

@@ -5,6 +5,7 @@ dtype and on any device.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
@@ -22,6 +23,23 @@ def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
         Views of shape (N, num_heads, L, C / num_heads), one per part.
     """
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Computes softmax(q k^T / sqrt(d)) v with explicit softmax.
+
+    Args:
+        q: Queries of shape (N, num_heads, L, d).
+        k: Keys of shape (N, num_heads, M, d).
+        v: Values of shape (N, num_heads, M, d).
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        Tokens of shape (N, L, num_heads * d).
+    """
+    return _merge_heads(F.dropout(_weights(q, k), dropout_p) @ v)
 
 
 def reference_co_attention(

@@ -7,8 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # models this small only wait for a second one
-
 TINY = {
     'embed_dim': 16,
     'vision_cfg': {
@@ -63,3 +61,27 @@ def picture_folder(tmp_path_factory):
             noise = rng.uniform(0, 255, (40, 48, 3)) * (0.4 + 0.6 * np.array(colour))
             Image.fromarray(noise.astype(np.uint8)).save(folder / name / f'{i}.png')
     return folder
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Names of what was loaded, in order."""
+    import open_clip
+
+    from dsnet_mm.tasks import task
+
+    seen = []
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(open_clip, 'create_model')
+    for reader in ('read_public', 'read_folder', 'read_csv'):
+        spy(task, reader)
+    return seen

@@ -170,5 +170,9 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
 def test_bfloat16_is_close_to_float32(tiny_clip, encoder):
     pictures = torch.randn(4, 3, 32, 32)
-    low = OpenCLIPEncoder(**tiny_clip, amp='bfloat16')(pictures)[0]
-    assert F.cosine_similarity(low, encoder(pictures)[0]).min() > 0.99
+    low, full = (
+        OpenCLIPEncoder(**tiny_clip, amp=amp)(pictures)[0] for amp in ('bfloat16', None)
+    )
+    assert torch.equal(full, encoder(pictures)[0])
+    assert not torch.equal(low, full)
+    assert F.cosine_similarity(low, full).min() > 0.99

@@ -3,17 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from dsnet_mm.datasets.few_shot import DATASETS
-from dsnet_mm.few_shot import FewShotConfig
+from dsnet_mm.few_shot import FeatureCache, FewShotConfig
+from dsnet_mm.tasks import PUBLIC_DATASETS, load_task
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
-TRAINED = [name for name, info in DATASETS.items() if info.counts[0]]
+TRAINED = [name for name, info in PUBLIC_DATASETS.items() if info.counts[0]]
 
 
 def load(name):
@@ -46,7 +47,7 @@ def test_there_are_eleven():
 @pytest.mark.parametrize(
     'name', sorted(p.stem.removeprefix('clip-adapter_') for p in FOLDER.glob('*.py'))
 )
-def test_configuration_trains(name, tiny_clip, picture_folder, tmp_path):
+def test_configuration_trains(name, tiny_clip, encoder, picture_folder, tmp_path):
     cfg = load(name)
     cfg.work_dir, cfg.log_level = str(tmp_path), 'WARNING'
     cfg.model.backbone.update(tiny_clip)
@@ -67,5 +68,25 @@ def test_configuration_trains(name, tiny_clip, picture_folder, tmp_path):
             dataset.features.update(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     runner = Runner.from_cfg(cfg)
+    runner.model.head.encode_class_names()
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     runner.train()
-    assert 0 <= runner.test()['accuracy/top1'] <= 100
+    model = runner.model.eval()
+    changed = {
+        k for k, v in model.state_dict().items() if not torch.equal(v, before[k])
+    }
+    adapter = 'head.adapter.visual_adapter'
+    assert changed == {f'{adapter}.0.weight', f'{adapter}.2.weight'}
+
+    accuracy = runner.test()['accuracy/top1']
+    inputs = [
+        model.data_preprocessor(batch)['inputs'] for batch in runner.test_dataloader
+    ]
+    features = torch.cat([model.backbone(x)[0] for x in inputs])
+    cache = FeatureCache(tmp_path / 'cache', encoder)
+    expected = cache.images(load_task(picture_folder).split['test'])
+    error = (features - expected.features[0]).norm()
+    spread = expected.features[0] - expected.features[0].mean(0)
+    assert error < 0.05 * spread.norm(), 'preprocessing as in the few-shot protocol'
+    correct = model.head((features,)).argmax(1) == expected.labels
+    assert accuracy == pytest.approx(100 * correct.float().mean().item())

@@ -4,11 +4,12 @@ from io import BytesIO
 from zipfile import ZipFile
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from dsnet_mm.datasets.few_shot import load_task
-from dsnet_mm.few_shot import demo
+from dsnet_mm.demo import clip as demo
 from dsnet_mm.models import OpenCLIPEncoder
+from dsnet_mm.tasks import load_task
 
 
 def test_captions_never_name_what_is_held_out():
@@ -72,3 +73,14 @@ def test_cifar_classes_are_apart(tmp_path):
     assert task.class_names == demo.CIFAR_HELD_OUT
     sizes = {part: len(items) for part, items in task.split.items()}
     assert sizes == {'train': 16, 'val': 4, 'test': 12}
+
+
+def test_an_archive_without_cifar(tmp_path):
+    with ZipFile(tmp_path / 'other.zip', 'w') as file:
+        file.writestr('photos/cat.jpg', b'')
+    sentence = r"no pictures cifar10/train/class_name/\*.jpg; .* 'photos/cat.jpg'"
+    with pytest.raises(ValueError, match=sentence):
+        next(demo.cifar_pairs(tmp_path / 'other.zip'))
+    with pytest.raises(ValueError, match=sentence):
+        demo.write_cifar(tmp_path / 'held_out', tmp_path / 'other.zip')
+    assert [path.name for path in tmp_path.iterdir()] == ['other.zip']

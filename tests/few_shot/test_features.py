@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-from dsnet_mm.datasets.few_shot import load_task
 from dsnet_mm.few_shot import FeatureCache
+from dsnet_mm.few_shot.deployment import DeployedClassifier
+from dsnet_mm.tasks import load_task
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_key_tells_apart_what_changes_the_features(tmp_path, encoder, items):
 def test_clip_and_warp_differ_as_they_should(encoder):
     from PIL import Image
 
-    from dsnet_mm.few_shot.features import build_transform
+    from dsnet_mm.datasets.pictures import build_transform
 
     wide = Image.new('RGB', (96, 32))
     wide.paste((255, 255, 255), (0, 0, 32, 32))
@@ -103,6 +104,15 @@ def test_unreadable_picture_is_named(tmp_path, encoder, items, caplog):
     assert found.labels.tolist() == [items[0][1], items[1][1]]
     with pytest.raises(FileNotFoundError, match=r'none\.jpg is missing'):
         FeatureCache(tmp_path / 'c', encoder).images([('none.jpg', 0, 'x')])
+
+
+def test_deployed_classifier_names_the_picture_it_cannot_read(tmp_path, encoder):
+    classifier = DeployedClassifier(torch.nn.Identity(), encoder, ['a', 'b'], 'clip')
+    (tmp_path / 'bad.jpg').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match=r'bad\.jpg cannot be read'):
+        classifier([tmp_path / 'bad.jpg'])
+    with pytest.raises(FileNotFoundError, match=r'none\.jpg is missing'):
+        classifier([tmp_path / 'none.jpg'])
 
 
 def test_cache_refuses_unknown_options(tmp_path, encoder):

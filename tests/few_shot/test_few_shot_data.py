@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 from pathlib import Path
 
@@ -9,13 +10,8 @@ import pytest
 from PIL import Image
 
 from dsnet_mm.datasets import sample_few_shot
-from dsnet_mm.datasets.few_shot import (
-    DATASETS,
-    diagnose,
-    load_task,
-    read_split,
-    resolve_prompts,
-)
+from dsnet_mm.datasets.doctor import diagnose
+from dsnet_mm.tasks import PUBLIC_DATASETS, load_task, read_split, resolve_prompts
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared' / 'data' / 'few_shot'
 PUBLISHED = sorted(SHARED.glob('*-shot_*-seed_*.json'))
@@ -42,7 +38,7 @@ def write_split(path, per_class=6):
     split = {
         part: [
             [f'{cls}/{part}_{i}.jpg', label, cls]
-            for label, cls in enumerate(('red_fox', 'hare'))
+            for cls, label in (('hare', 1), ('red_fox', 0))
             for i in range(per_class)
         ]
         for part in ('train', 'val', 'test')
@@ -54,15 +50,20 @@ def write_split(path, per_class=6):
 def test_draw_is_one_stream_over_train_then_val(tmp_path):
     split_file = write_split(tmp_path / 'split_zhou_X.json')
     drawn = sample_few_shot(split_file, 5, 1)
-    assert [item[1] for item in drawn['train']] == [0] * 5 + [1] * 5
-    assert [item[1] for item in drawn['val']] == [0] * 4 + [1] * 4
+    rng = random.Random(1)
+    for part, count in (('train', 5), ('val', 4)):
+        assert drawn[part] == [
+            (f'{cls}/{part}_{i}.jpg', label, cls)
+            for cls, label in (('hare', 1), ('red_fox', 0))  # as in the file
+            for i in rng.sample(range(6), count)
+        ]
     assert drawn == sample_few_shot(read_split(split_file), 5, 1)
     assert drawn != sample_few_shot(split_file, 5, 2)
 
 
 def test_draw_refuses_what_it_cannot_give(tmp_path):
     split_file = write_split(tmp_path / 'split_zhou_X.json')
-    with pytest.raises(ValueError, match=r"'red_fox' has 6 .* fewer than the 7 shots"):
+    with pytest.raises(ValueError, match=r"'hare' has 6 .* fewer than the 7 shots"):
         sample_few_shot(split_file, 7, 1)
     with pytest.raises(ValueError, match='at least 1, got 0'):
         sample_few_shot(split_file, 0, 1)
@@ -142,7 +143,7 @@ def test_csv(tmp_path):
 
 def test_doctor_says_what_to_do(tmp_path):
     (problem,) = diagnose('eurosat', tmp_path)
-    assert DATASETS['eurosat'].source in problem
+    assert PUBLIC_DATASETS['eurosat'].source in problem
     assert 'split_zhou_EuroSAT.json' in problem
 
     folder = make_folder(tmp_path / 'mine', {'a': 4, 'b': 4})

@@ -3,14 +3,23 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dsnet_mm.few_shot import FeatureCache, FewShotConfig, run
+from dsnet_mm.few_shot import (
+    FeatureCache,
+    FewShotConfig,
+    load_classifier,
+    run,
+    transfer,
+)
 from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.report import half_interval, write_report
+from dsnet_mm.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,8 +39,6 @@ def config(tiny_clip, picture_folder, tmp_path):
 
 
 def test_run_opens_test_once_and_last(config, tmp_path, monkeypatch):
-    from dsnet_mm.datasets.few_shot import load_task
-
     test_paths = {item[0] for item in load_task(config.dataset).split['test']}
     opened = []
     images = FeatureCache.images
@@ -91,11 +98,6 @@ def test_killed_run_goes_on(config, tmp_path, monkeypatch):
 
 
 def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_path):
-    import shutil
-    from dataclasses import replace
-
-    from dsnet_mm.datasets.few_shot import load_task
-    from dsnet_mm.few_shot import load_classifier, transfer
 
     small = replace(config, methods=('clip_adapter',), oracle=(), shots=(4,))
     (_, first, *_) = run(small, tmp_path / 'run', quiet=True)
@@ -117,9 +119,20 @@ def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_pat
         transfer(file, tmp_path / 'two', **options)
 
 
-def test_folder_of_another_run_is_refused(config, tmp_path):
-    from dataclasses import replace
+def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
+    options = dict(methods=(), oracle=(), shots=(16,), seeds=(1,), on_bad_image='skip')
+    for part in ('train', 'test'):
+        shutil.copytree(picture_folder, tmp_path / 'split' / part)
+    config = replace(config, dataset=str(tmp_path / 'split'), **options)
+    bad = tmp_path / 'split' / 'test' / 'red' / '99.png'
+    bad.write_bytes(b'no picture')
+    (record,) = run(config, tmp_path / 'run', quiet=True)
+    assert record['test']['pictures'] == 72
+    log = (tmp_path / 'run' / 'run.log').read_text()
+    assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
+
+def test_folder_of_another_run_is_refused(config, tmp_path):
     small = replace(config, methods=(), oracle=(), shots=(1,), seeds=(1,))
     run(small, tmp_path / 'run', quiet=True)
     with pytest.raises(FileExistsError, match='another run, with other seeds'):
@@ -131,16 +144,12 @@ def test_folder_of_another_run_is_refused(config, tmp_path):
 
 
 def test_too_many_shots_fail_before_anything_is_written(config, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match='fewer than the 16 shots'):
         run(replace(config, shots=(1, 16)), tmp_path / 'run', quiet=True)
     assert not (tmp_path / 'run').exists()
 
 
 def test_config_refuses(config):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="no method 'tip'"):
         replace(config, methods=('tip',))
     with pytest.raises(ValueError, match='name methods in oracle'):
@@ -196,7 +205,11 @@ def test_command_line_and_snippet_of_the_docs(
         snippet = re.sub(rf"'[^']*\.{suffix}'", repr(str(path)), snippet)
     capsys.readouterr()
     exec(snippet, {})
-    assert re.match(r'(blue|green sea|red) [01]\.\d+', capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    classifier = load_classifier(file)
+    (probabilities,) = classifier([picture_folder / 'red' / '0.png'])
+    best = classifier.class_names[probabilities.argmax()]
+    assert printed == f'{best} {probabilities.max():.3f}\n'
 
 
 def test_doctor_command(tool, picture_folder, tmp_path):

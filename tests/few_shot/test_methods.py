@@ -4,17 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsnet_mm.datasets.features import Features
 from dsnet_mm.few_shot import METHODS, load_classifier, save_classifier
-from dsnet_mm.few_shot.classifiers import CosineClassifier, TipAdapter
-from dsnet_mm.few_shot.features import Features
-from dsnet_mm.few_shot.methods import (
-    FewShotData,
-    PromptLearner,
-    coop_epochs,
-    fit_zero_shot,
-    num_learnt,
-)
-from dsnet_mm.few_shot.protocol import calibration_error, evaluate, select
+from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
+from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
+from dsnet_mm.few_shot.methods.coop import PromptLearner
+from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
+from dsnet_mm.few_shot.methods.training import coop_epochs
+from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
+from dsnet_mm.few_shot.selection import select
 
 CLASSES, WIDTH, SHOTS = 4, 16, 8
 QUICK = {
@@ -131,8 +129,6 @@ def test_cross_validation_refits_on_all(data):
 
 
 def test_cross_validation_folds_are_balanced(data, monkeypatch):
-    from dsnet_mm.few_shot.methods import Method
-
     seen = []
 
     def fit(part):

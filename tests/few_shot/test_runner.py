@@ -1,5 +1,7 @@
 """CLIP-Adapter through MMEngine's Runner, from pictures and from cached features."""
 
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -72,6 +74,7 @@ def config(tiny_clip, picture_folder, work_dir, cached):
 @pytest.mark.parametrize('cached', [False, True], ids=['pictures', 'features'])
 def test_adapter_learns_and_clip_does_not(tiny_clip, picture_folder, tmp_path, cached):
     runner = Runner.from_cfg(config(tiny_clip, picture_folder, tmp_path, cached))
+    runner.model.head.encode_class_names()
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     runner.train()
     changed = {
@@ -84,6 +87,39 @@ def test_adapter_learns_and_clip_does_not(tiny_clip, picture_folder, tmp_path, c
     assert not runner.model.backbone.clip.training
     accuracy = runner.test()['accuracy/top1']
     assert accuracy > 60  # three plain colours
+
+
+def test_run_and_test_load_clip_once(tiny_clip, picture_folder, tmp_path, loads):
+    """Training, then testing with another Runner on the checkpoint."""
+    own_clip = {key: shutil.copy(path, tmp_path) for key, path in tiny_clip.items()}
+    cfg = config(own_clip, picture_folder, tmp_path, cached=True)
+    cfg.train_cfg.max_epochs = 1
+    runner = Runner.from_cfg(cfg)
+    assert loads == ['create_model']
+    runner.train()
+    accuracy = runner.test()['accuracy/top1']
+    assert loads.count('create_model') == 1
+
+    loads.clear()
+    cfg.load_from = str(tmp_path / 'epoch_1.pth')
+    cfg.experiment_name = 'again'
+    cfg.model.head.class_names = 'no/such/folder'
+    again = Runner.from_cfg(cfg)
+    assert again.test()['accuracy/top1'] == accuracy
+    assert loads == ['create_model', 'read_folder'], 'the test set and its encoder'
+
+
+def test_moving_average_of_an_adapter(tiny_clip, picture_folder, tmp_path):
+    cfg = config(tiny_clip, picture_folder, tmp_path, cached=True)
+    cfg.model.head.class_names = ['blue', 'green sea', 'red']
+    cfg.train_cfg.max_epochs = 1
+    cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5)]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (average,) = (h.ema_model.module for h in runner.hooks if hasattr(h, 'ema_model'))
+    text_features = average.head.adapter.text_features
+    assert torch.equal(text_features, runner.model.head.adapter.text_features)
+    assert text_features.isfinite().all()
 
 
 def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
@@ -100,9 +136,8 @@ def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no file'):
         CLIPAdapterHead(text_features=str(tmp_path / 'none.safetensors'))
 
-    with pytest.raises(ValueError, match="duplicate class names 'a'"):
-        CLIPAdapterHead(encoder=tiny_clip, class_names=['a', 'b', 'a'])
     head = CLIPAdapterHead(encoder=tiny_clip, class_names=['a', 'b'])
+    head.encode_class_names()
     file = tmp_path / 'text.safetensors'
     adapter = head.adapter
     save_file(
@@ -110,13 +145,13 @@ def test_head_takes_its_text_features_from_one_place(tiny_clip, tmp_path):
         file,
     )
     same = CLIPAdapterHead(text_features=str(file))
+    features = (torch.randn(2, 16),)
     assert torch.equal(same.adapter.text_features, adapter.text_features)
+    assert same(features).isfinite().all()
 
 
 def test_import_is_light():
     """Neither mmpretrain nor open_clip is imported before something needs it."""
-    import subprocess
-
     code = (
         'import sys, dsnet_mm.models, dsnet_mm.datasets\n'
         'print([m for m in ("mmpretrain", "open_clip", "mmdet") if m in sys.modules])'
@@ -136,8 +171,6 @@ def test_import_is_light():
     ],
 )
 def test_missing_package_is_named_when_needed(missing, build):
-    import subprocess
-
     code = (
         f'import sys; sys.modules[{missing!r}] = None\n'
         'import dsnet_mm.models\n'

@@ -1,8 +1,8 @@
 """Time few-shot training and evaluation on a problem of ImageNet's size.
 
 The features are random: 16,000 of width 1,024 in 1,000 classes, and 50,000 to test.
-The released code of CLIP-Adapter runs image encoder and text tower at every step; a
-few of its steps are timed and scaled.
+The released code of CLIP-Adapter runs both towers at every step. A part of such a step
+is timed and scaled.
 """
 
 import argparse
@@ -15,19 +15,21 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from dsnet_mm.few_shot.features import Features
-from dsnet_mm.few_shot.methods import METHODS, FewShotData, fit_zero_shot
-from dsnet_mm.few_shot.protocol import evaluate
+from dsnet_mm.datasets.features import Features
+from dsnet_mm.few_shot.evaluation import evaluate
+from dsnet_mm.few_shot.methods import METHODS, FewShotData
+from dsnet_mm.few_shot.methods.zero_shot import fit_zero_shot
 from dsnet_mm.models import OpenCLIPEncoder
 
 CLASSES, SHOTS, WIDTH, TESTS, BATCH = 1000, 16, 1024, 50_000, 256
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a call, on the clock and of all threads' work.
+    """Measure a call.
 
-    Over the number of threads, the second is what the first would be on a machine
-    that does nothing else.
+    Returns:
+        Wall-clock seconds, and CPU seconds of all threads. CPU seconds divided by the
+        number of threads estimate the wall-clock seconds of an idle machine.
     """
     started, worked = time.perf_counter(), time.process_time()
     call()
@@ -39,16 +41,19 @@ def columns(seconds: tuple[float, float]) -> tuple[str, str]:
 
 
 def peak() -> int:
-    """Most memory of this process so far, in MiB."""
+    """Return the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def released_step(images: int, texts: int) -> tuple[float, float]:
-    """Seconds of a step of the released procedure with RN50.
+    """Estimate the time of a step of the released code with RN50.
 
     Args:
-        images: Pictures encoded; scaled to a batch.
-        texts: Prompts encoded; scaled to the number of classes.
+        images: Number of pictures that are timed. Scaled to a batch.
+        texts: Number of prompts that are timed. Scaled to the number of classes.
+
+    Returns:
+        Wall-clock seconds and CPU seconds.
     """
     encoder = OpenCLIPEncoder('RN50-quickgelu')
     pictures = torch.randn(images, 3, 224, 224)

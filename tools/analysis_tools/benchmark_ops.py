@@ -1,8 +1,8 @@
-"""Times the paths of the co-attention on the shapes of a DS-Net.
+"""Times the compiled co-attention against PyTorch's attention.
 
-The paths run in turn, so that whatever else the machine does meets all of them;
-the table shows medians, and how many times faster the compiled op is. SDPA is
-two calls of PyTorch's attention with the copies they need.
+The shapes are those of DS-Net-S. SDPA means two calls of PyTorch's attention with
+the copies they need. Both run in turns, so that a disturbance of the machine meets
+both. The table shows medians, and the time of SDPA over that of the compiled op.
 
     python tools/analysis_tools/benchmark_ops.py --threads 2 --dtype bfloat16
     python tools/analysis_tools/benchmark_ops.py --device cuda --out ops_cuda.csv
@@ -24,10 +24,10 @@ from dsnet_mm.files import write_atomic
 from dsnet_mm.ops import native, sdpa_co_attention
 
 HEADS = (1, 2, 5, 8)
-WIDTH = 32  # of a head, in all stages
+WIDTH = 32  # channels of a head
 GLOBAL_FACTORS = (8, 4, 2, 2)
 INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, picture
-KEPT_BYTES = 31 * 2**20  # below glibc's largest threshold for blocks of their own
+FREED_BYTES = 31 * 2**20  # just below the upper limit of glibc's mmap threshold
 DTYPES = dict(
     cpu=['float32', 'bfloat16'],
     cuda=['float32', 'float16', 'bfloat16'],
@@ -54,8 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--layout',
         choices=['tokens', 'map'],
         default='tokens',
-        help='memory of the local projection: of a channels-last map, or of a '
-        'channels-first one, which both paths have to copy',
+        help='memory format of the local projection: channels-last (tokens), or '
+        'channels-first (map), which both have to copy',
     )
     parser.add_argument(
         '--out', type=Path, metavar='FILE.csv', help='write the table to this file too'
@@ -79,7 +79,7 @@ def stage_inputs(
     device: str,
     layout: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns packed projections as the blocks of a stage produce them."""
+    """Returns the local and global projections of a stage, (N, L, 3C)."""
     height, width = (side // 2 ** (stage + 2) for side in size)
     factor = GLOBAL_FACTORS[stage]
     length, rest = height * width, (height // factor) * (width // factor)
@@ -94,13 +94,13 @@ def stage_inputs(
 
 
 def time_passes(inputs: tuple[Tensor, Tensor], heads: int, seconds: float) -> dict:
-    """Returns (forward, backward) seconds of each path, medians of turns."""
+    """Returns the median seconds of forward and backward of each path."""
     grads = [torch.randn(*x.shape[:2], x.shape[2] // 3).to(x) for x in inputs]
     synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     times = {name: [] for name in PATHS}
-    # From then on glibc keeps what is freed, as it does in a process that runs a
-    # network. Without, the system clears new pages for every output.
-    torch.empty(KEPT_BYTES, dtype=torch.uint8).fill_(0)
+    # Freeing this block raises glibc's mmap threshold, as in a process that runs a
+    # network. Otherwise the system clears new pages for every output.
+    torch.empty(FREED_BYTES, dtype=torch.uint8).fill_(0)
     end = time.perf_counter() + seconds
     turns = 0
     while turns < 4 or time.perf_counter() < end:

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from dsnet_mm.engine.complexity import Complexity, count_complexity
+from dsnet_mm.cli.complexity import Complexity, count_complexity
 from dsnet_mm.models import DSFPN, DSNet
-from dsnet_mm.models.layers.reference import reference_net
+from dsnet_mm.models.reference import reference_net
 
 # Table 4 and Table 2 of the paper: parameters in millions, multiply-adds in
 # billions. The 48.8 M of B without ISA cannot be: B* has 49.3 M, and ISA alone 7.5 M.

@@ -1,7 +1,6 @@
 """Draw truth beside prediction for the first validation pictures of a detector."""
 
 import argparse
-import os
 from pathlib import Path
 
 import cv2
@@ -17,13 +16,16 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from dsnet_mm.engine.config import (
+from dsnet_mm.checkpoint import restricted_loading
+from dsnet_mm.cli.arguments import (
     add_config_arguments,
-    check_data,
-    load_checkpoint,
-    load_config,
+    add_trust_argument,
     user_errors,
 )
+from dsnet_mm.cli.checkpoints import load_checkpoint
+from dsnet_mm.cli.config import load_config
+from dsnet_mm.cli.data import check_data
+from dsnet_mm.files import write_atomic
 
 CELL = 400  # longest side of a picture on the sheet, in pixels
 GAP = 8  # between truth and prediction; three times as much between pairs
@@ -154,9 +156,10 @@ def main(argv: list[str] | None = None) -> None:
         '--score-thr', type=float, default=0.5, help='least score of a prediction'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the picture')
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
 
-    with user_errors(parser):
+    with user_errors(parser), restricted_loading(trust=args.trust_checkpoint):
         if args.out.suffix not in ('.png', '.jpg'):
             raise ValueError(f'OUT ends with .png or .jpg, got {args.out}')
         if args.out.exists() and not args.overwrite:
@@ -199,10 +202,8 @@ def main(argv: list[str] | None = None) -> None:
             tuple(draw(visualizer, *scale_up(image, x)) for x in (truth, prediction))
         )
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(f'{args.out.stem}.part{args.out.suffix}')
-    mmcv.imwrite(mmcv.rgb2bgr(make_sheet(pairs)), str(part))
-    os.replace(part, args.out)
+    _, encoded = cv2.imencode(args.out.suffix, mmcv.rgb2bgr(make_sheet(pairs)))
+    write_atomic(args.out, encoded.tobytes())
     print(f'{len(pairs)} pictures are drawn in {args.out}.')
 
 

@@ -7,13 +7,15 @@ SRC has the names of the public PyTorch code, as a bare state dict or under
 """
 
 import argparse
-import os
+import io
 import pickle
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dsnet_mm.files import write_atomic
 
 # Inside a block: public name -> name in dsnet_mm.
 BLOCK_NAMES = {
@@ -98,10 +100,9 @@ def main() -> None:
         state = {convert_key(key): t for key, t in load_public(args.src).items()}
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    args.dst.parent.mkdir(parents=True, exist_ok=True)
-    part = args.dst.with_name(args.dst.name + '.part')
-    torch.save(dict(meta=dict(source=args.src.name), state_dict=state), part)
-    os.replace(part, args.dst)
+    buffer = io.BytesIO()
+    torch.save(dict(meta=dict(source=args.src.name), state_dict=state), buffer)
+    write_atomic(args.dst, buffer.getvalue())
     print(f'{len(state)} tensors -> {args.dst}')
 
 

@@ -6,10 +6,10 @@ import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList
-from mmengine.runner import CheckpointLoader
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
+from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
 from dsnet_mm.models.layers import DSBlock, PatchEmbed
 from dsnet_mm.registry import MODELS
 
@@ -208,18 +208,22 @@ class DSNet(BaseModule):
         """Initialises the weights, from a checkpoint where ``init_cfg`` says so.
 
         Raises:
-            ValueError: If the checkpoint does not fit this architecture.
+            ValueError: If the checkpoint is not safe to load (see
+                :func:`dsnet_mm.checkpoint.restricted_loading`), or does not fit
+                this architecture.
         """
         self.check_checkpoint()
-        super().init_weights()
+        with restricted_loading():
+            super().init_weights()
 
     def check_checkpoint(self) -> None:
-        """Looks whether the checkpoint of ``init_cfg``, if there is one, fits.
+        """Checks that the checkpoint of ``init_cfg``, if there is one, fits.
 
         MMEngine would only warn, and train from random weights.
 
         Raises:
-            ValueError: If it does not fit this architecture.
+            ValueError: If it is not safe to load, or does not fit this
+                architecture.
         """
         if not _is_pretrained(self.init_cfg):
             return
@@ -227,7 +231,7 @@ class DSNet(BaseModule):
         prefix = self.init_cfg.get('prefix') or ''
         if prefix and not prefix.endswith('.'):
             prefix += '.'
-        state = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        state = read_checkpoint(checkpoint)
         state = state.get('state_dict', state)
 
         def stage_shapes(state: dict[str, Tensor], prefix: str) -> dict:

@@ -1,70 +1,67 @@
-"""CLIP's image and text tower from open_clip, frozen."""
+"""The image and text tower of CLIP, frozen."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from dsnet_mm.datasets.few_shot import resolve_prompts
 from dsnet_mm.registry import MODELS
+from dsnet_mm.tasks.prompts import resolve_prompts
+
+_encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
+"""The encoders of this process."""
 
 
 @MODELS.register_module()
 class OpenCLIPEncoder(BaseModule):
-    """Image and text tower of any open_clip model.
+    """Image and text tower of an open_clip model.
 
-    All of it is frozen and stays in eval mode, so batch norm and dropout never move.
-    As the backbone of an mmpretrain ``ImageClassifier`` it gives the image feature,
-    not normalised, which is what CLIP-Adapter takes.
+    Both towers are frozen and stay in eval mode. As the backbone of an mmpretrain
+    ``ImageClassifier`` the encoder returns image features (N, D), not normalised, the
+    input of CLIP-Adapter.
+
+    The constructor always loads the weights. :meth:`shared` does not if an encoder of
+    this process has them.
 
     Args:
         model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file with
-            the configuration of one.
-        pretrained: Tag of its weights (``'openai'``), a checkpoint file, or None for
+            the configuration of a model.
+        pretrained: Tag of the weights (``'openai'``), a checkpoint file, or None for
             random weights.
-        amp: Precision of the towers under autocast, ``'float16'`` (GPU only) or
-            ``'bfloat16'``; None runs in float32.
+        amp: Autocast precision of the towers, ``'float16'`` (GPU only) or
+            ``'bfloat16'``. None runs in float32.
 
     Attributes:
         embed_dims: Width D of the image and text features.
         logit_scale: Factor of the cosine in CLIP's logits.
-        image_size: Height and width of the pictures.
-        mean: Mean that the pictures are normalised with, RGB from 0 to 1.
-        std: Standard deviation, likewise.
+        image_size: Height and width of the pictures in pixels.
+        mean: RGB mean for normalisation, from 0 to 1.
+        std: RGB standard deviation for normalisation, from 0 to 1.
 
     Raises:
         ImportError: If open_clip is not installed.
-        ValueError: If the weights were trained with the other kind of GELU than the
-            model has, or the model or ``amp`` is unknown.
-        FileNotFoundError: If the weights can be neither found nor downloaded.
+        ValueError: If the model, its weights or ``amp`` are unknown, or the weights
+            were trained with another kind of GELU than the model has.
+        FileNotFoundError: If the weights are neither on this machine nor can be
+            downloaded.
     """
 
     def __init__(
         self, model: str, pretrained: str | None = None, *, amp: str | None = None
     ) -> None:
         super().__init__()
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError(
-                'OpenCLIPEncoder needs open_clip: pip install open_clip_torch.'
-            ) from error
-        if amp not in (None, 'float16', 'bfloat16'):
-            raise ValueError(
-                f"amp must be None, 'float16' or 'bfloat16', got {amp!r}; the weights "
-                f'stay in float32.'
-            )
-        self.model_name, self.pretrained, self.amp = str(model), pretrained, amp
-        name = str(model)
-        if name.endswith('.json'):
-            if not Path(name).is_file():
-                raise FileNotFoundError(f'there is no model configuration {name}.')
-            open_clip.add_model_config(name)
-            name = Path(name).stem
+        open_clip = _import_open_clip()
+        self.amp = _checked_amp(amp)
+        self.model_name, self.pretrained = str(model), pretrained
+        self._identity = _identity(model, pretrained)
+        name = _registered_name(self.model_name)
         if not name.startswith(('hf-hub:', 'local-dir:')):
             _check_model(name, pretrained)
         try:
@@ -88,27 +85,68 @@ class OpenCLIPEncoder(BaseModule):
         self.logit_scale = self.clip.logit_scale.exp().item()
         with torch.no_grad():
             self.embed_dims = self.clip.encode_text(self.tokenizer(['a'])).shape[-1]
-        self._digest: str | None = None
+        self._loaded = self._state()
+        self._digest: dict[tuple, str] = {}
+        _encoders.add(self)
+
+    @classmethod
+    def shared(
+        cls,
+        model: str,
+        pretrained: str | None = None,
+        *,
+        amp: str | None = None,
+        device: str | torch.device = 'cpu',
+    ) -> 'OpenCLIPEncoder':
+        """Return an encoder, with the towers of an existing one if possible.
+
+        Towers are reused if they have the same model and weights, are on the device,
+        and have not been changed since they were loaded. Otherwise they are loaded.
+        Only the encoders that use the towers keep them in memory.
+
+        Args:
+            model: See the class.
+            pretrained: See the class. A checkpoint file is identified by path, size
+                and modification time.
+            amp: See the class. It need not be that of the existing encoder.
+            device: Device of the towers.
+
+        Returns:
+            The encoder.
+        """
+        identity = _identity(model, pretrained)
+        device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        for other in _encoders:
+            if (
+                other._identity == identity
+                and next(other.parameters()).device == device
+                and other._state() == other._loaded
+            ):
+                encoder = copy.copy(other)
+                encoder.amp = _checked_amp(amp)
+                _encoders.add(encoder)
+                return encoder
+        return cls(model, pretrained, amp=amp).to(device)
 
     def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
-        """Stays in eval mode, whatever ``mode`` says."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def init_weights(self) -> None:
-        """Keeps the weights that the constructor loaded."""
+        """Keep the weights that the constructor loaded."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Encodes pictures.
+        """Encode pictures.
 
         Args:
-            x: Normalised pictures (N, 3, H, W), or features (N, D) from a cache,
-                which pass through.
+            x: Normalised pictures (N, 3, H, W), or cached features (N, D), which are
+                returned as they are.
 
         Returns:
-            The features (N, D), not normalised, in float32.
+            Image features (N, D), not normalised, in float32.
 
         Raises:
-            ValueError: If half precision is asked for on the CPU.
+            ValueError: If the precision is float16 and the device is the CPU.
         """
         if x.dim() == 2:
             return (x,)
@@ -116,9 +154,10 @@ class OpenCLIPEncoder(BaseModule):
             return (self.clip.encode_image(x).float(),)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encodes tokenised texts (N, L) to features (N, D), not normalised.
+        """Encode tokenised texts (N, L) to features (N, D), not normalised.
 
-        Gradients flow where the caller made something in the tower learn.
+        Unlike :meth:`forward` it is differentiable, for methods that learn the input
+        of the text tower.
         """
         with self._autocast(tokens):
             return self.clip.encode_text(tokens).float()
@@ -127,15 +166,15 @@ class OpenCLIPEncoder(BaseModule):
     def encode_classes(
         self, class_names: Sequence[str], prompts: str | Sequence[str]
     ) -> Tensor:
-        """Builds the zero-shot classifier.
+        """Compute the text features of classes, the weights of zero-shot CLIP.
 
         Args:
-            class_names: Names by label; underscores become spaces.
-            prompts: See :func:`dsnet_mm.datasets.few_shot.resolve_prompts`. Features
-                of several prompts are normalised, averaged and normalised again.
+            class_names: Names by label. Underscores become spaces.
+            prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. Features of several
+                prompts are normalised, averaged and normalised again.
 
         Returns:
-            Text features (K, D) of length 1.
+            Text features (K, D), rows of length 1.
 
         Raises:
             ValueError: If a prompt is wrong.
@@ -154,14 +193,20 @@ class OpenCLIPEncoder(BaseModule):
         return F.normalize(grouped.mean(1), dim=-1)
 
     def digest(self) -> str:
-        """SHA-256 of all weights, the name by which caches know this model."""
-        if self._digest is None:
+        """Return the SHA-256 of all weights, by which caches identify the model."""
+        state = self._state()
+        if state not in self._digest:
             sha = hashlib.sha256()
             for key, value in sorted(self.clip.state_dict().items()):
                 sha.update(key.encode())
                 sha.update(value.detach().cpu().contiguous().view(-1).numpy().data)
-            self._digest = sha.hexdigest()
-        return self._digest
+            self._digest.clear()
+            self._digest[state] = sha.hexdigest()
+        return self._digest[state]
+
+    def _state(self) -> tuple:
+        """Return a value that changes when a parameter is changed or replaced."""
+        return tuple((id(p), p._version, p.dtype) for p in self.clip.parameters())
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         on_cpu = x.device.type == 'cpu'
@@ -177,18 +222,82 @@ class OpenCLIPEncoder(BaseModule):
         )
 
 
-def _check_model(name: str, pretrained: str | None) -> None:
-    """Refuses unknown models and weights trained with the other kind of GELU."""
-    import open_clip
+def feature_width(model: str) -> int:
+    """Return the width D of the features of a model, without loading it.
 
-    config = open_clip.get_model_config(name)
+    Args:
+        model: See :class:`OpenCLIPEncoder`.
+
+    Returns:
+        The width.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If the model is unknown.
+        FileNotFoundError: If the configuration file does not exist.
+    """
+    return _model_config(_registered_name(model))['embed_dim']
+
+
+def _import_open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            'OpenCLIPEncoder needs open_clip: pip install open_clip_torch.'
+        ) from error
+    return open_clip
+
+
+def _checked_amp(amp: str | None) -> str | None:
+    if amp not in (None, 'float16', 'bfloat16'):
+        raise ValueError(
+            f"amp must be None, 'float16' or 'bfloat16', got {amp!r}; the weights "
+            f'stay in float32.'
+        )
+    return amp
+
+
+def _identity(model: str, pretrained: str | None) -> tuple:
+    """Identify a model and its weights, by name or by the state of their files."""
+
+    def files(name: str | None) -> str | tuple | None:
+        path = Path(str(name).removeprefix('local-dir:'))
+        if name is None or not path.exists():
+            return name
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = [(file.resolve(), file.stat()) for file in found]
+        return tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in stats)
+
+    return files(model), files(pretrained)
+
+
+def _registered_name(model: str) -> str:
+    """Return the name by which open_clip knows a model; registers a JSON file."""
+    if not model.endswith('.json'):
+        return model
+    if not Path(model).is_file():
+        raise FileNotFoundError(f'there is no model configuration {model}.')
+    _import_open_clip().add_model_config(model)
+    return Path(model).stem
+
+
+def _model_config(name: str) -> dict:
+    config = _import_open_clip().get_model_config(name)
     if config is None:
         raise ValueError(
             f'open_clip has no model {name!r}; open_clip.list_models() names all, and '
             f'a JSON file can describe another.'
         )
+    return config
+
+
+def _check_model(name: str, pretrained: str | None) -> None:
+    """Refuse unknown models, and weights trained with another kind of GELU."""
+    config = _model_config(name)
     if pretrained is None or Path(pretrained).is_file():
         return
+    open_clip = _import_open_clip()
     has_quick_gelu = bool(config.get('quick_gelu', False))
     other = (
         name.removesuffix('-quickgelu')

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRESETS: dict[str, dict] = {
-    # The equations of the paper; alpha is searched there.
+    # The equations of the paper, which searches alpha.
     'paper': dict(),
     # github.com/gaopengcuhk/CLIP-Adapter, and CLAP's and ProLIP's copies of it.
     'released': dict(second_relu=True),
-    # As Tip-Adapter's paper writes CLIP-Adapter down.
+    # CLIP-Adapter as in the paper of Tip-Adapter.
     'biased': dict(bias=True),
     # github.com/FereshteShakeri/FewShot-CLIP-Strong-Baseline.
     'lp++': dict(second_relu=True, input_norm=True, output_norm=False, alpha=0.5),
@@ -18,7 +18,7 @@ PRESETS: dict[str, dict] = {
         second_relu=True, input_norm=True, output_norm=False, learn_classifier=True
     ),
 }
-"""Switches of :class:`CLIPAdapter` by implementation; the rest is the default."""
+"""Arguments of :class:`CLIPAdapter` that differ from the default, by implementation."""
 
 
 class CLIPAdapter(nn.Module):
@@ -30,32 +30,33 @@ class CLIPAdapter(nn.Module):
         f* = alpha A(f) + (1 - alpha) f,     W* likewise with beta
         logits = logit_scale * cos(f*, W*)
 
-    ``alpha`` and ``beta`` are the weights of the adapters, as in the paper: with 0 the
-    logits are those of zero-shot CLIP, to the bit.
+    ``alpha`` and ``beta`` are the weights of the adapters, as in the paper. If they are
+    0, the logits are exactly those of zero-shot CLIP.
 
     Args:
-        text_features: Zero-shot classifier (K, D), rows of length 1.
+        text_features: Text features (K, D), rows of length 1.
         logit_scale: Factor of the cosine.
-        preset: One of ``PRESETS``, which the other arguments override.
-        visual: Whether image features are adapted (paper, Eq. 3; its default).
-        text: Whether text features are adapted (Eq. 4).
-        reduction: D over the width of the bottleneck.
+        preset: One of ``PRESETS``. The other arguments override it.
+        visual: Whether image features are adapted (paper, Eq. 3).
+        text: Whether text features are adapted (paper, Eq. 4).
+        reduction: Ratio of D to the width of the bottleneck.
         alpha: Weight of the visual adapter.
         beta: Weight of the text adapter.
-        learn_ratio: Whether alpha and beta are learnt, from those values.
+        learn_ratio: Whether alpha and beta are learnt, with these initial values.
         bias: Whether both layers have a bias.
         second_relu: Whether a ReLU follows the second layer.
-        input_norm: Whether image features get length 1 before the adapter.
-        output_norm: Whether image features get length 1 after the sum.
-        zero_init: Whether the second layer starts at zero, so training starts at
-            (1 - alpha) f. The default is that of ``nn.Linear``.
-        learn_classifier: Whether the text features are learnt too, without a norm.
+        input_norm: Whether image features are normalised before the adapter.
+        output_norm: Whether image features are normalised after the sum.
+        zero_init: Whether the weights of the second layer are 0 at the start, so that
+            training starts from (1 - alpha) f. If not, they have the initialisation
+            of ``nn.Linear``.
+        learn_classifier: Whether the text features are learnt too, not normalised.
 
     Attributes:
-        options: The arguments, all but the first two, as they came out.
+        options: The arguments but the first two, with the values of the preset.
 
     Raises:
-        ValueError: If a value is out of range, or switches contradict each other.
+        ValueError: If a value is out of range, or two arguments exclude each other.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class CLIPAdapter(nn.Module):
         return self._beta if hasattr(self, '_beta') else self.beta_logit.sigmoid()
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Classifies image features.
+        """Classify image features.
 
         Args:
             image_features: Features of the image tower (N, D), not normalised.
@@ -214,18 +215,18 @@ def _is_zero(ratio: Tensor | float) -> bool:
 
 
 def _blend(adapter: nn.Module, x: Tensor, ratio: Tensor | float) -> Tensor:
-    """``ratio`` of the adapter's output and the rest of ``x``."""
+    """Return ``ratio * adapter(x) + (1 - ratio) * x``."""
     return x if _is_zero(ratio) else ratio * adapter(x) + (1 - ratio) * x
 
 
 def zero_shot_logits(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor
 ) -> Tensor:
-    """Logits of zero-shot CLIP.
+    """Compute the logits of zero-shot CLIP.
 
     Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), rows of length 1.
+        image_features: Image features (N, D), not normalised.
+        text_features: Text features (K, D), rows of length 1.
         logit_scale: Factor of the cosine.
 
     Returns:

@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsnet_mm.datasets.few_shot import check_class_names, load_task
-from dsnet_mm.models.backbones.open_clip_encoder import OpenCLIPEncoder
+from dsnet_mm.models.backbones.open_clip_encoder import OpenCLIPEncoder, feature_width
+from dsnet_mm.tasks import (
+    PUBLIC_DATASETS,
+    check_class_names,
+    load_task,
+    resolve_prompts,
+)
 
 from .clip_adapter import CLIPAdapter
 
@@ -23,25 +29,28 @@ except ImportError as error:
 class CLIPAdapterHead(ClsHead):
     """CLIP-Adapter on the features of a frozen :class:`OpenCLIPEncoder`.
 
-    The text features are made once, when the head is built, and stored with it.
+    The text features are a part of the state dict. They come from a checkpoint, or
+    from the class names at the first forward without one. Until then they are NaN,
+    and the head has loaded neither the data set nor CLIP. The exception is an adapter
+    that learns the text features: they are computed by the constructor, because the
+    optimizer takes them from there.
 
     Args:
         encoder: Arguments of :class:`OpenCLIPEncoder`, whose text tower encodes the
             class names.
-        class_names: Names by label, or the name, folder or file of a data set as
-            :func:`dsnet_mm.datasets.few_shot.load_task` takes it.
+        class_names: Names by label, or a data set by name, folder or file, see
+            :func:`dsnet_mm.tasks.load_task`.
         data_root: Folder of the public data sets.
-        prompts: See :func:`dsnet_mm.datasets.few_shot.resolve_prompts`. None takes
-            those of the data set, or ``'photo'``.
+        prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. None takes those of the
+            data set, or ``'photo'``.
         text_features: Instead of ``encoder`` and ``class_names``: a safetensors file
-            with ``text_features`` (K, D) and ``logit_scale``, for classifiers
-            encoded before.
+            with ``text_features`` (K, D) and ``logit_scale``.
         adapter: Arguments of :class:`CLIPAdapter`.
         **kwargs: Arguments of ``ClsHead``.
 
     Raises:
-        ValueError: If the class names or text features do not come from exactly one
-            place, or a name is empty or there twice.
+        ValueError: If not exactly one source of text features is given, or a class
+            name or prompt is wrong.
         FileNotFoundError: If a file is missing.
     """
 
@@ -62,15 +71,16 @@ class CLIPAdapterHead(ClsHead):
                 'CLIPAdapterHead takes either encoder and class_names, or a file of '
                 'text_features.'
             )
+        self.encoder, self.class_names = encoder, class_names
+        self.data_root, self.prompts = data_root, prompts
+        self._has_text_features = not has_names
         if has_names:
-            if not isinstance(class_names, str):
-                check_class_names(class_names)
-            else:
-                task = load_task(class_names, data_root, prompts)
-                class_names, prompts = task.class_names, task.prompts
-            clip = OpenCLIPEncoder(**{**encoder, 'amp': None})
-            features = clip.encode_classes(class_names, prompts or 'photo')
-            logit_scale = clip.logit_scale
+            if prompts is not None:
+                resolve_prompts(prompts)
+            features = torch.full(
+                (self._num_classes(), feature_width(encoder['model'])), torch.nan
+            )
+            logit_scale = torch.nan
         else:
             if not Path(text_features).is_file():
                 raise FileNotFoundError(f'there is no file {text_features}.')
@@ -78,7 +88,54 @@ class CLIPAdapterHead(ClsHead):
             features = stored['text_features']
             logit_scale = stored['logit_scale'].item()
         self.adapter = CLIPAdapter(features, logit_scale, **adapter)
+        if has_names and self.adapter.options['learn_classifier']:
+            self.encode_class_names()
+
+    def _num_classes(self) -> int:
+        """Return the number of classes, 0 if only the data set knows it."""
+        if not isinstance(self.class_names, str):
+            check_class_names(self.class_names)
+            return len(self.class_names)
+        info = PUBLIC_DATASETS.get(self.class_names)
+        return 0 if info is None else info.classes
+
+    @torch.no_grad()
+    def encode_class_names(self) -> None:
+        """Compute the text features from the class names.
+
+        The first forward calls it unless a checkpoint was loaded. The towers are
+        those of an existing encoder with the same weights if there is one, such as
+        the backbone.
+        """
+        names, prompts = self.class_names, self.prompts
+        if isinstance(names, str):
+            task = load_task(names, self.data_root, prompts)
+            names, prompts = task.class_names, task.prompts
+        buffer = self.adapter.text_features
+        clip = OpenCLIPEncoder.shared(
+            **{**self.encoder, 'amp': None}, device=buffer.device
+        )
+        features = clip.encode_classes(names, 'photo' if prompts is None else prompts)
+        buffer.data = features.to(buffer)
+        self.adapter.logit_scale.fill_(clip.logit_scale)
+        self._has_text_features = True
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Logits (N, K) of the last feature (N, D) of the tuple."""
+        if not self._has_text_features:
+            self.encode_class_names()
         return self.adapter(self.pre_logits(feats))
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args, **kwargs
+    ) -> None:
+        stored = state_dict.get(f'{prefix}adapter.text_features')
+        if stored is not None:
+            buffer = self.adapter.text_features
+            if not self._has_text_features and isinstance(self.class_names, str):
+                # Without the data set only the checkpoint knows the number of classes.
+                buffer.data = buffer.new_full((len(stored), buffer.shape[1]), torch.nan)
+            if stored.shape == buffer.shape:
+                is_nan = bool(stored.isnan().any())  # saved before the first forward
+                self._has_text_features = self.encoder is None or not is_nan
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -13,6 +13,7 @@ namespace dsnet {
 
 using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SelfOutputs = std::tuple<Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor>;
 
 Outputs co_attention_impl(const Tensor& local_qkv, const Tensor& global_qkv,

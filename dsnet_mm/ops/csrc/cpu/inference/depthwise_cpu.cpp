@@ -1,15 +1,15 @@
-// dsnet_mm::depthwise_conv on the CPU: a depth-wise 3x3 convolution of a channels-last
-// map. For pixel (y, x) and channel c:
+// dsnet_mm::residual_conv on the CPU, for a channels-last map:
 //
-//   out[y][x][c] = sum_ij weight[c][i][j] in[y + i - 1][x + j - 1][c] + bias[c]
-//                  + sum of border[k][c] over the edges and corners k of the pixel
+//   y = x + conv(scale * x + shift)
 //
-// The border corrects a batch norm that is folded into the convolution: at the border
-// the norm's shift is missing where the kernel reads zeros of the padding. border[0] to
-// border[3] are for the top, bottom, left and right edge, border[4] to border[7] for
-// the corners top left, top right, bottom left and bottom right.
+// conv is a depth-wise 3x3 convolution with a bias, padded with zeros. For pixel (r, c)
+// and one channel, with the residual and the scale in the taps:
 //
-// Threads divide the rows of the output; see depthwise_kernel.h for one row.
+//   y[r][c] = sum_ij taps[i][j] x[r + i - 1][c + j - 1] + offset
+//   taps[i][j] = scale * weight[i][j], plus 1 in the centre
+//   offset = bias + shift * (the sum of weight[i][j] over the taps inside of the map)
+//
+// Threads divide the rows of the output; depthwise_kernel.h computes one row.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -39,36 +39,46 @@ namespace {
 
 using at::Tensor;
 
-// The bias and the border terms of all kinds of pixels:
-// [top + 2 * bottom][left + 2 * right][channel].
-template <typename S>
-std::vector<float> offsets(int64_t channels, const S* bias, const S* border) {
+// The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel]. A
+// pixel on the top edge has no tap above, and so on. ``taps`` is the weight.
+std::vector<float> offsets(int64_t channels, const std::vector<float>& taps,
+                           const std::vector<float>& bias,
+                           const std::vector<float>& shift) {
   std::vector<float> all(16 * channels);
-  for (int kind = 0; kind < 16; ++kind) {
-    const bool at[4] = {(kind & 4) != 0, (kind & 8) != 0, (kind & 1) != 0,
-                        (kind & 2) != 0};  // top, bottom, left, right
-    float* offset = all.data() + kind * channels;
-    std::copy(bias, bias + channels, offset);
-    for (int i = 0; border && i < 8; ++i) {
-      const int corner = i - 4;
-      if (i < 4 ? at[i] : at[corner / 2] && at[2 + corner % 2])
-        for (int64_t c = 0; c < channels; ++c) offset[c] += border[i * channels + c];
-    }
+  for (int edges = 0; edges < 16; ++edges) {
+    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
+    float* offset = all.data() + edges * channels;
+    std::copy(bias.begin(), bias.end(), offset);
+    for (int i = top; i < 3 - bottom; ++i)
+      for (int j = left; j < 3 - right; ++j)
+        for (int64_t c = 0; c < channels; ++c)
+          offset[c] += shift[c] * taps[(3 * i + j) * channels + c];
   }
   return all;
 }
 
+// The numbers of x, or ``otherwise`` for each channel if it is null.
+template <typename S>
+std::vector<float> to_float(const Tensor* x, int64_t channels, float otherwise) {
+  if (!x) return std::vector<float>(channels, otherwise);
+  const S* data = x->const_data_ptr<S>();
+  return std::vector<float>(data, data + channels);
+}
+
 template <typename S>
 void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
-              const Tensor* border, Tensor& out) {
+              const Tensor* scale, const Tensor* shift, Tensor& out) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const S* w = weight.const_data_ptr<S>();
   std::vector<float> taps(9 * channels);  // [tap][channel]
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
-  const std::vector<float> all_offsets =
-      offsets(channels, bias.const_data_ptr<S>(),
-              border ? border->const_data_ptr<S>() : nullptr);
+  const std::vector<float> all_offsets = offsets(
+      channels, taps, to_float<S>(&bias, channels, 0), to_float<S>(shift, channels, 0));
+  const std::vector<float> factor = to_float<S>(scale, channels, 1);
+  for (int i = 0; i < 9; ++i)
+    for (int64_t c = 0; c < channels; ++c)
+      taps[i * channels + c] = taps[i * channels + c] * factor[c] + (i == 4);
   const std::vector<S> zeros(channels);
   const S* src = x.const_data_ptr<S>();
   S* dst = out.data_ptr<S>();
@@ -82,15 +92,16 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
         in.rows[j] = inside ? src + (i + j - 1) * row_size : zeros.data();
         in.strides[j] = inside ? channels : 0;
       }
-      const int kind = 4 * ((y == 0) + 2 * (y == height - 1));
+      const int edges = 4 * ((y == 0) + 2 * (y == height - 1));
       DSNET_DISPATCH(convolve_row, in, width, channels, taps.data(),
-                     all_offsets.data() + kind * channels, dst + i * row_size);
+                     all_offsets.data() + edges * channels, dst + i * row_size);
     }
   });
 }
 
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                      const std::optional<Tensor>& border) {
+Tensor residual_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                     const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift) {
   const auto type = x.scalar_type();
   const int64_t channels = x.dim() == 4 ? x.size(1) : -1;
   const auto fits = [&](const Tensor& t, int64_t numel) {
@@ -99,17 +110,18 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && channels >= 0 &&
                   x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
                   fits(weight, 9 * channels) && fits(bias, channels) &&
-                  (!border || fits(*border, 8 * channels)),
-              "depthwise_conv takes a channels-last map (N, C, H, W) in float32 or "
-              "bfloat16, a weight (C, 1, 3, 3), a bias (C,) and a border (8, C) of its "
-              "type, got ",
+                  (!scale || fits(*scale, channels)) &&
+                  (!shift || fits(*shift, channels)),
+              "residual_conv takes a channels-last map (N, C, H, W) in float32 or "
+              "bfloat16, and of its type a weight (C, 1, 3, 3) and a bias, a scale and "
+              "a shift (C,), got ",
               type, " of ", x.sizes(), ", ", weight.sizes(), ", ", bias.sizes());
   Tensor out = at::empty_like(x);
-  const Tensor* border_or_null = border ? &*border : nullptr;
+  const Tensor *s = scale ? &*scale : nullptr, *h = shift ? &*shift : nullptr;
   if (type == at::kFloat)
-    convolve<float>(x, weight, bias, border_or_null, out);
+    convolve<float>(x, weight, bias, s, h, out);
   else
-    convolve<at::BFloat16>(x, weight, bias, border_or_null, out);
+    convolve<at::BFloat16>(x, weight, bias, s, h, out);
   return out;
 }
 
@@ -117,9 +129,10 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def(
-      "depthwise_conv(Tensor x, Tensor weight, Tensor bias, Tensor? border) -> Tensor");
+      "residual_conv(Tensor x, Tensor weight, Tensor bias, Tensor? scale, "
+      "Tensor? shift) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("depthwise_conv", depthwise_conv); }
+TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("residual_conv", residual_conv); }
 
 }  // namespace dsnet

@@ -1,7 +1,18 @@
-// dsnet_mm::ds_block: DSBlock.forward (Fig. 2) with its norms folded, without
-// gradients. It computes nothing itself. One call takes the place of some twenty from
-// Python, which last as long as the smaller operators; profiles and compilers still see
-// the operators.
+// dsnet_mm::ds_block: the forward of a Dual-Stream block (Fig. 2 of the paper) whose
+// norms are folded, for inference.
+//
+//   x   = x + conv(x)                                      position
+//   f_g = W_g resize(x),  f_l = W_l x                      split
+//   f_l = f_l + conv(scale f_l + shift),  f_g = f_g + attention(f_g)
+//   f_l = f_l + proj(h_l),  f_g = f_g + proj(h_g)          inter-scale alignment
+//   x   = x + resize(W_g' f_g) + W_l' f_l                  merge
+//   x   = x + FFN(x)
+//
+// This file computes nothing itself. It calls the other operators through the
+// dispatcher, so that profilers, FLOP counters and compilers see these. From Python
+// the same calls would take as long as the smaller operators themselves.
+//
+// Maps are channels-last, which is the memory of tokens (N, H * W, C).
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -11,6 +22,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <string>
 #include <tuple>
 
 namespace dsnet {
@@ -19,85 +31,74 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// An operator as the dispatcher knows it.
 template <typename Signature>
 auto find(const char* name) {
   const auto schema = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   return schema.typed<Signature>();
 }
 
-struct ResidualConv {
-  const Tensor &w, &b;
-  const Optional border;
+// ------------------------------------------------------------------- operators
 
-  Tensor operator()(const Tensor& x) const {
-    static const auto op =
-        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-            "dsnet_mm::depthwise_conv");
-    return op.call(x.contiguous(at::MemoryFormat::ChannelsLast), w, b, border);
-  }
-};
+// x + conv(scale * x + shift)
+Tensor residual_conv(const Tensor& x, const Tensor& w, const Tensor& b,
+                     const Optional& scale = {}, const Optional& shift = {}) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                     const Optional&, const Optional&)>(
+      "dsnet_mm::residual_conv");
+  return op.call(x.contiguous(at::MemoryFormat::ChannelsLast), w, b, scale, shift);
+}
 
-struct LayerNorm {
-  const Tensor &w, &b;
+Tensor layer_norm(const Tensor& x, const Tensor& w, const Tensor& b) {
+  return at::layer_norm_symint(x, {x.sym_size(-1)}, w, b);
+}
 
-  Tensor operator()(const Tensor& x) const {
-    return at::layer_norm_symint(x, {x.sym_size(-1)}, w, b);
-  }
-};
+// W x + b
+Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Optional&)>("dsnet_mm::linear");
+  return op.call(x, w, b);
+}
 
-struct Projection {
-  const Tensor& w;
-  const Optional b;
+// out += W x + b
+void linear_(Tensor& out, const Tensor& x, const Tensor& w, const Optional& b) {
+  static const auto op =
+      find<void(Tensor&, const Tensor&, const Tensor&, const Optional&)>(
+          "dsnet_mm::linear_");
+  op.call(out, x, w, b);
+}
 
-  Tensor operator()(const Tensor& x) const {
-    static const auto op =
-        find<Tensor(const Tensor&, const Tensor&, const Optional&)>("dsnet_mm::linear");
-    return op.call(x, w, b);
-  }
+Tensor self_attention(const Tensor& qkv, const Tensor& seed, int64_t num_heads) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
+          "dsnet_mm::self_attention");
+  return std::get<0>(op.call(qkv, seed, num_heads, 0.));
+}
 
-  void add_to(Tensor& out, const Tensor& x) const {
-    static const auto op =
-        find<void(Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-            "dsnet_mm::linear_");
-    op.call(out, x, w, b);
-  }
-};
+std::tuple<Tensor, Tensor> co_attention(const Tensor& local_qkv,
+                                        const Tensor& global_qkv, const Tensor& seed,
+                                        int64_t num_heads) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
+      "dsnet_mm::co_attention");
+  const auto out = op.call(local_qkv, global_qkv, seed, num_heads, 0.);
+  return {std::get<0>(out), std::get<1>(out)};
+}
 
-struct Attention {
-  const int64_t num_heads;
-  const Tensor seed = at::zeros({1}, at::kLong);  // without dropout, any
-
-  Tensor operator()(const Tensor& qkv) const {
-    static const auto op =
-        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
-            "dsnet_mm::self_attention");
-    return std::get<0>(op.call(qkv, seed, num_heads, 0.));
-  }
-
-  std::tuple<Tensor, Tensor> operator()(const Tensor& local_qkv,
-                                        const Tensor& global_qkv) const {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
-        "dsnet_mm::co_attention");
-    const auto outs = op.call(local_qkv, global_qkv, seed, num_heads, 0.);
-    return {std::get<0>(outs), std::get<1>(outs)};
-  }
-};
-
-void resize_add(Tensor& out, const Tensor& x) {
+// out += resize(x)
+void resize_add_(Tensor& out, const Tensor& x) {
   static const auto op = find<void(Tensor&, const Tensor&)>("dsnet_mm::resize_add_");
   op.call(out, x);
 }
 
-// f_l += proj(h_l), x += W_out f_l and x += FFN(x)
-void merge(Tensor& x, Tensor& f_l, const Optional& h_l, const Optional& w,
-           const Optional& b, const Tensor& w_out, at::TensorList ffn) {
+// f_l += W h_l + b if there is an h_l, x += W_out f_l and x += FFN(x)
+void merge_(Tensor& x, Tensor& f_l, const Optional& h_l, const Optional& w,
+            const Optional& b, const Tensor& w_out, const Tensor& w1, const Tensor& b1,
+            const Tensor& w2, const Tensor& b2) {
   static const auto op =
       find<void(Tensor&, Tensor&, const Optional&, const Optional&, const Optional&,
                 const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                 const Tensor&)>("dsnet_mm::merge_");
-  op.call(x, f_l, h_l, w, b, w_out, ffn[0], ffn[1], ffn[2], ffn[3]);
+  op.call(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2);
 }
 
 // (N, C, H, W), channels-last, as (N, H * W, C), and back
@@ -107,55 +108,117 @@ Tensor to_map(const Tensor& x, c10::SymIntArrayRef size) {
   return x.unflatten_symint(1, size).permute({0, 3, 1, 2});
 }
 
-// The weights come in the order of DSBlock.pack, those of ISA last.
-Tensor ds_block(const Tensor& input, at::TensorList w, int64_t num_heads,
-                int64_t global_factor) {
-  TORCH_CHECK(!at::GradMode::is_enabled(), "ds_block has no gradients");
-  TORCH_CHECK(input.dim() == 4 && num_heads > 0 && global_factor > 0 &&
-                  (w.size() == 20 || w.size() == 30),
-              "ds_block takes a map (N, C, H, W), and 20 weights, or with inter-scale "
-              "alignment 30, got ",
-              input.dim(), " axes and ", w.size(), " weights");
-  const Attention attention{num_heads};
+// --------------------------------------------------------------------- weights
+
+// The weights of a block by their names in DSBlock. ``W`` is one of a projection, in
+// the order of dsnet_mm.ops.pack: its first axis is panels of outputs, and its second
+// one is inputs (in bfloat16, 32 of them).
+class Weights {
+ public:
+  explicit Weights(const c10::Dict<std::string, Tensor>& named) : named_(named) {}
+
+  bool has(const std::string& name) const { return named_.contains(name); }
+
+  Tensor operator()(const std::string& name) const {
+    const auto found = named_.find(name);
+    TORCH_CHECK(found != named_.end(), "ds_block takes the weights of a fused block ",
+                "by name, and ", name, " is not among them");
+    return found->value();
+  }
+
+  Tensor W(const std::string& layer) const { return (*this)(layer + ".packed"); }
+  Tensor b(const std::string& layer) const { return (*this)(layer + ".bias"); }
+  Tensor w(const std::string& layer) const { return (*this)(layer + ".weight"); }
+
+ private:
+  const c10::Dict<std::string, Tensor> named_;
+};
+
+// Outputs [begin, end) of a packed weight.
+Tensor outputs(const Tensor& packed, int64_t begin, int64_t end) {
+  const int64_t panel = packed.dim() == 3 ? 32 : 16;
+  return packed.narrow(0, begin / panel, (end - begin) / panel);
+}
+
+// Inputs [begin, end) of a packed weight.
+Tensor inputs(const Tensor& packed, int64_t begin, int64_t end) {
+  const int64_t depth = packed.dim() == 3 ? 1 : 32;
+  return packed.narrow(1, begin / depth, (end - begin) / depth);
+}
+
+// ----------------------------------------------------------------------- block
+
+Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named,
+                int64_t num_heads, int64_t global_factor) {
+  TORCH_CHECK(!(at::GradMode::is_enabled() && input.requires_grad()),
+              "ds_block has no gradients, and its input requires one");
+  TORCH_CHECK(input.dim() == 4 && num_heads > 0 && global_factor > 0,
+              "ds_block takes a map (N, C, H, W) and positive numbers of heads and ",
+              "factor, got ", input.dim(), " axes, ", num_heads, " and ",
+              global_factor);
+  const Weights weights(named);
+  const Tensor seed = at::zeros({1}, at::kLong);  // unused, there is no dropout
+  const Tensor bias_in = weights.b("proj_in");
+  const int64_t channels = bias_in.size(0);
+  const int64_t global_channels = weights.b("global_norm").size(0);
+  const int64_t local_channels = channels - global_channels;
   const auto at_low_resolution = [&](const c10::SymInt& side) {
     return (side / global_factor).max(1);
   };
   const c10::SymInt height = input.sym_size(2), width = input.sym_size(3);
   const c10::SymInt size[2] = {at_low_resolution(height), at_low_resolution(width)};
 
-  Tensor x = ResidualConv{w[0], w[1], {}}(input);
+  Tensor x = residual_conv(input, weights.w("pos_embed"), weights.b("pos_embed"));
 
   // Split
-  const Tensor small = at::upsample_bilinear2d_symint(x, size, false);
-  Tensor f_g = to_tokens(Projection{w[2], w[3]}(small));
-  Tensor f_l = Projection{w[4], w[5]}(x);
+  const Tensor proj_in = weights.W("proj_in");
+  const Tensor low = at::upsample_bilinear2d_symint(x, size, false);
+  Tensor f_g = to_tokens(linear(low, outputs(proj_in, 0, global_channels),
+                                bias_in.narrow(0, 0, global_channels)));
+  Tensor f_l = linear(x, outputs(proj_in, global_channels, channels),
+                      bias_in.narrow(0, global_channels, local_channels));
 
   // Intra-scale propagation
-  f_l = ResidualConv{w[6], w[7], w[8]}(f_l);
-  const Tensor qkv = Projection{w[11], w[12]}(LayerNorm{w[9], w[10]}(f_g));
-  f_g.add_(attention(qkv));
+  f_l = residual_conv(f_l, weights.w("local_conv"), weights.b("local_conv"),
+                      weights("local_norm.scale"), weights("local_norm.shift"));
+  const Tensor normed =
+      layer_norm(f_g, weights.w("global_norm"), weights.b("global_norm"));
+  f_g.add_(self_attention(
+      linear(normed, weights.W("global_qkv"), weights.b("global_qkv")), seed,
+      num_heads));
 
   // Inter-scale alignment
   Optional h_l, local_w, local_b;
-  if (w.size() == 30) {
-    const Tensor local_qkv = Projection{w[20], w[21]}(to_tokens(f_l));
-    const Tensor global_qkv = Projection{w[24], w[25]}(LayerNorm{w[22], w[23]}(f_g));
+  if (weights.has("isa.local_qkv.packed")) {
+    const Tensor local_qkv = linear(to_tokens(f_l), weights.W("isa.local_qkv"),
+                                    weights.b("isa.local_qkv"));
+    const Tensor global_normed =
+        layer_norm(f_g, weights.w("isa.global_norm"), weights.b("isa.global_norm"));
+    const Tensor global_qkv = linear(global_normed, weights.W("isa.global_qkv"),
+                                     weights.b("isa.global_qkv"));
     Tensor h_g;
-    std::tie(h_l, h_g) = attention(local_qkv, global_qkv);
-    std::tie(local_w, local_b) = std::tie(w[26], w[27]);
-    Projection{w[28], w[29]}.add_to(f_g, h_g);
+    std::tie(h_l, h_g) = co_attention(local_qkv, global_qkv, seed, num_heads);
+    local_w = weights.W("isa.local_proj");
+    local_b = weights.b("isa.local_proj");
+    linear_(f_g, h_g, weights.W("isa.global_proj"), weights.b("isa.global_proj"));
   }
 
-  // Merge
-  resize_add(x, Projection{w[13], w[14]}(to_map(f_g, size)));
-  merge(x, f_l, h_l, local_w, local_b, w[15], w.slice(16, 4));
+  // Merge and feed-forward network
+  const Tensor proj_out = weights.W("proj_out");
+  resize_add_(x, linear(to_map(f_g, size), inputs(proj_out, local_channels, channels),
+                        weights.b("proj_out")));
+  merge_(x, f_l, h_l, local_w, local_b, inputs(proj_out, 0, local_channels),
+         weights.W("ffn.fc1"), weights.b("ffn.fc1"), weights.W("ffn.fc2"),
+         weights.b("ffn.fc2"));
   return x;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
-  m.def("ds_block(Tensor x, Tensor[] w, int num_heads, int global_factor) -> Tensor");
+  m.def(
+      "ds_block(Tensor x, Dict(str, Tensor) weights, int num_heads, "
+      "int global_factor) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CompositeImplicitAutograd, m) {

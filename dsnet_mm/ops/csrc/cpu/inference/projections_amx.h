@@ -34,17 +34,19 @@ inline __m512 gelu(__m512 x) {
 }
 
 // Calls epilogue(sums, channel, row) for each 32 rows of 32 channels of W x. ``a`` is x
-// as pack_rows packs it, ``p`` has room for the sums of two products.
+// as pack_rows packs it, ``w_stride`` goes from 16 outputs to the next, and ``p`` has
+// room for the sums of two products.
 template <typename Epilogue>
 inline void multiply(int64_t rows, int64_t in, int64_t out, const BFloat16* a,
-                     const BFloat16* w, float* p, const Epilogue& epilogue) {
+                     const BFloat16* w, int64_t w_stride, float* p,
+                     const Epilogue& epilogue) {
   constexpr int64_t kSize = kTwoTiles * kTwoTiles;
   const int64_t groups = rows / kTwoTiles, steps = out / kTwoTiles * groups;
   for (int64_t i = 0; i <= steps; ++i) {
     if (i < steps)
       multiply_2x2(in / kTileDepth, a + i % groups * kTwoTiles * kTileDepth, kTileDepth,
-                   kTileSize, rows * kTileDepth, w + i / groups * kTwoTiles * in,
-                   kTileSize, kTileRows * in, p + i % 2 * kSize, kTwoTiles, false);
+                   kTileSize, rows * kTileDepth, w + 2 * (i / groups) * w_stride,
+                   kTileSize, w_stride, p + i % 2 * kSize, kTwoTiles, false);
     if (i > 0)
       epilogue(p + (i - 1) % 2 * kSize, (i - 1) / groups * kTwoTiles,
                (i - 1) % groups * kTwoTiles);
@@ -85,7 +87,7 @@ inline void linear(const Layer<BFloat16>& fc, bool add, int64_t count,
   float* p = arena.allocate<float>(2 * kTwoTiles * kTwoTiles);
   pack_rows(count, rows, fc.in, x, fc.in, a);
   const TileConfig config;
-  multiply(rows, fc.in, fc.out, a, fc.w, p,
+  multiply(rows, fc.in, fc.out, a, fc.w, fc.stride, p,
            [&](const float* sum, int64_t c, int64_t r) {
              write(sum, std::min(kTwoTiles, count - r), fc.b ? fc.b + c : nullptr, add,
                    out + r * fc.out + c, fc.out);
@@ -106,16 +108,16 @@ inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add
   const TileConfig config;
   for (int64_t begin = 0; begin < fc1.out; begin += kHiddenChunk) {
     const int64_t n = std::min(kHiddenChunk, fc1.out - begin);
-    multiply(rows, fc1.in, n, a, fc1.w + begin * fc1.in, p,
+    multiply(rows, fc1.in, n, a, fc1.w + begin / kTileRows * fc1.stride, fc1.stride, p,
              [&](const float* sum, int64_t c, int64_t r) {
                activate(sum, fc1.b + begin + c, h + c * rows + r * kTileDepth);
              });
     for (int64_t c = 0; c < fc2.out; c += kTwoTiles)
       for (int64_t r = 0; r < rows; r += kTwoTiles)
         multiply_2x2(n / kTileDepth, h + r * kTileDepth, kTileDepth, kTileSize,
-                     rows * kTileDepth, fc2.w + c * fc2.in + begin * kTileRows,
-                     kTileSize, kTileRows * fc2.in, sums + c * rows + r * kTwoTiles,
-                     kTwoTiles, begin > 0);
+                     rows * kTileDepth,
+                     fc2.w + c / kTileRows * fc2.stride + begin * kTileRows, kTileSize,
+                     fc2.stride, sums + c * rows + r * kTwoTiles, kTwoTiles, begin > 0);
   }
   for (int64_t c = 0; c < fc2.out; c += kTwoTiles)
     write(sums + c * rows, count, fc2.b + c, add, out + c, fc2.out);

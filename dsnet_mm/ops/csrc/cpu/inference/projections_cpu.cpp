@@ -6,7 +6,7 @@
 //   ffn_hidden:    the ffn, and its hidden layer W1 x + b1, for training
 //   ffn_backward:  the gradients of the ffn, for training
 //
-// linear_ and ffn_ add to a tensor. Pixels are those of channels-last maps
+// linear_ adds to a tensor. Pixels are those of channels-last maps
 // (N, C, H, W), or tokens (..., C). float runs on AVX-512 or AVX2, bfloat16 on AMX;
 // weights come packed for either, see projections_kernel.h and projections_amx.h.
 //
@@ -38,6 +38,7 @@ constexpr int64_t kPixelGroup = 12;       // A thread gets multiples of it, in f
 template <typename T>
 struct Layer {
   int64_t in, out;
+  int64_t stride;  // from one panel of outputs (in bfloat16, tile) to the next
   const T *w, *b;  // The weight is packed. b may be null.
 };
 
@@ -106,7 +107,16 @@ Layer<T> make_layer(const Tensor& w, const Tensor* b) {
   }
   TORCH_CHECK(!b || b->numel() == out, "projections to ", out,
               " channels take biases of as many, got ", b->sizes());
-  return {in, out, checked_data<T>(w), b ? checked_data<T>(*b) : nullptr};
+  // A slice of the inputs of a larger weight has its panels further apart.
+  int64_t contiguous = 1;
+  for (int64_t i = w.dim() - 1; i > 0; contiguous *= w.size(i--))
+    TORCH_CHECK(w.stride(i) == contiguous, "projections take weights whose panels are ",
+                "contiguous, got ", w.sizes(), " with strides ", w.strides());
+  constexpr auto type = c10::CppTypeToScalarType<T>::value;
+  TORCH_CHECK(w.scalar_type() == type, "projections of ", type,
+              " take weights of that type, got ", w.scalar_type());
+  return {in, out, w.stride(0), w.const_data_ptr<T>(),
+          b ? checked_data<T>(*b) : nullptr};
 }
 
 // Calls task(first, count, memory) for chunks of all pixels. ``memory`` is enough for
@@ -203,22 +213,17 @@ void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
   project(out, x, w, b ? &*b : nullptr, true);
 }
 
-void project_twice(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-                   const Tensor& w2, const Tensor& b2, bool add) {
+Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+              const Tensor& b2) {
+  Tensor out = empty_for(x, w2);
   dispatch_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
     TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
                 " channels");
     map_pixels<T>(x, fc1.in, out, fc2.out,
-                  [&](auto... pixels) { ffn(fc1, fc2, add, pixels...); });
+                  [&](auto... pixels) { ffn(fc1, fc2, false, pixels...); });
   });
-}
-
-Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-              const Tensor& b2) {
-  Tensor out = empty_for(x, w2);
-  project_twice(out, x, w1, b1, w2, b2, false);
   return out;
 }
 
@@ -242,11 +247,6 @@ std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
   return {out, hidden};
 }
 
-void ffn_add(Tensor& out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-             const Tensor& w2, const Tensor& b2) {
-  project_twice(out, x, w1, b1, w2, b2, true);
-}
-
 // f_l += W h_l + b if there is an h_l, x += W_out f_l, and x += FFN(x), chunk by chunk:
 // what one product has written is still in the cache for the next.
 void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
@@ -258,7 +258,7 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
     using T = decltype(number);
     const Layer<T> out = make_layer<T>(w_out, nullptr);
     const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
-    const Layer<T> proj = h_l ? make_layer<T>(*w, &*b) : Layer<T>{out.in, out.in};
+    const Layer<T> proj = h_l ? make_layer<T>(*w, &*b) : Layer<T>{out.in, out.in, 0};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
     TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
                     f_l.numel() == pixels * local_width &&
@@ -351,9 +351,6 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def("linear_(Tensor(a!) out, Tensor x, Tensor w, Tensor? b) -> ()");
   m.def("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   m.def(
-      "ffn_(Tensor(a!) out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
-      "()");
-  m.def(
       "merge_(Tensor(a!) x, Tensor(b!) f_l, Tensor? h_l, Tensor? w, Tensor? b, "
       "Tensor w_out, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
   m.def(
@@ -368,7 +365,6 @@ TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("linear", linear_op);
   m.impl("linear_", linear_add);
   m.impl("ffn", ffn_op);
-  m.impl("ffn_", ffn_add);
   m.impl("ffn_backward", ffn_backward);
   m.impl("ffn_hidden", ffn_hidden);
   m.impl("merge_", merge);

@@ -82,9 +82,9 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
       storeu(dst + r * stride + i, y + loadu(b + i) + loadu(dst + r * stride + i));
     };
     if (add)
-      multiply_panel(rows, fc.in, x, fc.in, fc.w + c * fc.in, accumulate);
+      multiply_panel(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, accumulate);
     else
-      multiply_panel(rows, fc.in, x, fc.in, fc.w + c * fc.in, write);
+      multiply_panel(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, write);
   }
 }
 
@@ -107,7 +107,7 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
       float* dst = h + c;
       const float* b = fc1.b + begin + c;
       float* saved = hidden ? hidden + begin + c : nullptr;
-      multiply_panel(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) * fc1.in,
+      multiply_panel(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) / kPanel * fc1.stride,
                      [=, stride = fc1.out](int64_t r, int64_t i, Vec<float> y) {
                        y += loadu(b + i);
                        if (saved) storeu(saved + r * stride + i, y);
@@ -127,7 +127,7 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
         storeu(dst + r * stride + i,
                y + loadu(b + r * b_stride + i) + loadu(dst + r * stride + i));
       };
-      const float* panel = fc2.w + c * fc2.in + begin * kPanel;
+      const float* panel = fc2.w + c / kPanel * fc2.stride + begin * kPanel;
       if (last && add)
         multiply_panel(rows, n, h, kHiddenChunk, panel, accumulate);
       else

@@ -1,4 +1,4 @@
-// dsnet_mm::resize_add_ on the CPU: adds a map to a larger or smaller one.
+// dsnet_mm::resize_add_ on the CPU: resizes a map and adds it to another one.
 //
 //   out[y][x] += bilinear(in, y, x)    with align_corners=False
 //

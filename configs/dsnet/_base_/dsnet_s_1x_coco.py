@@ -1,0 +1,30 @@
+# What the COCO detectors share: DS-Net-S* and the usual recipe of attention backbones,
+# AdamW without decay on norms, 12 epochs (1x).
+_base_ = [
+    'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+# Detectors take it out by `_base_.pop('backbone')`, and choose out_indices.
+backbone = dict(
+    type='dsnet_mm.DSNet',
+    arch='small',
+    drop_path_rate=0.2,
+    # An ImageNet checkpoint (configs/dsnet/dsnet-small_8xb128_in1k.py) goes here:
+    # --cfg-options model.backbone.init_cfg.checkpoint=PATH
+    init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
+)
+
+# Batch norms see two pictures on each GPU, so processes share their statistics.
+sync_bn = 'torch'
+
+optim_wrapper = dict(
+    optimizer=dict(
+        _delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    ),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[8, 11], gamma=0.1),
+]

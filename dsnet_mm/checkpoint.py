@@ -1,0 +1,134 @@
+"""Reads checkpoints without running what is in them.
+
+A checkpoint is a pickle, and a pickle can name any function to be called.
+Whatever MMEngine does to read one ends in ``torch.load``, so that is replaced
+while :func:`restricted_loading` is active.
+"""
+
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+
+_multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+
+
+def _get_statistic(owner: Any, name: str) -> Callable:
+    """Replaces ``getattr``, through which a pickle could reach any function.
+
+    A pickled HistoryBuffer names its statistics by it.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr(..., {name!r})')
+    return getattr(owner, name)
+
+
+# What MMEngine writes beside tensors and plain Python values: the histories of its
+# log, and NumPy's arrays and numbers. NumPy 2 renamed numpy.core to numpy._core.
+ALLOWED = [
+    HistoryBuffer,
+    (_get_statistic, 'builtins.getattr'),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},
+    *(
+        (getattr(_multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for core in ('core', '_core')
+        for name in ('_reconstruct', 'scalar')
+    ),
+]
+
+_active = False
+
+
+class DamagedCheckpointError(ValueError):
+    """A file is no checkpoint, or only a part of one."""
+
+
+@contextmanager
+def restricted_loading(trust: bool = False) -> Iterator[None]:
+    """Lets ``torch.load`` build tensors and what MMEngine writes, nothing else.
+
+    ``torch.load`` raises ValueError for a file that holds anything else. Where
+    two of these contexts are nested, the outer one decides.
+
+    Args:
+        trust: Load any file, which can then run any program.
+    """
+    global _active
+    if _active:
+        yield
+        return
+    load = torch.load
+
+    def load_anything(file: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(file, *args, **{**kwargs, 'weights_only': False})
+
+    def load_restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
+        return _load_restricted(load, file, *args, **kwargs)
+
+    _active, torch.load = True, load_anything if trust else load_restricted
+    try:
+        yield
+    finally:
+        _active, torch.load = False, load
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Reads a checkpoint under :func:`restricted_loading`.
+
+    Args:
+        path: Checkpoint file, or an address that MMEngine knows.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DamagedCheckpointError: If it cannot be read.
+        ValueError: If it is not safe to load, or holds no state dict.
+    """
+    try:
+        with restricted_loading():
+            checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DamagedCheckpointError(_damage(path)) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, no state dict')
+    return checkpoint
+
+
+def _load_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls ``torch.load`` with its restricted unpickler and :data:`ALLOWED`."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(ALLOWED)
+    try:
+        checkpoint = load(file, *args, **{**kwargs, 'weights_only': True})
+    except pickle.UnpicklingError as error:
+        name = re.search(r'GLOBAL (\S+)', str(error))
+        if not name:
+            raise DamagedCheckpointError(_damage(file)) from error
+        raise ValueError(
+            f'{file} is not safe to load: it names {name[1]}, which is neither a '
+            f'tensor nor what MMEngine writes, and could run any program; if you trust '
+            f'its source, add --trust-checkpoint, or load it in Python within '
+            f'dsnet_mm.checkpoint.restricted_loading(trust=True)'
+        ) from None
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
+        # Runner.resume would run this text as Python. MMEngine writes `cfg`.
+        checkpoint['meta'].pop('config', None)
+    return checkpoint
+
+
+def _damage(file: Any) -> str:
+    return f'{file} cannot be read as a checkpoint; it is damaged or something else'

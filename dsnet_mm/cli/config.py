@@ -1,0 +1,112 @@
+"""Loads the configuration of a run and applies the options of the command line."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from dsnet_mm.files import check_file
+
+SCOPES = ('mmdet', 'mmpretrain')
+
+
+def load_config(path: str, options: dict[str, Any]) -> Config:
+    """Loads a configuration of mmdet or mmpretrain.
+
+    Args:
+        path: Configuration file.
+        options: Values to set, by dotted name. ``data_root`` moves the data
+            (see :func:`set_data_root`) before the others are merged.
+
+    Returns:
+        The configuration. Data loaders of mmpretrain have the defaults that
+        its tools give them: ``default_collate`` and persistent workers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of neither code base, or has no ``data_root``.
+    """
+    check_file(path, 'configuration file', 'give the path of one')
+    cfg = Config.fromfile(path)
+    options = dict(options)
+    if 'data_root' in options:
+        set_data_root(cfg, options.pop('data_root'))
+    cfg.merge_from_dict(options)
+
+    scope = cfg.get('default_scope')
+    if scope not in SCOPES:
+        raise ValueError(
+            f'{path} has default_scope={scope!r}; these tools run configurations '
+            f'with one of {SCOPES}'
+        )
+    if scope == 'mmpretrain':
+        for split in ('train', 'val', 'test'):
+            if loader := cfg.get(f'{split}_dataloader'):
+                loader.setdefault('collate_fn', dict(type='default_collate'))
+                loader.setdefault('pin_memory', get_device() != 'cpu')
+                loader.setdefault(
+                    'persistent_workers', loader.get('num_workers', 0) > 0
+                )
+    return cfg
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Moves the data sets and evaluators of a configuration to another folder.
+
+    In a loaded configuration the old ``data_root`` is already part of other
+    values, such as an evaluator's ``ann_file``. The new folder replaces it in
+    every string of the data loaders and evaluators that is the old folder or
+    a path inside it.
+
+    Args:
+        cfg: Configuration, changed in place.
+        root: The new folder, with or without a slash at its end.
+
+    Raises:
+        ValueError: If the data sets do not have one ``data_root`` in common.
+    """
+    splits = ('train', 'val', 'test')
+    olds = {
+        node['data_root'].rstrip('/')
+        for split in splits
+        for node in dicts_in(cfg.get(f'{split}_dataloader'))
+        if node.get('data_root')
+    }
+    if cfg.get('data_root'):
+        olds &= {cfg.data_root.rstrip('/')}
+    if len(olds) != 1:
+        raise ValueError(
+            f'data_root={root} replaces the one folder that the data sets share, and '
+            f'here it is {sorted(olds) or "none"}; set it for each, as in '
+            f'train_dataloader.dataset.data_root={root}'
+        )
+    (old,) = olds
+    new = os.path.expanduser(root).rstrip('/')
+    for split in splits:
+        for name in (f'{split}_dataloader', f'{split}_evaluator'):
+            if cfg.get(name):
+                cfg[name] = _moved(cfg[name], old, new)
+    cfg.data_root = new + '/'
+
+
+def dicts_in(node: Any) -> Iterator[dict]:
+    """Yields all dicts in a part of a configuration, the outer ones first."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for value in node:
+            yield from dicts_in(value)
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """Returns a copy of a part of a configuration with another folder in its paths."""
+    if isinstance(node, dict):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(_moved(value, old, new) for value in node)
+    if isinstance(node, str) and (node == old or node.startswith(old + '/')):
+        return new + node[len(old) :]
+    return node

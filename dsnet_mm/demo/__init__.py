@@ -1,0 +1,1 @@
+"""Code of the demos only. Nothing else in the package imports it."""

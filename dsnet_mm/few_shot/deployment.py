@@ -1,0 +1,153 @@
+"""Classifiers as small files, and the classification of pictures with them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dsnet_mm.datasets.pictures import build_transform, open_picture
+from dsnet_mm.files import write_atomic
+from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.models.heads import CLIPAdapter
+
+from .methods.linear_probe import LinearClassifier
+from .methods.tip_adapter import TipAdapter
+from .methods.zero_shot import CosineClassifier
+
+
+def save_classifier(
+    path: str | Path,
+    classifier: nn.Module,
+    encoder: OpenCLIPEncoder,
+    class_names: Sequence[str],
+    preprocessing: str,
+) -> None:
+    """Write a classifier as a safetensors file, atomically.
+
+    Args:
+        path: File to write.
+        classifier: What a method of ``METHODS`` returned.
+        encoder: Encoder of its input. The file holds its name, not its weights.
+        class_names: Names by label.
+        preprocessing: One of ``PREPROCESSINGS``.
+    """
+    options = {}
+    if isinstance(classifier, CLIPAdapter):
+        options = classifier.options
+    elif isinstance(classifier, TipAdapter):
+        options = {'alpha': classifier.alpha, 'beta': classifier.beta}
+    description = {
+        'kind': type(classifier).__name__,
+        'options': options,
+        'class_names': list(class_names),
+        'preprocessing': preprocessing,
+        'model': encoder.model_name,
+        'pretrained': encoder.pretrained,
+        'weights': encoder.digest(),
+    }
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in classifier.state_dict().items()
+    }
+    write_atomic(path, save(tensors, {'dsnet_mm': json.dumps(description)}))
+
+
+class DeployedClassifier:
+    """A classifier of pictures: encoder, classifier of features and class names.
+
+    Attributes:
+        classifier: Image features (N, D) to logits (N, K).
+        encoder: The frozen towers.
+        class_names: Names by label.
+        preprocessing: One of ``PREPROCESSINGS``.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        encoder: OpenCLIPEncoder,
+        class_names: Sequence[str],
+        preprocessing: str,
+    ) -> None:
+        self.classifier = classifier
+        self.encoder = encoder
+        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
+        self.transform = build_transform(encoder, preprocessing)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Classify pictures.
+
+        Args:
+            images: Files or PIL images.
+
+        Returns:
+            Probabilities (N, K).
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a picture cannot be read.
+        """
+        opened = []
+        for image in images:
+            if not isinstance(image, Image.Image):
+                image = open_picture(image)
+            opened.append(self.transform(image.convert('RGB')))
+        device = next(self.encoder.parameters()).device
+        features = self.encoder(torch.stack(opened).to(device))[0]
+        return self.classifier.to(device)(features).softmax(-1)
+
+
+def load_classifier(
+    path: str | Path, encoder: OpenCLIPEncoder | None = None
+) -> DeployedClassifier:
+    """Read a file of :func:`save_classifier`.
+
+    Args:
+        path: The file.
+        encoder: The encoder. None takes the one that the file names.
+
+    Returns:
+        The classifier, in eval mode.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a file of :func:`save_classifier`, or the encoder has
+            other weights.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no classifier file {path}.')
+    with safe_open(path, 'pt') as file:
+        text = (file.metadata() or {}).get('dsnet_mm')
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if text is None:
+        raise ValueError(f'{path} is no classifier that save_classifier wrote.')
+    about = json.loads(text)
+    if encoder is None:
+        encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
+    if encoder.digest() != about['weights']:
+        raise ValueError(
+            f'{path} belongs to {about["model"]!r} with the weights '
+            f'{about["pretrained"]!r}, and the encoder at hand has other weights.'
+        )
+    if about['kind'] == 'CLIPAdapter':
+        classifier: nn.Module = CLIPAdapter(
+            tensors['text_features'], 1.0, **about['options']
+        )
+    elif about['kind'] == 'TipAdapter':
+        names = ('keys', 'labels', 'text_features', 'logit_scale')
+        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
+    elif about['kind'] == 'LinearClassifier':
+        classifier = LinearClassifier(tensors['weight'])
+    else:
+        classifier = CosineClassifier(tensors['text_features'], 1.0)
+    classifier.load_state_dict(tensors)
+    return DeployedClassifier(
+        classifier.eval(), encoder, about['class_names'], about['preprocessing']
+    )

@@ -1,0 +1,72 @@
+"""Accuracy, calibration and loss of a classifier."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsnet_mm.datasets.features import Features
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score of a classifier.
+
+    Attributes:
+        accuracy: Top-1 accuracy in percent.
+        ece: Expected calibration error over 15 bins, in percent.
+        loss: Mean cross-entropy.
+    """
+
+    accuracy: float
+    ece: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(
+    classifier: Callable[[Tensor], Tensor], data: Features, chunk: int = 1024
+) -> Score:
+    """Score a classifier on the first view of labelled features.
+
+    Args:
+        classifier: Features (N, D) to logits (N, K).
+        data: The features.
+        chunk: Pictures evaluated at once. It bounds the memory.
+
+    Returns:
+        The score.
+    """
+    confidence, correct, loss = [], [], 0.0
+    for f, labels in zip(
+        data.features[0].split(chunk), data.labels.split(chunk), strict=True
+    ):
+        logits = classifier(f).float()
+        loss += F.cross_entropy(logits, labels, reduction='sum').item()
+        top = logits.softmax(-1).max(-1)
+        confidence.append(top.values)
+        correct.append(top.indices == labels)
+    confidence, correct = torch.cat(confidence), torch.cat(correct).float()
+    return Score(
+        100 * correct.mean().item(),
+        100 * calibration_error(confidence, correct),
+        loss / len(data),
+    )
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Compute the expected calibration error.
+
+    Args:
+        confidence: Probability of the predicted class (N,).
+        correct: 1 if it is right, else 0, (N,).
+        bins: Number of bins of equal width.
+
+    Returns:
+        Mean gap between confidence and accuracy, 0 to 1.
+    """
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins).index_add(0, index, confidence - correct)
+    return gap.abs().sum().item() / len(confidence)

@@ -1,0 +1,68 @@
+"""What all methods have in common: their data and their description."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsnet_mm.datasets.features import Features
+from dsnet_mm.models.backbones import OpenCLIPEncoder
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """What a method is fitted to.
+
+    Attributes:
+        train: Features of the training pictures, with augmented views.
+        shots: Training pictures of each class.
+        text_features: Text features of the classes (K, D), rows of length 1.
+        logit_scale: Factor of the cosine.
+        class_names: Names by label.
+        encoder: The towers, for methods that learn the input of the text tower.
+    """
+
+    train: Features
+    shots: int
+    text_features: Tensor
+    logit_scale: float
+    class_names: tuple[str, ...]
+    encoder: OpenCLIPEncoder | None = None
+
+    def subset(self, index: Tensor, shots: int) -> 'FewShotData':
+        """The same with a part of the training pictures."""
+        return replace(self, train=self.train.take(index), shots=shots)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A few-shot method.
+
+    Attributes:
+        title: Name in tables.
+        fit: Function from data and hyper-parameters to a classifier of image
+            features.
+        defaults: Hyper-parameters if nothing is selected.
+        grid: Values to select from. Each combination is a fit of its own.
+        late_grid: Values to select from for attributes of the fitted classifier.
+        source: Where the defaults come from.
+    """
+
+    title: str
+    fit: Callable[..., nn.Module]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    grid: Mapping[str, Sequence] = field(default_factory=dict)
+    late_grid: Mapping[str, Sequence] = field(default_factory=dict)
+    source: str = ''
+
+
+def num_learnt(model: nn.Module) -> int:
+    """Number of parameters that a fit has learnt."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return getattr(model, 'num_learnt', count)
+
+
+def mean_features(train: Features) -> Tensor:
+    """Mean over views of the features of length 1, of length 1 again, (N, D)."""
+    return F.normalize(F.normalize(train.features, dim=-1).mean(0), dim=-1)

@@ -1,0 +1,60 @@
+"""Linear probes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FewShotData, mean_features
+from .training import train
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on image features of length 1.
+
+    Args:
+        weight: Weight (K, D).
+        bias: Bias (K,), None for zeros.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = nn.Parameter(
+            weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+        )
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        return F.linear(F.normalize(image_features, dim=-1), self.weight, self.bias)
+
+
+def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> nn.Module:
+    """Fit a logistic regression by L-BFGS, from zero weights.
+
+    Args:
+        data: Training data. Views are averaged.
+        weight_decay: Factor of half the squared norm of the weights.
+    """
+    features = mean_features(data.train)
+    classes, width = data.text_features.shape
+    model = LinearClassifier(features.new_zeros(classes, width))
+    optim = torch.optim.LBFGS(
+        model.parameters(), max_iter=200, line_search_fn='strong_wolfe'
+    )
+
+    def closure() -> Tensor:
+        optim.zero_grad()
+        loss = F.cross_entropy(model(features), data.train.labels)
+        loss = loss + 0.5 * weight_decay * model.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optim.step(closure)
+    return model.eval()
+
+
+def fit_linear_probe_zs(data: FewShotData, **recipe) -> nn.Module:
+    """Train a linear layer that starts as zero-shot CLIP (after ZS-LP of CLAP)."""
+    return train(
+        LinearClassifier(data.logit_scale * data.text_features), data, **recipe
+    )

@@ -1,0 +1,78 @@
+"""Tip-Adapter and Tip-Adapter-F (arXiv 2207.09519)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FewShotData, mean_features
+from .training import train
+
+
+class TipAdapter(nn.Module):
+    """Zero-shot CLIP and a key-value cache (Tip-Adapter, arXiv 2207.09519).
+
+    Args:
+        keys: Features of the training pictures (N, D), rows of length 1.
+        labels: Labels of the training pictures (N,).
+        text_features: Text features (K, D), rows of length 1.
+        logit_scale: Factor of the cosine.
+        alpha: Weight of the cache.
+        beta: Sharpness of the affinity exp(-beta (1 - cos)).
+        learn_keys: Whether the keys are parameters (Tip-Adapter-F).
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        labels: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        learn_keys: bool = False,
+    ) -> None:
+        super().__init__()
+        if learn_keys:
+            self.keys = nn.Parameter(keys.detach().clone())
+        else:
+            self.register_buffer('keys', keys.detach().clone())
+        self.register_buffer('labels', labels.clone())
+        self.register_buffer('text_features', text_features.detach().clone())
+        self.register_buffer('logit_scale', torch.as_tensor(logit_scale).clone())
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        f = F.normalize(image_features, dim=-1)
+        affinity = torch.exp(self.beta * (f @ self.keys.t() - 1))
+        cache = f.new_zeros(len(f), len(self.text_features))
+        cache = cache.index_add(1, self.labels, affinity)
+        return self.logit_scale * f @ self.text_features.t() + self.alpha * cache
+
+
+def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Module:
+    """Build Tip-Adapter, which is not trained."""
+    return TipAdapter(
+        mean_features(data.train),
+        data.train.labels,
+        data.text_features,
+        data.logit_scale,
+        alpha,
+        beta,
+    )
+
+
+def fit_tip_adapter_f(
+    data: FewShotData, *, alpha: float, beta: float, **recipe
+) -> nn.Module:
+    """Train the keys of Tip-Adapter (Tip-Adapter-F)."""
+    model = TipAdapter(
+        mean_features(data.train),
+        data.train.labels,
+        data.text_features,
+        data.logit_scale,
+        alpha,
+        beta,
+        learn_keys=True,
+    )
+    return train(model, data, **recipe)

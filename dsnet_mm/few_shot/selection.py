@@ -1,0 +1,149 @@
+"""Selection of hyper-parameters, without the test split."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsnet_mm.datasets.features import Features
+
+from .evaluation import evaluate
+from .methods import FewShotData, Method
+
+SELECTIONS = ('val', 'cv', 'fixed')
+"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
+``'cv'``: cross-validation within the shots. ``'fixed'``: the values of the method."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted classifier and how it was selected.
+
+    Attributes:
+        classifier: Features (N, D) to logits (N, K).
+        options: Its hyper-parameters.
+        selection: How the hyper-parameters were chosen: one of ``SELECTIONS``, or
+            ``'oracle'``.
+        val_accuracy: Validation accuracy they were chosen by, in percent, or None.
+        tried: Number of combinations tried.
+        fit_seconds: Time of the final fit alone.
+        select_seconds: Time of selection and fit.
+    """
+
+    classifier: nn.Module
+    options: dict
+    selection: str
+    val_accuracy: float | None
+    tried: int
+    fit_seconds: float
+    select_seconds: float
+
+
+def select(
+    method: Method,
+    data: FewShotData,
+    val: Features | None,
+    selection: str = 'val',
+    overrides: dict | None = None,
+) -> Fit:
+    """Select hyper-parameters and fit.
+
+    The best accuracy is selected; of equal ones the lowest loss. Training pictures
+    never validate a classifier that was fitted to them. Validation pictures are never
+    fitted to. If there is nothing to select by (``val`` is empty, or ``'cv'`` has one
+    shot), the defaults of the method are taken and the result says ``'fixed'``.
+
+    Args:
+        method: The method.
+        data: Training data.
+        val: Validation features. For an oracle those of the test split.
+        selection: One of ``SELECTIONS``, or ``'oracle'``, which takes ``val`` too.
+        overrides: Hyper-parameters that are set instead of selected.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ValueError: If ``selection`` is unknown.
+    """
+    if selection not in (*SELECTIONS, 'oracle'):
+        raise ValueError(f'selection must be one of {SELECTIONS}, got {selection!r}.')
+    started = time.perf_counter()
+    defaults = {**method.defaults, **(overrides or {})}
+    early, late = (
+        [
+            dict(zip(grid, values, strict=True))
+            for values in itertools.product(*grid.values())
+        ]
+        for grid in (
+            {k: v for k, v in chosen.items() if k not in (overrides or {})}
+            for chosen in (method.grid, method.late_grid)
+        )
+    )
+    folds = min(data.shots, 4)
+    if len(early) * len(late) == 1:
+        selection = 'fixed'
+    if selection == 'cv' and folds > 1:
+        rounds = list(_folds(data, folds))
+    elif selection in ('val', 'oracle') and val is not None and len(val):
+        rounds = [(data, val)]
+    else:
+        selection, rounds = 'fixed', []
+
+    kept: dict[int, tuple[nn.Module, float]] = {}
+    scores: dict[tuple[int, int], tuple[float, float]] = {}
+    for i, options in enumerate(early if rounds else []):
+        for part, held_out in rounds:
+            begun = time.perf_counter()
+            classifier = method.fit(part, **{**defaults, **options})
+            if selection != 'cv':
+                kept[i] = classifier, time.perf_counter() - begun
+            for j, attributes in enumerate(late):
+                score = evaluate(_with(classifier, attributes), held_out)
+                accuracy, loss = scores.get((i, j), (0.0, 0.0))
+                scores[i, j] = (
+                    accuracy + score.accuracy / len(rounds),
+                    loss - score.loss / len(rounds),
+                )
+    options, attributes, val_accuracy = {}, {}, None
+    if scores:
+        i, j = max(scores, key=lambda key: (round(scores[key][0], 6), scores[key][1]))
+        options, attributes, val_accuracy = early[i], late[j], scores[i, j][0]
+    if scores and i in kept:
+        classifier, fit_seconds = kept[i]
+    else:
+        begun = time.perf_counter()
+        classifier = method.fit(data, **{**defaults, **options})
+        fit_seconds = time.perf_counter() - begun
+    return Fit(
+        _with(classifier, attributes),
+        {**defaults, **options, **attributes},
+        selection,
+        val_accuracy,
+        max(len(scores), 1),
+        fit_seconds,
+        time.perf_counter() - started,
+    )
+
+
+def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(classifier, name, value)
+    return classifier
+
+
+def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Features]]:
+    """Pairs of training part and held-out features, balanced over classes."""
+    labels = data.train.labels
+    position = torch.zeros_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        position[members] = torch.arange(len(members))
+    for fold in range(count):
+        held_out = position % count == fold
+        shots = int((~held_out).sum() / len(data.class_names))
+        part = data.subset((~held_out).nonzero()[:, 0], max(shots, 1))
+        yield part, data.train.take(held_out.nonzero()[:, 0])

@@ -1,0 +1,3 @@
+from .fuse import fuse_for_inference
+
+__all__ = ['fuse_for_inference']

@@ -1,0 +1,254 @@
+"""The inference form of the modules of DS-Net: all weights are buffers, norms folded."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from dsnet_mm.models.layers import DSBlock, PatchEmbed
+from dsnet_mm.ops import can_pack, pack, select_path, unpack
+
+
+class Fused(nn.Module):
+    """A copy of a module for inference only.
+
+    Its weights are buffers. It stays in evaluation mode, and takes no state dict of
+    the module that it was made from.
+
+    Args:
+        module: The module, which is left as it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = deepcopy(module)
+        _parameters_to_buffers(self.module)
+        self.eval()
+
+    def train(self, mode: bool = True) -> 'Fused':
+        """Stays in evaluation mode.
+
+        Raises:
+            ValueError: If ``mode`` is True.
+        """
+        if mode:
+            raise ValueError(
+                'A network that was fused for inference cannot be trained; build and '
+                'load it again, and fuse it after the training.'
+            )
+        return super().train(False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        own = f'{prefix}module.'
+        unfused = [
+            k for k in state_dict if k.startswith(prefix) and not k.startswith(own)
+        ]
+        if unfused:
+            raise ValueError(
+                f'The network was fused for inference, and the state dict is of one '
+                f'that was not (it has {unfused[0]!r}); load it into a network that is '
+                f'not fused, and fuse that one.'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes what the module does in evaluation."""
+        return self.module(x)
+
+
+class FusedPatchEmbed(Fused):
+    """:class:`PatchEmbed` with its weight channels-last, as its maps are.
+
+    A weight in another order would be copied at every call.
+    """
+
+    def __init__(self, module: PatchEmbed) -> None:
+        super().__init__(module)
+        self.module.projection.to(memory_format=torch.channels_last)
+
+
+class FusedDSBlock(Fused):
+    """:class:`DSBlock` with its batch norms folded.
+
+    A batch norm in front of a 1x1 convolution goes into the convolution. That in front
+    of the depth-wise convolution, which pads with zeros, becomes a scale and a shift.
+    Other norms stay.
+
+    On the CPU the block is one operator, ``dsnet_mm::ds_block``, if it has both streams,
+    with intra-scale propagation, inter-scale alignment both ways or none, and numbers of
+    channels that are multiples of 32. Otherwise it is the forward of :class:`DSBlock` on
+    the folded weights.
+    """
+
+    def __init__(self, module: DSBlock) -> None:
+        super().__init__(module)
+        block = self.module
+        block.norm1 = _fold(block.norm1, block.proj_in)
+        block.norm2 = _fold(block.norm2, block.ffn.fc1)
+        norms = [block.norm1, block.norm2]
+        if block.local_conv is not None and _folds(block.local_norm):
+            block.local_norm = ScaleShift(*_scale_and_shift(block.local_norm))
+        if block.isa is not None:
+            isa = block.isa
+            isa.local_norm = _fold(isa.local_norm, isa.local_qkv)
+            norms.append(isa.local_norm)
+        for parent in (block, block.ffn, block.isa):
+            for name, child in parent.named_children() if parent is not None else ():
+                if isinstance(child, nn.Linear) or (
+                    isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)
+                ):
+                    setattr(parent, name, PackedProjection(child.weight, child.bias))
+        # To look the weights up by name. ``named_buffers`` takes longer than the smaller
+        # operators.
+        self._places = [
+            (f'{name}.{key}', layer._buffers, key)
+            for name, layer in block.named_modules()
+            for key in layer._buffers
+        ]
+        self.is_one_operator = (
+            block.local_conv is not None
+            and block.global_qkv is not None
+            and isinstance(block.local_norm, ScaleShift)
+            and (block.isa is None or block.isa.direction == 'both')
+            and all(isinstance(norm, nn.Identity) for norm in norms)
+            and block.ffn.has_exact_gelu
+            and not any(width % 32 for width in block.split_channels)
+        )
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        block = self.module
+        if not self._runs_as_one_operator(x):
+            return block(x)
+        weights = {name: buffers[key] for name, buffers, key in self._places}
+        return torch.ops.dsnet_mm.ds_block(
+            x, weights, block.num_heads, block.global_factor
+        )
+
+    def _runs_as_one_operator(self, x: Tensor) -> bool:
+        return (
+            self.is_one_operator
+            and x.is_cpu
+            and self.module.ffn.fc1.is_packed_for(x)
+            and x.numel() > 0
+            and not torch.is_autocast_enabled('cpu')
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and select_path('cpu')[0] == 'native'
+        )
+
+
+class PackedProjection(nn.Module):
+    """1x1 convolution of a map, or linear layer of tokens, for inference.
+
+    The weight is stored once, in the order in which the compiled operators read it, if
+    they take its type and widths. It is packed again when its type or device changes.
+
+    Args:
+        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
+        bias: Bias of shape (C_out,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.register_buffer('packed', _pack(weight.flatten(1)))
+        self.register_buffer('bias', bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the shape that it was given in, a copy if it is packed."""
+        return _unpack(self.packed).view(self.shape)
+
+    def is_packed_for(self, x: Tensor) -> bool:
+        """Tells whether the compiled operators take the weight for pixels of x."""
+        return self.packed.dim() > 2 and self.packed.dtype == x.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H, W), or (N, L, C_in) -> (N, L, C_out)."""
+        project = F.linear if len(self.shape) == 2 else F.conv2d
+        return project(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'PackedProjection':
+        old = self.packed
+        super()._apply(fn, recurse)
+        if (old.dtype, old.device) != (self.packed.dtype, self.packed.device):
+            self.packed = _pack(fn(_unpack(old)))
+        return self
+
+    # State dicts do not depend on the machine: they have the weight as it was given.
+    def _save_to_state_dict(
+        self, destination: dict, prefix: str, keep_vars: bool
+    ) -> None:
+        destination[f'{prefix}weight'] = self.weight
+        destination[f'{prefix}bias'] = self.bias
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        packed = self.packed
+        self.packed, self._buffers['weight'] = None, self.weight
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        weight = self._buffers.pop('weight')
+        self.packed = _pack(weight.flatten(1))
+
+
+class ScaleShift(nn.Module):
+    """A batch norm in evaluation: scale * x + shift, per channel.
+
+    Args:
+        scale: Scale of shape (C,).
+        shift: Shift of shape (C,).
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return pack(weight) if can_pack(weight) else weight
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    return packed if packed.dim() == 2 else unpack(packed)
+
+
+def _parameters_to_buffers(module: nn.Module) -> None:
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+            layer.register_buffer(name, parameter.detach())
+
+
+def _folds(norm: nn.Module) -> bool:
+    """Tells whether a norm in evaluation is a scale and a shift."""
+    return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift + norm.bias if norm.affine else shift
+
+
+def _fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
+    """Folds a norm into the 1x1 convolution after it.
+
+    Returns:
+        What takes the norm's place: an identity, or the norm if it cannot be folded.
+    """
+    if not _folds(norm):
+        return norm
+    scale, shift = _scale_and_shift(norm)
+    conv.bias = conv.bias + conv.weight.flatten(1) @ shift
+    conv.weight = conv.weight * scale[:, None, None]
+    return nn.Identity()

@@ -1,0 +1,93 @@
+"""Prompts and class names, the input of CLIP's text tower."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .catalogue import PUBLIC_DATASETS
+
+PROMPTS: dict[str, tuple[str, ...]] = {
+    'photo': ('a photo of a {}.',),
+    'imagenet_7': (
+        'itap of a {}.',
+        'a bad photo of the {}.',
+        'a origami {}.',
+        'a photo of the large {}.',
+        'a {} in a video game.',
+        'art of the {}.',
+        'a photo of the small {}.',
+    ),
+}
+"""Prompt sets by name. ``'photo'`` is CLIP's default, ``'imagenet_7'`` is
+Tip-Adapter's set for ImageNet."""
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Check that prompts can tell the classes apart.
+
+    Args:
+        class_names: Names by label.
+
+    Raises:
+        ValueError: If there are no names, or a name is empty or occurs twice.
+    """
+    if not class_names:
+        raise ValueError('there are no class names.')
+    if any(not name.strip() for name in class_names):
+        raise ValueError('a class name is empty.')
+    twice = sorted({n for n in class_names if list(class_names).count(n) > 1})
+    if twice:
+        raise ValueError(
+            f'duplicate class names {", ".join(map(repr, twice))}: their prompts are '
+            f'the same, so no text feature can tell them apart; rename or merge them.'
+        )
+
+
+def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
+    """Return prompts given by name, by file or as they are.
+
+    Args:
+        prompts: One of
+
+            - a name of ``PROMPTS``;
+            - a name of ``PUBLIC_DATASETS``, for the prompt of the papers;
+            - ``'imagenet_80'``, for CLIP's ensemble, taken from open_clip;
+            - a text file with one prompt a line;
+            - one prompt;
+            - a list of prompts.
+
+    Returns:
+        The prompts. Each has one ``{}`` for the class name.
+
+    Raises:
+        ValueError: If the name is unknown, or a prompt does not have exactly one
+            ``{}``.
+    """
+    if isinstance(prompts, str | Path):
+        text = str(prompts)
+        if text in PROMPTS:
+            return PROMPTS[text]
+        if text in PUBLIC_DATASETS:
+            return (PUBLIC_DATASETS[text].prompt,)
+        if text == 'imagenet_80':
+            from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+            return tuple(template('{}') for template in OPENAI_IMAGENET_TEMPLATES)
+        if '{' in text:
+            prompts = (text,)
+        elif Path(text).is_file():
+            lines = Path(text).read_text(encoding='utf-8').splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        else:
+            names = (*PROMPTS, 'imagenet_80', *PUBLIC_DATASETS)
+            raise ValueError(
+                f'prompts {text!r} is neither a prompt (it has no {{}}), nor a file, '
+                f'nor one of {", ".join(names)}.'
+            )
+    if not prompts:
+        raise ValueError('there are no prompts.')
+    for prompt in prompts:
+        if prompt.count('{}') != 1:
+            raise ValueError(
+                f'the prompt {prompt!r} must hold {{}} once, where the class name goes.'
+            )
+    return tuple(prompts)

@@ -1,0 +1,362 @@
+"""What several test files share."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from dsnet_mm.models import DSNet
+from dsnet_mm.ops import native
+from dsnet_mm.ops.packing import PACKED_DTYPES
+
+REPO = Path(__file__).resolve().parents[1]
+
+needs_native = pytest.mark.skipif(
+    native.WHY_NOT is not None, reason=f'no compiled ops: {native.WHY_NOT}'
+)
+needs_packing = pytest.mark.skipif(
+    torch.float32 not in PACKED_DTYPES, reason='no compiled projections'
+)
+
+
+@pytest.fixture(params=[1, 2, 3], ids='{} threads'.format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs a test with 1, 2 and 3 threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def error(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Largest error of any tensor, relative to its largest value.
+
+    Or to 1: smaller ones are often sums that cancel, as the gradients of biases
+    in front of norms, and have the rounding of their parts.
+    """
+    return max(
+        ((m.double() - e).abs().max() / e.abs().max().clamp(min=1)).item()
+        for m, e in zip(measured, expected, strict=True)
+    )
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a Python of its own, in the repository."""
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, 'PYTHONPATH': str(REPO), **environment},
+    )
+
+
+# ------------------------------------------------------------------- attention
+
+# N, L, G, heads, width of a head: one token, fewer tokens than a vector has
+# lanes, more than a panel (64) and a block (72) and multiples of nothing, all
+# heads and widths at their extremes, chunks of either stream in backward.
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 7, 5, 3, 8),
+    (2, 64, 72, 1, 16),
+    (1, 150, 67, 2, 24),
+    (1, 49, 196, 5, 32),
+    (1, 1100, 40, 1, 40),
+    (1, 30, 1300, 2, 64),
+    (1, 33, 65, 16, 128),
+]
+# Not one token with dropout, whose gradients are differences of equal numbers.
+SHAPES_AND_DROPOUT = [
+    *((shape, 0.0) for shape in SHAPES),
+    *((shape, 0.3) for shape in SHAPES[1:]),
+]
+VIEWS = {
+    'channels-first': lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    'part of the tokens': lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    'every other row': lambda x: torch.stack([x, x], 2)[:, :, 0],
+    'expanded': lambda x: x[:1].expand(2, -1, -1),
+}
+# Relative to the largest value; the backward sums up to 1300 of them.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def streams(n, length, rest, heads, width, dtype=torch.float64, grad=True):
+    torch.manual_seed(length * rest)
+    local = torch.randn(n, length, 3 * heads * width, dtype=dtype)
+    global_ = torch.randn(n, rest, 3 * heads * width, dtype=dtype)
+    return local.requires_grad_(grad), global_.requires_grad_(grad)
+
+
+def seed(number=-(3**39)):
+    return torch.tensor([number])
+
+
+def native_op(local, global_, heads, dropout_p=0.0, at=None):
+    """The op itself, with a seed of our own."""
+    at = seed() if at is None else at
+    return torch.ops.dsnet_mm.co_attention(local, global_, at, heads, dropout_p)[:2]
+
+
+def outputs_and_gradients(path, local, global_, *args):
+    """What ``path`` returns, and the gradients of a weighted sum of it."""
+    inputs = [
+        None if x is None else x.detach().requires_grad_() for x in (local, global_)
+    ]
+    outs = path(*inputs, *args)
+    weights = [torch.cos(torch.arange(o.numel()).view(o.shape) / 3) for o in outs]
+    grads = torch.autograd.grad(
+        outs,
+        [x for x in inputs if x is not None],
+        [w.to(o) for w, o in zip(weights, outs, strict=True)],
+    )
+    return *outs, *grads
+
+
+def worst(measured, expected):
+    """Largest error of any tensor, relative to its largest value."""
+    return max(
+        ((m.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
+        if e.abs().max() > 1e-12
+        else (m.double() - e).abs().max().item()
+        for m, e in zip(measured, expected, strict=True)
+    )
+
+
+# ------------------------------------------------------------------- networks
+
+TINY = dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))
+VARIANTS = [
+    dict(),
+    dict(isa=False),
+    dict(isa='global_to_local'),
+    dict(isa='local_to_global'),
+    dict(intra_scale='local'),
+    dict(intra_scale='global'),
+    dict(isa=False, alpha=0.0),
+    dict(isa=False, alpha=0.25),
+    dict(isa=False, alpha=1.0),
+    dict(num_heads=4),
+    dict(global_factors=(8, 4, 2, 1)),
+]
+# With numbers of channels that can be packed.
+WIDE = dict(embed_dims=(64, 128, 192, 256), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Gives norms the statistics and weights that training could end with."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.1, 3)
+        if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(module.weight)  # negative ones among them
+            nn.init.normal_(module.bias)
+            module.weight.data[::4] = 1e-9
+    return model
+
+
+def build(options: dict, arch: dict = TINY) -> DSNet:
+    torch.manual_seed(0)
+    net = DSNet(**(dict(arch=arch, out_indices=(0, 1, 2, 3)) | options))
+    return trained(net).double()
+
+
+def pictures(height: int = 72, width: int = 104) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------ tools
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+COCO, FOLDERS = 'data_root=sets/coco', 'data_root=sets/folders'
+
+BACKBONE = """
+    backbone=dict(
+        _delete_=True, type='dsnet_mm.DSNet', out_indices=({levels}),
+        arch=dict(
+            embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+        ),
+    ),
+    neck=dict(
+        _delete_=True, type='dsnet_mm.DSFPN', in_channels=[{widths}],
+        out_channels=16, num_outs=5, num_heads=1,
+    ),
+"""
+# Only the data root of the base, data/coco/, is wrong for the pictures here.
+DETECTION = """
+_base_ = [
+    'mmdet::_base_/models/{model}_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_{task}.py',
+    'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+load = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(64, 64)),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask={masks}),
+    dict(type='PackDetInputs'),
+]
+metainfo = dict(classes=('square', 'disc'))
+loader = dict(
+    num_workers=0, persistent_workers=False,
+    dataset=dict(metainfo=metainfo, pipeline=load),
+)
+train_dataloader = loader
+val_dataloader = loader
+test_dataloader = loader
+train_cfg = dict(max_epochs=2)
+param_scheduler = []
+randomness = dict(seed=0)
+"""
+RETINANET = (
+    DETECTION.format(model='retinanet', task='detection', masks=False)
+    + f"""
+model = dict({BACKBONE.format(levels='1, 2, 3', widths='16, 32, 32')}
+    bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
+    test_cfg=dict(score_thr=0.0, max_per_img=10),
+)
+custom_hooks = [dict(type='EMAHook')]
+"""
+)
+MASK_RCNN = (
+    DETECTION.format(model='mask-rcnn', task='instance', masks=True)
+    + f"""
+model = dict({BACKBONE.format(levels='0, 1, 2, 3', widths='16, 16, 32, 32')}
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=2),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(
+            num_convs=1, in_channels=16, conv_out_channels=16, num_classes=2
+        ),
+    ),
+)
+"""
+)
+# Nothing random and no batch norm: two processes must train what one does.
+CLASSIFIER = """
+_base_ = ['mmpretrain::_base_/default_runtime.py']
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset', data_root='data/none', data_prefix='train',
+        pipeline=pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset', data_root='data/none', data_prefix='val',
+        pipeline=pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='Accuracy', topk=1)
+test_evaluator = val_evaluator
+train_cfg = dict(by_epoch=True, max_epochs=2)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+randomness = dict(seed=0)
+data_preprocessor = dict(mean=[127.5] * 3, std=[127.5] * 3, num_classes=2)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='dsnet_mm.DSNet', norm_cfg=dict(type='GN', num_groups=4),
+        arch=dict(
+            embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+        ),
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=32),
+)
+"""
+
+
+def draw(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, list[int]]:
+    """A 64 x 64 picture of a square (0) or disc (1), and its left, top, w, h."""
+    image = rng.integers(0, 60, (64, 64, 3), np.uint8)
+    size = int(rng.integers(20, 36))
+    left, top = (int(rng.integers(0, 64 - size)) for _ in range(2))
+    if kind == 0:
+        cv2.rectangle(image, (left, top), (left + size, top + size), (40, 200, 250), -1)
+    else:
+        center = (left + size // 2, top + size // 2)
+        cv2.circle(image, center, size // 2, (250, 120, 60), -1)
+    return image, [left, top, size, size]
+
+
+def write_coco(root: Path, split: str, num: int) -> None:
+    """Writes a split in the layout of COCO 2017."""
+    rng = np.random.default_rng(num)
+    pictures = root / f'{split}2017'
+    pictures.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(1, num + 1):
+        image, (x, y, w, h) = draw(rng, i % 2)
+        cv2.imwrite(str(pictures / f'{i}.png'), image)
+        images.append(dict(id=i, file_name=f'{i}.png', height=64, width=64))
+        annotations.append(
+            dict(
+                id=i,
+                image_id=i,
+                category_id=i % 2 + 1,
+                bbox=[x, y, w, h],
+                area=w * h,
+                iscrowd=0,
+                segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+            )
+        )
+    categories = [dict(id=1, name='square'), dict(id=2, name='disc')]
+    path = root / 'annotations' / f'instances_{split}2017.json'
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with configurations, and data sets in ``sets``."""
+    folder = tmp_path_factory.mktemp('tools')
+    write_coco(folder / 'sets' / 'coco', 'train', 4)
+    write_coco(folder / 'sets' / 'coco', 'val', 2)
+    rng = np.random.default_rng(0)
+    for split, num in (('train', 4), ('val', 2)):
+        for kind, name in enumerate(('square', 'disc')):
+            path = folder / 'sets' / 'folders' / split / name
+            path.mkdir(parents=True)
+            for i in range(num):
+                cv2.imwrite(str(path / f'{i}.png'), draw(rng, kind)[0])
+    for name, text in (
+        ('retinanet', RETINANET),
+        ('mask_rcnn', MASK_RCNN),
+        ('classifier', CLASSIFIER),
+    ):
+        (folder / f'{name}.py').write_text(text)
+    (folder / 'damaged.pth').write_text('no checkpoint')
+    return folder
+
+
+def tool(name: str) -> ModuleType:
+    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,120 @@
+"""FewShotDataset takes what every data set of MMEngine takes."""
+
+import pytest
+import torch
+
+from dsnet_mm.datasets.few_shot_dataset import FewShotDataset
+from dsnet_mm.tasks import load_task
+
+
+@pytest.fixture(params=['pictures', 'features'])
+def build(request, tiny_clip, picture_folder, tmp_path):
+    features = dict(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
+
+    def build(**options):
+        return FewShotDataset(
+            **dict(dataset=str(picture_folder), part='test', shots=4) | options,
+            features=features if request.param == 'features' else None,
+        )
+
+    return build
+
+
+def without_index(sample):
+    return {k: v for k, v in sample.items() if k != 'sample_idx'}
+
+
+def assert_equal_samples(samples, expected):
+    assert len(samples) == len(expected)
+    for a, b in zip(samples, expected, strict=True):
+        a, b = without_index(a), without_index(b)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert (
+                torch.equal(a[key], b[key]) if key == 'features' else a[key] == b[key]
+            )
+
+
+def test_indices(build):
+    samples = list(build())
+    assert len(samples) == 24
+    assert_equal_samples(list(build(indices=5)), samples[:5])
+    assert_equal_samples(list(build(indices=-5)), samples[-5:])
+    chosen = [samples[i] for i in (20, 3, 11)]
+    assert_equal_samples(list(build(indices=[20, 3, 11])), chosen)
+    assert_equal_samples(list(build().get_subset([20, 3, 11])), chosen)
+
+
+def test_lazy_init_reads_nothing_until_the_first_access(build, monkeypatch):
+    from dsnet_mm.datasets import few_shot_dataset
+
+    read = []
+    monkeypatch.setattr(
+        few_shot_dataset, 'load_task', lambda *a: read.append(a) or load_task(*a)
+    )
+    lazy = build(lazy_init=True, indices=3)
+    assert not read and 'classes' not in lazy.metainfo
+    assert_equal_samples([lazy[i] for i in range(len(lazy))], list(build(indices=3)))
+    assert lazy.metainfo['classes'] == ('blue', 'green sea', 'red')
+
+
+def test_test_mode_decides_about_refused_samples(build):
+    tried = []
+
+    def refuse(sample):
+        tried.append(sample)
+
+    with pytest.raises(Exception, match='should not get `None`'):
+        build(pipeline=[refuse], test_mode=True)[0]
+    assert len(tried) == 1
+    with pytest.raises(Exception, match='Cannot find valid image after 3'):
+        build(pipeline=[refuse], max_refetch=3)[0]
+    assert len(tried) == 1 + 4
+
+
+def test_serialized_or_not_samples_are_the_same(build):
+    assert build().data_list == []
+    plain = build(serialize_data=False)
+    assert len(plain.data_list) == 24
+    assert_equal_samples(list(plain), list(build()))
+
+
+def test_metainfo_is_kept_and_filter_cfg_is_taken(build):
+    dataset = build(metainfo=dict(classes=('a', 'b', 'c'), paper='x'), filter_cfg={})
+    assert dataset.metainfo == dict(classes=('a', 'b', 'c'), paper='x')
+    assert build().metainfo == dict(classes=('blue', 'green sea', 'red'))
+
+
+def test_training_sample_has_a_random_view_of_its_picture(tiny_clip, encoder, tmp_path):
+    from dsnet_mm.datasets import sample_few_shot
+    from dsnet_mm.few_shot import FeatureCache
+
+    folder = tmp_path / 'mine'
+    paint(folder)
+    cache = dict(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
+    dataset = FewShotDataset(str(folder), 'train', 2, features=cache, views=3)
+    drawn = sample_few_shot(load_task(folder).split, 2, 1)['train']
+    views = FeatureCache(tmp_path / 'cache', encoder).images(drawn, views=3).features
+    torch.manual_seed(0)
+    seen = [set() for _ in range(len(dataset))]
+    for _ in range(30):
+        for i, sample in enumerate(dataset):
+            is_view = (views[:, i] == sample['features']).all(1)
+            seen[i].add(is_view.nonzero().item())
+    assert seen == [{0, 1, 2}] * 4
+
+
+def paint(folder):
+    from PIL import Image
+
+    for cls in ('red', 'blue'):
+        (folder / cls).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.linear_gradient('L').resize((40 + i, 40)).convert('RGB')
+            picture.paste(cls, (0, 0, 10, 10))
+            picture.save(folder / cls / f'{i}.png')
+
+
+def test_unknown_part_is_refused(picture_folder):
+    with pytest.raises(ValueError, match=r"part must be 'train', .* got 'all'"):
+        FewShotDataset(str(picture_folder), 'all')
