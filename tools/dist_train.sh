@@ -10,7 +10,8 @@ fi
 NNODES=${NNODES:-1}
 
 if [[ $NNODES == 1 && -z ${PORT:-} ]]; then
-    rendezvous=(--standalone) # on a free port
+    # On a free port. This machine need not be able to resolve its own name.
+    rendezvous=(--standalone --local-addr 127.0.0.1)
 else
     rendezvous=(
         --nnodes "$NNODES"
