@@ -21,6 +21,8 @@ DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
+ASAN_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
+	ops inference_ops feed_forward memory_bounds))
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
@@ -62,8 +64,7 @@ test-asan: setup
 		ASAN_OPTIONS=detect_leaks=0 && \
 		$(abspath $(BIN))/python -c \
 		'from dsnet_mm.ops import native; exit(native.WHY_NOT)' && \
-		$(abspath $(BIN))/python -m pytest tests/test_ops.py \
-		tests/test_memory_bounds.py
+		$(abspath $(BIN))/python -m pytest $(ASAN_TESTS)
 
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'

@@ -29,16 +29,26 @@ def _get_statistic(owner: Any, name: str) -> Callable:
     return getattr(owner, name)
 
 
+def _alias(function: Callable, module: str, name: str) -> Callable:
+    """Returns a function that a pickle calls by another name."""
+
+    def alias(*args: Any) -> Any:
+        return function(*args)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name
+    return alias
+
+
 # What MMEngine writes beside tensors and plain Python values: the histories of its
 # log, and NumPy's arrays and numbers. NumPy 2 renamed numpy.core to numpy._core.
 ALLOWED = [
     HistoryBuffer,
-    (_get_statistic, 'builtins.getattr'),
+    _alias(_get_statistic, 'builtins', 'getattr'),
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},
     *(
-        (getattr(_multiarray, name), f'numpy.{core}.multiarray.{name}')
+        _alias(getattr(_multiarray, name), f'numpy.{core}.multiarray', name)
         for core in ('core', '_core')
         for name in ('_reconstruct', 'scalar')
     ),

@@ -277,7 +277,7 @@ def test_state_dicts_of_fused_networks(dtype: torch.dtype) -> None:
         target.load_state_dict(source.state_dict())
         expected = source.to(dtype)(x.to(dtype))
         assert all(map(torch.equal, target(x.to(dtype)), expected))
-    weight = source.state_dict()['stages.0.0.module.proj_in.weight']
+    weight = source.state_dict()['stages.0.0.folded.proj_in.weight']
     assert weight.shape == (64, 64, 1, 1)
 
 

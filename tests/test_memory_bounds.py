@@ -2,25 +2,22 @@
 
 import ctypes
 import mmap
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsnet_mm.ops import native, pack
+from dsnet_mm.ops import pack
 from dsnet_mm.ops.packing import PACKED_DTYPES
 
-REPO = Path(__file__).resolve().parents[1]
+from .conftest import needs_native, run_python
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHANNELS_LAST = torch.channels_last
 pytestmark = [
-    pytest.mark.skipif(native.WHY_NOT is not None, reason=str(native.WHY_NOT)),
+    needs_native,
     pytest.mark.skipif(sys.platform != 'linux', reason='guard pages by mprotect'),
 ]
 
@@ -90,16 +87,16 @@ def check_projections(dtype: torch.dtype) -> None:
         w2, w = torch.randn(width, hidden).to(dtype), torch.randn(width, width)
         b1, b2 = torch.randn(hidden).to(dtype), torch.randn(width).to(dtype)
         w = pack(w.to(dtype))
-        tiles = pack(w1), b1, pack(w2), b2
+        packed = pack(w1), b1, pack(w2), b2
         check(ops.linear, x, w, b2)
         check(ops.linear, x, w, None)
         check(ops.linear_, add, x, w, b2)
-        check(ops.ffn, x, *tiles)
-        check(ops.merge_, x, add, h_l, w, b2, w, *tiles)
-        check(ops.merge_, x, add, None, None, None, w, *tiles)
+        check(ops.ffn, x, *packed)
+        check(ops.merge_, x, add, h_l, w, b2, w, *packed)
+        check(ops.merge_, x, add, None, None, None, w, *packed)
         if dtype == torch.float32:
-            check(ops.ffn_hidden, x, *tiles)
-            _, kept = ops.ffn_hidden(x, *tiles)
+            check(ops.ffn_hidden, x, *packed)
+            _, kept = ops.ffn_hidden(x, *packed)
             for hidden_layer in (kept, None):
                 check(ops.ffn_backward, add, x, w1, b1, w2, hidden_layer)
 
@@ -109,8 +106,9 @@ def check_maps(dtype: torch.dtype, channels: int) -> None:
     for size in ((1, 1), (5, 3), (8, 8)):
         x = torch.randn(2, channels, *size).to(dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        weight = torch.randn(channels, 1, 3, 3).to(dtype)
-        bias, scale, shift = torch.randn(3, channels).to(dtype)
+        weight, bias = torch.randn(channels, 1, 3, 3), torch.randn(channels)
+        scale, shift = torch.randn(2, channels)
+        weight, bias, scale, shift = (t.to(dtype) for t in (weight, bias, scale, shift))
         check(ops.residual_conv, x, weight, bias, scale, shift)
         check(ops.residual_conv, x, weight, bias, None, None)
         out = torch.randn(2, channels, 7, 9).to(dtype)
@@ -127,16 +125,6 @@ def check_all() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for channels in (1, 8, 12, 24, 37, 64):
             check_maps(dtype, channels)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, '-c', code],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env=os.environ | environment,
-    )
 
 
 @pytest.mark.parametrize('capability', ['avx512', 'avx2', 'default'])
@@ -163,4 +151,4 @@ def test_the_guard_page_cannot_be_read():
         'ctypes.string_at(x.data_ptr(), 13)'
     )
     assert done.stdout == 'True\n'
-    assert done.returncode == -signal.SIGSEGV
+    assert done.returncode != 0  # SIGSEGV, which AddressSanitizer turns into an exit.

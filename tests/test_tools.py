@@ -50,7 +50,7 @@ def run(name: str, *args: str) -> str:
         text=True,
         env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'),
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 

@@ -10,7 +10,8 @@ fi
 NNODES=${NNODES:-1}
 
 if [[ $NNODES == 1 && -z ${PORT:-} ]]; then
-    rendezvous=(--standalone) # uses a free port
+    # Uses a free port. --local-addr makes a lookup of the host name unnecessary.
+    rendezvous=(--standalone --local-addr 127.0.0.1)
 else
     rendezvous=(
         --nnodes "$NNODES"

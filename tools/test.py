@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Evaluates as the arguments say.
+    """Evaluates.
 
     Args:
-        parser: Tells of errors.
-        args: What it parsed.
+        parser: Reports errors of the user.
+        args: The parsed arguments.
     """
     with user_errors(parser):
         if args.out and not args.out.endswith(('.pkl', '.pickle')):

@@ -84,9 +84,9 @@ def set_auto_scale_lr(cfg: Config) -> None:
 
 
 def set_start(cfg: Config, resume: str | None) -> None:
-    """Sets where training starts: anew, from weights, or where it had stopped.
+    """Sets where training starts: anew, from weights, or from a checkpoint.
 
-    A resumed training has the seed of its checkpoint.
+    A resumed training takes the seed of its checkpoint.
 
     Args:
         cfg: Configuration, changed in place.
@@ -113,8 +113,8 @@ def set_start(cfg: Config, resume: str | None) -> None:
     cfg.resume = resume is not None
     if cfg.resume:
         cfg.load_from = resume
-        cfg.setdefault('randomness', {})
-        cfg.randomness.seed = read_training_state(resume)['meta'].get('seed')
+        seed = read_training_state(resume)['meta'].get('seed')
+        cfg.merge_from_dict({'randomness.seed': seed})
     elif cfg.get('load_from'):
         check_file(
             cfg.load_from,
@@ -125,13 +125,14 @@ def set_start(cfg: Config, resume: str | None) -> None:
 
 
 def set_seeds(cfg: Config) -> None:
-    """Lets a resumed training end as one that was never interrupted.
+    """Makes random numbers independent of where a training was interrupted.
 
     Args:
         cfg: Configuration, changed in place.
     """
-    hook = dict(type='dsnet_mm.IterationSeedHook')
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    hooks = cfg.get('custom_hooks') or []
+    if not any('IterationSeedHook' in str(hook['type']) for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='dsnet_mm.IterationSeedHook')]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,11 +172,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Trains as the arguments say.
+    """Trains.
 
     Args:
-        parser: Tells of errors.
-        args: What it parsed.
+        parser: Reports errors of the user.
+        args: The parsed arguments.
     """
     with user_errors(parser):
         cfg = load_config(args.config, args.cfg_options)

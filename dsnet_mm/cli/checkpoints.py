@@ -62,16 +62,15 @@ def find_checkpoint_to_resume(work_dir: str) -> str | None:
         key=lambda path: path.stat().st_mtime,
         reverse=True,
     )
-    latest = Path(work_dir, 'last_checkpoint')
-    if not files and not latest.is_file():
+    named = Path(work_dir, 'last_checkpoint').is_file()
+    if not files and not named:
         return None
-    latest = find_latest_checkpoint(work_dir) if latest.is_file() else None
+    latest = find_latest_checkpoint(work_dir) if named else None
     if not latest:
         raise ValueError(
             f'{work_dir} holds checkpoints but no file last_checkpoint that names the '
             f'latest; name it by --resume CHECKPOINT'
         )
-    check_file(latest, 'checkpoint', 'name one by --resume CHECKPOINT')
     try:
         read_training_state(latest)
         return latest

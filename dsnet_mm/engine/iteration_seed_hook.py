@@ -16,28 +16,32 @@ LOADING, STEP = range(2)
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Seeds every batch and every step by its number.
+    """Seeds every batch and every training step by its number.
 
     The random numbers of an iteration depend on the seed of the run, the rank
     of the process and the number of the iteration, and on nothing else. A
-    resumed training therefore draws what the uninterrupted one would have
-    drawn, and no state of a generator has to be stored:
+    resumed training therefore draws the same numbers as one that was never
+    interrupted. No state of a generator is stored.
 
-    - The process that loads a batch, a worker or the main process, is seeded
-      before it does.
+    - A worker is seeded before it loads a batch. Without workers, the main
+      process is.
     - The main process is seeded before each training step.
 
-    Python's ``random``, NumPy and PyTorch are seeded. Samplers of MMEngine
-    order the data by the seed of the run. So the resumed training needs the
-    same ``randomness.seed`` (``tools/train.py --resume`` takes it from the
-    checkpoint) and the same number of processes. Iteration-based training
-    needs MMEngine 0.10.12, whose data loader can skip batches.
+    Python's ``random``, NumPy and PyTorch are seeded. The number of workers
+    makes no difference.
+
+    The order of the data comes from the samplers of MMEngine, which depend on
+    the seed of the run. The resumed training needs the same
+    ``randomness.seed``; ``tools/train.py --resume`` takes it from the
+    checkpoint. It also needs the same batch size and number of processes. In
+    iteration-based training the sampler must be able to skip batches, as
+    InfiniteSampler does in MMEngine 0.10.12 and does not in 0.10.7.
     """
 
     priority = 'LOWEST'
 
     def before_train(self, runner: Runner) -> None:
-        """Lets the training data loader seed the processes that load batches."""
+        """Makes the data loader seed its workers."""
         loader = runner.train_loop.dataloader
         self._key = (runner.seed, get_rank())
         self.loading = _LoadingSeeds(loader, self._key)
@@ -52,7 +56,7 @@ class IterationSeedHook(Hook):
         if hasattr(runner.train_loop, 'dataloader_iterator') and (
             self.loading.batches_per_epoch
         ):
-            # The iteration-based loop now loads the batches before this one too.
+            # A sampler that cannot skip: the loop first loads all earlier batches.
             self.loading.next_batch = 0
 
     def before_train_iter(
@@ -105,14 +109,14 @@ class _LoadingSeeds:
         self._init_worker, self._collate = loader.worker_init_fn, loader.collate_fn
 
     def start_worker(self, worker: int) -> None:
-        """Is called in each worker when it starts."""
+        """Seeds the first batch of a worker; its ``worker_init_fn``."""
         if self._init_worker:
             self._init_worker(worker)
         self.next_batch += worker
         _seed(*self._key, LOADING, self.next_batch)
 
     def collate(self, samples: list) -> object:
-        """Puts the samples of a batch together, then seeds the next batch."""
+        """Collates a batch, then seeds the worker for its next one."""
         batch = self._collate(samples)
         worker = get_worker_info()
         if worker:
@@ -120,7 +124,7 @@ class _LoadingSeeds:
             if per_epoch := self.batches_per_epoch:
                 epoch = self.next_batch // per_epoch
                 if following >= (epoch + 1) * per_epoch:
-                    # A worker that persists begins the next epoch with its first.
+                    # Persistent workers begin the next epoch in the same order.
                     following = (epoch + 1) * per_epoch + worker.id
             self.next_batch = following
             _seed(*self._key, LOADING, following)

@@ -24,8 +24,8 @@ class Fused(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = deepcopy(module)
-        _parameters_to_buffers(self.module)
+        self.folded = deepcopy(module)
+        _parameters_to_buffers(self.folded)
         self.eval()
 
     def train(self, mode: bool = True) -> 'Fused':
@@ -43,7 +43,7 @@ class Fused(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         keys = [key for key in state_dict if key.startswith(prefix)]
-        unfused = [key for key in keys if not key.startswith(f'{prefix}module.')]
+        unfused = [key for key in keys if not key.startswith(f'{prefix}folded.')]
         if unfused:
             raise ValueError(
                 f'The network was fused for inference, and the state dict is of one '
@@ -54,7 +54,7 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes what the module does in evaluation."""
-        return self.module(x)
+        return self.folded(x)
 
 
 class FusedPatchEmbed(Fused):
@@ -65,7 +65,7 @@ class FusedPatchEmbed(Fused):
 
     def __init__(self, module: PatchEmbed) -> None:
         super().__init__(module)
-        self.module.projection.to(memory_format=torch.channels_last)
+        self.folded.projection.to(memory_format=torch.channels_last)
 
 
 class FusedDSBlock(Fused):
@@ -83,7 +83,7 @@ class FusedDSBlock(Fused):
 
     def __init__(self, module: DSBlock) -> None:
         super().__init__(module)
-        block = self.module
+        block = self.folded
         block.norm1 = _fold(block.norm1, block.proj_in)
         block.norm2 = _fold(block.norm2, block.ffn.fc1)
         norms = [block.norm1, block.norm2]
@@ -119,7 +119,7 @@ class FusedDSBlock(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        block = self.module
+        block = self.folded
         if not self._runs_as_one_operator(x):
             return block(x)
         weights = {name: buffers[key] for name, buffers, key in self._places}
@@ -131,7 +131,7 @@ class FusedDSBlock(Fused):
         return (
             self.is_one_operator
             and x.is_cpu
-            and self.module.ffn.fc1.is_packed_for(x)
+            and self.folded.ffn.fc1.is_packed_for(x)
             and x.numel() > 0
             and not torch.is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and x.requires_grad)

@@ -1,5 +1,5 @@
-// dsnet_mm::co_attention and its backward: schemas, checks and autocast; and autograd of
-// all operators of this library.
+// dsnet_mm::co_attention and its backward: schemas, checks and autocast; and autograd
+// of all operators of this library.
 //
 //   h_L = softmax(Q_L K_G^T / sqrt(d)) V_G
 //   h_G = softmax(Q_G K_L^T / sqrt(d)) V_L
@@ -98,7 +98,8 @@ Outputs call(const Tensor& local_qkv, const Tensor& global_qkv, const Tensor& se
 
 SelfOutputs call(const Tensor& qkv, const Tensor& seed, int64_t num_heads,
                  double dropout_p) {
-  DSNET_FIND("self_attention", SelfOutputs(const Tensor&, const Tensor&, int64_t, double));
+  DSNET_FIND("self_attention",
+             SelfOutputs(const Tensor&, const Tensor&, int64_t, double));
   return op.call(qkv, seed, num_heads, dropout_p);
 }
 
@@ -124,10 +125,10 @@ class CoAttention : public torch::autograd::Function<CoAttention> {
     const auto saved = ctx->get_saved_variables();
     for (int i = 0; i < 2; ++i)
       if (!grads[i].defined()) grads[i] = at::zeros_like(saved[2 + i]);
-    const auto [local, global] = op.call(
-        grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-        saved[6], ctx->saved_data["num_heads"].toInt(),
-        ctx->saved_data["dropout_p"].toDouble());
+    const auto [local, global] =
+        op.call(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4],
+                saved[5], saved[6], ctx->saved_data["num_heads"].toInt(),
+                ctx->saved_data["dropout_p"].toDouble());
     return {local, global, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -234,9 +235,8 @@ TORCH_LIBRARY_IMPL(dsnet_mm, Autograd, m) {
   for (const char* name :
        {"co_attention_backward", "self_attention_backward", "ffn_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  for (const char* name :
-       {"ffn", "ffn_hidden", "linear", "linear_", "merge_", "residual_conv",
-        "resize_add_"})
+  for (const char* name : {"ffn", "ffn_hidden", "linear", "linear_", "merge_",
+                           "residual_conv", "resize_add_"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 

@@ -1,6 +1,11 @@
-// Random numbers of the attention dropout, the same on every device and in
-// dsnet_mm/ops/reference.py: a hash of (seed, query) gives a query two words,
-// a hash of these and the key's index gives a weight its word.
+// Random numbers of the attention dropout. They are the same on every device and in
+// dsnet_mm/ops/reference.py, and no mask is stored:
+//
+//   words(query) = hash(seed, query)             two words of 32 bits
+//   word(query, key) = hash(words(query), key)   one word of 32 bits
+//
+// A weight is kept, and divided by 1 - p, if its word is not below the threshold p
+// 2^32.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +13,7 @@
 #ifdef __CUDACC__
 #define DSNET_INLINE __host__ __device__ __forceinline__
 #else
-// Always: a call would pass vectors by another convention.
+// Always inlined: the calling conventions of vectors differ among instruction sets.
 #define DSNET_INLINE __attribute__((always_inline)) inline
 #endif
 
@@ -16,8 +21,8 @@ namespace dsnet {
 
 struct Dropout {
   uint64_t seed;
-  uint32_t threshold;  // a weight stays if its word is not below
-  double scale;        // of the weights that stay, 1 / (1 - p)
+  uint32_t threshold;  // p 2^32
+  double scale;        // 1 / (1 - p)
 };
 
 // SplitMix64 (Steele, Lea, Flood 2014) at position ``query`` of ``seed``.
@@ -28,8 +33,8 @@ DSNET_INLINE uint64_t query_words(uint64_t seed, uint64_t query) {
   return z ^ (z >> 31);
 }
 
-// MurmurHash3's finalizer with the second word mixed in half way; ``Words``
-// is uint32_t or a vector of it, and so is ``Key``.
+// MurmurHash3's finalizer, with the second word mixed in half way. ``Words`` and
+// ``Key`` are uint32_t or vectors of it.
 template <typename Words, typename Key>
 DSNET_INLINE Words random_word(Words first, Words second, Key key) {
   Words x = first + key * 0x9E3779B9u;

@@ -1,10 +1,22 @@
-// Attention of a few queries of one head, forward and backward, for one
-// instruction set. each_isa.h includes this file once for each, with
-// DSNET_ISA (a namespace) and DSNET_BYTES (the width of a vector) defined; so
-// there is no include guard.
+// Attention of one head on the CPU, forward and backward, for one instruction set.
+// Included by each_isa.h. For queries i, keys j and channels c:
 //
-// What is read by many is read as it lies in memory, and what is the lanes of vectors
-// is transposed once: in forward a task's queries, in backward a block of keys.
+// Forward:   s_ij = q_i k_j / sqrt(d) * log2(e)       scores
+//            lse_i = log2 sum_j 2^s_ij                log-sum-exp
+//            w_ij = 2^(s_ij - lse_i)                  weights
+//            out_i = sum_j w_ij f_ij v_j              f is the dropout factor, or 1
+//
+// Backward:  delta_i = out_i grad_out_i
+//            grad_v_j = sum_i w_ij f_ij grad_out_i
+//            ds_ij = w_ij (f_ij grad_out_i v_j - delta_i) / sqrt(d)
+//            grad_q_i = sum_j ds_ij k_j
+//            grad_k_j = sum_i ds_ij q_i
+//
+// The forward goes over the keys once, block by block. For each query it holds the
+// running maximum of its scores, the denominator and an accumulator of the values; a
+// new maximum rescales the last two. No matrix of all weights is ever in memory.
+//
+// Loop order and memory are described at attend_forward and attend_backward.
 
 #include "../common/vectors.h"
 
@@ -15,7 +27,7 @@ namespace DSNET_ISA {
 
 inline Vec<float> log2(Vec<float> x) {
   using bits = Vector<float>::bits;
-  const bits exponent = ((bits)x - 0x3F3504F3) >> 23;  // to a mantissa near 1
+  const bits exponent = ((bits)x - 0x3F3504F3) >> 23;  // Leaves a mantissa near 1.
   const Vec<float> m = (Vec<float>)((bits)x - (exponent << 23));
   const Vec<float> t = (m - 1.f) / (m + 1.f), t2 = t * t;
   Vec<float> y = t2 * (2.8853900818f / 9) + 2.8853900818f / 7;
@@ -30,48 +42,48 @@ inline Vec<double> log2(Vec<double> x) {
   return x;
 }
 
-// C[m][n] = sum_k A[m][k] B[k][n], added to C if ``add``; ``cols`` is a
-// multiple of the lanes, a_m and a_k are the strides of A, b_k and c_m those
-// of the rows of B and C.
+// C[m][n] = sum_k A[m][k] B[k][n], added to C if ``add``. ``cols`` is a multiple of the
+// lanes; a_m and a_k are the strides of A, b_k and c_m those of the rows of B and C.
 template <typename T>
 void matmul(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_m,
             int64_t a_k, const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
   constexpr int lanes = Vector<T>::lanes;
-  // All sums of a tile stay in registers: 32 of 64 bytes, else 16.
-  constexpr int widest = DSNET_BYTES == 64 ? 4 : 2;
+  // Of 32 registers of 64 bytes, otherwise 16, a tile takes four or two columns.
+  constexpr int max_vectors = DSNET_VECTOR_BYTES == 64 ? 4 : 2;
   for (int64_t n = 0; n < cols;) {
     const int64_t left = (cols - n) / lanes;
     const auto at = [=](int64_t m, int v) -> Vec<T>& {
       return vec(c + m * c_m + n + v * lanes);
     };
-    const auto read = [=](int64_t m, int v) { return add ? at(m, v) : Vec<T>{}; };
-    const auto write = [=](int64_t m, int v, Vec<T> sum) { at(m, v) = sum; };
-    if (left >= widest) {
-      tiles<T, widest>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
-      n += widest * lanes;
+    const auto init = [=](int64_t m, int v) { return add ? at(m, v) : Vec<T>{}; };
+    const auto epilogue = [=](int64_t m, int v, Vec<T> sum) { at(m, v) = sum; };
+    if (left >= max_vectors) {
+      multiply_tiles<T, max_vectors>(rows, depth, a, a_m, a_k, b + n, b_k, init,
+                                     epilogue);
+      n += max_vectors * lanes;
     } else if (left >= 2) {
-      tiles<T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
+      multiply_tiles<T, 2>(rows, depth, a, a_m, a_k, b + n, b_k, init, epilogue);
       n += 2 * lanes;
     } else {
-      tiles<T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, read, write);
+      multiply_tiles<T, 1>(rows, depth, a, a_m, a_k, b + n, b_k, init, epilogue);
       n += lanes;
     }
   }
 }
 
-// ------------------------------------------------------------ moving elements
+// ----------------------------------------------------------- loads and stores
 
-// dst[r][c] = factor * src[r][c], zeros around it up to all_rows by all_cols.
+// dst[r][c] = factor * src[r][c], with zeros up to all_rows by all_cols.
 template <typename S, typename T>
-void load(int64_t rows, int64_t cols, const S* src, int64_t src_row, T* dst,
+void load(int64_t rows, int64_t cols, const S* src, int64_t src_stride, T* dst,
           int64_t all_rows, int64_t all_cols, T factor) {
   for (int64_t r = 0; r < rows; ++r) {
     T* row = dst + r * all_cols;
     int64_t c = 0;
     if constexpr (std::is_same_v<S, T>)
       for (; c + Vector<T>::lanes <= cols; c += Vector<T>::lanes)
-        put<T>(row + c, loose(src + r * src_row + c) * factor);
-    for (; c < cols; ++c) row[c] = static_cast<T>(src[r * src_row + c]) * factor;
+        storeu<T>(row + c, loadu(src + r * src_stride + c) * factor);
+    for (; c < cols; ++c) row[c] = static_cast<T>(src[r * src_stride + c]) * factor;
     for (; c < all_cols; ++c) row[c] = 0;
   }
   std::fill(dst + rows * all_cols, dst + all_rows * all_cols, T(0));
@@ -79,328 +91,357 @@ void load(int64_t rows, int64_t cols, const S* src, int64_t src_row, T* dst,
 
 // dst[r][c] = factor * src[r][c]
 template <typename S, typename T>
-void store(int64_t rows, int64_t cols, const T* src, int64_t src_row, S* dst,
-           int64_t dst_row, T factor) {
+void store(int64_t rows, int64_t cols, const T* src, int64_t src_stride, S* dst,
+           int64_t dst_stride, T factor) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
     if constexpr (std::is_same_v<S, T>)
       for (; c + Vector<T>::lanes <= cols; c += Vector<T>::lanes)
-        put<T>(dst + r * dst_row + c, loose(src + r * src_row + c) * factor);
+        storeu<T>(dst + r * dst_stride + c, loadu(src + r * src_stride + c) * factor);
     for (; c < cols; ++c)
-      dst[r * dst_row + c] = static_cast<S>(src[r * src_row + c] * factor);
+      dst[r * dst_stride + c] = static_cast<S>(src[r * src_stride + c] * factor);
   }
 }
 
-// Rows of S as rows of T: themselves where the types are the same.
+// Returns rows in the type T and sets their stride. They are converted into ``buffer``,
+// or returned where they lie if S is T.
 template <typename S, typename T>
-inline const T* as_rows(int64_t rows, int64_t cols, const S* src, int64_t& src_row,
-                        T* buffer) {
+inline const T* convert_rows(int64_t rows, int64_t cols, const S* src, int64_t& stride,
+                             T* buffer) {
   if constexpr (std::is_same_v<S, T>) {
     return src;
   } else {
-    load<S, T>(rows, cols, src, src_row, buffer, rows, cols, T(1));
-    src_row = cols;
+    load<S, T>(rows, cols, src, stride, buffer, rows, cols, T(1));
+    stride = cols;
     return buffer;
   }
 }
 
-// Rows of S as rows of T that end on a whole vector, with zeros if need be:
-// themselves where they are that.
+// The same for rows that are read in whole vectors: pad<T>(cols) elements of each. Rows
+// of another length are copied into ``buffer``, with zeros at their ends.
 template <typename S, typename T>
-inline const T* as_vectors(int64_t rows, int64_t cols, const S* src, int64_t& src_row,
-                           T* buffer) {
+inline const T* pad_rows(int64_t rows, int64_t cols, const S* src, int64_t& stride,
+                         T* buffer) {
   const int64_t padded = pad<T>(cols);
   if constexpr (std::is_same_v<S, T>)
     if (cols == padded) return src;
-  load<S, T>(rows, cols, src, src_row, buffer, rows, padded, T(1));
-  src_row = padded;
+  load<S, T>(rows, cols, src, stride, buffer, rows, padded, T(1));
+  stride = padded;
   return buffer;
 }
 
-// dst[channel][token] = factor * src[token][channel], with zeros up to whole
-// vectors of both; ``rows`` is for as many tokens of whole vectors.
+// dst[channel][token] = factor * src[token][channel], with zeros up to whole vectors of
+// both. ``rows`` is a buffer for the padded tokens.
 template <typename S, typename T>
-void load_transposed(int64_t tokens, int64_t width, const S* src, int64_t src_row,
-                     T* dst, int64_t dst_row, T factor, T* rows) {
+void load_transposed(int64_t tokens, int64_t width, const S* src, int64_t src_stride,
+                     T* dst, int64_t dst_stride, T factor, T* rows) {
   const int64_t all = pad<T>(tokens), padded = pad<T>(width);
-  load(tokens, width, src, src_row, rows, all, padded, factor);
-  transpose(all, padded, rows, padded, dst, dst_row);
+  load(tokens, width, src, src_stride, rows, all, padded, factor);
+  transpose(all, padded, rows, padded, dst, dst_stride);
 }
 
-// Asks for rows that are read next.
 template <typename S>
-inline void fetch(int64_t rows, int64_t cols, const S* src, int64_t src_row) {
+inline void prefetch(int64_t rows, int64_t cols, const S* src, int64_t src_stride) {
   constexpr int64_t line = 64 / sizeof(S);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; c += line) __builtin_prefetch(src + r * src_row + c);
+    for (int64_t c = 0; c < cols; c += line)
+      __builtin_prefetch(src + r * src_stride + c);
 }
 
 // -------------------------------------------------------------------- dropout
 
 template <typename T>
-struct Words {
+struct RandomWords {
   typename Vector<T>::words low, high;
 };
 
-// The random words of as many queries as there are lanes, from number ``row`` on.
+// The random words of as many queries as there are lanes, from number ``first`` on.
 template <typename T>
-inline Words<T> query_lanes(const Dropout& dropout, uint64_t row) {
-  Words<T> words;
+inline RandomWords<T> random_words(const Dropout& dropout, uint64_t first) {
+  RandomWords<T> words;
   for (int i = 0; i < Vector<T>::lanes; ++i) {
-    const uint64_t word = query_words(dropout.seed, row + i);
+    const uint64_t word = query_words(dropout.seed, first + i);
     words.low[i] = static_cast<uint32_t>(word);
     words.high[i] = static_cast<uint32_t>(word >> 32);
   }
   return words;
 }
 
-// 1 / (1 - p) for the weights that stay, 0 for the others, of queries for keys.
+// 1 / (1 - p) for weights that are kept, 0 for weights that are dropped.
 template <typename T>
-inline Vec<T> kept(const Dropout& dropout, const Words<T>& query,
-                   typename Vector<T>::words key) {
+inline Vec<T> dropout_factor(const Dropout& dropout, const RandomWords<T>& query,
+                             typename Vector<T>::words key) {
   const auto x = random_word(query.low, query.high, key);
-  const auto stays = x >= dropout.threshold;  // -1 or 0
-  return __builtin_convertvector(stays, Vec<T>) * T(-dropout.scale);
+  const auto keep = x >= dropout.threshold;  // -1 or 0
+  return __builtin_convertvector(keep, Vec<T>) * T(-dropout.scale);
 }
 
 // -------------------------------------------------------------------- forward
 
-// A block of keys, the first of them number ``begin``, and their values.
+// A block of keys and values. ``begin`` is the number of the first key.
 template <typename T>
-struct Keys {
+struct KeyBlock {
   int64_t begin, count;
   const T *k, *v;
-  int64_t k_row, v_row;
+  int64_t k_stride, v_stride;
 };
 
-// Queries, as many as one or two vectors have lanes, and what they have read so far.
+// A group of queries, as many as one or two vectors have lanes, and their state.
 template <typename T>
-struct Queries {
-  uint64_t row;  // of the first among all, for dropout
+struct QueryGroup {
+  uint64_t first;  // number of the first query among all, for dropout
   int64_t count;
-  const T* q;  // [channel][query], scaled
-  T* top;      // of the scores,
-  T* total;    // the sum of the weights 2^(score - top), before dropout,
-  T* sum;      // and that of the values by the weights, [query][channel]
+  const T* q;      // [channel][query], scaled
+  T* running_max;  // of the scores
+  T* denominator;  // sum of 2^(score - running_max), before dropout
+  T* accumulator;  // [query][channel], sum of the values by their weights
 };
 
-// Lets V vectors of queries read a block of keys. Scores are [key][query], so that the
-// largest of a query and the sum of its weights stay in a lane.
+// Updates the state of V vectors of queries by one block of keys. Loop order: scores of
+// all keys, then weights of all keys, then the product with the values.
+//
+// ``p`` holds scores, later weights, as [key][query]: queries are the lanes, so that
+// maxima and sums over the keys need no operation across lanes. p, the queries and
+// their accumulators lie in L1, the block of keys and values in L2.
 template <typename T, int V>
-void read(const Queries<T>& queries, const Keys<T>& keys, int64_t width,
-          const Dropout* dropout, T* p) {
+void attend_to_block(const QueryGroup<T>& queries, const KeyBlock<T>& keys,
+                     int64_t width, const Dropout* dropout, T* p) {
   constexpr int lanes = Vector<T>::lanes, all = V * lanes;
-  Vec<T> largest[V];
-  for (int v = 0; v < V; ++v) largest[v] = vec(queries.top + v * lanes);
-  tiles<T, V>(
-      keys.count, width, keys.k, keys.k_row, int64_t(1), queries.q, all,
+  Vec<T> maxima[V];
+  for (int v = 0; v < V; ++v) maxima[v] = vec(queries.running_max + v * lanes);
+  multiply_tiles<T, V>(
+      keys.count, width, keys.k, keys.k_stride, int64_t(1), queries.q, all,
       [](int64_t, int) { return Vec<T>{}; },
       [&](int64_t j, int v, Vec<T> score) {
-        largest[v] = larger<T>(score, largest[v]);
+        maxima[v] = maximum<T>(score, maxima[v]);
         vec(p + j * all + v * lanes) = score;
       });
 
-  alignas(64) T shrink[all];  // what was read below the old top
+  alignas(64) T rescale[all];  // 2^(old maximum - new maximum)
   for (int v = 0; v < V; ++v) {
-    const Vec<T> peak = largest[v];
-    Vec<T> mass{};
+    const Vec<T> new_max = maxima[v];
+    Vec<T> sum{};
     T* weights = p + v * lanes;
     for (int64_t j = 0; j < keys.count; ++j) {
-      const Vec<T> weight = exp2(vec(weights + j * all) - peak);
-      mass += weight;
+      const Vec<T> weight = exp2(vec(weights + j * all) - new_max);
+      sum += weight;
       vec(weights + j * all) = weight;
     }
     if (dropout) {
-      const Words<T> words = query_lanes<T>(*dropout, queries.row + v * lanes);
+      const RandomWords<T> words = random_words<T>(*dropout, queries.first + v * lanes);
       typename Vector<T>::words key{};
       key += static_cast<uint32_t>(keys.begin);
       for (int64_t j = 0; j < keys.count; ++j, key += 1)
-        vec(weights + j * all) *= kept<T>(*dropout, words, key);
+        vec(weights + j * all) *= dropout_factor<T>(*dropout, words, key);
     }
-    Vec<T>&top = vec(queries.top + v * lanes), &total = vec(queries.total + v * lanes);
-    const Vec<T> less = exp2(top - peak);
-    vec(shrink + v * lanes) = less;
-    total = total * less + mass;
-    top = peak;
+    Vec<T>& running_max = vec(queries.running_max + v * lanes);
+    Vec<T>& denominator = vec(queries.denominator + v * lanes);
+    const Vec<T> factor = exp2(running_max - new_max);
+    vec(rescale + v * lanes) = factor;
+    denominator = denominator * factor + sum;
+    running_max = new_max;
   }
 
   const int64_t padded = pad<T>(width);
-  const auto add_values = [&](auto vectors, int64_t c) {
+  const auto multiply_values = [&](auto vectors, int64_t c) {
     const auto at = [&](int64_t r, int v) -> Vec<T>& {
-      return vec(queries.sum + r * padded + c + v * lanes);
+      return vec(queries.accumulator + r * padded + c + v * lanes);
     };
-    tiles<T, vectors>(
-        queries.count, keys.count, p, int64_t(1), all, keys.v + c, keys.v_row,
-        [&](int64_t r, int v) { return keys.begin ? at(r, v) * shrink[r] : Vec<T>{}; },
+    multiply_tiles<T, vectors>(
+        queries.count, keys.count, p, int64_t(1), all, keys.v + c, keys.v_stride,
+        [&](int64_t r, int v) { return keys.begin ? at(r, v) * rescale[r] : Vec<T>{}; },
         [&](int64_t r, int v, Vec<T> sum) { at(r, v) = sum; });
   };
   int64_t c = 0;
   for (; c + 2 * lanes <= padded; c += 2 * lanes)
-    add_values(std::integral_constant<int, 2>(), c);
-  if (c < padded) add_values(std::integral_constant<int, 1>(), c);
+    multiply_values(std::integral_constant<int, 2>(), c);
+  if (c < padded) multiply_values(std::integral_constant<int, 1>(), c);
 }
 
-// Queries [first, first + count) of a head, at most kMost. All of them read a block of
-// keys before the next one is fetched.
+// Outputs and lse of queries [first, first + count) of a head, at most
+// kMaxTaskQueries.
+//
+// Loop order: blocks of keys, then groups of queries. All queries of the task read a
+// block before the next one is loaded. Keys and values are read where they lie, unless
+// they are converted or padded; queries are transposed once. The queries' state lies in
+// L2, one block of keys and values as well.
 template <typename S, typename T>
-void attend(const Head<S>& head, int64_t first, int64_t count, S* out, int64_t out_row,
-            T* lse, char* memory) {
-  constexpr int lanes = Vector<T>::lanes, together = 2 * lanes;
+void attend_forward(const Head<S>& head, int64_t first, int64_t count, S* out,
+                    int64_t out_stride, T* lse, char* memory) {
+  constexpr int lanes = Vector<T>::lanes, group = 2 * lanes;
   const int64_t width = head.width, padded = pad<T>(width);
-  const int64_t all = ceil_div(count, together) * together;
+  const int64_t all = ceil_div(count, group) * group;
   Arena arena(memory);
-  T* q = arena.take<T>(all * padded);
-  T* sum = arena.take<T>(all * padded);
-  T* top = arena.take<T>(all);
-  T* total = arena.take<T>(all);
-  T* q_rows = arena.take<T>(together * padded);
-  T* k_rows = arena.take<T>(kColumns * padded);
-  T* v_rows = arena.take<T>(kColumns * padded);
-  T* p = arena.take<T>(kColumns * together);
+  T* q = arena.allocate<T>(all * padded);
+  T* accumulator = arena.allocate<T>(all * padded);
+  T* running_max = arena.allocate<T>(all);
+  T* denominator = arena.allocate<T>(all);
+  T* q_rows = arena.allocate<T>(group * padded);
+  T* k_rows = arena.allocate<T>(kKeyBlock * padded);
+  T* v_rows = arena.allocate<T>(kKeyBlock * padded);
+  T* p = arena.allocate<T>(kKeyBlock * group);
   const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
-  std::fill(top, top + all, -std::numeric_limits<T>::infinity());
-  std::fill(total, total + all, T(0));
+  std::fill(running_max, running_max + all, -std::numeric_limits<T>::infinity());
+  std::fill(denominator, denominator + all, T(0));
 
-  for (int64_t begin = 0; begin < head.keys; begin += kColumns) {
-    const int64_t n = std::min<int64_t>(kColumns, head.keys - begin);
-    int64_t k_row = head.kv_row, v_row = head.kv_row;
-    const T* k = as_rows<S, T>(n, width, head.k + begin * k_row, k_row, k_rows);
-    const T* v = as_vectors<S, T>(n, width, head.v + begin * v_row, v_row, v_rows);
-    const Keys<T> keys{begin, n, k, v, k_row, v_row};
-    const int64_t next = begin + n, left = std::min(kColumns, head.keys - next);
-    fetch(left, width, head.k + next * head.kv_row, head.kv_row);
-    fetch(left, width, head.v + next * head.kv_row, head.kv_row);
-    for (int64_t i = 0; i < count; i += together) {
-      const int64_t m = std::min<int64_t>(together, count - i);
-      const S* own = head.q + (first + i) * head.q_row;
+  for (int64_t begin = 0; begin < head.keys; begin += kKeyBlock) {
+    const int64_t n = std::min<int64_t>(kKeyBlock, head.keys - begin);
+    int64_t k_stride = head.kv_stride, v_stride = head.kv_stride;
+    const T* k =
+        convert_rows<S, T>(n, width, head.k + begin * k_stride, k_stride, k_rows);
+    const T* v = pad_rows<S, T>(n, width, head.v + begin * v_stride, v_stride, v_rows);
+    const KeyBlock<T> keys{begin, n, k, v, k_stride, v_stride};
+    const int64_t next = begin + n, left = std::min(kKeyBlock, head.keys - next);
+    prefetch(left, width, head.k + next * head.kv_stride, head.kv_stride);
+    prefetch(left, width, head.v + next * head.kv_stride, head.kv_stride);
+    for (int64_t i = 0; i < count; i += group) {
+      const int64_t m = std::min<int64_t>(group, count - i);
+      const S* src = head.q + (first + i) * head.q_stride;
       if (begin == 0) {
-        fetch(std::min<int64_t>(together, count - i - m), width, own + m * head.q_row,
-              head.q_row);
-        load_transposed(m, width, own, head.q_row, q + i * padded, pad<T>(m), scale,
+        prefetch(std::min<int64_t>(group, count - i - m), width,
+                 src + m * head.q_stride, head.q_stride);
+        load_transposed(m, width, src, head.q_stride, q + i * padded, pad<T>(m), scale,
                         q_rows);
       }
-      const Queries<T> queries{
-          head.row + first + i, m, q + i * padded, top + i, total + i,
-          sum + i * padded};
-      (m > lanes ? read<T, 2> : read<T, 1>)(queries, keys, width, head.dropout, p);
+      const QueryGroup<T> queries{head.first_query + first + i,
+                                  m,
+                                  q + i * padded,
+                                  running_max + i,
+                                  denominator + i,
+                                  accumulator + i * padded};
+      (m > lanes ? attend_to_block<T, 2> : attend_to_block<T, 1>)(queries, keys, width,
+                                                                  head.dropout, p);
       if (next < head.keys) continue;
       for (int64_t r = i; r < i + m; ++r)
-        store(1, width, sum + r * padded, padded, out + r * out_row, out_row,
-              T(1) / total[r]);
+        store(1, width, accumulator + r * padded, padded, out + r * out_stride,
+              out_stride, T(1) / denominator[r]);
     }
   }
-  for (int64_t i = 0; i < count; i += lanes) vec(top + i) += log2(vec(total + i));
-  std::copy(top, top + count, lse);
+  for (int64_t i = 0; i < count; i += lanes)
+    vec(running_max + i) += log2(vec(denominator + i));
+  std::copy(running_max, running_max + count, lse);
 }
 
 // ------------------------------------------------------------------- backward
 
-// Rows of queries or gradients, as they came and in T.
+// Rows of queries, or of gradients, as they are given and in the type T.
 template <typename S, typename T>
 struct Rows {
   const S* source;
-  int64_t source_row;
+  int64_t source_stride;
   const T* x;
-  int64_t row;
+  int64_t stride;
 };
 
-// Products of rows with a block of keys and values.
+// A block of keys and values, transposed to [channel][key], and its two products.
 template <typename S, typename T>
-class Block {
+class TransposedBlock {
  public:
-  Block(int64_t width, Arena& arena)
+  TransposedBlock(int64_t width, Arena& arena)
       : width_(width),
-        k_(arena.take<T>(pad<T>(width) * kBlock)),
-        v_(arena.take<T>(pad<T>(width) * kBlock)),
-        rows_(arena.take<T>(kBlock * pad<T>(width))) {}
+        k_(arena.allocate<T>(pad<T>(width) * kBackwardBlock)),
+        v_(arena.allocate<T>(pad<T>(width) * kBackwardBlock)),
+        rows_(arena.allocate<T>(kBackwardBlock * pad<T>(width))) {}
 
-  void read(int64_t n, const S* keys, const S* values, int64_t row) {
-    load_transposed(n, width_, keys, row, k_, kBlock, T(1), rows_);
-    load_transposed(n, width_, values, row, v_, kBlock, T(1), rows_);
+  void load(int64_t n, const S* keys, const S* values, int64_t stride) {
+    load_transposed(n, width_, keys, stride, k_, kBackwardBlock, T(1), rows_);
+    load_transposed(n, width_, values, stride, v_, kBackwardBlock, T(1), rows_);
   }
 
-  // qk = q k^T and gv = g v^T, rows of kBlock.
+  // qk = q k^T and gv = g v^T, both [query][key] with rows of kBackwardBlock.
   void multiply(int64_t m, int64_t n, const Rows<S, T>& q, const Rows<S, T>& g, T* qk,
                 T* gv) {
-    matmul(m, pad<T>(n), width_, q.x, q.row, int64_t(1), k_, kBlock, qk, kBlock, false);
-    matmul(m, pad<T>(n), width_, g.x, g.row, int64_t(1), v_, kBlock, gv, kBlock, false);
+    matmul(m, pad<T>(n), width_, q.x, q.stride, int64_t(1), k_, kBackwardBlock, qk,
+           kBackwardBlock, false);
+    matmul(m, pad<T>(n), width_, g.x, g.stride, int64_t(1), v_, kBackwardBlock, gv,
+           kBackwardBlock, false);
   }
 
  private:
   int64_t width_;
-  T *k_, *v_, *rows_;  // [channel][key] twice, and to make them
+  T *k_, *v_, *rows_;  // rows_ is the buffer of load_transposed.
 };
 
-// Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head as
-// far as they come from each other, with rows of ``padded`` = pad<T>(width) elements:
-// rows of as_vectors have as many and no more.
-template <typename S, typename T, typename Products = Block<S, T>>
-void differentiate(const Head<S>& head, const S* out, int64_t out_row,
-                   const S* grad_out, int64_t grad_row, const T* lse, int64_t q_begin,
-                   int64_t q_end, int64_t k_begin, int64_t k_end, T* grad_q, T* grad_k,
-                   T* grad_v, int64_t padded, char* memory) {
+// Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head, as far as
+// they come from each other. Rows of the gradients have ``padded`` elements, which is
+// pad<T>(width): no more are read of pad_rows.
+//
+// Loop order: blocks of keys, then blocks of queries, both of kBackwardBlock. Weights
+// and their gradients of a pair of blocks, p and ds, are computed again from lse; they
+// and the two blocks lie in L2. Each of the five products streams through L1.
+template <typename S, typename T, typename Block = TransposedBlock<S, T>>
+void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
+                     const S* grad_out, int64_t grad_stride, const T* lse,
+                     int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
+                     T* grad_q, T* grad_k, T* grad_v, int64_t padded, char* memory) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width;
   Arena arena(memory);
-  Products products(width, arena);
-  T* k_rows = arena.take<T>(kBlock * padded);
-  T* q_rows = arena.take<T>(kBlock * padded);
-  T* g_rows = arena.take<T>(kBlock * padded);
-  T* p = arena.take<T>(kBlock * kBlock);   // [query][key]
-  T* ds = arena.take<T>(kBlock * kBlock);  // [query][key]
-  T* delta = arena.take<T>(q_end - q_begin);
+  Block block(width, arena);
+  T* k_rows = arena.allocate<T>(kBackwardBlock * padded);
+  T* q_rows = arena.allocate<T>(kBackwardBlock * padded);
+  T* g_rows = arena.allocate<T>(kBackwardBlock * padded);
+  T* p = arena.allocate<T>(kBackwardBlock * kBackwardBlock);   // [query][key]
+  T* ds = arena.allocate<T>(kBackwardBlock * kBackwardBlock);  // [query][key]
+  T* delta = arena.allocate<T>(q_end - q_begin);               // over sqrt(d)
 
   const auto iota = *reinterpret_cast<const typename Vector<T>::words*>(kIota);
   const double scale = 1 / std::sqrt(double(width));
-  const T to_log2 = scale * 1.44269504088896340736;
+  const T log2_scale = scale * 1.44269504088896340736;
   for (int64_t i = q_begin; i < q_end; ++i) {
     T dot = 0;
     for (int64_t c = 0; c < width; ++c)
-      dot += static_cast<T>(grad_out[i * grad_row + c]) *
-             static_cast<T>(out[i * out_row + c]);
+      dot += static_cast<T>(grad_out[i * grad_stride + c]) *
+             static_cast<T>(out[i * out_stride + c]);
     delta[i - q_begin] = dot * T(scale);
   }
-  for (int64_t begin = k_begin; begin < k_end; begin += kBlock) {
-    const int64_t n = std::min<int64_t>(kBlock, k_end - begin), cols = pad<T>(n);
-    int64_t kv_row = head.kv_row;
-    products.read(n, head.k + begin * kv_row, head.v + begin * kv_row, kv_row);
-    const T* keys = as_vectors<S, T>(n, width, head.k + begin * kv_row, kv_row, k_rows);
-    for (int64_t first = q_begin; first < q_end; first += kBlock) {
-      const int64_t m = std::min<int64_t>(kBlock, q_end - first);
-      int64_t q_row = head.q_row, g_row = grad_row;
-      const T* q = as_vectors<S, T>(m, width, head.q + first * q_row, q_row, q_rows);
-      const T* g = as_vectors<S, T>(m, width, grad_out + first * g_row, g_row, g_rows);
-      products.multiply(m, n, {head.q + first * head.q_row, head.q_row, q, q_row},
-                        {grad_out + first * grad_row, grad_row, g, g_row}, p, ds);
+  for (int64_t begin = k_begin; begin < k_end; begin += kBackwardBlock) {
+    const int64_t n = std::min<int64_t>(kBackwardBlock, k_end - begin);
+    const int64_t cols = pad<T>(n);
+    int64_t kv_stride = head.kv_stride;
+    block.load(n, head.k + begin * kv_stride, head.v + begin * kv_stride, kv_stride);
+    const T* keys =
+        pad_rows<S, T>(n, width, head.k + begin * kv_stride, kv_stride, k_rows);
+    for (int64_t first = q_begin; first < q_end; first += kBackwardBlock) {
+      const int64_t m = std::min<int64_t>(kBackwardBlock, q_end - first);
+      int64_t q_stride = head.q_stride, g_stride = grad_stride;
+      const T* q =
+          pad_rows<S, T>(m, width, head.q + first * q_stride, q_stride, q_rows);
+      const T* g =
+          pad_rows<S, T>(m, width, grad_out + first * g_stride, g_stride, g_rows);
+      block.multiply(m, n, {head.q + first * head.q_stride, head.q_stride, q, q_stride},
+                     {grad_out + first * grad_stride, grad_stride, g, g_stride}, p, ds);
       for (int64_t r = 0; r < m; ++r) {
-        const T norm = lse[first + r], d = delta[first + r - q_begin];
-        Words<T> words{};
+        const T row_lse = lse[first + r], row_delta = delta[first + r - q_begin];
+        RandomWords<T> words{};
         if (head.dropout) {
-          const uint64_t word = query_words(head.dropout->seed, head.row + first + r);
+          const uint64_t word =
+              query_words(head.dropout->seed, head.first_query + first + r);
           words.low += static_cast<uint32_t>(word);
           words.high += static_cast<uint32_t>(word >> 32);
         }
         for (int64_t j = 0; j < cols; j += lanes) {
-          Vec<T>& weight = vec(p + r * kBlock + j);
-          Vec<T>& slope = vec(ds + r * kBlock + j);
-          const Vec<T> e = exp2(weight * to_log2 - norm);
+          // From q k^T to the weight after dropout, and from g v^T to ds.
+          Vec<T>& weight = vec(p + r * kBackwardBlock + j);
+          Vec<T>& grad_score = vec(ds + r * kBackwardBlock + j);
+          const Vec<T> w = exp2(weight * log2_scale - row_lse);
           if (head.dropout) {
             const auto key = iota + static_cast<uint32_t>(begin + j);
-            const Vec<T> keep = kept<T>(*head.dropout, words, key);
-            slope = e * (slope * T(scale) * keep - d);
-            weight = e * keep;
+            const Vec<T> factor = dropout_factor<T>(*head.dropout, words, key);
+            grad_score = w * (grad_score * T(scale) * factor - row_delta);
+            weight = w * factor;
           } else {
-            slope = e * (slope * T(scale) - d);
-            weight = e;
+            grad_score = w * (grad_score * T(scale) - row_delta);
+            weight = w;
           }
         }
       }
       const int64_t at_key = (begin - k_begin) * padded;
-      matmul(n, padded, m, p, int64_t(1), kBlock, g, g_row, grad_v + at_key, padded,
-             first > q_begin);
-      matmul(n, padded, m, ds, int64_t(1), kBlock, q, q_row, grad_k + at_key, padded,
-             first > q_begin);
-      matmul(m, padded, n, ds, kBlock, int64_t(1), keys, kv_row,
+      matmul(n, padded, m, p, int64_t(1), kBackwardBlock, g, g_stride, grad_v + at_key,
+             padded, first > q_begin);
+      matmul(n, padded, m, ds, int64_t(1), kBackwardBlock, q, q_stride, grad_k + at_key,
+             padded, first > q_begin);
+      matmul(m, padded, n, ds, kBackwardBlock, int64_t(1), keys, kv_stride,
              grad_q + (first - q_begin) * padded, padded, begin > k_begin);
     }
   }

@@ -1,4 +1,12 @@
-// Co-attention on the CPU: what runs in parallel.
+// dsnet_mm::co_attention and dsnet_mm::self_attention on the CPU: how the work is
+// divided among threads. attention_kernel.h has the equations.
+//
+// Co-attention has two directions: the queries of one stream attend to the keys and
+// values of the other. Self-attention is one direction, of a stream with itself.
+//
+// Forward: a task is a range of queries of one head in one direction, with all keys.
+// Backward: a task is a chunk of the longer stream and all of the shorter stream, of
+// one head in one direction. Each thread works in its own scratch memory.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,11 +25,12 @@
 
 namespace dsnet {
 
-constexpr int64_t kQueries = 256;  // of a task, about, that share blocks of keys,
-constexpr int64_t kTogether = 32;  // of these, at most, that are multiplied at a time,
-constexpr int64_t kColumns = 128;  // and keys in such a block
-constexpr int64_t kBlock = 64;     // queries, and keys, of a block in backward
-constexpr int64_t kMost = kQueries * 3 / 2 + 64;  // queries that a task can get
+constexpr int64_t kTaskQueries = 256;  // Queries of a forward task, about.
+constexpr int64_t kMaxTaskQueries = kTaskQueries * 3 / 2 + 64;  // The largest task.
+constexpr int64_t kQueryGroup = 32;  // Queries of a matrix product, at most.
+constexpr int64_t kKeyBlock = 128;   // Keys of a block in the forward.
+constexpr int64_t kBackwardBlock =
+    64;  // Queries, and keys, of a block in the backward.
 
 alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                             8, 9, 10, 11, 12, 13, 14, 15};
@@ -30,17 +39,20 @@ alignas(64) constexpr uint32_t kIota[16] = {0, 1, 2,  3,  4,  5,  6,  7,
 template <typename S>
 struct Head {
   const S *q, *k, *v;
-  int64_t q_row, kv_row;  // strides
+  int64_t q_stride, kv_stride;  // from token to token
   int64_t keys, width;
-  uint64_t row;            // number of its first query among all, for dropout
+  uint64_t first_query;    // number of the first query among all, for dropout
   const Dropout* dropout;  // or null
 };
 
-// Enough for either pass of a head of this width in double, and for AMX.
+// Bytes that are enough for the forward or the backward of a head of this width, in any
+// type and with AMX.
 int64_t arena_size(int64_t width) {
   const int64_t padded = (width + 15) / 16 * 16;
-  return 8 * (std::max(2 * kMost + 2 * kColumns + kTogether, 6 * kBlock) * padded +
-              std::max(kTogether * kColumns + 2 * kMost, 2 * kBlock * kBlock)) +
+  const int64_t forward_rows = 2 * kMaxTaskQueries + 2 * kKeyBlock + kQueryGroup;
+  const int64_t forward_numbers = kQueryGroup * kKeyBlock + 2 * kMaxTaskQueries;
+  return 8 * (std::max(forward_rows, 6 * kBackwardBlock) * padded +
+              std::max(forward_numbers, 2 * kBackwardBlock * kBackwardBlock)) +
          64 * 64;
 }
 
@@ -58,12 +70,14 @@ DSNET_AMX_END
 namespace dsnet {
 namespace {
 
+// The type of sums and of lse.
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Runs tasks of unequal length on all threads: whoever is free takes the next.
+// Runs tasks of unequal length on all threads. A thread that is free takes the next
+// one.
 template <typename Task>
-void run(int64_t count, int64_t bytes, const Task& task) {
+void run_tasks(int64_t count, int64_t bytes, const Task& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -72,11 +86,13 @@ void run(int64_t count, int64_t bytes, const Task& task) {
   });
 }
 
-// Both directions, each as a list of heads.
+// The streams, and each direction as a list of heads. A direction is named by the
+// stream of its queries, 0 the local and 1 the global one. For self-attention, both
+// streams are the same, and there is direction 0 only.
 template <typename S>
-struct Directions {
-  Directions(const Tensor& local_qkv, const Tensor& global_qkv, int64_t heads,
-             double dropout_p, const Tensor& seed)
+struct Streams {
+  Streams(const Tensor& local_qkv, const Tensor& global_qkv, int64_t heads,
+          double dropout_p, const Tensor& seed)
       : samples(local_qkv.size(0)),
         heads(heads),
         channels(local_qkv.size(2) / 3),
@@ -91,22 +107,23 @@ struct Directions {
   int64_t width() const { return channels / heads; }
   int64_t count() const { return samples * heads; }
 
-  // Head ``i`` of stream ``reader``, 0 the local and 1 the global one.
-  Head<S> head(int reader, int64_t i) const {
+  // Head ``i`` of all samples, in one direction.
+  Head<S> head(int direction, int64_t i) const {
     const auto part = [&](const Tensor& x, int64_t n) {
       return x.const_data_ptr<S>() + i / heads * x.stride(0) + n * channels +
              i % heads * width();
     };
-    const Tensor &own = qkv[reader], &other = qkv[1 - reader];
-    return {part(own, 0),
-            part(other, 1),
-            part(other, 2),
-            own.stride(1),
-            other.stride(1),
-            tokens[1 - reader],
-            width(),
-            static_cast<uint64_t>(reader * count() * tokens[0] + i * tokens[reader]),
-            has_dropout ? &dropout : nullptr};
+    const Tensor &queries = qkv[direction], &keys = qkv[1 - direction];
+    return {
+        part(queries, 0),
+        part(keys, 1),
+        part(keys, 2),
+        queries.stride(1),
+        keys.stride(1),
+        tokens[1 - direction],
+        width(),
+        static_cast<uint64_t>(direction * count() * tokens[0] + i * tokens[direction]),
+        has_dropout ? &dropout : nullptr};
   }
 
   int64_t samples, heads, channels, tokens[2];
@@ -115,7 +132,7 @@ struct Directions {
   bool has_dropout = false;
 };
 
-// (N, L, C) -> where the rows of a head begin; C is contiguous.
+// Where the rows of a head begin in a tensor (N, L, C) whose last axis is contiguous.
 template <typename S>
 S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
   const int64_t width = x.size(2) / heads;
@@ -123,128 +140,128 @@ S* rows_of(const Tensor& x, int64_t head, int64_t heads) {
          head % heads * width;
 }
 
-// Of both streams as readers, or of the first.
 template <typename S>
-void forward(const Directions<S>& d, Tensor (&out)[2], Tensor (&lse)[2],
-             bool both = true) {
+void forward(const Streams<S>& s, Tensor (&out)[2], Tensor (&lse)[2],
+             int directions = 2) {
   using T = Compute<S>;
   // Longer tasks are faster, as long as there are several for each thread.
-  const int64_t all = d.count() * (d.tokens[0] + d.tokens[1]);
+  const int64_t all = s.count() * (s.tokens[0] + s.tokens[1]);
   const int64_t queries =
-      std::clamp(all / (4 * at::get_num_threads()), kTogether, kQueries);
-  // Of nearly equal length. Every task reads all keys.
-  int64_t length[2], parts[2];
+      std::clamp(all / (4 * at::get_num_threads()), kQueryGroup, kTaskQueries);
+  // Ranges of nearly equal length.
+  int64_t length[2], ranges[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t wanted = std::max<int64_t>((d.tokens[i] + queries / 2) / queries, 1);
-    length[i] = ceil_div(ceil_div(d.tokens[i], wanted), kTogether) * kTogether;
-    parts[i] = i == 0 || both ? ceil_div(d.tokens[i], length[i]) : 0;
+    const int64_t wanted = std::max<int64_t>((s.tokens[i] + queries / 2) / queries, 1);
+    length[i] = ceil_div(ceil_div(s.tokens[i], wanted), kQueryGroup) * kQueryGroup;
+    ranges[i] = i < directions ? ceil_div(s.tokens[i], length[i]) : 0;
   }
-  // The longer tasks first: those that read the longer stream.
-  const int order = d.tokens[0] > d.tokens[1];
-  const int64_t split = d.count() * parts[order];
-  const int64_t tasks = d.count() * (parts[0] + parts[1]);
-  run(tasks, arena_size(d.width()), [&](int64_t i, char* memory) {
-    const int reader = i < split ? order : 1 - order;
+  // The tasks with more keys come first, so that all threads end at about the same
+  // time.
+  const int leading = s.tokens[0] > s.tokens[1];
+  const int64_t split = s.count() * ranges[leading];
+  const int64_t tasks = s.count() * (ranges[0] + ranges[1]);
+  run_tasks(tasks, arena_size(s.width()), [&](int64_t i, char* memory) {
+    const int direction = i < split ? leading : 1 - leading;
     if (i >= split) i -= split;
-    const int64_t h = i / parts[reader], first = i % parts[reader] * length[reader];
-    const int64_t count = std::min(length[reader], d.tokens[reader] - first);
-    const int64_t row = out[reader].stride(1);
-    const Head<S> head = d.head(reader, h);
-    S* o = rows_of<S>(out[reader], h, d.heads) + first * row;
-    T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader] + first;
+    const int64_t h = i / ranges[direction];
+    const int64_t first = i % ranges[direction] * length[direction];
+    const int64_t count = std::min(length[direction], s.tokens[direction] - first);
+    const int64_t stride = out[direction].stride(1);
+    const Head<S> head = s.head(direction, h);
+    S* o = rows_of<S>(out[direction], h, s.heads) + first * stride;
+    T* l = lse[direction].data_ptr<T>() + h * s.tokens[direction] + first;
 #ifdef DSNET_AMX
     if constexpr (std::is_same_v<S, at::BFloat16>)
       if (!head.dropout && amx::available())
-        return amx::attend(head, first, count, o, row, l, memory);
+        return amx::attend_forward(head, first, count, o, stride, l, memory);
 #endif
-    DSNET_BEST(attend, head, first, count, o, row, l, memory);
+    DSNET_DISPATCH(attend_forward, head, first, count, o, stride, l, memory);
   });
 }
 
-// By the best instructions, as DSNET_BEST, and by AMX where it can be.
+// The kernel of the best instructions, with AMX where it can be used.
 template <typename S, typename... Args>
-void differentiate(const Head<S>& head, Args... args) {
+void attend_backward(const Head<S>& head, Args... args) {
 #ifdef DSNET_AMX
   if constexpr (std::is_same_v<S, at::BFloat16>)
     if (amx::available())
-      return avx512::differentiate<S, float, amx::Block>(head, args...);
+      return avx512::attend_backward<S, float, amx::PackedBlock>(head, args...);
 #endif
-  DSNET_BEST(differentiate, head, args...);
+  DSNET_DISPATCH(attend_backward, head, args...);
 }
 
-// A task takes a chunk of the longer stream and all of the shorter one. What it
-// finds for its chunk is final; for the shorter stream the parts of all chunks
-// are summed after. Chunks are about as long as the shorter stream or longer, so
-// the parts together are about as long as the streams; and they depend on the
-// shapes alone, so that sums do not change with the number of threads. Of streams that
-// are one, only the first is a reader.
+// The gradients that a task computes for its chunk of the longer stream are complete.
+// Those for the shorter stream are one term of a sum over the chunks: they go to
+// ``partials`` and are summed afterwards. A chunk is about as long as the shorter
+// stream or longer, so all partials together are about as long as the streams. Chunks
+// depend on the shapes only, so sums do not depend on the number of threads.
 template <typename S>
-void backward(const Directions<S>& d, const Tensor (&grad_out)[2],
-              const Tensor (&out)[2], const Tensor (&lse)[2], Tensor (&grad)[2],
-              bool both = true) {
+void backward(const Streams<S>& s, const Tensor (&grad_out)[2], const Tensor (&out)[2],
+              const Tensor (&lse)[2], Tensor (&grad)[2], int directions = 2) {
   using T = Compute<S>;
-  const int longer = d.tokens[1] > d.tokens[0], shorter = 1 - longer;
-  const int64_t length = d.tokens[longer], rest = d.tokens[shorter];
-  const int64_t width = d.width(), lanes = vector_bytes() / sizeof(T);
-  // The length of a row in ``differentiate``, pad<T>(width).
-  const int64_t padded = ceil_div(width, lanes) * lanes;
-  const int64_t wanted = std::max<int64_t>(ceil_div(rest, 64) * 64, 512);
-  const int64_t chunks = ceil_div(length, wanted);
-  const int64_t size = ceil_div(ceil_div(length, chunks), 64) * 64;
-  const int64_t tasks = d.count() * chunks;
-  // Of the shorter stream, for each task: the gradients of q, k and v.
-  const Tensor parts = at::empty({tasks, 3, rest, padded}, lse[0].options());
-  const int64_t part_size = rest * padded;
+  const int longer = s.tokens[1] > s.tokens[0], shorter = 1 - longer;
+  const int64_t long_tokens = s.tokens[longer], short_tokens = s.tokens[shorter];
+  const int64_t width = s.width(), lanes = vector_bytes() / sizeof(T);
+  const int64_t padded = ceil_div(width, lanes) * lanes;  // as attend_backward takes it
+  const int64_t wanted = std::max<int64_t>(ceil_div(short_tokens, 64) * 64, 512);
+  const int64_t chunks = ceil_div(long_tokens, wanted);
+  const int64_t size = ceil_div(ceil_div(long_tokens, chunks), 64) * 64;
+  const int64_t tasks = s.count() * chunks;
+  // [head][chunk][q, k, v][token][channel]
+  const Tensor partials = at::empty({tasks, 3, short_tokens, padded}, lse[0].options());
+  const int64_t partial_size = short_tokens * padded;
 
-  // Writes rows of a packed gradient: part 0, 1, 2 of it is q, k, v.
-  const auto write = [&](int stream, int64_t h, int part, int64_t first, int64_t count,
-                         const T* src, int64_t src_row) {
-    const int64_t row = grad[stream].stride(1);
-    S* dst = grad[stream].data_ptr<S>() + h / d.heads * grad[stream].stride(0) +
-             part * d.channels + h % d.heads * width + first * row;
+  // Stores rows of a packed gradient. Part 0, 1, 2 of it is that of q, k, v.
+  const auto store_rows = [&](int stream, int64_t h, int part, int64_t first,
+                              int64_t count, const T* src, int64_t src_stride) {
+    const int64_t stride = grad[stream].stride(1);
+    S* dst = grad[stream].data_ptr<S>() + h / s.heads * grad[stream].stride(0) +
+             part * s.channels + h % s.heads * width + first * stride;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < width; ++c)
-        dst[r * row + c] = static_cast<S>(src[r * src_row + c]);
+        dst[r * stride + c] = static_cast<S>(src[r * src_stride + c]);
   };
 
-  const int64_t bytes =
-      arena_size(width) + (2 * size * padded + std::max(size, rest)) * sizeof(T);
-  const int readers = both ? 2 : 1;
-  run(readers * tasks, bytes, [&](int64_t i, char* memory) {
-    T* own = reinterpret_cast<T*>(memory);
+  const int64_t bytes = arena_size(width) +
+                        (2 * size * padded + std::max(size, short_tokens)) * sizeof(T);
+  run_tasks(directions * tasks, bytes, [&](int64_t i, char* memory) {
+    T* grad_chunk = reinterpret_cast<T*>(memory);  // of q, or of k and v
     memory += 2 * size * padded * sizeof(T);
-    const int64_t task = i / readers, h = task / chunks;
+    const int64_t task = i / directions, h = task / chunks;
     const int64_t begin = task % chunks * size;
-    const int64_t end = std::min(begin + size, length);
-    T* part = parts.data_ptr<T>() + task * 3 * part_size;
-    const int reader = i % readers ? shorter : longer;
-    const Head<S> head = d.head(reader, h);
-    const int64_t row = out[reader].stride(1), grad_row = grad_out[reader].stride(1);
-    const S* o = rows_of<S>(out[reader], h, d.heads);
-    const S* g = rows_of<S>(grad_out[reader], h, d.heads);
-    const T* l = lse[reader].data_ptr<T>() + h * d.tokens[reader];
-    if (reader == longer) {
-      differentiate(head, o, row, g, grad_row, l, begin, end, int64_t(0), rest, own,
-                    part + part_size, part + 2 * part_size, padded, memory);
-      write(longer, h, 0, begin, end - begin, own, padded);
+    const int64_t end = std::min(begin + size, long_tokens);
+    T* partial = partials.data_ptr<T>() + task * 3 * partial_size;
+    const int direction = i % directions ? shorter : longer;
+    const Head<S> head = s.head(direction, h);
+    const int64_t stride = out[direction].stride(1);
+    const int64_t grad_stride = grad_out[direction].stride(1);
+    const S* o = rows_of<S>(out[direction], h, s.heads);
+    const S* g = rows_of<S>(grad_out[direction], h, s.heads);
+    const T* l = lse[direction].data_ptr<T>() + h * s.tokens[direction];
+    if (direction == longer) {
+      attend_backward(head, o, stride, g, grad_stride, l, begin, end, int64_t(0),
+                      short_tokens, grad_chunk, partial + partial_size,
+                      partial + 2 * partial_size, padded, memory);
+      store_rows(longer, h, 0, begin, end - begin, grad_chunk, padded);
     } else {
-      T* own_v = own + size * padded;
-      differentiate(head, o, row, g, grad_row, l, int64_t(0), rest, begin, end, part,
-                    own, own_v, padded, memory);
-      write(longer, h, 1, begin, end - begin, own, padded);
-      write(longer, h, 2, begin, end - begin, own_v, padded);
+      T* grad_v = grad_chunk + size * padded;
+      attend_backward(head, o, stride, g, grad_stride, l, int64_t(0), short_tokens,
+                      begin, end, partial, grad_chunk, grad_v, padded, memory);
+      store_rows(longer, h, 1, begin, end - begin, grad_chunk, padded);
+      store_rows(longer, h, 2, begin, end - begin, grad_v, padded);
     }
   });
 
-  at::parallel_for(0, d.count() * 3, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.count() * 3, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (!both && i % 3 == 0) continue;  // no queries of the second stream
-      T* sum = parts.data_ptr<T>() + (i / 3 * chunks * 3 + i % 3) * part_size;
+      // Self-attention has no second direction, whose queries are the shorter stream's.
+      if (directions == 1 && i % 3 == 0) continue;
+      T* sum = partials.data_ptr<T>() + (i / 3 * chunks * 3 + i % 3) * partial_size;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const T* part = sum + chunk * 3 * part_size;
-        for (int64_t j = 0; j < part_size; ++j) sum[j] += part[j];
+        const T* partial = sum + chunk * 3 * partial_size;
+        for (int64_t j = 0; j < partial_size; ++j) sum[j] += partial[j];
       }
-      write(shorter, i / 3, i % 3, 0, rest, sum, padded);
+      store_rows(shorter, i / 3, i % 3, 0, short_tokens, sum, padded);
     }
   });
 }
@@ -265,9 +282,8 @@ Outputs co_attention_cpu(const Tensor& local_qkv, const Tensor& global_qkv,
   if (n > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention", [&] {
-          forward(
-              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
-              out, lse);
+          forward(Streams<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+                  out, lse);
         });
   return {out[0], out[1], lse[0], lse[1]};
 }
@@ -293,8 +309,7 @@ std::tuple<Tensor, Tensor> self_attention_cpu(const Tensor& qkv, const Tensor& s
   if (n > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, x.scalar_type(), "self_attention", [&] {
-          forward(Directions<scalar_t>(x, x, num_heads, dropout_p, seed), out, lse,
-                  false);
+          forward(Streams<scalar_t>(x, x, num_heads, dropout_p, seed), out, lse, 1);
         });
   return {out[0], lse[0]};
 }
@@ -317,8 +332,8 @@ Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& qkv,
   if (x.size(0) > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, x.scalar_type(), "self_attention_backward", [&] {
-          backward(Directions<scalar_t>(x, x, num_heads, dropout_p, seed), gs, outs,
-                   lses, results, false);
+          backward(Streams<scalar_t>(x, x, num_heads, dropout_p, seed), gs, outs, lses,
+                   results, 1);
         });
   return result;
 }
@@ -338,9 +353,8 @@ Gradients co_attention_backward_cpu(const Tensor& grad_local, const Tensor& grad
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, local_qkv.scalar_type(), "co_attention_backward",
         [&] {
-          backward(
-              Directions<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
-              grad_out, out, lse, grad);
+          backward(Streams<scalar_t>(local_qkv, global_qkv, num_heads, dropout_p, seed),
+                   grad_out, out, lse, grad);
         });
   return {grad[0], grad[1]};
 }

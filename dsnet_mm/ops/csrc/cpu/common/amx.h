@@ -1,6 +1,13 @@
-// Matrix products of bfloat16 by AMX, which computes C[16][16] += A[16][32] * B[32][16]
-// in one instruction, where A is rows as they lie in memory and B has pairs of rows
-// side by side.
+// Matrix products of bfloat16 by AMX (Advanced Matrix Extensions), with float sums.
+//
+//   C[32][32] (+)= sum_k A[32][k] B[k][32]
+//
+// One instruction computes C[16][16] += A[16][32] B[32][16] with all three in tile
+// registers. A tile of A holds 16 rows as they lie in memory. A tile of B holds pairs
+// of rows interleaved: [16 pairs][16 columns][2].
+//
+// Loop order: k, in steps of 32. Tile registers 0 to 3 are the accumulators, two by
+// two; 4 and 5 hold A, 6 and 7 hold B. Operands and results lie in L1 or L2.
 
 #pragma once
 
@@ -11,14 +18,14 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define DSNET_AMX  // can be compiled
+#define DSNET_AMX  // The compiler knows AMX.
 #include <immintrin.h>
-#ifdef DSNET_AMX_ON_CPU  // a build for tests, see setup.py
+#ifdef DSNET_AMX_ON_CPU  // The build of ``make test-asan``, see setup.py.
 #include "amx_on_cpu.h"
 #endif
 
-// Around code that uses it. With fewer instructions than the AVX-512 of each_isa.h
-// nothing of that would be inlined.
+// Enclose code that uses AMX. The instruction sets include the AVX-512 of each_isa.h:
+// otherwise the compiler would not inline its functions.
 #define DSNET_AMX_BEGIN                                                      \
   _Pragma("GCC push_options")                                                \
       _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\")") \
@@ -53,53 +60,55 @@ namespace amx {
 
 using c10::BFloat16;
 
-constexpr int64_t kSide = 16;   // rows of a tile, and columns of C
-constexpr int64_t kDepth = 32;  // columns of A
-constexpr int64_t kTile = kSide * kDepth;
-constexpr int64_t kGroup = 2 * kSide;  // rows, and columns, of a product
+constexpr int64_t kTileRows = 16;   // Rows of a tile of A and C, columns of one of C.
+constexpr int64_t kTileDepth = 32;  // Columns of a tile of A.
+constexpr int64_t kTileSize = kTileRows * kTileDepth;  // Numbers in a tile of A or B.
+constexpr int64_t kTwoTiles = 2 * kTileRows;  // Rows, and columns, of multiply_2x2.
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// All tiles of full size while it lives. Nobody may rely on the configuration across
-// a call, says the ABI, so nothing is restored.
-struct Configuration {
-  Configuration() {
+// While it lives, all tile registers have their full size. Nothing is restored: by the
+// ABI no caller may rely on the configuration across a call.
+struct TileConfig {
+  TileConfig() {
     alignas(64) uint8_t full[64] = {1};  // the palette
     for (int i = 0; i < 8; ++i) {
-      full[16 + 2 * i] = 2 * kDepth;  // bytes of a row, 16 bits
-      full[48 + i] = kSide;
+      full[16 + 2 * i] = 2 * kTileDepth;  // bytes of a row, a 16-bit number
+      full[48 + i] = kTileRows;
     }
     _tile_loadconfig(full);
   }
-  ~Configuration() { _tile_release(); }
+  ~TileConfig() { _tile_release(); }
 };
 
-// Rows of 32 channels, zeros around: dst[block of channels][row][32].
+// Packs ``count`` rows of ``width`` channels as tiles of A: dst[block of 32 channels]
+// [row][32]. There are zeros up to ``all`` rows and up to whole blocks of channels.
 inline void pack_rows(int64_t count, int64_t all, int64_t width, const BFloat16* src,
-                      int64_t src_row, BFloat16* dst) {
-  for (int64_t c = 0; c < width; c += kDepth) {
+                      int64_t src_stride, BFloat16* dst) {
+  for (int64_t c = 0; c < width; c += kTileDepth) {
     const int64_t left = width - c;
-    const __mmask32 mask = left >= kDepth ? ~0u : (1u << left) - 1;
-    for (int64_t r = 0; r < count; ++r, dst += kDepth)
-      _mm512_storeu_si512(dst, _mm512_maskz_loadu_epi16(mask, src + r * src_row + c));
-    std::memset(dst, 0, (all - count) * kDepth * sizeof(BFloat16));
-    dst += (all - count) * kDepth;
+    const __mmask32 mask = left >= kTileDepth ? ~0u : (1u << left) - 1;
+    for (int64_t r = 0; r < count; ++r, dst += kTileDepth)
+      _mm512_storeu_si512(dst,
+                          _mm512_maskz_loadu_epi16(mask, src + r * src_stride + c));
+    std::memset(dst, 0, (all - count) * kTileDepth * sizeof(BFloat16));
+    dst += (all - count) * kTileDepth;
   }
 }
 
-// C[2 * 16][2 * 16] = sum over ``depth`` tiles of A B, added to C if ``add``. Strides
-// from tile to tile: a_m and a_k of A, b_k and b_n of B; ``a_row`` is that of the
-// rows of A, all in numbers.
-inline void product(int64_t depth, const BFloat16* a, int64_t a_row, int64_t a_m,
-                    int64_t a_k, const BFloat16* b, int64_t b_k, int64_t b_n, float* c,
-                    int64_t c_row, bool add) {
-  const int64_t c_bytes = c_row * sizeof(float);
-  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are read from it
+// C[32][32] = sum of A B over ``depth`` tiles, added to C if ``add``. a_m and a_k are
+// the strides from tile to tile of A, b_k and b_n those of B; a_stride and c_stride are
+// the strides of the rows of A and C. All strides count numbers.
+inline void multiply_2x2(int64_t depth, const BFloat16* a, int64_t a_stride,
+                         int64_t a_m, int64_t a_k, const BFloat16* b, int64_t b_k,
+                         int64_t b_n, float* c, int64_t c_stride, bool add) {
+  const int64_t c_bytes = c_stride * sizeof(float);
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles read memory.
   if (add) {
     _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + kSide, c_bytes);
-    _tile_loadd(2, c + kSide * c_row, c_bytes);
-    _tile_loadd(3, c + kSide * c_row + kSide, c_bytes);
+    _tile_loadd(1, c + kTileRows, c_bytes);
+    _tile_loadd(2, c + kTileRows * c_stride, c_bytes);
+    _tile_loadd(3, c + kTileRows * c_stride + kTileRows, c_bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -107,19 +116,19 @@ inline void product(int64_t depth, const BFloat16* a, int64_t a_row, int64_t a_m
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    _tile_loadd(4, a + k * a_k, a_row * sizeof(BFloat16));
-    _tile_loadd(5, a + k * a_k + a_m, a_row * sizeof(BFloat16));
-    _tile_loadd(6, b + k * b_k, kDepth * sizeof(BFloat16));
-    _tile_loadd(7, b + k * b_k + b_n, kDepth * sizeof(BFloat16));
+    _tile_loadd(4, a + k * a_k, a_stride * sizeof(BFloat16));
+    _tile_loadd(5, a + k * a_k + a_m, a_stride * sizeof(BFloat16));
+    _tile_loadd(6, b + k * b_k, kTileDepth * sizeof(BFloat16));
+    _tile_loadd(7, b + k * b_k + b_n, kTileDepth * sizeof(BFloat16));
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + kSide, c_bytes);
-  _tile_stored(2, c + kSide * c_row, c_bytes);
-  _tile_stored(3, c + kSide * c_row + kSide, c_bytes);
+  _tile_stored(1, c + kTileRows, c_bytes);
+  _tile_stored(2, c + kTileRows * c_stride, c_bytes);
+  _tile_stored(3, c + kTileRows * c_stride + kTileRows, c_bytes);
 }
 
 }  // namespace amx

@@ -1,5 +1,15 @@
-// dsnet_mm::residual_conv on the CPU: x + conv(scale * x + shift) of a channels-last map,
-// where conv is a depth-wise 3x3 convolution with a bias, padded with zeros.
+// dsnet_mm::residual_conv on the CPU, for a channels-last map:
+//
+//   y = x + conv(scale * x + shift)
+//
+// conv is a depth-wise 3x3 convolution with a bias, padded with zeros. For pixel (r, c)
+// and one channel, with the residual and the scale in the taps:
+//
+//   y[r][c] = sum_ij taps[i][j] x[r + i - 1][c + j - 1] + offset
+//   taps[i][j] = scale * weight[i][j], plus 1 in the centre
+//   offset = bias + shift * (the sum of weight[i][j] over the taps inside of the map)
+//
+// Threads divide the rows of the output; depthwise_kernel.h computes one row.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,10 +21,11 @@
 
 namespace dsnet {
 
-// What a row of the output reads: lines of the map, or zeros, whose stride is 0.
+// The three input rows of one output row. A row of the padding is one pixel of zeros
+// with stride 0.
 template <typename S>
-struct Row {
-  const S* lines[3];
+struct InputRows {
+  const S* rows[3];
   int64_t strides[3];  // from pixel to pixel
 };
 
@@ -28,30 +39,30 @@ namespace {
 
 using at::Tensor;
 
-// The constant part of the output, b + shift * (the sum of the taps inside of the map):
-// [top + 2 * bottom][left + 2 * right][channel], where a pixel on the top edge has no
-// tap above, and so on.
-std::vector<float> constants(int64_t channels, const std::vector<float>& taps,
-                             const std::vector<float>& bias,
-                             const std::vector<float>& shift) {
+// The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel]. A
+// pixel on the top edge has no tap above, and so on. ``taps`` is the weight.
+std::vector<float> offsets(int64_t channels, const std::vector<float>& taps,
+                           const std::vector<float>& bias,
+                           const std::vector<float>& shift) {
   std::vector<float> all(16 * channels);
   for (int edges = 0; edges < 16; ++edges) {
     const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
-    float* constant = all.data() + edges * channels;
-    std::copy(bias.begin(), bias.end(), constant);
+    float* offset = all.data() + edges * channels;
+    std::copy(bias.begin(), bias.end(), offset);
     for (int i = top; i < 3 - bottom; ++i)
       for (int j = left; j < 3 - right; ++j)
         for (int64_t c = 0; c < channels; ++c)
-          constant[c] += shift[c] * taps[(3 * i + j) * channels + c];
+          offset[c] += shift[c] * taps[(3 * i + j) * channels + c];
   }
   return all;
 }
 
+// The numbers of x, or ``otherwise`` for each channel if it is null.
 template <typename S>
-std::vector<float> to_float(const Tensor* x, int64_t count, float otherwise) {
-  if (!x) return std::vector<float>(count, otherwise);
-  const S* from = x->const_data_ptr<S>();
-  return std::vector<float>(from, from + count);
+std::vector<float> to_float(const Tensor* x, int64_t channels, float otherwise) {
+  if (!x) return std::vector<float>(channels, otherwise);
+  const S* data = x->const_data_ptr<S>();
+  return std::vector<float>(data, data + channels);
 }
 
 template <typename S>
@@ -62,31 +73,28 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
   std::vector<float> taps(9 * channels);  // [tap][channel]
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
-  const std::vector<float> added =
-      constants(channels, taps, to_float<S>(&bias, channels, 0),
-                to_float<S>(shift, channels, 0));
-  // What remains of the affine map goes into the taps, and the residual into their
-  // centre.
+  const std::vector<float> all_offsets = offsets(
+      channels, taps, to_float<S>(&bias, channels, 0), to_float<S>(shift, channels, 0));
   const std::vector<float> factor = to_float<S>(scale, channels, 1);
   for (int i = 0; i < 9; ++i)
     for (int64_t c = 0; c < channels; ++c)
       taps[i * channels + c] = taps[i * channels + c] * factor[c] + (i == 4);
   const std::vector<S> zeros(channels);
-  const S* from = x.const_data_ptr<S>();
-  S* to = out.data_ptr<S>();
-  const int64_t line = width * channels;
+  const S* src = x.const_data_ptr<S>();
+  S* dst = out.data_ptr<S>();
+  const int64_t row_size = width * channels;
   at::parallel_for(0, x.size(0) * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % height;
-      Row<S> row;
+      InputRows<S> in;
       for (int j = 0; j < 3; ++j) {
         const bool inside = y + j > 0 && y + j <= height;
-        row.lines[j] = inside ? from + (i + j - 1) * line : zeros.data();
-        row.strides[j] = inside ? channels : 0;
+        in.rows[j] = inside ? src + (i + j - 1) * row_size : zeros.data();
+        in.strides[j] = inside ? channels : 0;
       }
       const int edges = 4 * ((y == 0) + 2 * (y == height - 1));
-      DSNET_BEST(convolve_row, row, width, channels, taps.data(),
-                 added.data() + edges * channels, to + i * line);
+      DSNET_DISPATCH(convolve_row, in, width, channels, taps.data(),
+                     all_offsets.data() + edges * channels, dst + i * row_size);
     }
   });
 }

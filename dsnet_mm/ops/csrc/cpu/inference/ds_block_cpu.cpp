@@ -42,9 +42,9 @@ auto find(const char* name) {
 // x + conv(scale * x + shift)
 Tensor residual_conv(const Tensor& x, const Tensor& w, const Tensor& b,
                      const Optional& scale = {}, const Optional& shift = {}) {
-  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                     const Optional&, const Optional&)>(
-      "dsnet_mm::residual_conv");
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                  const Optional&)>("dsnet_mm::residual_conv");
   return op.call(x.contiguous(at::MemoryFormat::ChannelsLast), w, b, scale, shift);
 }
 
@@ -183,19 +183,19 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
                       weights("local_norm.scale"), weights("local_norm.shift"));
   const Tensor normed =
       layer_norm(f_g, weights.w("global_norm"), weights.b("global_norm"));
-  f_g.add_(self_attention(
-      linear(normed, weights.W("global_qkv"), weights.b("global_qkv")), seed,
-      num_heads));
+  f_g.add_(
+      self_attention(linear(normed, weights.W("global_qkv"), weights.b("global_qkv")),
+                     seed, num_heads));
 
   // Inter-scale alignment
   Optional h_l, local_w, local_b;
   if (weights.has("isa.local_qkv.packed")) {
-    const Tensor local_qkv = linear(to_tokens(f_l), weights.W("isa.local_qkv"),
-                                    weights.b("isa.local_qkv"));
+    const Tensor local_qkv =
+        linear(to_tokens(f_l), weights.W("isa.local_qkv"), weights.b("isa.local_qkv"));
     const Tensor global_normed =
         layer_norm(f_g, weights.w("isa.global_norm"), weights.b("isa.global_norm"));
-    const Tensor global_qkv = linear(global_normed, weights.W("isa.global_qkv"),
-                                     weights.b("isa.global_qkv"));
+    const Tensor global_qkv =
+        linear(global_normed, weights.W("isa.global_qkv"), weights.b("isa.global_qkv"));
     Tensor h_g;
     std::tie(h_l, h_g) = co_attention(local_qkv, global_qkv, seed, num_heads);
     local_w = weights.W("isa.local_proj");

@@ -1,10 +1,17 @@
-// Projections of pixels on the CPU: dsnet_mm::linear, W x + b, and dsnet_mm::ffn, W2
-// GELU(W1 x + b1) + b2, whose hidden layer stays in a core's cache, a few hundred
-// pixels at a time; linear_, which adds to a tensor that is there; merge_,
-// which is three of these; and, for training in float, ffn_hidden and ffn_backward.
-// Pixels are those of channels-last maps (N, C, H, W), or tokens (..., C). In float by
-// the vectors of AVX-512 or AVX2, in bfloat16 by AMX; weights come in the order in
-// which these read them.
+// Projections of pixels on the CPU:
+//
+//   linear:        y = W x + b
+//   ffn:           y = W2 GELU(W1 x + b1) + b2
+//   merge_:        f_l += W h_l + b, x += W_out f_l, x += ffn(x): the end of a block
+//   ffn_hidden:    the ffn, and its hidden layer W1 x + b1, for training
+//   ffn_backward:  the gradients of the ffn, for training
+//
+// linear_ adds to a tensor. Pixels are those of channels-last maps
+// (N, C, H, W), or tokens (..., C). float runs on AVX-512 or AVX2, bfloat16 on AMX;
+// weights come packed for either, see projections_kernel.h and projections_amx.h.
+//
+// Threads divide the pixels, and go over them in chunks of kChunkPixels: a chunk and
+// its hidden layer stay in the L2 cache of a core through all products of an operator.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -22,17 +29,17 @@
 
 namespace dsnet {
 
-constexpr int64_t kPixels = 256;  // that share weights in the cache,
-constexpr int64_t kShare = 132;   // the same in backward, where they need more of it,
-constexpr int64_t kHidden = 256;  // and channels of their hidden layer at a time
-constexpr int64_t kPanel = 32;    // outputs
-constexpr int64_t kRows = 12;     // by which threads share the pixels, in float
+constexpr int64_t kChunkPixels = 256;     // Pixels of a chunk.
+constexpr int64_t kBackwardPixels = 132;  // The same in ffn_backward, at most.
+constexpr int64_t kHiddenChunk = 256;     // Channels of the hidden layer at a time.
+constexpr int64_t kPanel = 32;            // Outputs of a panel of a weight in float.
+constexpr int64_t kPixelGroup = 12;       // A thread gets multiples of it, in float.
 
 template <typename T>
 struct Layer {
   int64_t in, out;
   int64_t stride;  // from one panel of outputs (in bfloat16, tile) to the next
-  const T *w, *b;  // b may be null
+  const T *w, *b;  // The weight is packed. b may be null.
 };
 
 }  // namespace dsnet
@@ -51,12 +58,12 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// Whether this processor has what projections of a type take.
+// Whether this processor has the instructions for projections of a type.
 bool has_projections(at::ScalarType type) {
 #ifdef DSNET_AMX
   if (type == at::kBFloat16) return amx::available();
 #endif
-  return type == at::kFloat && instructions() > 0;
+  return type == at::kFloat && isa_level() > 0;
 }
 
 int64_t channels(const Tensor& x) {
@@ -68,8 +75,10 @@ at::MemoryFormat layout(const Tensor& x) {
   return x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+// Returns the data of a tensor whose type and memory format it checks.
 template <typename T>
-const T* read(const Tensor& x, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+const T* checked_data(const Tensor& x,
+                      at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   constexpr auto type = c10::CppTypeToScalarType<T>::value;
   TORCH_CHECK(x.is_contiguous(format) && x.scalar_type() == type,
               "projections take tensors of one type, ", type,
@@ -79,7 +88,7 @@ const T* read(const Tensor& x, at::MemoryFormat format = at::MemoryFormat::Conti
 }
 
 template <typename T>
-Layer<T> layer(const Tensor& w, const Tensor* b) {
+Layer<T> make_layer(const Tensor& w, const Tensor* b) {
   int64_t in, out;
   if constexpr (std::is_same_v<T, float>) {
     TORCH_CHECK(w.dim() == 3 && w.numel() > 0 && w.size(2) == kPanel,
@@ -98,7 +107,7 @@ Layer<T> layer(const Tensor& w, const Tensor* b) {
   }
   TORCH_CHECK(!b || b->numel() == out, "projections to ", out,
               " channels take biases of as many, got ", b->sizes());
-  // A part of the inputs of a larger weight has its panels further apart.
+  // A slice of the inputs of a larger weight has its panels further apart.
   int64_t contiguous = 1;
   for (int64_t i = w.dim() - 1; i > 0; contiguous *= w.size(i--))
     TORCH_CHECK(w.stride(i) == contiguous, "projections take weights whose panels are ",
@@ -106,52 +115,56 @@ Layer<T> layer(const Tensor& w, const Tensor* b) {
   constexpr auto type = c10::CppTypeToScalarType<T>::value;
   TORCH_CHECK(w.scalar_type() == type, "projections of ", type,
               " take weights of that type, got ", w.scalar_type());
-  return {in, out, w.stride(0), w.const_data_ptr<T>(), b ? read<T>(*b) : nullptr};
+  return {in, out, w.stride(0), w.const_data_ptr<T>(),
+          b ? checked_data<T>(*b) : nullptr};
 }
 
-// Calls task(first, count, memory) for all pixels, up to kPixels at a time, with memory
-// for layers that have so many channels on their two sides.
+// Calls task(first, count, memory) for chunks of all pixels. ``memory`` is enough for
+// the kernels, where ``channels`` is the sum of their inputs and outputs.
 template <typename T, typename Task>
-void each_part(int64_t pixels, int64_t channels, const Task& task) {
-  // Rows of pixels that are multiplied together: no thread gets less but the last.
-  constexpr int64_t rows = std::is_same_v<T, float> ? kRows : 32;
+void for_each_chunk(int64_t pixels, int64_t channels, const Task& task) {
+  // Rows of pixels that are multiplied together: only the last thread may get fewer.
+  constexpr int64_t rows = std::is_same_v<T, float> ? kPixelGroup : 32;
   at::parallel_for(0, ceil_div(pixels, rows), 1, [&](int64_t begin, int64_t end) {
-    char* memory = scratch(4 * (kPixels + rows) * (channels + kHidden) + 16 * 1024);
+    char* memory =
+        scratch(4 * (kChunkPixels + rows) * (channels + kHiddenChunk) + 16 * 1024);
     begin *= rows;
     end = std::min(end * rows, pixels);
-    const int64_t parts = ceil_div(end - begin, kPixels);
-    const int64_t size = ceil_div(ceil_div(end - begin, parts), rows) * rows;
+    const int64_t chunks = ceil_div(end - begin, kChunkPixels);
+    const int64_t size = ceil_div(ceil_div(end - begin, chunks), rows) * rows;
     for (int64_t i = begin; i < end; i += size)
       task(i, std::min(size, end - i), memory);
   });
 }
 
-// Calls task(count, x, out, memory) likewise.
-template <typename T, typename Task>
-void each(const Tensor& x, int64_t in, Tensor& out, int64_t width, const Task& task) {
+// Calls kernel(count, x, out, memory) for chunks of the pixels of x, which has ``in``
+// channels, and of out, which has ``width``.
+template <typename T, typename Kernel>
+void map_pixels(const Tensor& x, int64_t in, Tensor& out, int64_t width,
+                const Kernel& kernel) {
   TORCH_CHECK(channels(x) == in && channels(out) == width && out.dim() == x.dim() &&
                   x.numel() / in == out.numel() / width,
               "projections from ", in, " to ", width, " channels got ", x.sizes(),
               " and ", out.sizes());
   const Tensor pixels = x.contiguous(layout(x));
-  const T* from = read<T>(pixels, layout(x));
-  read<T>(out, layout(out));
-  T* to = out.data_ptr<T>();
-  each_part<T>(x.numel() / in, in + width,
-               [&](int64_t first, int64_t count, char* memory) {
-                 task(count, from + first * in, to + first * width, memory);
-               });
+  const T* src = checked_data<T>(pixels, layout(x));
+  checked_data<T>(out, layout(out));
+  T* dst = out.data_ptr<T>();
+  for_each_chunk<T>(x.numel() / in, in + width,
+                    [&](int64_t first, int64_t count, char* memory) {
+                      kernel(count, src + first * in, dst + first * width, memory);
+                    });
 }
 
-// By the best instructions.
+// The kernels of the best instructions. Those for bfloat16 have the same names.
 template <typename... Args>
 void linear(const Layer<float>& fc, Args... args) {
-  DSNET_BEST(linear, fc, args...);
+  DSNET_DISPATCH(linear, fc, args...);
 }
 
 template <typename... Args>
 void ffn(const Layer<float>& fc1, const Layer<float>& fc2, Args... args) {
-  DSNET_BEST(ffn, fc1, fc2, args...);
+  DSNET_DISPATCH(ffn, fc1, fc2, args...);
 }
 
 #ifdef DSNET_AMX
@@ -159,9 +172,9 @@ using amx::ffn;
 using amx::linear;
 #endif
 
-// Calls f with a number of the type, which is one of those above.
+// Calls f with a number of the given type, float or bfloat16.
 template <typename F>
-void for_type(at::ScalarType type, const F& f) {
+void dispatch_type(at::ScalarType type, const F& f) {
   TORCH_CHECK(has_projections(type),
               "projections are for float32 with AVX2 and bfloat16 with AMX, got ", type,
               " where there is ", at::get_cpu_capability(),
@@ -173,14 +186,15 @@ void for_type(at::ScalarType type, const F& f) {
 }
 
 void project(Tensor& out, const Tensor& x, const Tensor& w, const Tensor* b, bool add) {
-  for_type(x.scalar_type(), [&](auto number) {
+  dispatch_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const Layer<T> fc = layer<T>(w, b);
-    each<T>(x, fc.in, out, fc.out, [&](auto... pixels) { linear(fc, add, pixels...); });
+    const Layer<T> fc = make_layer<T>(w, b);
+    map_pixels<T>(x, fc.in, out, fc.out,
+                  [&](auto... pixels) { linear(fc, add, pixels...); });
   });
 }
 
-// For what a weight in tiles makes of x.
+// An output for the pixels of x and a packed weight.
 Tensor empty_for(const Tensor& x, const Tensor& w) {
   auto shape = x.sizes().vec();
   channels(x);
@@ -202,50 +216,49 @@ void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
 Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
               const Tensor& b2) {
   Tensor out = empty_for(x, w2);
-  for_type(x.scalar_type(), [&](auto number) {
+  dispatch_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
+    const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
     TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
                 " channels");
-    each<T>(x, fc1.in, out, fc2.out,
-            [&](auto... pixels) { ffn(fc1, fc2, false, pixels...); });
+    map_pixels<T>(x, fc1.in, out, fc2.out,
+                  [&](auto... pixels) { ffn(fc1, fc2, false, pixels...); });
   });
   return out;
 }
 
-// The same in float, and the hidden layer before GELU.
+// Returns the output and the hidden layer before GELU, in float.
 std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
                                       const Tensor& b1, const Tensor& w2,
                                       const Tensor& b2) {
-  const Layer<float> fc1 = layer<float>(w1, &b1), fc2 = layer<float>(w2, &b2);
+  const Layer<float> fc1 = make_layer<float>(w1, &b1), fc2 = make_layer<float>(w2, &b2);
   TORCH_CHECK(has_projections(at::kFloat) && fc1.out == fc2.in,
               "ffn_hidden takes AVX2, and weights for one hidden layer, got ", fc1.out,
               " and ", fc2.in, " channels");
   Tensor out = empty_for(x, w2), hidden = empty_for(x, w1);
   const float* start = out.const_data_ptr<float>();
-  float* kept = hidden.data_ptr<float>();
-  each<float>(x, fc1.in, out, fc2.out,
-              [&](int64_t count, const float* from, float* to, char* memory) {
-                const int64_t pixel = (to - start) / fc2.out;
-                ffn(fc1, fc2, false, count, from, to, memory, kept + pixel * fc1.out);
-              });
+  float* saved = hidden.data_ptr<float>();
+  map_pixels<float>(x, fc1.in, out, fc2.out,
+                    [&](int64_t count, const float* src, float* dst, char* memory) {
+                      const int64_t pixel = (dst - start) / fc2.out;
+                      ffn(fc1, fc2, false, count, src, dst, memory,
+                          saved + pixel * fc1.out);
+                    });
   return {out, hidden};
 }
 
-// What comes last in a block: f_l += W h_l + b where there is an h_l, x += W_out f_l,
-// and x += FFN(x), for one part of the pixels after the other, which are then still in
-// a core's cache.
+// f_l += W h_l + b if there is an h_l, x += W_out f_l, and x += FFN(x), chunk by chunk:
+// what one product has written is still in the cache for the next.
 void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
            const std::optional<Tensor>& w, const std::optional<Tensor>& b,
            const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
            const Tensor& b2) {
-  TORCH_CHECK(!h_l || (w && b),
-              "merge_ takes a weight and a bias for what has been read");
-  for_type(x.scalar_type(), [&](auto number) {
+  TORCH_CHECK(!h_l || (w && b), "merge_ takes a weight and a bias for h_l");
+  dispatch_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const Layer<T> out = layer<T>(w_out, nullptr);
-    const Layer<T> fc1 = layer<T>(w1, &b1), fc2 = layer<T>(w2, &b2);
-    const Layer<T> proj = h_l ? layer<T>(*w, &*b) : Layer<T>{out.in, out.in, 0};
+    const Layer<T> out = make_layer<T>(w_out, nullptr);
+    const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
+    const Layer<T> proj = h_l ? make_layer<T>(*w, &*b) : Layer<T>{out.in, out.in, 0};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
     TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
                     f_l.numel() == pixels * local_width &&
@@ -256,33 +269,32 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
                 x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
                 proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ",
                 fc2.out, " channels");
-    read<T>(x, layout(x));
-    read<T>(f_l, layout(f_l));
-    const T* from = h_l ? read<T>(*h_l) : nullptr;
-    T *to_local = f_l.data_ptr<T>(), *to = x.data_ptr<T>();
+    checked_data<T>(x, layout(x));
+    checked_data<T>(f_l, layout(f_l));
+    const T* h_data = h_l ? checked_data<T>(*h_l) : nullptr;
+    T *f_data = f_l.data_ptr<T>(), *x_data = x.data_ptr<T>();
     const int64_t widths = local_width + 2 * width;
-    each_part<T>(pixels, widths, [&](int64_t first, int64_t count, char* memory) {
-      T *local = to_local + first * local_width, *part = to + first * width;
-      if (h_l) linear(proj, true, count, from + first * local_width, local, memory);
-      linear(out, true, count, local, part, memory);
-      ffn(fc1, fc2, true, count, part, part, memory);
+    for_each_chunk<T>(pixels, widths, [&](int64_t first, int64_t count, char* memory) {
+      T *f_chunk = f_data + first * local_width, *x_chunk = x_data + first * width;
+      if (h_l) linear(proj, true, count, h_data + first * local_width, f_chunk, memory);
+      linear(out, true, count, f_chunk, x_chunk, memory);
+      ffn(fc1, fc2, true, count, x_chunk, x_chunk, memory);
     });
   });
 }
 
-// Gradients of tokens x, W1, b1 and W2, from W1 x + b1 if it is given. Each thread
-// takes some of the pixels and some of the hidden channels: what it finds for weights
-// is a part of a sum over the pixels, what it finds for x one of a sum over the
-// channels.
+// Gradients of tokens x, W1, b1 and W2. ``saved`` is W1 x + b1, or nothing. A task is a
+// group of pixels and a slice of the hidden channels. Its gradients of weights are one
+// term of a sum over the groups, its gradients of x one term of a sum over the slices.
 std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1,
-    const Tensor& w2, const std::optional<Tensor>& kept) {
+    const Tensor& w2, const std::optional<Tensor>& saved) {
   TORCH_CHECK(
       x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
           x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
           w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.size(0) % kPanel == 0 &&
           w1.size(1) % kPanel == 0 &&
-          (!kept || kept->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
+          (!saved || saved->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
       "ffn_backward takes gradients and inputs (P, C), weights (C_hidden, C), "
       "(C_hidden,) and (C, C_hidden) with multiples of 32, and, or not, a hidden "
       "layer (P, C_hidden), got ",
@@ -290,15 +302,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
       w2.sizes());
   TORCH_CHECK(has_projections(at::kFloat), "ffn_backward takes AVX2");
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
-  const float *x_data = read<float>(x), *g_data = read<float>(grad),
-              *w1_data = read<float>(w1), *b1_data = read<float>(b1),
-              *w2_data = read<float>(w2),
-              *kept_data = kept ? read<float>(*kept) : nullptr;
-  // As many of either as make the parts smallest.
+  const float *x_data = checked_data<float>(x), *g_data = checked_data<float>(grad),
+              *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
+              *w2_data = checked_data<float>(w2),
+              *saved_data = saved ? checked_data<float>(*saved) : nullptr;
+  // The numbers of groups and slices that make all terms together smallest.
   const int64_t threads = at::get_num_threads();
   const int64_t ranges = std::clamp<int64_t>(
       std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
-  const int64_t size = ceil_div(ceil_div(count, ranges), kRows) * kRows;
+  const int64_t size = ceil_div(ceil_div(count, ranges), kPixelGroup) * kPixelGroup;
   const int64_t groups = ceil_div(count, size);
   const int64_t length = ceil_div(ceil_div(hidden, threads / ranges), kPanel) * kPanel;
   const int64_t slices = ceil_div(hidden, length);
@@ -306,25 +318,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
   Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
   Tensor grad_b1 = at::empty({groups, hidden}, x.options());
   Tensor grad_w2 = at::empty({groups, width, hidden}, x.options());
-  float *to_x = grad_x.data_ptr<float>(), *to_w1 = grad_w1.data_ptr<float>(),
-        *to_b1 = grad_b1.data_ptr<float>(), *to_w2 = grad_w2.data_ptr<float>();
+  float *gx_data = grad_x.data_ptr<float>(), *gw1_data = grad_w1.data_ptr<float>(),
+        *gb1_data = grad_b1.data_ptr<float>(), *gw2_data = grad_w2.data_ptr<float>();
   at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
-    char* memory = scratch(
-        4 * (2 * (kShare + kRows) * (kHidden + 16 + width) + 3 * kHidden * width) +
-        7 * 64);
+    char* memory =
+        scratch(4 * (2 * (kBackwardPixels + kPixelGroup) * (kHiddenChunk + 16 + width) +
+                     3 * kHiddenChunk * width) +
+                7 * 64);
     for (; task < last_task; ++task) {
       const int64_t group = task / slices, slice = task % slices;
       const int64_t first = group * size, n = std::min(size, count - first);
       const int64_t channel = slice * length, last = std::min(channel + length, hidden);
-      DSNET_BEST(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel, last,
-                 n, x_data + first * width, kept ? kept_data + first * hidden : nullptr,
-                 g_data + first * width, to_x + (slice * count + first) * width,
-                 to_w1 + group * hidden * width, to_b1 + group * hidden,
-                 to_w2 + group * hidden * width, memory);
+      DSNET_DISPATCH(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel,
+                     last, n, x_data + first * width,
+                     saved ? saved_data + first * hidden : nullptr,
+                     g_data + first * width, gx_data + (slice * count + first) * width,
+                     gw1_data + group * hidden * width, gb1_data + group * hidden,
+                     gw2_data + group * hidden * width, memory);
     }
   });
-  const auto sum = [](const Tensor& parts) {
-    return parts.size(0) == 1 ? parts[0] : parts.sum(0);
+  const auto sum = [](const Tensor& terms) {
+    return terms.size(0) == 1 ? terms[0] : terms.sum(0);
   };
   return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2)};
 }

@@ -1,4 +1,10 @@
-// dsnet_mm::resize_add_ on the CPU: a map is resized while it is added to another.
+// dsnet_mm::resize_add_ on the CPU: resizes a map and adds it to another one.
+//
+//   out[y][x] += bilinear(in, y, x)    with align_corners=False
+//
+// Loop order: rows of the output, which threads divide. For each, the two input rows
+// are interpolated to one row, which lies in L1 or L2; then its pixels are interpolated
+// along the row and added. Maps are channels-last.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -8,8 +14,9 @@
 
 namespace dsnet {
 
-// Where a pixel lies between two of the input: first + weight * (second - first).
-struct Place {
+// Along one axis, an output pixel is first + weight * (second - first), where ``first``
+// and ``second`` are the numbers of input pixels.
+struct Interpolation {
   int64_t first, second;
   float weight;
 };
@@ -24,14 +31,14 @@ namespace {
 
 using at::Tensor;
 
-// Pixels have areas, whose centres are compared (align_corners=False).
-std::vector<Place> places(int64_t from, int64_t to) {
-  std::vector<Place> all(to);
-  const float scale = static_cast<float>(from) / to;
-  for (int64_t i = 0; i < to; ++i) {
-    const float at = std::max((i + 0.5f) * scale - 0.5f, 0.f);
-    const int64_t first = std::min<int64_t>(at, from - 1);
-    all[i] = {first, std::min(first + 1, from - 1), at - first};
+// The interpolations of an axis of ``in`` pixels to ``out`` pixels.
+std::vector<Interpolation> interpolations(int64_t in, int64_t out) {
+  std::vector<Interpolation> all(out);
+  const float scale = static_cast<float>(in) / out;
+  for (int64_t i = 0; i < out; ++i) {
+    const float position = std::max((i + 0.5f) * scale - 0.5f, 0.f);
+    const int64_t first = std::min<int64_t>(position, in - 1);
+    all[i] = {first, std::min(first + 1, in - 1), position - first};
   }
   return all;
 }
@@ -39,20 +46,20 @@ std::vector<Place> places(int64_t from, int64_t to) {
 template <typename S>
 void resize_add(Tensor& out, const Tensor& x) {
   const int64_t channels = out.size(1), height = out.size(2), width = out.size(3);
-  const int64_t line_size = x.size(3) * channels;
-  const std::vector<Place> rows = places(x.size(2), height);
-  const std::vector<Place> columns = places(x.size(3), width);
-  S* to = out.data_ptr<S>();
-  const S* from = x.const_data_ptr<S>();
+  const int64_t row_size = x.size(3) * channels;
+  const std::vector<Interpolation> rows = interpolations(x.size(2), height);
+  const std::vector<Interpolation> columns = interpolations(x.size(3), width);
+  S* dst = out.data_ptr<S>();
+  const S* src = x.const_data_ptr<S>();
   at::parallel_for(0, out.size(0) * height, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> line(line_size);
+    std::vector<float> row(row_size);
     for (int64_t i = begin; i < end; ++i) {
-      const Place& row = rows[i % height];
-      const S* map = from + i / height * x.size(2) * line_size;
-      DSNET_BEST(mix, line_size, map + row.first * line_size,
-                 map + row.second * line_size, row.weight, line.data());
-      DSNET_BEST(add_row, width, channels, line.data(), columns.data(),
-                 to + i * width * channels);
+      const Interpolation& r = rows[i % height];
+      const S* map = src + i / height * x.size(2) * row_size;
+      DSNET_DISPATCH(interpolate, row_size, map + r.first * row_size,
+                     map + r.second * row_size, r.weight, row.data());
+      DSNET_DISPATCH(interpolate_add, width, channels, row.data(), columns.data(),
+                     dst + i * width * channels);
     }
   });
 }
