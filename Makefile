@@ -21,8 +21,8 @@ DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
-ASAN_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
-	ops inference_ops feed_forward memory_bounds))
+ASAN_TESTS := tests/test_ops.py tests/test_inference_ops.py \
+	tests/test_feed_forward.py tests/test_memory_bounds.py
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv

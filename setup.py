@@ -112,9 +112,11 @@ def ops() -> dict:
     wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
     sanitize = os.environ.get('DSNET_MM_SANITIZE') == '1'
     cuda = bool(torch.version.cuda and CUDA_HOME and wanted and not sanitize)
-    flags = ['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
+    flags = ['-fno-math-errno', '-Wno-psabi']
     if sanitize:
-        flags = ['-O1', '-g1', '-fno-omit-frame-pointer', *SANITIZE, *flags[2:]]
+        flags += ['-O1', '-g1', '-fno-omit-frame-pointer', *SANITIZE]
+    else:
+        flags += ['-O3', '-g0']
     # at::parallel_for is a header. Without this flag it runs on one thread. The OpenMP
     # library is the one that torch has loaded.
     openmp = ['-fopenmp'] * (sys.platform == 'linux')

@@ -46,9 +46,10 @@ def guard(x: Tensor) -> Tensor:
 
 
 def check(op: Callable, *args) -> None:
-    """Runs an operator on guarded copies of tensors, with equal results.
+    """Compares an operator on guarded copies of its arguments with one on plain copies.
 
-    Tensors in place of the first argument may be written.
+    Results are compared, and the arguments, which an operator may write to. The last
+    line that is printed names the call that crashed.
     """
 
     def run(place: Callable) -> list[Tensor]:

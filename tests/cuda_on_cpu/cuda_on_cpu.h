@@ -1,6 +1,6 @@
-// Just enough of CUDA to run its kernels on the CPU: the threads of a block are
-// fibres that take turns at barriers and shuffles, blocks run one by one. All
-// threads of a block must pass the same barriers and shuffles.
+// The part of CUDA that the kernels use, for the CPU. Blocks run one after another. The
+// threads of a block are fibres, which take turns at barriers and shuffles. All threads
+// of a block must pass the same barriers and shuffles.
 #pragma once
 
 #include <ucontext.h>
@@ -31,13 +31,13 @@ struct Block {
   ucontext_t scheduler;
   std::vector<ucontext_t> fibres;
   std::vector<bool> ended;
-  std::vector<float> values;  // that the threads exchange
+  std::vector<float> values;  // of the threads in a shuffle
 };
 
 inline Block block;
 inline Index thread_index, block_index;
 
-// Lets all other threads come as far.
+// Returns when all other threads have come to a wait as well.
 inline void wait() {
   const unsigned self = thread_index.x;
   swapcontext(&block.fibres[self], &block.scheduler);

@@ -1,46 +1,44 @@
-// The CUDA kernels as a library for the CPU; see cuda_on_cpu.h.
+// The CUDA kernels as a library for the CPU; see cuda_on_cpu.h. Its one function
+// computes the co-attention and its gradients, in float.
 #include "cuda_on_cpu.h"
-// The kernels come after what stands in for CUDA.
+// After cuda_on_cpu.h, which stands in for CUDA.
 #include "attention_kernel.cuh"
 
 using namespace dsnet;
 
 namespace {
 
-template <int PARTS>
+template <int SPLIT>
 void run(const float* const* qkv, const int64_t* tokens, int64_t samples, int64_t heads,
          int64_t width, const int64_t* seed, double dropout_p, float* const* out,
          float* const* lse, const float* const* grad_out, float* const* delta,
          float* const* grad) {
   const int64_t channels = heads * width, all = samples * heads;
-  for (int reader = 0; reader < 2; ++reader) {
-    const int other = 1 - reader;
+  for (int i = 0; i < 2; ++i) {  // the stream of the queries
+    const int other = 1 - i;
     const Direction<float> d{
-        qkv[reader],
+        qkv[i],
         qkv[other],
-        tokens[reader] * 3 * channels,
+        tokens[i] * 3 * channels,
         3 * channels,
         tokens[other] * 3 * channels,
         3 * channels,
-        tokens[reader],
+        tokens[i],
         tokens[other],
         heads,
         width,
-        reader * all * tokens[0],
+        i * all * tokens[0],
         Dropout{0, uint32_t(dropout_p * 4294967296.), 1 / (1 - dropout_p)},
         dropout_p > 0 ? seed : nullptr};
     const auto launch = [&](int64_t rows, auto kernel) {
-      cuda_on_cpu::launch(blocks_of(all, rows, PARTS), kThreads, kernel);
+      cuda_on_cpu::launch(num_blocks(all, rows, SPLIT), kThreads, kernel);
     };
-    launch(d.queries,
-           [&] { attend_kernel<float, PARTS>(d, out[reader], lse[reader]); });
+    launch(d.queries, [&] { forward_kernel<float, SPLIT>(d, out[i], lse[i]); });
     launch(d.queries, [&] {
-      grad_q_kernel<float, PARTS>(d, out[reader], grad_out[reader], lse[reader],
-                                  delta[reader], grad[reader]);
+      grad_q_kernel<float, SPLIT>(d, out[i], grad_out[i], lse[i], delta[i], grad[i]);
     });
     launch(d.keys, [&] {
-      grad_kv_kernel<float, PARTS>(d, grad_out[reader], lse[reader], delta[reader],
-                                   grad[other]);
+      grad_kv_kernel<float, SPLIT>(d, grad_out[i], lse[i], delta[i], grad[other]);
     });
   }
 }

@@ -1,258 +1,289 @@
-// Device code of the co-attention, one direction. It includes nothing of
-// PyTorch: nvcc compiles it alone, and tests/cuda_on_cpu runs it without a GPU.
+// Attention on CUDA, one direction: the queries of one stream attend to the keys and
+// values of the other. For queries i and keys j:
 //
-// A query (in grad_kv_kernel, a key) belongs to PARTS neighbouring threads, each
-// with every PARTS-th channel in registers; the other stream passes by in tiles
-// of shared memory. Nothing is added atomically: results are deterministic.
+// Forward:   s_ij = q_i k_j / sqrt(d) * log2(e)       scores
+//            lse_i = log2 sum_j 2^s_ij                log-sum-exp
+//            w_ij = 2^(s_ij - lse_i)                  weights
+//            out_i = sum_j w_ij f_ij v_j              f is the dropout factor, or 1
+//
+// Backward:  delta_i = out_i grad_out_i
+//            grad_v_j = sum_i w_ij f_ij grad_out_i
+//            ds_ij = w_ij (f_ij grad_out_i v_j - delta_i) / sqrt(d)
+//            grad_q_i = sum_j ds_ij k_j
+//            grad_k_j = sum_i ds_ij q_i
+//
+// Memory: SPLIT neighbouring threads share a token, which is a query, or in
+// grad_kv_kernel a key. Each holds every SPLIT-th channel of it, and of its
+// accumulators, in registers. Tokens of the other stream pass through shared memory in
+// tiles of kTile.
+//
+// Loop order: tiles, then the tokens of a tile. Nothing is added atomically, so results
+// are deterministic.
+//
+// The file includes nothing of PyTorch: nvcc compiles it alone, and tests/cuda_on_cpu
+// runs it without a GPU.
 #pragma once
 
 #include "../dropout.h"
 
 namespace dsnet {
 
-constexpr int kThreads = 128;
-constexpr int kTile = 16;      // tokens of the other stream
+constexpr int kThreads = 128;  // of a block
+constexpr int kTile = 16;      // tokens
 constexpr int kChannels = 32;  // of a thread
 constexpr float kLog2E = 1.44269504f;
 
 template <typename S>
 struct Direction {
-  const S *own, *other;  // packed projections; queries are those of ``own``
-  int64_t own_sample, own_row, other_sample, other_row;  // strides
+  const S *query_stream, *key_stream;  // packed projections (N, tokens, 3 * C)
+  int64_t q_sample_stride, q_stride, kv_sample_stride, kv_stride;  // q, kv: of a token
   int64_t queries, keys, heads, width;
-  int64_t row;  // number of the first query among all, for dropout
+  int64_t first_query;  // number of the first query among all, for dropout
   Dropout dropout;
   const int64_t* seed;  // or null: no dropout
 
-  // Part 0, 1, 2 of a packed projection is q, k, v.
+  // ``head`` counts the heads of all samples.
   __device__ const S* q(int64_t head) const {
-    return own + head / heads * own_sample + head % heads * width;
+    return query_stream + head / heads * q_sample_stride + head % heads * width;
   }
-  __device__ const S* other_part(int64_t head, int part) const {
-    return other + head / heads * other_sample + (part * heads + head % heads) * width;
+  __device__ const S* k(int64_t head) const { return key_part(head, 1); }
+  __device__ const S* v(int64_t head) const { return key_part(head, 2); }
+
+  __device__ uint64_t random_words(int64_t head, int64_t query) const {
+    return query_words(*seed, first_query + head * queries + query);
   }
-  __device__ uint64_t words(int64_t head, int64_t query) const {
-    return query_words(*seed, row + head * queries + query);
-  }
-  // What a weight is multiplied by.
-  __device__ float kept(uint64_t words, int64_t key) const {
+  // 1 / (1 - p) for a weight that is kept, 0 for one that is dropped.
+  __device__ float dropout_factor(uint64_t words, int64_t key) const {
     const uint32_t x =
         random_word(uint32_t(words), uint32_t(words >> 32), uint32_t(key));
     return x >= dropout.threshold ? float(dropout.scale) : 0.f;
   }
+
+ private:
+  // Part 0, 1, 2 of a packed projection is q, k, v.
+  __device__ const S* key_part(int64_t head, int part) const {
+    return key_stream + head / heads * kv_sample_stride +
+           (part * heads + head % heads) * width;
+  }
 };
 
-// Sum over the PARTS threads of a query.
-template <int PARTS>
-__device__ __forceinline__ float sum_parts(float x) {
-  for (int step = 1; step < PARTS; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+// Sum over the SPLIT threads of a token.
+template <int SPLIT>
+__device__ __forceinline__ float sum_threads(float x) {
+  for (int step = 1; step < SPLIT; step *= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 
-// Rows [first, first + kTile) of a stream to shared memory, with zeros beyond
-// its end and its width.
-template <int PARTS, typename S>
-__device__ void load_tile(const S* src, int64_t src_row, int64_t first, int64_t rows,
-                          int64_t width, float* tile) {
-  constexpr int kWidth = PARTS * kChannels;
+// Loads tokens [first, first + kTile) to shared memory, with zeros beyond the last
+// token and the last channel.
+template <int SPLIT, typename S>
+__device__ void load_tile(const S* src, int64_t src_stride, int64_t first,
+                          int64_t tokens, int64_t width, float* tile) {
+  constexpr int kWidth = SPLIT * kChannels;
   for (int i = threadIdx.x; i < kTile * kWidth; i += kThreads) {
-    const int64_t row = first + i / kWidth, channel = i % kWidth;
-    tile[i] = row < rows && channel < width
-                  ? static_cast<float>(src[row * src_row + channel])
+    const int64_t token = first + i / kWidth, channel = i % kWidth;
+    tile[i] = token < tokens && channel < width
+                  ? static_cast<float>(src[token * src_stride + channel])
                   : 0.f;
   }
 }
 
-template <int PARTS, typename S>
-__device__ void load_channels(const S* src, int64_t width, bool there, float factor,
+// Loads this thread's channels of its token, or zeros if there is no such token.
+template <int SPLIT, typename S>
+__device__ void load_channels(const S* src, int64_t width, bool exists, float factor,
                               float* x) {
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    const int channel = i * PARTS + threadIdx.x % PARTS;
-    x[i] = there && channel < width ? static_cast<float>(src[channel]) * factor : 0.f;
+    const int channel = i * SPLIT + threadIdx.x % SPLIT;
+    x[i] = exists && channel < width ? static_cast<float>(src[channel]) * factor : 0.f;
   }
 }
 
-template <int PARTS, typename S>
-__device__ void store_channels(const float* x, int64_t width, bool there, float factor,
+template <int SPLIT, typename S>
+__device__ void store_channels(const float* x, int64_t width, bool exists, float factor,
                                S* dst) {
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    const int channel = i * PARTS + threadIdx.x % PARTS;
-    if (there && channel < width) dst[channel] = static_cast<S>(x[i] * factor);
+    const int channel = i * SPLIT + threadIdx.x % SPLIT;
+    if (exists && channel < width) dst[channel] = static_cast<S>(x[i] * factor);
   }
 }
 
-template <int PARTS>
-__device__ __forceinline__ float dot(const float* x, const float* row) {
+// The product of this thread's token and a token of a tile.
+template <int SPLIT>
+__device__ __forceinline__ float dot(const float* x, const float* token) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i)
-    sum += x[i] * row[i * PARTS + threadIdx.x % PARTS];
-  return sum_parts<PARTS>(sum);
+    sum += x[i] * token[i * SPLIT + threadIdx.x % SPLIT];
+  return sum_threads<SPLIT>(sum);
 }
 
-template <int PARTS>
-__device__ __forceinline__ void add(float weight, const float* row, float* x) {
+// accumulator += factor * token
+template <int SPLIT>
+__device__ __forceinline__ void accumulate(float factor, const float* token,
+                                           float* accumulator) {
 #pragma unroll
   for (int i = 0; i < kChannels; ++i)
-    x[i] += weight * row[i * PARTS + threadIdx.x % PARTS];
+    accumulator[i] += factor * token[i * SPLIT + threadIdx.x % SPLIT];
 }
 
-// out = softmax(q k^T / sqrt(d)) v, lse = log2 of the softmax's denominator.
-template <typename S, int PARTS>
+// Forward: out and lse. Holds the running maximum of the scores, the denominator and an
+// accumulator of the values for each query; a new maximum rescales the last two.
+template <typename S, int SPLIT>
 __global__ void __launch_bounds__(kThreads)
-    attend_kernel(Direction<S> d, S* out, float* lse) {
-  constexpr int kWidth = PARTS * kChannels, kOwn = kThreads / PARTS;
+    forward_kernel(Direction<S> d, S* out, float* lse) {
+  constexpr int kWidth = SPLIT * kChannels, kTokens = kThreads / SPLIT;
   __shared__ float k[kTile * kWidth], v[kTile * kWidth];
-  const int64_t blocks = (d.queries + kOwn - 1) / kOwn;
+  const int64_t blocks = (d.queries + kTokens - 1) / kTokens;
   const int64_t head = blockIdx.x / blocks;
-  const int64_t query = blockIdx.x % blocks * kOwn + threadIdx.x / PARTS;
-  const bool there = query < d.queries;
-  float q[kChannels], sum[kChannels] = {}, top = -INFINITY, total = 0;
-  load_channels<PARTS>(d.q(head) + query * d.own_row, d.width, there,
+  const int64_t query = blockIdx.x % blocks * kTokens + threadIdx.x / SPLIT;
+  const bool exists = query < d.queries;
+  float q[kChannels], accumulator[kChannels] = {};
+  float running_max = -INFINITY, denominator = 0;
+  load_channels<SPLIT>(d.q(head) + query * d.q_stride, d.width, exists,
                        kLog2E * rsqrtf(float(d.width)), q);
-  const uint64_t words = d.seed ? d.words(head, query) : 0;
+  const uint64_t words = d.seed ? d.random_words(head, query) : 0;
 
   for (int64_t first = 0; first < d.keys; first += kTile) {
     __syncthreads();
-    load_tile<PARTS>(d.other_part(head, 1), d.other_row, first, d.keys, d.width, k);
-    load_tile<PARTS>(d.other_part(head, 2), d.other_row, first, d.keys, d.width, v);
+    load_tile<SPLIT>(d.k(head), d.kv_stride, first, d.keys, d.width, k);
+    load_tile<SPLIT>(d.v(head), d.kv_stride, first, d.keys, d.width, v);
     __syncthreads();
-    float scores[kTile], peak = top;
+    float scores[kTile], new_max = running_max;
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
-      const float s = dot<PARTS>(q, k + j * kWidth);
-      scores[j] = first + j < d.keys ? s : -INFINITY;
-      peak = fmaxf(peak, scores[j]);
+      const float score = dot<SPLIT>(q, k + j * kWidth);
+      scores[j] = first + j < d.keys ? score : -INFINITY;
+      new_max = fmaxf(new_max, scores[j]);
     }
-    const float shrink = exp2f(top - peak);
-    top = peak;
-    total *= shrink;
+    const float rescale = exp2f(running_max - new_max);
+    running_max = new_max;
+    denominator *= rescale;
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) sum[i] *= shrink;
+    for (int i = 0; i < kChannels; ++i) accumulator[i] *= rescale;
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
-      float weight = exp2f(scores[j] - peak);
-      total += weight;
-      if (d.seed) weight *= d.kept(words, first + j);
-      add<PARTS>(weight, v + j * kWidth, sum);
+      float weight = exp2f(scores[j] - new_max);
+      denominator += weight;
+      if (d.seed) weight *= d.dropout_factor(words, first + j);
+      accumulate<SPLIT>(weight, v + j * kWidth, accumulator);
     }
   }
   const int64_t channels = d.heads * d.width;
-  store_channels<PARTS>(
-      sum, d.width, there, 1 / total,
+  store_channels<SPLIT>(
+      accumulator, d.width, exists, 1 / denominator,
       out + (head / d.heads * d.queries + query) * channels + head % d.heads * d.width);
-  if (there && threadIdx.x % PARTS == 0)
-    lse[head * d.queries + query] = top + log2f(total);
+  if (exists && threadIdx.x % SPLIT == 0)
+    lse[head * d.queries + query] = running_max + log2f(denominator);
 }
 
-// Gradient of the queries, and delta = the product of each output with its
-// gradient, which grad_kv_kernel needs. ``grad_q`` points at the q part of a
-// packed gradient.
-template <typename S, int PARTS>
+// Backward of the queries, and delta, which grad_kv_kernel reads. ``grad_q`` is the q
+// part of a packed gradient.
+template <typename S, int SPLIT>
 __global__ void __launch_bounds__(kThreads)
     grad_q_kernel(Direction<S> d, const S* out, const S* grad_out, const float* lse,
                   float* delta, S* grad_q) {
-  constexpr int kWidth = PARTS * kChannels, kOwn = kThreads / PARTS;
+  constexpr int kWidth = SPLIT * kChannels, kTokens = kThreads / SPLIT;
   __shared__ float k[kTile * kWidth], v[kTile * kWidth];
-  const int64_t blocks = (d.queries + kOwn - 1) / kOwn;
+  const int64_t blocks = (d.queries + kTokens - 1) / kTokens;
   const int64_t head = blockIdx.x / blocks;
-  const int64_t query = blockIdx.x % blocks * kOwn + threadIdx.x / PARTS;
-  const bool there = query < d.queries;
+  const int64_t query = blockIdx.x % blocks * kTokens + threadIdx.x / SPLIT;
+  const bool exists = query < d.queries;
   const int64_t channels = d.heads * d.width;
   const int64_t at =
       (head / d.heads * d.queries + query) * channels + head % d.heads * d.width;
   const float scale = rsqrtf(float(d.width));
-  float q[kChannels], g[kChannels], sum[kChannels];
-  load_channels<PARTS>(grad_out + at, d.width, there, 1.f, g);
-  load_channels<PARTS>(out + at, d.width, there, 1.f, q);
-  float product = 0;
+  float q[kChannels], g[kChannels], accumulator[kChannels];
+  load_channels<SPLIT>(grad_out + at, d.width, exists, 1.f, g);
+  load_channels<SPLIT>(out + at, d.width, exists, 1.f, q);  // for delta only
+  float query_delta = 0;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    product += q[i] * g[i];
-    sum[i] = 0;
+    query_delta += q[i] * g[i];
+    accumulator[i] = 0;
   }
-  product = sum_parts<PARTS>(product);
-  if (there && threadIdx.x % PARTS == 0) delta[head * d.queries + query] = product;
-  load_channels<PARTS>(d.q(head) + query * d.own_row, d.width, there, kLog2E * scale,
+  query_delta = sum_threads<SPLIT>(query_delta);
+  if (exists && threadIdx.x % SPLIT == 0) delta[head * d.queries + query] = query_delta;
+  load_channels<SPLIT>(d.q(head) + query * d.q_stride, d.width, exists, kLog2E * scale,
                        q);
-  const float norm = there ? lse[head * d.queries + query] : 0;
-  const uint64_t words = d.seed ? d.words(head, query) : 0;
+  const float query_lse = exists ? lse[head * d.queries + query] : 0;
+  const uint64_t words = d.seed ? d.random_words(head, query) : 0;
 
   for (int64_t first = 0; first < d.keys; first += kTile) {
     __syncthreads();
-    load_tile<PARTS>(d.other_part(head, 1), d.other_row, first, d.keys, d.width, k);
-    load_tile<PARTS>(d.other_part(head, 2), d.other_row, first, d.keys, d.width, v);
+    load_tile<SPLIT>(d.k(head), d.kv_stride, first, d.keys, d.width, k);
+    load_tile<SPLIT>(d.v(head), d.kv_stride, first, d.keys, d.width, v);
     __syncthreads();
     for (int j = 0; j < kTile; ++j) {
-      const float score = dot<PARTS>(q, k + j * kWidth);
-      // A key beyond the end has the score 0, and exp2(0 - lse) may be infinite.
-      const float weight = first + j < d.keys ? exp2f(score - norm) : 0.f;
-      float slope = dot<PARTS>(g, v + j * kWidth);
-      if (d.seed) slope *= d.kept(words, first + j);
-      add<PARTS>(weight * (slope - product), k + j * kWidth, sum);
+      const float score = dot<SPLIT>(q, k + j * kWidth);
+      // A key beyond the last one has the score 0, and 2^(0 - lse) may be infinite.
+      const float weight = first + j < d.keys ? exp2f(score - query_lse) : 0.f;
+      float grad_weight = dot<SPLIT>(g, v + j * kWidth);
+      if (d.seed) grad_weight *= d.dropout_factor(words, first + j);
+      accumulate<SPLIT>(weight * (grad_weight - query_delta), k + j * kWidth,
+                        accumulator);
     }
   }
-  store_channels<PARTS>(sum, d.width, there, scale,
+  store_channels<SPLIT>(accumulator, d.width, exists, scale,
                         grad_q + (head / d.heads * d.queries + query) * 3 * channels +
                             head % d.heads * d.width);
 }
 
-// Gradients of the keys and values; ``grad`` is the packed gradient of the
-// stream that is read.
-template <typename S, int PARTS>
+// Backward of the keys and values. ``grad`` is the packed gradient of their stream.
+template <typename S, int SPLIT>
 __global__ void __launch_bounds__(kThreads)
     grad_kv_kernel(Direction<S> d, const S* grad_out, const float* lse,
                    const float* delta, S* grad) {
-  constexpr int kWidth = PARTS * kChannels, kOwn = kThreads / PARTS;
+  constexpr int kWidth = SPLIT * kChannels, kTokens = kThreads / SPLIT;
   __shared__ float q[kTile * kWidth], g[kTile * kWidth];
-  __shared__ float norms[kTile], products[kTile];
+  __shared__ float tile_lse[kTile], tile_delta[kTile];
   __shared__ uint64_t words[kTile];
-  const int64_t blocks = (d.keys + kOwn - 1) / kOwn;
+  const int64_t blocks = (d.keys + kTokens - 1) / kTokens;
   const int64_t head = blockIdx.x / blocks;
-  const int64_t key = blockIdx.x % blocks * kOwn + threadIdx.x / PARTS;
-  const bool there = key < d.keys;
+  const int64_t key = blockIdx.x % blocks * kTokens + threadIdx.x / SPLIT;
+  const bool exists = key < d.keys;
   const int64_t channels = d.heads * d.width;
   const float scale = rsqrtf(float(d.width));
   float k[kChannels], v[kChannels], grad_k[kChannels] = {}, grad_v[kChannels] = {};
-  load_channels<PARTS>(d.other_part(head, 1) + key * d.other_row, d.width, there,
-                       kLog2E * scale, k);
-  load_channels<PARTS>(d.other_part(head, 2) + key * d.other_row, d.width, there, 1.f,
-                       v);
+  load_channels<SPLIT>(d.k(head) + key * d.kv_stride, d.width, exists, kLog2E * scale,
+                       k);
+  load_channels<SPLIT>(d.v(head) + key * d.kv_stride, d.width, exists, 1.f, v);
   const S* grad_rows =
       grad_out + head / d.heads * d.queries * channels + head % d.heads * d.width;
 
   for (int64_t first = 0; first < d.queries; first += kTile) {
     __syncthreads();
-    load_tile<PARTS>(d.q(head), d.own_row, first, d.queries, d.width, q);
-    load_tile<PARTS>(grad_rows, channels, first, d.queries, d.width, g);
+    load_tile<SPLIT>(d.q(head), d.q_stride, first, d.queries, d.width, q);
+    load_tile<SPLIT>(grad_rows, channels, first, d.queries, d.width, g);
     if (threadIdx.x < kTile) {
       const int64_t query = first + threadIdx.x;
-      const bool is = query < d.queries;
-      norms[threadIdx.x] = is ? lse[head * d.queries + query] : 0;
-      products[threadIdx.x] = is ? delta[head * d.queries + query] : 0;
-      words[threadIdx.x] = d.seed ? d.words(head, query) : 0;
+      const bool query_exists = query < d.queries;
+      tile_lse[threadIdx.x] = query_exists ? lse[head * d.queries + query] : 0;
+      tile_delta[threadIdx.x] = query_exists ? delta[head * d.queries + query] : 0;
+      words[threadIdx.x] = d.seed ? d.random_words(head, query) : 0;
     }
     __syncthreads();
     for (int j = 0; j < kTile; ++j) {
-      const float score = dot<PARTS>(k, q + j * kWidth);
-      const float weight = first + j < d.queries ? exp2f(score - norms[j]) : 0.f;
-      const float slope = dot<PARTS>(v, g + j * kWidth);
-      const float keep = d.seed ? d.kept(words[j], key) : 1.f;
-      add<PARTS>(weight * keep, g + j * kWidth, grad_v);
-      add<PARTS>(weight * (slope * keep - products[j]), q + j * kWidth, grad_k);
+      const float score = dot<SPLIT>(k, q + j * kWidth);
+      const float weight = first + j < d.queries ? exp2f(score - tile_lse[j]) : 0.f;
+      const float grad_weight = dot<SPLIT>(v, g + j * kWidth);
+      const float factor = d.seed ? d.dropout_factor(words[j], key) : 1.f;
+      accumulate<SPLIT>(weight * factor, g + j * kWidth, grad_v);
+      accumulate<SPLIT>(weight * (grad_weight * factor - tile_delta[j]), q + j * kWidth,
+                        grad_k);
     }
   }
   S* row =
       grad + (head / d.heads * d.keys + key) * 3 * channels + head % d.heads * d.width;
-  store_channels<PARTS>(grad_k, d.width, there, scale, row + channels);
-  store_channels<PARTS>(grad_v, d.width, there, 1.f, row + 2 * channels);
+  store_channels<SPLIT>(grad_k, d.width, exists, scale, row + channels);
+  store_channels<SPLIT>(grad_v, d.width, exists, 1.f, row + 2 * channels);
 }
 
-inline int64_t blocks_of(int64_t heads, int64_t tokens, int parts) {
-  const int64_t own = kThreads / parts;
-  return heads * ((tokens + own - 1) / own);
+// The number of blocks of a launch, for the tokens of ``heads`` heads.
+inline int64_t num_blocks(int64_t heads, int64_t tokens, int split) {
+  const int64_t block_tokens = kThreads / split;
+  return heads * ((tokens + block_tokens - 1) / block_tokens);
 }
 
 }  // namespace dsnet

@@ -1,4 +1,5 @@
-// Co-attention on CUDA: launches of the kernels in attention_kernel.cuh.
+// dsnet_mm::co_attention on CUDA: launches the kernels of attention_kernel.cuh, which
+// has the equations. The forward is one kernel for each direction, the backward two.
 
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
@@ -13,36 +14,36 @@
 namespace dsnet {
 namespace {
 
-// Reader 0 is the local stream, which reads the global one; reader 1 is that.
+// Direction 0 has the queries of the local stream, direction 1 those of the global one.
 template <typename S>
-Direction<S> direction(const Tensor (&qkv)[2], int reader, const Tensor& seed,
-                       int64_t heads, double dropout_p) {
-  const Tensor &own = qkv[reader], &other = qkv[1 - reader];
-  return {own.const_data_ptr<S>(),
-          other.const_data_ptr<S>(),
-          own.stride(0),
-          own.stride(1),
-          other.stride(0),
-          other.stride(1),
-          own.size(1),
-          other.size(1),
+Direction<S> make_direction(const Tensor (&qkv)[2], int i, const Tensor& seed,
+                            int64_t heads, double dropout_p) {
+  const Tensor &queries = qkv[i], &keys = qkv[1 - i];
+  return {queries.const_data_ptr<S>(),
+          keys.const_data_ptr<S>(),
+          queries.stride(0),
+          queries.stride(1),
+          keys.stride(0),
+          keys.stride(1),
+          queries.size(1),
+          keys.size(1),
           heads,
-          own.size(2) / (3 * heads),
-          reader * own.size(0) * heads * qkv[0].size(1),
+          queries.size(2) / (3 * heads),
+          i * queries.size(0) * heads * qkv[0].size(1),
           make_dropout(dropout_p, 0),
           dropout_p > 0 ? seed.const_data_ptr<int64_t>() : nullptr};
 }
 
-unsigned grid(int64_t heads, int64_t tokens, int parts) {
-  const int64_t blocks = blocks_of(heads, tokens, parts);
+unsigned grid(int64_t heads, int64_t tokens, int split) {
+  const int64_t blocks = num_blocks(heads, tokens, split);
   TORCH_CHECK(blocks <= std::numeric_limits<int>::max(),
               "co_attention: too many tokens for one launch");
   return static_cast<unsigned>(blocks);
 }
 
-// Calls body with the number of threads of a token as a constant.
+// Calls body with the number of threads that share a token, as a constant.
 template <typename Body>
-void with_parts(int64_t width, const Body& body) {
+void with_split(int64_t width, const Body& body) {
   if (width <= kChannels)
     body(std::integral_constant<int, 1>());
   else if (width <= 2 * kChannels)
@@ -57,12 +58,12 @@ void forward(const Tensor (&qkv)[2], const Tensor& seed, int64_t heads,
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t all = qkv[0].size(0) * heads;
   for (int i = 0; i < 2; ++i) {
-    const Direction<S> d = direction<S>(qkv, i, seed, heads, dropout_p);
+    const Direction<S> d = make_direction<S>(qkv, i, seed, heads, dropout_p);
     S* o = out[i].mutable_data_ptr<S>();
     float* l = lse[i].mutable_data_ptr<float>();
-    with_parts(d.width, [&](auto parts) {
-      attend_kernel<S, parts>
-          <<<grid(all, d.queries, parts), kThreads, 0, stream>>>(d, o, l);
+    with_split(d.width, [&](auto split) {
+      forward_kernel<S, split>
+          <<<grid(all, d.queries, split), kThreads, 0, stream>>>(d, o, l);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -75,19 +76,19 @@ void backward(const Tensor (&qkv)[2], const Tensor (&grad_out)[2],
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t all = qkv[0].size(0) * heads;
   for (int i = 0; i < 2; ++i) {
-    const Direction<S> d = direction<S>(qkv, i, seed, heads, dropout_p);
-    const Tensor products = at::empty_like(lse[i]);
+    const Direction<S> d = make_direction<S>(qkv, i, seed, heads, dropout_p);
+    const Tensor deltas = at::empty_like(lse[i]);
     const S *o = out[i].const_data_ptr<S>(), *g = grad_out[i].const_data_ptr<S>();
-    S* own = grad[i].mutable_data_ptr<S>();
-    S* other = grad[1 - i].mutable_data_ptr<S>();
+    S* grad_queries = grad[i].mutable_data_ptr<S>();
+    S* grad_keys = grad[1 - i].mutable_data_ptr<S>();
     const float* l = lse[i].const_data_ptr<float>();
-    float* delta = products.mutable_data_ptr<float>();
-    with_parts(d.width, [&](auto parts) {
-      grad_q_kernel<S, parts><<<grid(all, d.queries, parts), kThreads, 0, stream>>>(
-          d, o, g, l, delta, own);
+    float* delta = deltas.mutable_data_ptr<float>();
+    with_split(d.width, [&](auto split) {
+      grad_q_kernel<S, split><<<grid(all, d.queries, split), kThreads, 0, stream>>>(
+          d, o, g, l, delta, grad_queries);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-      grad_kv_kernel<S, parts>
-          <<<grid(all, d.keys, parts), kThreads, 0, stream>>>(d, g, l, delta, other);
+      grad_kv_kernel<S, split><<<grid(all, d.keys, split), kThreads, 0, stream>>>(
+          d, g, l, delta, grad_keys);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -137,7 +138,7 @@ Gradients co_attention_backward_cuda(const Tensor& grad_local,
   const c10::cuda::CUDAGuard guard(local_qkv.device());
   const Tensor qkv[2] = {local_qkv, global_qkv};
   const Tensor lse[2] = {local_lse, global_lse};
-  // The kernels take one layout of outputs and their gradients.
+  // The kernels take contiguous outputs and gradients.
   const Tensor grad_out[2] = {grad_local.contiguous(), grad_global.contiguous()};
   const Tensor out[2] = {local_out.contiguous(), global_out.contiguous()};
   Tensor grad[2] = {at::empty(local_qkv.sizes(), local_qkv.options()),

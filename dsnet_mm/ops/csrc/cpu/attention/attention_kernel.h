@@ -48,7 +48,7 @@ template <typename T>
 void matmul(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_m,
             int64_t a_k, const T* b, int64_t b_k, T* c, int64_t c_m, bool add) {
   constexpr int lanes = Vector<T>::lanes;
-  // Of 32 registers of 64 bytes, otherwise 16, a tile takes four or two columns.
+  // The columns of a tile: four vectors where there are 32 registers, otherwise two.
   constexpr int max_vectors = DSNET_VECTOR_BYTES == 64 ? 4 : 2;
   for (int64_t n = 0; n < cols;) {
     const int64_t left = (cols - n) / lanes;

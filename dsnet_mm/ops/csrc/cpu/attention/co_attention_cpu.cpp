@@ -74,8 +74,7 @@ namespace {
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Runs tasks of unequal length on all threads. A thread that is free takes the next
-// one.
+// Runs tasks of unequal length on all threads: a free thread runs the next task.
 template <typename Task>
 void run_tasks(int64_t count, int64_t bytes, const Task& task) {
   std::atomic<int64_t> next{0};
@@ -202,7 +201,7 @@ void backward(const Streams<S>& s, const Tensor (&grad_out)[2], const Tensor (&o
   const int longer = s.tokens[1] > s.tokens[0], shorter = 1 - longer;
   const int64_t long_tokens = s.tokens[longer], short_tokens = s.tokens[shorter];
   const int64_t width = s.width(), lanes = vector_bytes() / sizeof(T);
-  const int64_t padded = ceil_div(width, lanes) * lanes;  // as attend_backward takes it
+  const int64_t padded = ceil_div(width, lanes) * lanes;  // as in attend_backward
   const int64_t wanted = std::max<int64_t>(ceil_div(short_tokens, 64) * 64, 512);
   const int64_t chunks = ceil_div(long_tokens, wanted);
   const int64_t size = ceil_div(ceil_div(long_tokens, chunks), 64) * 64;

@@ -4,6 +4,10 @@
 
 #include <c10/core/CPUAllocator.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dsnet {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -16,7 +20,14 @@ class Arena {
   template <typename T>
   T* allocate(int64_t count) {
     T* array = reinterpret_cast<T*>(next_);
-    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    const int64_t bytes = count * sizeof(T);
+    next_ += (bytes + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__
+    next_ += 64;  // A gap between arrays, where accesses are errors.
+    __asan_unpoison_memory_region(array, bytes);
+    char* end = reinterpret_cast<char*>(array) + bytes;
+    __asan_poison_memory_region(end, next_ - end);
+#endif
     return array;
   }
 

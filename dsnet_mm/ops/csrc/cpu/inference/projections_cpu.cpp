@@ -265,7 +265,7 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
                     (!h_l || h_l->numel() == f_l.numel()) && out.out == width &&
                     proj.in == local_width && proj.out == local_width &&
                     fc1.in == width && fc1.out == fc2.in,
-                "merge_ takes a map, its local stream and what that has read, got ",
+                "merge_ takes a map, its local stream and h_l of the same size, got ",
                 x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
                 proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ",
                 fc2.out, " channels");
