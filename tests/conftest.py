@@ -8,6 +8,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
+from mmengine.visualization import Visualizer
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 COCO, FOLDERS = 'data_root=sets/coco', 'data_root=sets/folders'
@@ -183,7 +184,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    """Imports a tool for calls of its ``main``, which are quicker than processes.
+
+    The visualizers of earlier calls are forgotten. MMEngine keeps them for the
+    life of the process, and mmdet gives all of its own the same name.
+    """
+    Visualizer._instance_dict.clear()
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
