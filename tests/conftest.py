@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
 from dsnet_mm.models import DSNet
@@ -357,7 +358,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    """Imports a tool, to call its ``main`` without starting a process."""
+    """Imports a tool for calls of its ``main``, which are quicker than processes.
+
+    It also clears the visualizers of earlier calls. MMEngine keeps them for the life of
+    the process, and mmdet gives all of its own the same name.
+    """
+    Visualizer._instance_dict.clear()
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -10,7 +10,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from .conftest import tool
+from .conftest import FOLDERS, tool
 
 # All that is random: order, flips and crops by NumPy, drop path and dropout by PyTorch.
 RANDOM = """
@@ -82,18 +82,10 @@ def _in_folder(
 
 
 def train(name: str, work_dir: Path, *args: str) -> None:
-    options = [arg for arg in args if '=' in arg]
-    flags = [arg for arg in args if '=' not in arg]
-    tool('train.py').main(
-        [
-            f'{name}.py',
-            f'--work-dir={work_dir}',
-            *flags,
-            '--cfg-options',
-            'data_root=sets/folders',
-            *options,
-        ]
-    )
+    """Calls train.py with flags, and with options of the form KEY=VALUE."""
+    options = [FOLDERS, *(arg for arg in args if '=' in arg)]
+    flags = [f'--work-dir={work_dir}', *(arg for arg in args if '=' not in arg)]
+    tool('train.py').main([f'{name}.py', *flags, '--cfg-options', *options])
 
 
 def weights(work_dir: Path, name: str) -> dict[str, torch.Tensor]:
