@@ -26,6 +26,7 @@ from setuptools.command.build_py import build_py
 
 CSRC = Path('dsnet_mm/ops/csrc')
 SOURCES = (
+    'autograd.cpp',
     'co_attention.cpp',
     'cpu/attention/co_attention_cpu.cpp',
     'cpu/inference/depthwise_cpu.cpp',

@@ -53,6 +53,11 @@ def error(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     )
 
 
+def equal(measured: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Tells whether all tensors are equal, bit by bit."""
+    return all(torch.equal(m, e) for m, e in zip(measured, expected, strict=True))
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code in a new Python process, in the root of the repository."""
     return subprocess.run(

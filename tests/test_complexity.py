@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -158,9 +159,12 @@ def test_counter_of_mmengine():
     net = DSNet(WIDE).eval()
     shape = (3, 64, 64)
     counts = count_complexity(net, torch.zeros(1, *shape))
-    analysis = get_model_complexity_info(net, shape, show_table=False, show_arch=False)
-    # MMEngine also counts resizing and batch norms, but no biases.
-    assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
+    for model in (net, fuse_for_inference(deepcopy(net))):
+        analysis = get_model_complexity_info(
+            model, shape, show_table=False, show_arch=False
+        )
+        # MMEngine also counts resizing and norms, but no biases.
+        assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
 
 
 @pytest.mark.parametrize(

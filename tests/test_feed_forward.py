@@ -90,6 +90,29 @@ def test_not_by_the_compiled_operator_where_it_is_not_wanted(
     assert error(measured, exact(ffn, x)) < 1e-5
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('width', [12, 32])
+def test_one_picture(width: int, layout: torch.memory_format) -> None:
+    ffn, x = inputs(batch=1, width=width)
+    x = x.contiguous(memory_format=layout)
+    assert error(results(FFN.forward, ffn, x), exact(ffn, x)) < 1e-5
+
+
+@pytest.mark.parametrize(('hidden', 'outputs'), [(64, 32), (64, 96), (64, 48)])
+def test_other_numbers_of_channels(hidden: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 64, 5, 5), torch.randn(hidden, 64, 1, 1) / 8]
+    tensors += [torch.randn(hidden), torch.randn(outputs, hidden, 1, 1) / 8]
+    tensors += [torch.randn(outputs)]
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        out = module.feed_forward(*leaves)
+        return [out, *torch.autograd.grad(out.cos().sum(), leaves)]
+
+    assert error(run(torch.float32), run(torch.float64)) < 1e-4
+
+
 @pytest.mark.parametrize('width', [12, 32])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_under_autocast(dtype: torch.dtype, width: int, chunks: list[int]) -> None:

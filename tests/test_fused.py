@@ -1,9 +1,9 @@
 """The inference form against the network it was made from."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from io import BytesIO
-from threading import Thread
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from .conftest import (
     VARIANTS,
     WIDE,
     build,
+    equal,
     error,
     needs_packing,
     pictures,
@@ -70,7 +71,8 @@ def test_fused_network_equals_the_network(options: dict) -> None:
             x = pictures(*size)
             assert error(fused(x), net.eval()(x)) < 1e-12
         # A second time it changes nothing.
-        assert error(fuse_for_inference(fused)(x), net(x)) < 1e-12
+        assert fuse_for_inference(fused) is fused
+        assert error(fused(x), net(x)) < 1e-12
 
 
 @needs_packing
@@ -121,7 +123,7 @@ def test_a_fused_block_as_one_operator() -> None:
     block = fuse_for_inference(trained(DSBlock(64, 1, global_factor=2)))
     x = torch.randn(2, 64, 5, 6).contiguous(memory_format=torch.channels_last)
     op = torch.ops.dsnet_mm.ds_block
-    weights = {name: buffers[key] for name, buffers, key in block._places}
+    weights = {name: layer._buffers[key] for name, layer, key in block._weights}
     args = weights, 1, 2
     with torch.no_grad():
         assert torch.equal(op(x, *args), block(x))
@@ -205,6 +207,7 @@ def test_a_block_alone() -> None:
     fused = fuse_for_inference(block)
     with torch.no_grad():
         assert error([fused(x)], [block(x)]) < 1e-12
+    assert fuse_for_inference(fused) is fused
     # The block itself is left as it is.
     assert all(torch.equal(block.state_dict()[name], before[name]) for name in before)
 
@@ -212,6 +215,15 @@ def test_a_block_alone() -> None:
 def test_only_ds_blocks_are_fused() -> None:
     with pytest.raises(ValueError, match=r'and Sequential has none; mmcv\.cnn\.fuse'):
         fuse_for_inference(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+
+
+def test_a_subclass_is_refused() -> None:
+    class Block(DSBlock):
+        pass
+
+    for model in (Block(16, 2), nn.Sequential(Block(16, 2))):
+        with pytest.raises(ValueError, match='Block is a subclass'):
+            fuse_for_inference(model)
 
 
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
@@ -242,6 +254,54 @@ def test_all_weights_are_buffers() -> None:
     assert not any(buffer.requires_grad for buffer in net.buffers())
 
 
+def test_memory_formats() -> None:
+    net = fuse_for_inference(network())
+    last = torch.channels_last
+    for patch_embed in net.patch_embeds:
+        assert patch_embed.folded.projection.weight.is_contiguous(memory_format=last)
+    x = pictures(33, 41).float()
+    with torch.no_grad():
+        assert equal(deepcopy(net).to(memory_format=last)(x), net(x))
+        low = deepcopy(net).bfloat16()
+        x = x.bfloat16()
+        assert equal(deepcopy(low).to(memory_format=last)(x), low(x))
+
+
+def test_only_blocks_that_are_one_operator_are_packed() -> None:
+    names = {
+        name
+        for options in (
+            dict(isa='global_to_local'),
+            GN,
+            dict(act_cfg=dict(type='ReLU')),
+        )
+        for name, _ in fuse_for_inference(build(options, WIDE).float()).named_buffers()
+    }
+    assert names
+    assert not any(name.endswith('packed') for name in names)
+
+
+def test_exporting_changes_nothing() -> None:
+    net = fuse_for_inference(network())
+    x = pictures(64, 64).float()
+    with torch.no_grad():
+        expected = net(x)
+        for strict in (False, True):
+            program = torch.export.export(net, (x,), strict=strict)
+            assert equal(net(x), expected)
+            assert error(program.module()(x), [e.double() for e in expected]) < 1e-5
+            assert 'dsnet_mm' not in str(program.graph)
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    block = fuse_for_inference(DSBlock(64, 1))
+    x = torch.randn(1, 64, 5, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r'forward|jvp'):
+            block(dual)
+
+
 def test_it_cannot_be_trained() -> None:
     net = fuse_for_inference(network())
     for model in (net, nn.Sequential(net), net.stages[0][0], net.patch_embeds[0]):
@@ -261,7 +321,7 @@ def test_state_dicts_of_another_form_are_refused(by: str, strict: bool) -> None:
         expected = fused(pictures().float())
         with pytest.raises(ValueError, match='state dict is of one that was not'):
             load(fused, net.state_dict(), strict=strict)
-        assert all(map(torch.equal, fused(pictures().float()), expected))
+        assert equal(fused(pictures().float()), expected)
     for part in ('stages.1.0', 'patch_embeds.1'):
         with pytest.raises(ValueError, match='state dict is of one that was not'):
             state = net.get_submodule(part).state_dict()
@@ -276,7 +336,7 @@ def test_state_dicts_of_fused_networks(dtype: torch.dtype) -> None:
         target = fuse_for_inference(network()).to(dtype)
         target.load_state_dict(source.state_dict())
         expected = source.to(dtype)(x.to(dtype))
-        assert all(map(torch.equal, target(x.to(dtype)), expected))
+        assert equal(target(x.to(dtype)), expected)
     weight = source.state_dict()['stages.0.0.folded.proj_in.weight']
     assert weight.shape == (64, 64, 1, 1)
 
@@ -291,17 +351,17 @@ def test_a_changed_weight_changes_the_output() -> None:
         first = fused(x)
         named = dict(other.named_buffers()) | dict(other.named_parameters())
         measured = torch.func.functional_call(fused, named, (x,))
-        assert all(map(torch.equal, measured, expected))
-        assert all(map(torch.equal, fused(x), first))
+        assert equal(measured, expected)
+        assert equal(fused(x), first)
         children = deepcopy(fused)
         for name, child in other.named_children():
             getattr(children, name).load_state_dict(child.state_dict())
-        assert all(map(torch.equal, children(x), expected))
+        assert equal(children(x), expected)
         for name, tensor in fused.named_buffers():
             tensor.copy_(named[name])
         for name, tensor in fused.named_parameters():
             tensor.copy_(named[name])
-        assert all(map(torch.equal, fused(x), expected))
+        assert equal(fused(x), expected)
 
 
 def test_types_and_devices() -> None:
@@ -313,7 +373,7 @@ def test_types_and_devices() -> None:
         there = fused.double()(x)
         exact = net.double()(x)
         assert error(there, exact) < 1e-5  # folded in float32
-        assert all(map(torch.equal, fused.float()(x.float()), expected))
+        assert equal(fused.float()(x.float()), expected)
         low = fused.bfloat16()(x.bfloat16())
         assert {out.dtype for out in low} == {torch.bfloat16}
         assert [out.shape for out in fused.to('meta')(x.bfloat16().to('meta'))] == [
@@ -330,31 +390,24 @@ def test_it_can_be_copied_and_saved() -> None:
         torch.save(net, file)
         file.seek(0)
         for copy in (deepcopy(net), torch.load(file, weights_only=False)):
-            assert all(map(torch.equal, copy(x), expected))
+            assert equal(copy(x), expected)
             for buffer in copy.stages.buffers():
                 buffer.mul_(0.5)
-            assert not any(map(torch.equal, copy(x), expected))
-        assert all(map(torch.equal, net(x), expected))
+            assert not equal(copy(x), expected)
+        assert equal(net(x), expected)
 
 
 def test_python_threads_share_it() -> None:
     net = fuse_for_inference(network())
     maps = [pictures(33, 41).float() * i for i in range(1, 5)]
-    results: list[tuple[Tensor, ...]] = [()] * len(maps)
 
-    def run(i: int) -> None:
-        with torch.no_grad():
-            for _ in range(3):
-                results[i] = net(maps[i])
+    @torch.no_grad()
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return net(x)
 
-    threads = [Thread(target=run, args=(i,)) for i in range(len(maps))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    with torch.no_grad():
-        for x, measured in zip(maps, results, strict=True):
-            assert all(map(torch.equal, measured, net(x)))
+    with ThreadPoolExecutor(4) as pool:
+        for x, measured in zip(maps * 3, pool.map(run, maps * 3), strict=True):
+            assert equal(measured, run(x))
 
 
 # ----------------------------------------------------------------------- compilers

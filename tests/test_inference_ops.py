@@ -92,6 +92,7 @@ def test_residual_conv_refuses_what_does_not_fit():
         (x.contiguous(), weight, bias, bias, bias),
         (x.double(), weight.double(), *[bias.double()] * 3),
         (x, weight[:1], bias, bias, bias),
+        (x, weight.view(9, 2), bias, bias, bias),
         (x, weight, bias.bfloat16(), bias, bias),
         (x, weight, bias, bias[:1], bias),
         (x, weight, bias, bias, bias[:1]),
@@ -421,6 +422,18 @@ def test_gradients_are_refused_and_not_dropped(name):
             op(*needs_grad)
     with torch.no_grad():
         op(*needs_grad)
+
+
+@needs_packing
+@pytest.mark.parametrize('name', ['linear_', 'merge_', 'resize_add_'])
+def test_autograd_detects_what_is_written(name):
+    """Of a tensor that another operator saved for its backward."""
+    out, *args = samples()[name]
+    weight = torch.ones(1, requires_grad=True)
+    product = (weight * out).sum()
+    getattr(ops, name)(out, *args)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        product.backward()
 
 
 @needs_packing

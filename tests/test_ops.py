@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from dsnet_mm.models import DSBlock, fuse_for_inference
 from dsnet_mm.ops import (
     attention,
     co_attention,
@@ -15,6 +16,7 @@ from dsnet_mm.ops import (
     self_attention,
     split_heads,
 )
+from dsnet_mm.ops.packing import PACKED_DTYPES
 
 from .conftest import (
     SHAPES,
@@ -224,10 +226,17 @@ def test_no_operator_calls_python(grad):
             frames.append(f'{frame.f_code.co_filename}:{frame.f_code.co_name}')
 
     ops = torch.ops.dsnet_mm
-    for op, args in (
+    calls = [
         (ops.co_attention.default._op, (local, global_, seed(), 1, 0.0)),
         (ops.self_attention.default._op, (local, seed(), 1, 0.0)),
-    ):
+    ]
+    if torch.float32 in PACKED_DTYPES and not grad:
+        block = fuse_for_inference(DSBlock(64, 1))
+        weights = {name: layer._buffers[key] for name, layer, key in block._weights}
+        x = torch.randn(1, 64, 4, 4)
+        calls.append((ops.ds_block.default._op, (x, weights, 1, 2)))
+        ops.ds_block(x, weights, 1, 2)  # looks the other operators up
+    for op, args in calls:
         sys.setprofile(profile)
         try:
             op(*args)

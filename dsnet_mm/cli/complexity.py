@@ -7,14 +7,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-# PyTorch has formulas for all its attention kernels but this one.
-CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
-
-# Whose other operators count nothing.
+# PyTorch's own namespaces. Their operators without a formula count as zero.
 FREE = ('aten', 'prim', 'prims')
 
 # Operations per output element. Batch norm is left out: it folds into the
@@ -66,9 +63,6 @@ class _Counter(TorchDispatchMode):
                 op is aten.convolution and args[2] is not None
             )
             self.elementwise += first.numel() * has_bias
-        elif op is CPU_ATTENTION:
-            q, k, v = (x.shape for x in args[:3])
-            self.multiply_adds += sdpa_flop_count(q, k, v) // 2
         elif op in ELEMENTWISE:
             self.elementwise += ELEMENTWISE[op] * first.numel()
         elif func.namespace not in FREE:
@@ -93,9 +87,11 @@ def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
     training = model.training
     model.eval()
     plain = patch.dict(os.environ, DSNET_MM_OPS='sdpa')
-    with plain, torch.no_grad(), _Counter() as counter:
-        model(*inputs)
-    model.train(training)
+    try:
+        with plain, torch.no_grad(), _Counter() as counter:
+            model(*inputs)
+    finally:
+        model.train(training)
     return Complexity(
         sum(param.numel() for param in model.parameters()),
         counter.multiply_adds,

@@ -47,66 +47,49 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
     """
     n, _, height, width = x.shape
     has_global = block.split_channels[0] > 0
-    x = x + _depthwise(x, block.pos_embed)
-    f_g, f_l = _pointwise(block.norm1(x), block.proj_in).split(
-        block.split_channels, dim=1
-    )
+    x = x + block.pos_embed(x)
+    f_g, f_l = block.proj_in(block.norm1(x)).split(block.split_channels, dim=1)
 
     # Intra-scale propagation
     if block.local_conv is not None:
-        f_l = f_l + _depthwise(block.local_norm(f_l), block.local_conv)
+        f_l = f_l + block.local_conv(block.local_norm(f_l))
     if has_global:
         factor = block.global_factor
         size = max(height // factor, 1), max(width // factor, 1)
         f_g = F.interpolate(f_g, size, mode='bilinear', align_corners=False)
         f_g = f_g.flatten(2).transpose(1, 2)
     if block.global_qkv is not None:
-        qkv = _heads(
-            _linear(block.global_norm(f_g), block.global_qkv), block.num_heads, 3
-        )
+        qkv = _heads(block.global_qkv(block.global_norm(f_g)), block.num_heads, 3)
         f_g = f_g + _attention(*qkv, block)
 
     # Inter-scale alignment
     isa = block.isa
     if isa is not None:
-        local_qkv = _pointwise(isa.local_norm(f_l), isa.local_qkv)
-        local_qkv = local_qkv.flatten(2).transpose(1, 2)
-        global_qkv = _linear(isa.global_norm(f_g), isa.global_qkv)
         local_attends = isa.direction in ('both', 'global_to_local')
         global_attends = isa.direction in ('both', 'local_to_global')
+        local_qkv = isa.local_qkv(isa.local_norm(f_l)).flatten(2).transpose(1, 2)
         local_parts = local_attends + 2 * global_attends
+        local_heads = _heads(local_qkv, block.num_heads, local_parts)
+        global_qkv = isa.global_qkv(isa.global_norm(f_g))
         global_parts = global_attends + 2 * local_attends
-        local_parts = _heads(local_qkv, block.num_heads, local_parts)
-        global_parts = _heads(global_qkv, block.num_heads, global_parts)
+        global_heads = _heads(global_qkv, block.num_heads, global_parts)
         if local_attends:
-            k_g, v_g = global_parts[-2:]
-            h_l = _attention(local_parts[0], k_g, v_g, block)
-            h_l = _linear(h_l, isa.local_proj)
+            k_g, v_g = global_heads[-2:]
+            h_l = isa.local_proj(_attention(local_heads[0], k_g, v_g, block))
             f_l = f_l + h_l.transpose(1, 2).reshape(f_l.shape)
         if global_attends:
-            k_l, v_l = local_parts[-2:]
-            h_g = _attention(global_parts[0], k_l, v_l, block)
-            f_g = f_g + _linear(h_g, isa.global_proj)
+            k_l, v_l = local_heads[-2:]
+            f_g = f_g + isa.global_proj(_attention(global_heads[0], k_l, v_l, block))
 
+    # Merge
     if has_global:
         f_g = f_g.transpose(1, 2).reshape(n, -1, *size)
         f_g = F.interpolate(f_g, (height, width), mode='bilinear', align_corners=False)
-    x = x + block.drop_path(_pointwise(torch.cat([f_l, f_g], dim=1), block.proj_out))
-    fc1, act, fc2 = block.ffn.fc1, block.ffn.act, block.ffn.fc2
-    hidden = act(_pointwise(block.norm2(x), fc1))
-    return x + block.drop_path(_pointwise(hidden, fc2))
+    x = x + block.drop_path(block.proj_out(torch.cat([f_l, f_g], dim=1)))
 
-
-def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    return F.conv2d(x, conv.weight, conv.bias)
-
-
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
-
-
-def _depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    return F.conv2d(x, conv.weight, conv.bias, padding=1, groups=conv.groups)
+    # Feed-forward network
+    ffn = block.ffn
+    return x + block.drop_path(ffn.fc2(ffn.act(ffn.fc1(block.norm2(x)))))
 
 
 def _heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:

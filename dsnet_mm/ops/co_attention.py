@@ -51,8 +51,6 @@ def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tenso
         Tokens of shape (N, L, C).
     """
     if qkv.is_cpu and select_path('cpu')[0] == 'native':
-        if torch.is_autocast_enabled('cpu') and qkv.dtype != torch.float64:
-            qkv = qkv.to(torch.get_autocast_dtype('cpu'))
         return native.self_attention(qkv, num_heads, dropout_p)
     return attention(*split_heads(qkv, num_heads, 3), dropout_p)
 

@@ -20,10 +20,10 @@ KEPT_CHANNELS = 256
 def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Computes W2 GELU(W1 x + b1) + b2, with the exact GELU.
 
-    On the CPU it goes over the pixels in chunks, and the backward computes the
-    hidden layer again, so that it is never in memory as a whole. This is faster,
-    although it multiplies more. Only where maps are small and wide, the compiled
-    operator keeps the hidden layer for the backward.
+    On the CPU, pixels are computed in chunks, and the backward computes the hidden
+    layer again. This is faster, although it multiplies more, and takes less memory. In
+    float32 and from 256 channels on, the compiled operator keeps the hidden layer for
+    the backward.
 
     Args:
         x: Map of shape (N, C, H, W).
@@ -39,11 +39,12 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     if x.is_cpu and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype('cpu')
         tensors = [tensor.to(dtype) for tensor in tensors]
-    if not _runs_in_chunks(*tensors):
+    if not _runs_in_chunks(*tensors[:2]):
         return F.conv2d(F.gelu(F.conv2d(x, w1, b1)), w2, b2)
     x, w1, b1, w2, b2 = tensors
     n, channels, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    # Of one channels-first picture the reshape is a strided view.
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
     args = pixels, w1.flatten(1), b1, w2.flatten(1), b2
     # Without gradients nothing is to be kept.
     if torch.is_grad_enabled():
@@ -53,7 +54,7 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     return out.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _runs_in_chunks(x: Tensor, w1: Tensor, *weights: Tensor) -> bool:
+def _runs_in_chunks(x: Tensor, w1: Tensor) -> bool:
     # A compiler fuses the plain form itself.
     return (
         x.is_cpu
@@ -65,8 +66,10 @@ def _runs_in_chunks(x: Tensor, w1: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def _runs_compiled(w1: Tensor) -> bool:
-    return can_pack(w1) and select_path('cpu')[0] == 'native'
+def _runs_compiled(w1: Tensor, w2: Tensor) -> bool:
+    return (
+        can_pack(w1) and w2.shape == w1.t().shape and select_path('cpu')[0] == 'native'
+    )
 
 
 class _FeedForward(torch.autograd.Function):
@@ -94,7 +97,7 @@ def _forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, keep_hidden: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the output and, if it is kept, the hidden layer W1 x + b1."""
-    if _runs_compiled(w1):
+    if _runs_compiled(w1, w2):
         ops = torch.ops.dsnet_mm
         args = x, pack(w1), b1, pack(w2), b2
         return ops.ffn_hidden(*args) if keep_hidden else (ops.ffn(*args), None)
@@ -110,7 +113,7 @@ def _backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, W1, b1 and W2."""
-    if _runs_compiled(w1) and x.dtype == torch.float32:
+    if _runs_compiled(w1, w2) and x.dtype == torch.float32:
         return torch.ops.dsnet_mm.ffn_backward(grad, x, w1, b1, w2, hidden)
     grad_x = torch.empty_like(x)
     # In float32: sums over chunks lose the digits of lower precisions.

@@ -1,13 +1,19 @@
-"""What PyTorch has to know of the compiled operators besides their kernels.
+"""Fake kernels and FLOP formulas of the compiled operators.
 
-Fake kernels tell the shapes of outputs to ``torch.compile``. FLOP formulas tell
-``torch.utils.flop_counter`` two operations for each multiply-add.
+A fake kernel returns outputs of the right shape without computing them, for
+``torch.compile``. A FLOP formula returns twice the number of multiply-adds, for
+``torch.utils.flop_counter``.
 """
 
 import torch
 from torch import Tensor
 from torch.library import register_fake
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from . import native
 
@@ -43,7 +49,7 @@ def _self_attention_backward(grad, qkv, *args):
 def _linear(x, w, b):
     """The output of a packed weight, for a map (N, C, H, W) or tokens (..., C)."""
     shape, is_map = list(x.shape), x.dim() == 4
-    shape[1 if is_map else -1] = w.shape[0] * (32 if w.dim() == 3 else 16)
+    shape[1 if is_map else -1] = w.shape[0] * (32 if w.dtype == torch.float32 else 16)
     layout = torch.channels_last if is_map else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
@@ -122,6 +128,22 @@ FLOP_FORMULAS = {
     'merge_': _merge_flops,
     'resize_add_': lambda *args, **kwargs: 0,
 }
+
+# PyTorch has formulas for its attention kernels, but not for that of the CPU.
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_attention_backward = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+)
+if _cpu_attention not in flop_registry:
+
+    @register_flop_formula(_cpu_attention)
+    def _cpu_attention_flops(q, k, v, *args, **kwargs) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    @register_flop_formula(_cpu_attention_backward)
+    def _cpu_attention_backward_flops(grad, q, k, v, *args, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
 
 if native.WHY_NOT is None:
     for _name, _kernel in FAKE_KERNELS.items():

@@ -2,7 +2,8 @@
 
 In float32 a weight of shape (C_out, C_in) is stored as panels of 32 outputs, of shape
 (C_out / 32, C_in, 32). In bfloat16 it is stored as tiles of AMX, of shape
-(C_out / 16, C_in / 32, 16, 16, 2): 16 pairs of inputs for each of 16 outputs.
+(C_out / 16, C_in / 32, 512), where a tile has 16 rows of pairs of inputs, and in each
+row the pairs of 16 outputs.
 """
 
 import torch
@@ -36,11 +37,12 @@ def pack(weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return weight.unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
     tiles = weight.unflatten(1, (-1, _TILE, 2)).unflatten(0, (-1, _TILE))
-    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+    return tiles.permute(0, 2, 3, 1, 4).flatten(2).contiguous()
 
 
 def unpack(packed: Tensor) -> Tensor:
     """Copies a packed weight back into the shape (C_out, C_in)."""
-    if packed.dim() == 3:
+    if packed.dtype == torch.float32:
         return packed.transpose(1, 2).flatten(0, 1)
-    return packed.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+    tiles = packed.unflatten(2, (_TILE, _TILE, 2))
+    return tiles.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Makes a trained network faster at inference without changing its outputs."""
+"""Fuses a trained network for inference."""
 
 from mmcv.cnn import fuse_conv_bn
 from torch import nn
@@ -7,16 +7,13 @@ from dsnet_mm.models.layers import DSBlock, PatchEmbed
 
 from .fused import Fused, FusedDSBlock, FusedPatchEmbed
 
-FUSED = {DSBlock: FusedDSBlock, PatchEmbed: FusedPatchEmbed}
-
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
     """Replaces the blocks of DS-Net and DS-FPN by their inference form.
 
     Batch norms are folded into the layers beside them: in blocks as
-    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``. On the CPU
-    a block is then one operator, except for most variants of the paper's ablations;
-    hooks of the layers inside are not called.
+    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``. Hooks of the
+    layers inside a fused block are not called.
 
     Outputs change by rounding only. The weights of the replaced modules become
     buffers with other names, and the model can no longer be trained. Fuse after
@@ -31,15 +28,24 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         The model in evaluation mode, or the fused block if it is a block itself.
 
     Raises:
-        ValueError: If there are no DS-blocks in it.
+        ValueError: If there are no DS-blocks in it, or some of a subclass.
     """
-    if not any(isinstance(module, DSBlock) for module in model.modules()):
+    blocks = [m for m in model.modules() if isinstance(m, DSBlock | FusedDSBlock)]
+    if not blocks:
         raise ValueError(
             f'fuse_for_inference takes models with DS-blocks (DSNet, DSFPN), and '
             f'{type(model).__name__} has none; mmcv.cnn.fuse_conv_bn fuses others.'
         )
-    if isinstance(model, tuple(FUSED)):
-        return FUSED[type(model)](model)
+    for block in blocks:
+        if type(block) not in (DSBlock, FusedDSBlock):
+            raise ValueError(
+                f'fuse_for_inference knows the forward of DSBlock, and '
+                f'{type(block).__name__} is a subclass, whose forward may differ.'
+            )
+    if isinstance(model, Fused):
+        return model
+    if isinstance(model, DSBlock):
+        return FusedDSBlock(model)
     model.eval()
     _replace(model)
     return fuse_conv_bn(model).eval()
@@ -47,7 +53,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
 def _replace(model: nn.Module) -> None:
     for name, child in model.named_children():
-        if type(child) in FUSED:
-            setattr(model, name, FUSED[type(child)](child))
+        if isinstance(child, DSBlock):
+            setattr(model, name, FusedDSBlock(child))
+        elif isinstance(child, PatchEmbed):
+            setattr(model, name, FusedPatchEmbed(child))
         elif not isinstance(child, Fused):
             _replace(child)

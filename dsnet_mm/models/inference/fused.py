@@ -1,22 +1,22 @@
 """The inference form of DS-Net's modules: weights are buffers, norms are folded."""
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-import torch.nn.functional as F
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from dsnet_mm.models.layers import DSBlock, PatchEmbed
-from dsnet_mm.ops import can_pack, pack, select_path, unpack
+from dsnet_mm.ops import select_path
+
+from .packed_projection import PackedProjection
 
 
 class Fused(nn.Module):
-    """A copy of a module for inference only.
+    """A copy of a module for inference.
 
-    Its weights are buffers. It stays in evaluation mode, and takes no state dict of
-    the module that it was made from.
+    All its weights are buffers. It raises ValueError when it is set to training mode or
+    loads the state dict of a network that is not fused.
 
     Args:
         module: The module, which is left as it is.
@@ -71,50 +71,46 @@ class FusedPatchEmbed(Fused):
 class FusedDSBlock(Fused):
     """:class:`DSBlock` with its batch norms folded.
 
-    A batch norm in front of a 1x1 convolution goes into the convolution. That in front
-    of the depth-wise convolution, which pads with zeros, becomes a scale and a shift.
-    Other norms stay.
+    A batch norm before a 1x1 convolution is folded into the convolution. The batch norm
+    before the depth-wise convolution, which pads with zeros, becomes a scale and a
+    shift. Other norms stay.
 
-    On the CPU the block is one operator, ``dsnet_mm::ds_block``, if it has both
-    streams, with intra-scale propagation, inter-scale alignment both ways or none, and
-    numbers of channels that are multiples of 32. Otherwise it is the forward of
-    :class:`DSBlock` on the folded weights.
+    On the CPU the block is one operator, ``dsnet_mm::ds_block``, in float32 and, with
+    AMX, in bfloat16. This needs batch norms, the exact GELU, both streams with
+    intra-scale propagation, ISA both ways or none, and numbers of channels that are
+    multiples of 32. Otherwise, under autocast, and if the input requires a gradient, it
+    is the forward of :class:`DSBlock` with the folded weights.
     """
 
     def __init__(self, module: DSBlock) -> None:
         super().__init__(module)
         block = self.folded
+        norms = [block.norm1, block.norm2]
         block.norm1 = _fold(block.norm1, block.proj_in)
         block.norm2 = _fold(block.norm2, block.ffn.fc1)
-        norms = [block.norm1, block.norm2]
-        if block.local_conv is not None and _folds(block.local_norm):
-            block.local_norm = ScaleShift(*_scale_and_shift(block.local_norm))
+        if block.local_conv is not None:
+            norms.append(block.local_norm)
+            if _can_fold(block.local_norm):
+                block.local_norm = ScaleShift(*_scale_and_shift(block.local_norm))
         if block.isa is not None:
-            isa = block.isa
-            isa.local_norm = _fold(isa.local_norm, isa.local_qkv)
-            norms.append(isa.local_norm)
-        for parent in (block, block.ffn, block.isa):
-            for name, child in parent.named_children() if parent is not None else ():
-                if isinstance(child, nn.Linear) or (
-                    isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)
-                ):
-                    setattr(parent, name, PackedProjection(child.weight, child.bias))
-        # To look the weights up by name. ``named_buffers`` takes longer than the
-        # smaller operators.
-        self._places = [
-            (f'{name}.{key}', layer._buffers, key)
-            for name, layer in block.named_modules()
-            for key in layer._buffers
-        ]
+            norms.append(block.isa.local_norm)
+            block.isa.local_norm = _fold(block.isa.local_norm, block.isa.local_qkv)
         self.is_one_operator = (
             block.local_conv is not None
             and block.global_qkv is not None
-            and isinstance(block.local_norm, ScaleShift)
             and (block.isa is None or block.isa.direction == 'both')
-            and all(isinstance(norm, nn.Identity) for norm in norms)
+            and all(map(_can_fold, norms))
             and block.ffn.has_exact_gelu
             and not any(width % 32 for width in block.split_channels)
         )
+        if self.is_one_operator:
+            _pack_projections(block)
+        # The weights by name. ``named_buffers`` takes longer than small operators.
+        self._weights = [
+            (f'{name}.{key}', layer, key)
+            for name, layer in block.named_modules()
+            for key in layer._buffers
+        ]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +118,7 @@ class FusedDSBlock(Fused):
         block = self.folded
         if not self._runs_as_one_operator(x):
             return block(x)
-        weights = {name: buffers[key] for name, buffers, key in self._places}
+        weights = {name: layer._buffers[key] for name, layer, key in self._weights}
         return torch.ops.dsnet_mm.ds_block(
             x, weights, block.num_heads, block.global_factor
         )
@@ -135,60 +131,9 @@ class FusedDSBlock(Fused):
             and x.numel() > 0
             and not torch.is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and x.requires_grad)
+            and not torch.jit.is_tracing()
             and select_path('cpu')[0] == 'native'
         )
-
-
-class PackedProjection(nn.Module):
-    """1x1 convolution of a map, or linear layer of tokens, for inference.
-
-    The weight is stored once, in the order in which the compiled operators read it, if
-    they take its type and widths. It is packed again when its type or device changes.
-
-    Args:
-        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
-        bias: Bias of shape (C_out,).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.shape = weight.shape
-        self.register_buffer('packed', _pack(weight.flatten(1)))
-        self.register_buffer('bias', bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight in the shape that it was given in, a copy if it is packed."""
-        return _unpack(self.packed).view(self.shape)
-
-    def is_packed_for(self, x: Tensor) -> bool:
-        """Tells whether the compiled operators take the weight for pixels of x."""
-        return self.packed.dim() > 2 and self.packed.dtype == x.dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H, W), or (N, L, C_in) -> (N, L, C_out)."""
-        project = F.linear if len(self.shape) == 2 else F.conv2d
-        return project(x, self.weight, self.bias)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> 'PackedProjection':
-        old = self.packed
-        super()._apply(fn, recurse)
-        if (old.dtype, old.device) != (self.packed.dtype, self.packed.device):
-            self.packed = _pack(fn(_unpack(old)))
-        return self
-
-    # State dicts do not depend on the machine: they have the weight as it was given.
-    def _save_to_state_dict(
-        self, destination: dict, prefix: str, keep_vars: bool
-    ) -> None:
-        destination[f'{prefix}weight'] = self.weight
-        destination[f'{prefix}bias'] = self.bias
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        self.packed, self._buffers['weight'] = None, self.weight
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        weight = self._buffers.pop('weight')
-        self.packed = _pack(weight.flatten(1))
 
 
 class ScaleShift(nn.Module):
@@ -209,14 +154,6 @@ class ScaleShift(nn.Module):
         return x * self.scale[:, None, None] + self.shift[:, None, None]
 
 
-def _pack(weight: Tensor) -> Tensor:
-    return pack(weight) if can_pack(weight) else weight
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    return packed if packed.dim() == 2 else unpack(packed)
-
-
 def _parameters_to_buffers(module: nn.Module) -> None:
     for layer in module.modules():
         for name, parameter in list(layer.named_parameters(recurse=False)):
@@ -224,7 +161,16 @@ def _parameters_to_buffers(module: nn.Module) -> None:
             layer.register_buffer(name, parameter.detach())
 
 
-def _folds(norm: nn.Module) -> bool:
+def _pack_projections(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        is_1x1 = isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)
+        if is_1x1 or isinstance(child, nn.Linear):
+            setattr(module, name, PackedProjection(child.weight, child.bias))
+        else:
+            _pack_projections(child)
+
+
+def _can_fold(norm: nn.Module) -> bool:
     """Tells whether a norm in evaluation is a scale and a shift."""
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
@@ -234,7 +180,7 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if norm.affine:
         scale = scale * norm.weight
     shift = -norm.running_mean * scale
-    return scale, shift + norm.bias if norm.affine else shift
+    return scale, (shift + norm.bias if norm.affine else shift)
 
 
 def _fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
@@ -243,7 +189,7 @@ def _fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     Returns:
         What takes the norm's place: an identity, or the norm if it cannot be folded.
     """
-    if not _folds(norm):
+    if not _can_fold(norm):
         return norm
     scale, shift = _scale_and_shift(norm)
     conv.bias = conv.bias + conv.weight.flatten(1) @ shift

@@ -145,7 +145,7 @@ class DSBlock(BaseModule):
         intra    depth-wise 3x3           self-attention
                      f_L |                       | f_G
         inter            +<----- ISA: each ----->+
-                         |     reads the other   |
+                         | attends to the other  |
                      h_L |                       | h_G, resized to (H, W)
                          +-----------+-----------+
                                      |  concatenation, 1x1, + x

@@ -13,7 +13,6 @@ namespace dsnet {
 
 using at::Tensor;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using SelfOutputs = std::tuple<Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor>;
 
 Outputs co_attention_impl(const Tensor& local_qkv, const Tensor& global_qkv,
@@ -31,8 +30,8 @@ inline Tensor with_rows(const Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-// Whether x can be what a stream has read, (N, L, C), or the logarithms of the
-// softmax's denominators, (N, heads, L).
+// Whether x can be an output of the attention, (N, L, C), or the log-sum-exp of its
+// scores, (N, heads, L).
 inline bool is_output(const Tensor& x, const Tensor& qkv) {
   return x.dim() == 3 && x.size(0) == qkv.size(0) && x.size(1) == qkv.size(1) &&
          x.size(2) * 3 == qkv.size(2) && x.scalar_type() == qkv.scalar_type();

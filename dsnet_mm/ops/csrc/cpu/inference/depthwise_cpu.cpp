@@ -109,8 +109,9 @@ Tensor residual_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
   };
   TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && channels >= 0 &&
                   x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-                  fits(weight, 9 * channels) && fits(bias, channels) &&
-                  (!scale || fits(*scale, channels)) &&
+                  fits(weight, 9 * channels) &&
+                  weight.sizes() == at::IntArrayRef({channels, 1, 3, 3}) &&
+                  fits(bias, channels) && (!scale || fits(*scale, channels)) &&
                   (!shift || fits(*shift, channels)),
               "residual_conv takes a channels-last map (N, C, H, W) in float32 or "
               "bfloat16, and of its type a weight (C, 1, 3, 3) and a bias, a scale and "

@@ -1,10 +1,12 @@
 // dsnet_mm::ds_block: the forward of a Dual-Stream block (Fig. 2 of the paper) whose
-// norms are folded, for inference.
+// batch norms are folded, for inference.
 //
-//   x   = x + conv(x)                                      position
+//   x   = x + depthwise(x)                                 position
 //   f_g = W_g resize(x),  f_l = W_l x                      split
-//   f_l = f_l + conv(scale f_l + shift),  f_g = f_g + attention(f_g)
-//   f_l = f_l + proj(h_l),  f_g = f_g + proj(h_g)          inter-scale alignment
+//   f_l = f_l + depthwise(scale f_l + shift)               intra-scale propagation
+//   f_g = f_g + attention(W LN(f_g))
+//   h_l, h_g = co_attention(W f_l, W LN(f_g))              inter-scale alignment
+//   f_l = f_l + W h_l,  f_g = f_g + W h_g
 //   x   = x + resize(W_g' f_g) + W_l' f_l                  merge
 //   x   = x + FFN(x)
 //
@@ -15,7 +17,6 @@
 // Maps are channels-last, which is the memory of tokens (N, H * W, C).
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/upsample_bilinear2d.h>
@@ -25,17 +26,13 @@
 #include <string>
 #include <tuple>
 
+#include "../../find_operator.h"
+
 namespace dsnet {
 namespace {
 
 using at::Tensor;
 using Optional = std::optional<Tensor>;
-
-template <typename Signature>
-auto find(const char* name) {
-  const auto schema = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  return schema.typed<Signature>();
-}
 
 // ------------------------------------------------------------------- operators
 
@@ -110,9 +107,9 @@ Tensor to_map(const Tensor& x, c10::SymIntArrayRef size) {
 
 // --------------------------------------------------------------------- weights
 
-// The weights of a block by their names in DSBlock. ``W`` is one of a projection, in
-// the order of dsnet_mm.ops.pack: its first axis is panels of outputs, and its second
-// one is inputs (in bfloat16, 32 of them).
+// The weights of a block by their names in DSBlock. A packed one is in the order of
+// dsnet_mm.ops.pack: its first axis is panels of outputs, and its second one is inputs
+// (in bfloat16, blocks of 32).
 class Weights {
  public:
   explicit Weights(const c10::Dict<std::string, Tensor>& named) : named_(named) {}
@@ -126,9 +123,9 @@ class Weights {
     return found->value();
   }
 
-  Tensor W(const std::string& layer) const { return (*this)(layer + ".packed"); }
-  Tensor b(const std::string& layer) const { return (*this)(layer + ".bias"); }
-  Tensor w(const std::string& layer) const { return (*this)(layer + ".weight"); }
+  Tensor packed(const std::string& layer) const { return (*this)(layer + ".packed"); }
+  Tensor weight(const std::string& layer) const { return (*this)(layer + ".weight"); }
+  Tensor bias(const std::string& layer) const { return (*this)(layer + ".bias"); }
 
  private:
   const c10::Dict<std::string, Tensor> named_;
@@ -136,13 +133,13 @@ class Weights {
 
 // Outputs [begin, end) of a packed weight.
 Tensor outputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const int64_t panel = packed.dim() == 3 ? 32 : 16;
+  const int64_t panel = packed.scalar_type() == at::kFloat ? 32 : 16;
   return packed.narrow(0, begin / panel, (end - begin) / panel);
 }
 
 // Inputs [begin, end) of a packed weight.
 Tensor inputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const int64_t depth = packed.dim() == 3 ? 1 : 32;
+  const int64_t depth = packed.scalar_type() == at::kFloat ? 1 : 32;
   return packed.narrow(1, begin / depth, (end - begin) / depth);
 }
 
@@ -158,9 +155,9 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
               global_factor);
   const Weights weights(named);
   const Tensor seed = at::zeros({1}, at::kLong);  // unused, there is no dropout
-  const Tensor bias_in = weights.b("proj_in");
+  const Tensor bias_in = weights.bias("proj_in");
   const int64_t channels = bias_in.size(0);
-  const int64_t global_channels = weights.b("global_norm").size(0);
+  const int64_t global_channels = weights.bias("global_norm").size(0);
   const int64_t local_channels = channels - global_channels;
   const auto at_low_resolution = [&](const c10::SymInt& side) {
     return (side / global_factor).max(1);
@@ -168,10 +165,11 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
   const c10::SymInt height = input.sym_size(2), width = input.sym_size(3);
   const c10::SymInt size[2] = {at_low_resolution(height), at_low_resolution(width)};
 
-  Tensor x = residual_conv(input, weights.w("pos_embed"), weights.b("pos_embed"));
+  Tensor x =
+      residual_conv(input, weights.weight("pos_embed"), weights.bias("pos_embed"));
 
   // Split
-  const Tensor proj_in = weights.W("proj_in");
+  const Tensor proj_in = weights.packed("proj_in");
   const Tensor low = at::upsample_bilinear2d_symint(x, size, false);
   Tensor f_g = to_tokens(linear(low, outputs(proj_in, 0, global_channels),
                                 bias_in.narrow(0, 0, global_channels)));
@@ -179,37 +177,38 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
                       bias_in.narrow(0, global_channels, local_channels));
 
   // Intra-scale propagation
-  f_l = residual_conv(f_l, weights.w("local_conv"), weights.b("local_conv"),
+  f_l = residual_conv(f_l, weights.weight("local_conv"), weights.bias("local_conv"),
                       weights("local_norm.scale"), weights("local_norm.shift"));
   const Tensor normed =
-      layer_norm(f_g, weights.w("global_norm"), weights.b("global_norm"));
-  f_g.add_(
-      self_attention(linear(normed, weights.W("global_qkv"), weights.b("global_qkv")),
-                     seed, num_heads));
+      layer_norm(f_g, weights.weight("global_norm"), weights.bias("global_norm"));
+  f_g.add_(self_attention(
+      linear(normed, weights.packed("global_qkv"), weights.bias("global_qkv")), seed,
+      num_heads));
 
   // Inter-scale alignment
   Optional h_l, local_w, local_b;
   if (weights.has("isa.local_qkv.packed")) {
-    const Tensor local_qkv =
-        linear(to_tokens(f_l), weights.W("isa.local_qkv"), weights.b("isa.local_qkv"));
-    const Tensor global_normed =
-        layer_norm(f_g, weights.w("isa.global_norm"), weights.b("isa.global_norm"));
-    const Tensor global_qkv =
-        linear(global_normed, weights.W("isa.global_qkv"), weights.b("isa.global_qkv"));
+    const Tensor local_qkv = linear(to_tokens(f_l), weights.packed("isa.local_qkv"),
+                                    weights.bias("isa.local_qkv"));
+    const Tensor global_normed = layer_norm(f_g, weights.weight("isa.global_norm"),
+                                            weights.bias("isa.global_norm"));
+    const Tensor global_qkv = linear(global_normed, weights.packed("isa.global_qkv"),
+                                     weights.bias("isa.global_qkv"));
     Tensor h_g;
     std::tie(h_l, h_g) = co_attention(local_qkv, global_qkv, seed, num_heads);
-    local_w = weights.W("isa.local_proj");
-    local_b = weights.b("isa.local_proj");
-    linear_(f_g, h_g, weights.W("isa.global_proj"), weights.b("isa.global_proj"));
+    local_w = weights.packed("isa.local_proj");
+    local_b = weights.bias("isa.local_proj");
+    linear_(f_g, h_g, weights.packed("isa.global_proj"),
+            weights.bias("isa.global_proj"));
   }
 
   // Merge and feed-forward network
-  const Tensor proj_out = weights.W("proj_out");
+  const Tensor proj_out = weights.packed("proj_out");
   resize_add_(x, linear(to_map(f_g, size), inputs(proj_out, local_channels, channels),
-                        weights.b("proj_out")));
+                        weights.bias("proj_out")));
   merge_(x, f_l, h_l, local_w, local_b, inputs(proj_out, 0, local_channels),
-         weights.W("ffn.fc1"), weights.b("ffn.fc1"), weights.W("ffn.fc2"),
-         weights.b("ffn.fc2"));
+         weights.packed("ffn.fc1"), weights.bias("ffn.fc1"), weights.packed("ffn.fc2"),
+         weights.bias("ffn.fc2"));
   return x;
 }
 

@@ -96,12 +96,10 @@ Layer<T> make_layer(const Tensor& w, const Tensor* b) {
     in = w.size(1);
     out = w.size(0) * kPanel;
   } else {
-    TORCH_CHECK(
-        w.dim() == 5 && w.numel() > 0 && w.size(0) % 2 == 0 &&
-            w.sizes().slice(2) == at::IntArrayRef({16, 16, 2}),
-        "projections take weights (C_out / 16, C_in / 32, 16, 16, 2) with C_out "
-        "a multiple of 32, got ",
-        w.sizes());
+    TORCH_CHECK(w.dim() == 3 && w.numel() > 0 && w.size(0) % 2 == 0 && w.size(2) == 512,
+                "projections take weights (C_out / 16, C_in / 32, 512) with C_out "
+                "a multiple of 32, got ",
+                w.sizes());
     in = w.size(1) * 32;
     out = w.size(0) * 16;
   }
@@ -198,7 +196,8 @@ void project(Tensor& out, const Tensor& x, const Tensor& w, const Tensor* b, boo
 Tensor empty_for(const Tensor& x, const Tensor& w) {
   auto shape = x.sizes().vec();
   channels(x);
-  shape[x.dim() == 4 ? 1 : x.dim() - 1] = w.size(0) * (w.dim() == 3 ? kPanel : 16);
+  shape[x.dim() == 4 ? 1 : x.dim() - 1] =
+      w.size(0) * (w.scalar_type() == at::kFloat ? kPanel : 16);
   return at::empty(shape, x.options(), layout(x));
 }
 
