@@ -240,6 +240,24 @@ def test_two_processes_train_and_test_as_one(
     assert written(printed) == written(capsys.readouterr().out)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='calls the GNU C library')
+def test_distributed_processes_end_without_destructors(tmp_path: Path) -> None:
+    """They aborted a process now and then; here one is made to."""
+    code = f"""
+import atexit, ctypes
+import torch.distributed as dist
+from dsnet_mm.cli.distributed import end_run
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+atexit.register(print, 'handled')
+store = dist.FileStore({str(tmp_path / 'store')!r}, 1)
+dist.init_process_group('gloo', store=store, rank=0, world_size=1)
+end_run()
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr
+
+
 # --- Shell ----------------------------------------------------------------------
 
 
