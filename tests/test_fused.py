@@ -23,6 +23,7 @@ from .conftest import (
     build,
     equal,
     error,
+    needs_native,
     needs_packing,
     pictures,
     trained,
@@ -100,10 +101,11 @@ def test_blocks_that_are_one_operator(options: dict, threads: int) -> None:
         assert {out.dtype for out in fused(x.float())} == {torch.bfloat16}
 
 
-@needs_packing
-def test_the_operator_runs_where_it_can(calls, monkeypatch) -> None:
-    block = fuse_for_inference(DSBlock(64, 1, global_factor=2))
-    x = torch.randn(2, 64, 5, 6)
+@needs_native
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_runs_where_it_can(dtype, calls, monkeypatch) -> None:
+    block = fuse_for_inference(DSBlock(64, 1, global_factor=2)).to(dtype)
+    x = torch.randn(2, 64, 5, 6).to(dtype)
     with torch.no_grad():
         block(x)
         assert calls == [

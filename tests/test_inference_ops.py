@@ -155,9 +155,29 @@ def test_what_cannot_be_packed():
     assert not can_pack(torch.zeros(64, 64, device='meta'))
 
 
-@for_types
+# Weights that are packed, and as they are, which the operators take on any machine.
+for_weights = pytest.mark.parametrize(
+    ('dtype', 'pack_weight'),
+    [
+        pytest.param(
+            dtype,
+            pack_weight,
+            marks=pytest.mark.skipif(
+                pack_weight is pack and dtype not in PACKED_DTYPES,
+                reason=f'no compiled projections in {dtype} here',
+            ),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for pack_weight in (pack, lambda weight: weight)
+    ],
+    ids=['float32-packed', 'float32-plain', 'bfloat16-packed', 'bfloat16-plain'],
+)
+
+
+@needs_native
+@for_weights
 @pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
-def test_linear(pixels, inputs, hidden, outputs, dtype):
+def test_linear(pixels, inputs, hidden, outputs, dtype, pack_weight):
     torch.manual_seed(0)
     x = torch.randn(pixels, inputs).to(dtype)
     out = torch.randn(pixels, outputs).to(dtype)
@@ -165,9 +185,9 @@ def test_linear(pixels, inputs, hidden, outputs, dtype):
     for b in (bias, None):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         plain = F.linear(x, weight, b)
-        assert_as_exact(ops.linear(x, pack(weight), b), plain, exact)
+        assert_as_exact(ops.linear(x, pack_weight(weight), b), plain, exact)
         measured = out.clone()
-        ops.linear_(measured, x, pack(weight), b)
+        ops.linear_(measured, x, pack_weight(weight), b)
         assert_as_exact(measured, plain + out, exact + out.double())
 
 
@@ -198,9 +218,10 @@ def test_ffn(pixels, inputs, hidden, outputs, dtype):
     assert_as_exact(measured, plain_ffn(x, w1, b1, w2, b2), exact)
 
 
-@for_types
+@needs_native
+@for_weights
 @pytest.mark.parametrize('aligned', [False, True])
-def test_merge(aligned, dtype):
+def test_merge(aligned, dtype, pack_weight):
     """f_l += W h_l + b, x += W_out f_l and x += FFN(x)."""
     torch.manual_seed(0)
     x, f_l, h_l = (torch.randn(700, c).to(dtype) for c in (96, 64, 64))
@@ -214,13 +235,15 @@ def test_merge(aligned, dtype):
 
     tensors = x, f_l, h_l, w, b, w_out, w1, b1, w2, b2
     exact = plain(*(t.double() for t in tensors))
-    w, w_out, w1, w2 = map(pack, (w, w_out, w1, w2))
+    w, w_out, w1, w2 = map(pack_weight, (w, w_out, w1, w2))
     isa = (h_l, w, b) if aligned else (None, None, None)
     args = x, f_l, *isa, w_out, w1, b1, w2, b2
     merged = x.clone()
     ops.merge_(merged, f_l.clone(), *args[2:])
     assert_as_exact(merged, plain(*tensors), exact)
     torch.library.opcheck(ops.merge_.default, args)
+    if pack_weight is not pack:
+        return
     for wrong in ((x[:5], *args[1:]), (x, f_l[:5], *args[2:]), (x, x, *args[2:])):
         with pytest.raises(RuntimeError, match='merge_ takes a map, its local stream'):
             ops.merge_(*wrong)
@@ -338,7 +361,7 @@ def test_projections_refuse_what_does_not_fit(dtype):
     with pytest.raises(RuntimeError, match='float32 with AVX2 and bfloat16 with AMX'):
         ops.linear_(out, x.half(), packed, bias)
     with pytest.raises(RuntimeError, match='take weights'):
-        ops.linear_(out, x, weight, bias)
+        ops.ffn(x, weight, bias, weight, bias)
     with pytest.raises(RuntimeError, match='take weights whose panels are contiguous'):
         ops.linear_(out, x, packed.transpose(0, -1).contiguous().transpose(0, -1), bias)
     with pytest.raises(RuntimeError, match='take biases of as many'):
@@ -370,17 +393,25 @@ def test_few_pixels_are_projected_as_among_many(count, dtype):
         assert torch.equal(project(x[:count]), project(x)[:count])
 
 
-@for_types
-def test_maps_are_projected_as_their_pixels(dtype):
+@needs_native
+@for_weights
+def test_maps_are_projected_as_their_pixels(dtype, pack_weight):
     torch.manual_seed(0)
     x = torch.randn(2, 32, 3, 5).to(dtype)
     (w1, b1), (w2, b2) = layer(32, 64, dtype), layer(64, 32, dtype)
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-    w1, w2 = pack(w1), pack(w2)
-    for project in (
-        lambda x: ops.linear(x, w1, b1),
-        lambda x: ops.ffn(x, w1, b1, w2, b2),
-    ):
+    w1, w2 = pack_weight(w1), pack_weight(w2)
+
+    def add(x):
+        out = torch.ones_like(x)
+        ops.linear_(out, ops.linear(x, w1, b1), w2, b2)
+        return out
+
+    projections = [lambda x: ops.linear(x, w1, b1), add]
+    if pack_weight is pack:
+        projections.append(lambda x: ops.ffn(x, w1, b1, w2, b2))
+    x = x.contiguous(**LAYOUT)
+    for project in projections:
         out = project(x)
         assert out.is_contiguous(**LAYOUT)
         measured = out.permute(0, 2, 3, 1).flatten(0, 2)
@@ -461,9 +492,9 @@ def test_older_instruction_sets(capability, threads):
         '        test_residual_conv(channels, (11, 14), dtype)\n'
         'if torch.float32 in PACKED_DTYPES:\n'
         '    for widths in WIDTHS:\n'
-        '        test_linear(*widths, torch.float32)\n'
+        '        test_linear(*widths, torch.float32, pack)\n'
         '        test_ffn(*widths, torch.float32)\n'
-        '    test_merge(True, torch.float32)\n'
+        '    test_merge(True, torch.float32, pack)\n'
         '    for keep in (False, True):\n'
         '        test_ffn_backward(300, 64, 96, keep)\n'
         '    test_gelu(torch.float32)\n'

@@ -1,4 +1,4 @@
-"""Writes the drawn data set of the demo: detection, classification, a preview."""
+"""Writes the synthetic data set of the demo: detection, classification, a preview."""
 
 import argparse
 import sys

@@ -47,9 +47,10 @@ def _self_attention_backward(grad, qkv, *args):
 
 
 def _linear(x, w, b):
-    """The output of a packed weight, for a map (N, C, H, W) or tokens (..., C)."""
+    """The output of a weight, for a map (N, C, H, W) or tokens (..., C)."""
     shape, is_map = list(x.shape), x.dim() == 4
-    shape[1 if is_map else -1] = w.shape[0] * (32 if w.dtype == torch.float32 else 16)
+    outputs = 1 if w.dim() == 2 else 32 if w.dtype == torch.float32 else 16
+    shape[1 if is_map else -1] = w.shape[0] * outputs
     layout = torch.channels_last if is_map else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 

@@ -75,8 +75,8 @@ class FusedDSBlock(Fused):
     before the depth-wise convolution, which pads with zeros, becomes a scale and a
     shift. Other norms stay.
 
-    On the CPU the block is one operator, ``dsnet_mm::ds_block``, in float32 and, with
-    AMX, in bfloat16. This needs batch norms, the exact GELU, both streams with
+    On the CPU the block is one operator, ``dsnet_mm::ds_block``, in float32 and
+    bfloat16. This needs batch norms, the exact GELU, both streams with
     intra-scale propagation, ISA both ways or none, and numbers of channels that are
     multiples of 32. Otherwise, under autocast, and if the input requires a gradient, it
     is the forward of :class:`DSBlock` with the folded weights.
@@ -95,13 +95,14 @@ class FusedDSBlock(Fused):
         if block.isa is not None:
             norms.append(block.isa.local_norm)
             block.isa.local_norm = _fold(block.isa.local_norm, block.isa.local_qkv)
+        widths = (*block.split_channels, block.ffn.fc1.out_channels)
         self.is_one_operator = (
             block.local_conv is not None
             and block.global_qkv is not None
             and (block.isa is None or block.isa.direction == 'both')
             and all(map(_can_fold, norms))
             and block.ffn.has_exact_gelu
-            and not any(width % 32 for width in block.split_channels)
+            and not any(width % 32 for width in widths)
         )
         if self.is_one_operator:
             _pack_projections(block)
@@ -127,7 +128,8 @@ class FusedDSBlock(Fused):
         return (
             self.is_one_operator
             and x.is_cpu
-            and self.folded.ffn.fc1.is_packed_for(x)
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.dtype == self.folded.pos_embed.weight.dtype
             and x.numel() > 0
             and not torch.is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and x.requires_grad)
@@ -151,7 +153,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return x * self.scale[:, None, None] + self.shift[:, None, None]
+        return torch.addcmul(self.shift[:, None, None], x, self.scale[:, None, None])
 
 
 def _parameters_to_buffers(module: nn.Module) -> None:

@@ -33,10 +33,6 @@ class PackedProjection(nn.Module):
         """The weight in the shape that it was given in, a copy if it is packed."""
         return _unpack(self.packed).view(self.shape)
 
-    def is_packed_for(self, x: Tensor) -> bool:
-        """Tells whether the compiled operators take the weight for pixels of x."""
-        return self.packed.dim() > 2 and self.packed.dtype == x.dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H, W), or (N, L, C_in) -> (N, L, C_out)."""
         project = F.linear if len(self.shape) == 2 else F.conv2d

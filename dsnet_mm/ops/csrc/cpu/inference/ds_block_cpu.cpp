@@ -109,7 +109,8 @@ Tensor to_map(const Tensor& x, c10::SymIntArrayRef size) {
 
 // The weights of a block by their names in DSBlock. A packed one is in the order of
 // dsnet_mm.ops.pack: its first axis is panels of outputs, and its second one is inputs
-// (in bfloat16, blocks of 32).
+// (in bfloat16, blocks of 32). Where the machine has no kernels for a type, packed ones
+// are (C_out, C_in) as well.
 class Weights {
  public:
   explicit Weights(const c10::Dict<std::string, Tensor>& named) : named_(named) {}
@@ -131,15 +132,18 @@ class Weights {
   const c10::Dict<std::string, Tensor> named_;
 };
 
-// Outputs [begin, end) of a packed weight.
+// Outputs [begin, end) of a weight.
 Tensor outputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const int64_t panel = packed.scalar_type() == at::kFloat ? 32 : 16;
+  const int64_t panel = packed.dim() == 2                    ? 1
+                        : packed.scalar_type() == at::kFloat ? 32
+                                                             : 16;
   return packed.narrow(0, begin / panel, (end - begin) / panel);
 }
 
-// Inputs [begin, end) of a packed weight.
+// Inputs [begin, end) of a weight.
 Tensor inputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const int64_t depth = packed.scalar_type() == at::kFloat ? 1 : 32;
+  const bool by_one = packed.dim() == 2 || packed.scalar_type() == at::kFloat;
+  const int64_t depth = by_one ? 1 : 32;
   return packed.narrow(1, begin / depth, (end - begin) / depth);
 }
 

@@ -9,6 +9,8 @@
 // linear_ adds to a tensor. Pixels are those of channels-last maps
 // (N, C, H, W), or tokens (..., C). float runs on AVX-512 or AVX2, bfloat16 on AMX;
 // weights come packed for either, see projections_kernel.h and projections_amx.h.
+// linear, linear_ and merge_ also take weights (C_out, C_in) that are not packed, see
+// plain_projections.h.
 //
 // Threads divide the pixels, and go over them in chunks of kChunkPixels: a chunk and
 // its hidden layer stay in the L2 cache of a core through all products of an operator.
@@ -26,6 +28,7 @@
 
 #include "../common/amx.h"
 #include "../common/memory.h"
+#include "plain_projections.h"
 
 namespace dsnet {
 
@@ -202,6 +205,7 @@ Tensor empty_for(const Tensor& x, const Tensor& w) {
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+  if (w.dim() == 2) return plain::linear(x, w, b);
   Tensor out = empty_for(x, w);
   project(out, x, w, b ? &*b : nullptr, false);
   return out;
@@ -209,6 +213,10 @@ Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
 
 void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
                 const std::optional<Tensor>& b) {
+  if (w.dim() == 2) {
+    TORCH_CHECK(out.is_contiguous(layout(out)), "linear_ takes a contiguous output");
+    return plain::add_linear(plain::pixels(out), plain::pixels(x), w, b);
+  }
   project(out, x, w, b ? &*b : nullptr, true);
 }
 
@@ -253,6 +261,11 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
            const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
            const Tensor& b2) {
   TORCH_CHECK(!h_l || (w && b), "merge_ takes a weight and a bias for h_l");
+  if (w1.dim() == 2) {
+    TORCH_CHECK(x.is_contiguous(layout(x)) && f_l.is_contiguous(layout(f_l)),
+                "merge_ takes maps that are contiguous or channels-last");
+    return plain::merge(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2);
+  }
   dispatch_type(x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const Layer<T> out = make_layer<T>(w_out, nullptr);
