@@ -245,7 +245,8 @@ class DSBlock(BaseModule):
 
         A 1x1 convolution commutes with bilinear resizing. The rows of ``proj_in``
         and the columns of ``proj_out`` that belong to the global stream are
-        therefore computed at its low resolution.
+        therefore computed at its low resolution. Sums at full resolution are written
+        into the output of a convolution, which saves the memory of another map.
 
         Args:
             x: Map of shape (N, C, H, W).
@@ -268,7 +269,7 @@ class DSBlock(BaseModule):
 
         # Intra-scale propagation
         if self.local_conv is not None:
-            f_l = f_l + self.local_conv(self.local_norm(f_l))
+            f_l = self.local_conv(self.local_norm(f_l)).add_(f_l)
         if self.global_qkv is not None:
             qkv = self.global_qkv(self.global_norm(f_g))
             dropout_p = self.attn_drop_rate if self.training else 0.0
@@ -286,7 +287,7 @@ class DSBlock(BaseModule):
         h_g = resize(h_g, size)
         if not local_channels:
             return h_g
-        return h_g + F.conv2d(f_l, weight[:, :local_channels])
+        return F.conv2d(f_l, weight[:, :local_channels]).add_(h_g)
 
 
 def _depthwise_conv(channels: int) -> nn.Conv2d:
