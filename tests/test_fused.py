@@ -121,6 +121,17 @@ def test_the_operator_runs_where_it_can(dtype, calls, monkeypatch) -> None:
 
 
 @needs_packing
+def test_outputs_are_equal_with_any_number_of_threads(threads: int) -> None:
+    torch.manual_seed(0)
+    block = fuse_for_inference(trained(DSBlock(64, 1, global_factor=2)))
+    x = torch.randn(2, 64, 33, 41)
+    with torch.no_grad():
+        measured = block(x)
+        torch.set_num_threads(1)  # the fixture restores the number
+        assert torch.equal(measured, block(x))
+
+
+@needs_packing
 def test_a_fused_block_as_one_operator() -> None:
     block = fuse_for_inference(trained(DSBlock(64, 1, global_factor=2)))
     x = torch.randn(2, 64, 5, 6).contiguous(memory_format=torch.channels_last)
