@@ -70,15 +70,18 @@ def configs(folder: Path) -> None:
         (folder / f'by_{name}.py').write_text(RANDOM + text)
 
 
-@pytest.fixture(autouse=True)
-def _in_folder(
-    folder: Path, configs: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    monkeypatch.chdir(folder)
+@pytest.fixture(scope='module', autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The order of sums depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder: Path, configs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
 
 
 def train(name: str, work_dir: Path, *args: str) -> None:
@@ -95,7 +98,10 @@ def weights(work_dir: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope='module')
 def uninterrupted(
-    folder: Path, configs: None, tmp_path_factory: pytest.TempPathFactory
+    _one_thread: None,
+    folder: Path,
+    configs: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Working directories of trainings without workers, with seed 3."""
     root = tmp_path_factory.mktemp('uninterrupted')
