@@ -69,6 +69,20 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def run_with_instructions(capability: str, code: str) -> None:
+    """Runs tests in a process that uses at most these instructions of the CPU.
+
+    Args:
+        capability: A value of ``ATEN_CPU_CAPABILITY``.
+        code: Imports and calls the tests.
+    """
+    code += 'import torch; print(torch.backends.cpu.get_cpu_capability())'
+    done = run_python(code, ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    if capability.upper() not in done.stdout:
+        pytest.skip(f'this machine runs {done.stdout.strip()}')
+
+
 # ------------------------------------------------------------------- attention
 
 # Batch size, local tokens, global tokens, heads, channels of a head. The shapes cover

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dsnet_mm.ops import can_pack, pack, resize, unpack
 from dsnet_mm.ops.packing import PACKED_DTYPES
 
-from .conftest import needs_native, needs_packing, run_python
+from .conftest import needs_native, needs_packing, run_python, run_with_instructions
 
 pytestmark = pytest.mark.usefixtures('threads')
 ops = torch.ops.dsnet_mm
@@ -500,12 +500,8 @@ def test_older_instruction_sets(capability, threads):
         '    test_gelu(torch.float32)\n'
         '    test_gelu_far_from_zero(-50, torch.float32)\n'
         '    test_nan_stays_nan(torch.float32)\n'
-        'print(torch.backends.cpu.get_cpu_capability())'
     )
-    done = run_python(code, ATEN_CPU_CAPABILITY=capability)
-    assert done.returncode == 0, done.stderr
-    if capability.upper() not in done.stdout:
-        pytest.skip(f'this machine runs {done.stdout.strip()}')
+    run_with_instructions(capability, code)
 
 
 def test_without_the_library_nothing_is_packed():

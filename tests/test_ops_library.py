@@ -20,6 +20,7 @@ from .conftest import (
     needs_native,
     outputs_and_gradients,
     run_python,
+    run_with_instructions,
     streams,
     worst,
 )
@@ -101,12 +102,8 @@ def test_older_instruction_sets(capability):
         'for shape in SHAPES[2:6]:\n'
         '    for dtype in TOLERANCE:\n'
         '        test_native_equals_reference(shape, dtype, 0.3)\n'
-        'print(torch.backends.cpu.get_cpu_capability())'
     )
-    done = run_python(code, ATEN_CPU_CAPABILITY=capability)
-    assert done.returncode == 0, done.stderr
-    if capability.upper() not in done.stdout:
-        pytest.skip(f'this machine runs {done.stdout.strip()}')
+    run_with_instructions(capability, code)
 
 
 @needs_native

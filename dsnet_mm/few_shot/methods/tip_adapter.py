@@ -52,6 +52,19 @@ class TipAdapter(nn.Module):
 
 def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Module:
     """Builds Tip-Adapter, which is not trained."""
+    return _build(data, alpha, beta)
+
+
+def fit_tip_adapter_f(
+    data: FewShotData, *, alpha: float, beta: float, **recipe
+) -> nn.Module:
+    """Trains the keys of Tip-Adapter (Tip-Adapter-F)."""
+    return train(_build(data, alpha, beta, learn_keys=True), data, **recipe)
+
+
+def _build(
+    data: FewShotData, alpha: float, beta: float, learn_keys: bool = False
+) -> TipAdapter:
     return TipAdapter(
         mean_features(data.train),
         data.train.labels,
@@ -59,20 +72,5 @@ def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Modul
         data.logit_scale,
         alpha,
         beta,
+        learn_keys,
     )
-
-
-def fit_tip_adapter_f(
-    data: FewShotData, *, alpha: float, beta: float, **recipe
-) -> nn.Module:
-    """Trains the keys of Tip-Adapter (Tip-Adapter-F)."""
-    model = TipAdapter(
-        mean_features(data.train),
-        data.train.labels,
-        data.text_features,
-        data.logit_scale,
-        alpha,
-        beta,
-        learn_keys=True,
-    )
-    return train(model, data, **recipe)

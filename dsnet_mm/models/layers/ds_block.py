@@ -23,8 +23,8 @@ INTRA_SCALES = ('both', 'local', 'global')
 class FFN(nn.Module):
     """Feed-forward network: two 1x1 convolutions with an activation between them.
 
-    With the exact GELU it is :func:`dsnet_mm.ops.feed_forward`, which does not hold
-    the hidden layer of all pixels in memory.
+    With the exact GELU it is :func:`dsnet_mm.ops.feed_forward`, which on the CPU
+    computes the hidden layer in chunks of pixels.
 
     Args:
         channels: Channels of input and output.
