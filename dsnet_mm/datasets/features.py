@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -46,9 +47,11 @@ class Features:
 class FeatureCache:
     """Features on disk, one file for each list of pictures and set of options.
 
-    The name of a file is a hash of the weights of the encoder, the preprocessing, the
-    views, and the path, size and modification time of each picture. Methods, seeds and
-    runs share the files. Each file has a checksum. A damaged file is computed again.
+    The name of a file is a hash of the encoder's identity (weights, configuration,
+    tokenizer, preprocessing, version of open_clip), the options below, the versions of
+    Pillow and torchvision, and the path, size and modification time of each picture.
+    Methods, seeds and runs share the files. Each file has a checksum. A damaged file is
+    computed again.
 
     Args:
         folder: Folder of the files. It is created if needed.
@@ -119,12 +122,10 @@ class FeatureCache:
             stats.append((path, label, stat.st_size, stat.st_mtime_ns))
         key = {
             'kind': 'images',
-            'weights': self.encoder.digest(),
+            'encoder': self.encoder.identity(),
             'amp': self.encoder.amp,
             'preprocessing': self.preprocessing,
-            'image_size': self.encoder.image_size,
-            'mean': self.encoder.mean,
-            'std': self.encoder.std,
+            'libraries': _picture_libraries(),
             'views': views,
             'crop_scale': self.crop_scale if views else None,
             'on_bad_image': self.on_bad_image,
@@ -137,7 +138,7 @@ class FeatureCache:
         """Returns text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
         key = {
             'kind': 'texts',
-            'weights': self.encoder.digest(),
+            'encoder': self.encoder.identity(),
             'amp': self.encoder.amp,
             'class_names': list(class_names),
             'prompts': list(prompts),
@@ -225,6 +226,10 @@ class _Pictures(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.view * 1_000_003 + index)
             return self.augmented(image)
+
+
+def _picture_libraries() -> dict[str, str]:
+    return {name: version(name) for name in ('pillow', 'torchvision')}
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -21,6 +21,7 @@ class FewShotData:
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
+        seed: Seed of the initialisation, the order of pictures and their views.
     """
 
     train: Features
@@ -29,6 +30,7 @@ class FewShotData:
     logit_scale: float
     class_names: tuple[str, ...]
     encoder: OpenCLIPEncoder | None = None
+    seed: int = 0
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training pictures."""
@@ -47,6 +49,7 @@ class Method:
         grid: Values to select from. Each combination is fitted.
         late_grid: Values to select from for attributes of a fitted classifier.
         source: Where the defaults come from.
+        needs_encoder: Whether ``fit`` uses ``FewShotData.encoder``.
     """
 
     title: str
@@ -55,6 +58,7 @@ class Method:
     grid: Mapping[str, Sequence] = field(default_factory=dict)
     late_grid: Mapping[str, Sequence] = field(default_factory=dict)
     source: str = ''
+    needs_encoder: bool = False
 
 
 def num_learnt(model: nn.Module) -> int:

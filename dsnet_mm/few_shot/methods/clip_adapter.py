@@ -34,7 +34,7 @@ def fit_clip_adapter(
         The adapter.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.get('seed', 0))
+        torch.manual_seed(data.seed)
         adapter = CLIPAdapter(
             data.text_features,
             data.logit_scale,

@@ -72,6 +72,6 @@ def fit_coop(data: FewShotData, *, n_ctx: int, **recipe) -> nn.Module:
     if data.encoder is None:
         raise ValueError('CoOp learns through the text tower and needs the encoder.')
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.get('seed', 0))
+        torch.manual_seed(data.seed)
         learner = PromptLearner(data.encoder, data.class_names, n_ctx)
     return fold_text_features(train(learner, data, **recipe), data)

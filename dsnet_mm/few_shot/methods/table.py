@@ -170,6 +170,7 @@ METHODS: dict[str, Method] = {
         fit_coop,
         dict(_COOP, n_ctx=16),
         source='code of the paper, with 16 words and the class name at the end',
+        needs_encoder=True,
     ),
 }
 """All methods by name."""

@@ -28,12 +28,11 @@ def train(
     eps: float = 1e-8,
     warmup_epochs: int = 0,
     decay_by: str = 'iteration',
-    seed: int = 0,
 ) -> nn.Module:
     """Minimises the cross-entropy over all parameters that require a gradient.
 
     In each epoch each picture is used once, with a random view. The learning rate
-    decays from ``lr`` to 0 by a cosine.
+    decays from ``lr`` to 0 by a cosine. ``data.seed`` determines the order and views.
 
     Args:
         model: Classifier of image features (N, D) with logits (N, K).
@@ -47,7 +46,6 @@ def train(
         warmup_epochs: Number of epochs at the start with a learning rate of 1e-5.
         decay_by: Whether the learning rate changes each ``'iteration'`` or
             ``'epoch'``.
-        seed: Seed of the order of pictures and of their views.
 
     Returns:
         The model, in eval mode.
@@ -64,7 +62,7 @@ def train(
     else:
         kind = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[optimizer]
         optim = kind(parameters, lr, eps=eps, weight_decay=weight_decay)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(data.seed)
     model.train()
     with _bfloat16_products():
         for epoch in range(epochs):
