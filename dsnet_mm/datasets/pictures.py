@@ -12,9 +12,9 @@ from torch import Tensor
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 PREPROCESSINGS = ('clip', 'warp')
-"""Ways to resize a picture. ``'clip'``: that of the model, as open_clip's configuration
-has it. For the models of CLIP's paper it is the shorter side, then the centre crop, as in
-CoOp since October 2021. ``'warp'``: to a square (CoOp before that, and the main table of
+"""Ways to resize a picture. ``'clip'``: that of the model in open_clip's configuration.
+For the models of CLIP's paper it is the shorter side, then the centre crop, as in CoOp
+since October 2021. ``'warp'``: to a square (CoOp before that, and the main table of
 CLIP-Adapter)."""
 
 
@@ -79,8 +79,7 @@ def build_transform(
     Returns:
         The transform.
     """
-    from open_clip import image_transform_v2
-    from open_clip.transform import PreprocessCfg
+    from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision import transforms as T
 
     config = PreprocessCfg(**encoder.preprocess)
