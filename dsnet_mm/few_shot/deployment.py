@@ -107,6 +107,42 @@ class DeployedClassifier:
         return self.classifier.to(device)(features).softmax(-1)
 
 
+def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
+    """Reads a file of :func:`save_classifier`, without its encoder.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The classifier of features, in eval mode, and the description in the file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a file of :func:`save_classifier`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no classifier file {path}.')
+    with safe_open(path, 'pt') as file:
+        text = (file.metadata() or {}).get('dsnet_mm')
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if text is None:
+        raise ValueError(f'{path} is not a file of save_classifier.')
+    about = json.loads(text)
+    if about['kind'] == 'CLIPAdapter':
+        classifier: nn.Module = CLIPAdapter(
+            tensors['text_features'], 1.0, **about['options']
+        )
+    elif about['kind'] == 'TipAdapter':
+        names = ('keys', 'labels', 'text_features', 'logit_scale')
+        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
+    elif about['kind'] == 'LinearClassifier':
+        classifier = LinearClassifier(tensors['weight'])
+    else:
+        classifier = CosineClassifier(tensors['text_features'], 1.0)
+    classifier.load_state_dict(tensors)
+    return classifier.eval(), about
+
+
 def load_classifier(
     path: str | Path, encoder: OpenCLIPEncoder | None = None
 ) -> DeployedClassifier:
@@ -124,14 +160,7 @@ def load_classifier(
         ValueError: If it is not a file of :func:`save_classifier`, or the encoder has
             other weights.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'there is no classifier file {path}.')
-    with safe_open(path, 'pt') as file:
-        text = (file.metadata() or {}).get('dsnet_mm')
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if text is None:
-        raise ValueError(f'{path} is not a file of save_classifier.')
-    about = json.loads(text)
+    classifier, about = read_classifier(path)
     if encoder is None:
         encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
     identity = encoder.identity()
@@ -143,18 +172,6 @@ def load_classifier(
             f'{path} was saved for {about["model"]!r} with the weights '
             f'{about["pretrained"]!r}, but the encoder has other {", ".join(other)}.'
         )
-    if about['kind'] == 'CLIPAdapter':
-        classifier: nn.Module = CLIPAdapter(
-            tensors['text_features'], 1.0, **about['options']
-        )
-    elif about['kind'] == 'TipAdapter':
-        names = ('keys', 'labels', 'text_features', 'logit_scale')
-        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
-    elif about['kind'] == 'LinearClassifier':
-        classifier = LinearClassifier(tensors['weight'])
-    else:
-        classifier = CosineClassifier(tensors['text_features'], 1.0)
-    classifier.load_state_dict(tensors)
     return DeployedClassifier(
-        classifier.eval(), encoder, about['class_names'], about['preprocessing']
+        classifier, encoder, about['class_names'], about['preprocessing']
     )
