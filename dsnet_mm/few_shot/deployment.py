@@ -1,7 +1,7 @@
 """Saving, loading and use of classifiers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,18 +23,22 @@ from .methods.zero_shot import CosineClassifier
 def save_classifier(
     path: str | Path,
     classifier: nn.Module,
-    encoder: OpenCLIPEncoder,
+    encoder: OpenCLIPEncoder | Mapping[str, object],
     class_names: Sequence[str],
     preprocessing: str,
+    record: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a classifier as a safetensors file, atomically.
 
     Args:
         path: File to write.
         classifier: Classifier that a method of ``METHODS`` returned.
-        encoder: Encoder of its input. The file has its name, but not its weights.
+        encoder: Encoder of its input, or what is known of it: a mapping with the keys
+            of :meth:`OpenCLIPEncoder.source`, each of which may be None. The file has
+            the encoder's name and identity, but not its weights.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
+        record: How it was made: method, shots, seed, selection and options.
     """
     options = {}
     if isinstance(classifier, CLIPAdapter):
@@ -46,9 +50,8 @@ def save_classifier(
         'options': options,
         'class_names': list(class_names),
         'preprocessing': preprocessing,
-        'model': encoder.model_name,
-        'pretrained': encoder.pretrained,
-        'weights': encoder.digest(),
+        **(encoder.source() if isinstance(encoder, OpenCLIPEncoder) else encoder),
+        'record': dict(record or {}),
     }
     tensors = {
         name: value.detach().cpu().contiguous()
@@ -104,6 +107,42 @@ class DeployedClassifier:
         return self.classifier.to(device)(features).softmax(-1)
 
 
+def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
+    """Reads a file of :func:`save_classifier`, without its encoder.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The classifier of features, in eval mode, and the description in the file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a file of :func:`save_classifier`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no classifier file {path}.')
+    with safe_open(path, 'pt') as file:
+        text = (file.metadata() or {}).get('dsnet_mm')
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if text is None:
+        raise ValueError(f'{path} is not a file of save_classifier.')
+    about = json.loads(text)
+    if about['kind'] == 'CLIPAdapter':
+        classifier: nn.Module = CLIPAdapter(
+            tensors['text_features'], 1.0, **about['options']
+        )
+    elif about['kind'] == 'TipAdapter':
+        names = ('keys', 'labels', 'text_features', 'logit_scale')
+        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
+    elif about['kind'] == 'LinearClassifier':
+        classifier = LinearClassifier(tensors['weight'])
+    else:
+        classifier = CosineClassifier(tensors['text_features'], 1.0)
+    classifier.load_state_dict(tensors)
+    return classifier.eval(), about
+
+
 def load_classifier(
     path: str | Path, encoder: OpenCLIPEncoder | None = None
 ) -> DeployedClassifier:
@@ -121,33 +160,18 @@ def load_classifier(
         ValueError: If it is not a file of :func:`save_classifier`, or the encoder has
             other weights.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'there is no classifier file {path}.')
-    with safe_open(path, 'pt') as file:
-        text = (file.metadata() or {}).get('dsnet_mm')
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if text is None:
-        raise ValueError(f'{path} is not a file of save_classifier.')
-    about = json.loads(text)
+    classifier, about = read_classifier(path)
     if encoder is None:
         encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
-    if encoder.digest() != about['weights']:
+    identity = encoder.identity()
+    wanted = about['identity'] or identity
+    # Another version of open_clip is no reason to refuse: the rest is the same.
+    other = [k for k in wanted if k != 'open_clip' and wanted[k] != identity[k]]
+    if other:
         raise ValueError(
             f'{path} was saved for {about["model"]!r} with the weights '
-            f'{about["pretrained"]!r}, but the encoder has other weights.'
+            f'{about["pretrained"]!r}, but the encoder has other {", ".join(other)}.'
         )
-    if about['kind'] == 'CLIPAdapter':
-        classifier: nn.Module = CLIPAdapter(
-            tensors['text_features'], 1.0, **about['options']
-        )
-    elif about['kind'] == 'TipAdapter':
-        names = ('keys', 'labels', 'text_features', 'logit_scale')
-        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
-    elif about['kind'] == 'LinearClassifier':
-        classifier = LinearClassifier(tensors['weight'])
-    else:
-        classifier = CosineClassifier(tensors['text_features'], 1.0)
-    classifier.load_state_dict(tensors)
     return DeployedClassifier(
-        classifier.eval(), encoder, about['class_names'], about['preprocessing']
+        classifier, encoder, about['class_names'], about['preprocessing']
     )

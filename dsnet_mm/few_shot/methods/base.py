@@ -21,6 +21,8 @@ class FewShotData:
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
+        plain: Features of the training pictures, prepared as test pictures are, without
+            augmentation. None if they are not needed.
         seed: Seed of the initialisation, the order of pictures and their views.
     """
 
@@ -31,10 +33,12 @@ class FewShotData:
     class_names: tuple[str, ...]
     encoder: OpenCLIPEncoder | None = None
     seed: int = 0
+    plain: Features | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training pictures."""
-        return replace(self, train=self.train.take(index), shots=shots)
+        plain = None if self.plain is None else self.plain.take(index)
+        return replace(self, train=self.train.take(index), plain=plain, shots=shots)
 
 
 @dataclass(frozen=True)

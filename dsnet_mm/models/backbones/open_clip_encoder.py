@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,14 @@ from dsnet_mm.tasks.prompts import resolve_prompts
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
+
+_TOKENIZER_PROBES = (
+    'a photo of a cat.',
+    'Two  DOGS, one_zebra & 365 "hot-air" balloons; isn\'t it?',
+    "un château à l'été, 猫 und Käse",
+)
+"""Texts with capitals, blanks, punctuation, digits and accents. Two tokenizers with the
+same tokens of all of them are taken to be the same."""
 
 
 @MODELS.register_module()
@@ -39,6 +49,7 @@ class OpenCLIPEncoder(BaseModule):
             ``'bfloat16'``. None runs in float32.
 
     Attributes:
+        config: Configuration of the model, as open_clip reads it.
         embed_dims: Width D of the image and text features.
         logit_scale: Scale of the cosine similarities in CLIP's logits.
         image_size: Height and width of the pictures in pixels.
@@ -60,7 +71,7 @@ class OpenCLIPEncoder(BaseModule):
         open_clip = _import_open_clip()
         self.amp = _checked_amp(amp)
         self.model_name, self.pretrained = str(model), pretrained
-        self._identity = _identity(model, pretrained)
+        self._origin = _origin(model, pretrained)
         name = _registered_name(self.model_name)
         if not name.startswith(('hf-hub:', 'local-dir:')):
             _check_model(name, pretrained)
@@ -75,6 +86,7 @@ class OpenCLIPEncoder(BaseModule):
                 f'pretrained.'
             ) from error
         self.tokenizer = open_clip.get_tokenizer(name)
+        self.config = open_clip.get_model_config(name)
         self.requires_grad_(False)
         self.eval()
 
@@ -114,11 +126,11 @@ class OpenCLIPEncoder(BaseModule):
         Returns:
             The encoder.
         """
-        identity = _identity(model, pretrained)
+        origin = _origin(model, pretrained)
         device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
         for other in _encoders:
             if (
-                other._identity == identity
+                other._origin == origin
                 and next(other.parameters()).device == device
                 and other._state() == other._loaded
             ):
@@ -193,7 +205,7 @@ class OpenCLIPEncoder(BaseModule):
         return F.normalize(grouped.mean(1), dim=-1)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of all weights. It identifies the model in caches."""
+        """Returns the SHA-256 of all weights."""
         state = self._state()
         if state not in self._digest:
             sha = hashlib.sha256()
@@ -203,6 +215,43 @@ class OpenCLIPEncoder(BaseModule):
             self._digest.clear()
             self._digest[state] = sha.hexdigest()
         return self._digest[state]
+
+    def identity(self) -> dict[str, object]:
+        """Returns what the features depend on, apart from the input and ``amp``.
+
+        Encoders with the same identity have the same features. Caches and classifier
+        files hold it.
+
+        Returns:
+            A dict that JSON can hold: ``'weights'``, the SHA-256 of the weights;
+            ``'config'``, the configuration of the model; ``'tokenizer'``, the SHA-256
+            of the tokens of some texts; ``'preprocessing'``, size, mean, standard
+            deviation and open_clip's other values; ``'open_clip'``, its version.
+        """
+        open_clip = _import_open_clip()
+        tokens = self.tokenizer(list(_TOKENIZER_PROBES))
+        shape = f'{tuple(tokens.shape)}'.encode()
+        identity = {
+            'weights': self.digest(),
+            'config': self.config,
+            'tokenizer': hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest(),
+            'preprocessing': {
+                **open_clip.get_model_preprocess_cfg(self.clip),
+                'size': self.image_size,
+                'mean': self.mean,
+                'std': self.std,
+            },
+            'open_clip': open_clip.__version__,
+        }
+        return json.loads(json.dumps(identity))
+
+    def source(self) -> dict[str, object]:
+        """Returns ``'model'``, ``'pretrained'`` and ``'identity'``, for files."""
+        return {
+            'model': self.model_name,
+            'pretrained': self.pretrained,
+            'identity': self.identity(),
+        }
 
     def _state(self) -> tuple:
         """Returns a value that changes when a parameter is changed or replaced."""
@@ -258,7 +307,7 @@ def _checked_amp(amp: str | None) -> str | None:
     return amp
 
 
-def _identity(model: str, pretrained: str | None) -> tuple:
+def _origin(model: str, pretrained: str | None) -> tuple:
     """Identifies a model and its weights, by name or by the state of their files."""
 
     def files(name: str | None) -> str | tuple | None:
@@ -295,26 +344,70 @@ def _model_config(name: str) -> dict:
 def _check_model(name: str, pretrained: str | None) -> None:
     """Refuses unknown models, and weights trained with another kind of GELU."""
     config = _model_config(name)
-    if pretrained is None or Path(pretrained).is_file():
+    if pretrained is None:
         return
     open_clip = _import_open_clip()
-    has_quick_gelu = bool(config.get('quick_gelu', False))
     other = (
         name.removesuffix('-quickgelu')
         if name.endswith('-quickgelu')
         else f'{name}-quickgelu'
     )
-    for candidate in (name, other):
-        tag = open_clip.get_pretrained_cfg(candidate, pretrained)
-        if tag:
-            if bool(tag.get('quick_gelu', False)) != has_quick_gelu:
-                trained = 'QuickGELU' if tag.get('quick_gelu') else 'plain GELU'
-                raise ValueError(
-                    f'the weights {pretrained!r} were trained with {trained}, but '
-                    f'{name!r} has the other one; use model={other!r}.'
-                )
-            return
-    raise ValueError(
-        f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
-        f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
-    )
+    if Path(pretrained).is_file():
+        trained_quick = _quick_gelu_of_file(Path(pretrained))
+    else:
+        tags = [open_clip.get_pretrained_cfg(c, pretrained) for c in (name, other)]
+        if not any(tags):
+            raise ValueError(
+                f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
+                f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
+            )
+        trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
+    has_quick = bool(config.get('quick_gelu', False))
+    if trained_quick not in (None, has_quick):
+        kind = 'QuickGELU' if trained_quick else 'plain GELU'
+        advice = (
+            f'use model={other!r}'
+            if other in open_clip.list_models()
+            else f'set quick_gelu to {str(trained_quick).lower()} in its configuration'
+        )
+        raise ValueError(
+            f'the weights {pretrained!r} were trained with {kind}, but {name!r} has '
+            f'the other one; {advice}.'
+        )
+
+
+def _quick_gelu_of_file(file: Path) -> bool | None:
+    """Tells whether weights were trained with QuickGELU, None if it is unknown.
+
+    It is known for OpenAI's archives (TorchScript, or a state dict with their extra
+    entries), for files and folders named as open_clip publishes them, and for a file
+    with an ``open_clip_config.json`` beside it.
+    """
+    open_clip = _import_open_clip()
+    beside = file.with_name('open_clip_config.json')
+    if beside.is_file():
+        config = json.loads(beside.read_text(encoding='utf-8'))
+        return bool(config.get('model_cfg', config).get('quick_gelu', False))
+    for model, tag in open_clip.list_pretrained():
+        published = open_clip.get_pretrained_cfg(model, tag)
+        url, repository = published.get('url', ''), published.get('hf_hub', '')
+        repository, _, name = repository.rpartition('/')
+        # The names of open_clip's own files end with a hash. OpenAI's do not, so a file
+        # of that name may be anything.
+        if ('mlfoundations' in url and url.endswith(f'/{file.name}')) or (
+            repository
+            and name in ('', file.name)
+            and {f'models--{repository.replace("/", "--")}', repository.split('/')[-1]}
+            & set(file.absolute().parts)
+        ):
+            return bool(published.get('quick_gelu', False))
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = [Path(member).name for member in archive.namelist()]
+            if 'constants.pkl' in names:  # TorchScript: only OpenAI published any
+                return True
+            index = next((n for n in archive.namelist() if n.endswith('data.pkl')), '')
+            keys = archive.read(index) if index else b''
+            if b'input_resolution' in keys and b'context_length' in keys:
+                return True
+    return None
