@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .catalogue import PUBLIC_DATASETS
-from .prompts import check_class_names, resolve_prompts
 from .parquet import find_parquet, read_parquet
+from .prompts import check_class_names, resolve_prompts
 from .readers import (
     IMAGE_SUFFIXES,
     count_other_files,
@@ -114,7 +114,7 @@ def _build_task(
     for path, label, cls in (item for items in split.values() for item in items):
         if names.setdefault(label, cls.replace('_', ' ')) != cls.replace('_', ' '):
             raise ValueError(
-                f'label {label} is {names[label]!r}, but {cls!r} for the picture {path}.'
+                f'label {label} is {names[label]!r}, but {cls!r} for {path}.'
             )
     if not split['test']:
         raise ValueError('there are no test pictures.')
