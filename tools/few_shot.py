@@ -5,7 +5,9 @@
     python tools/few_shot.py run configs/clip_adapter/clip-adapter_rn50_eurosat.py
     python tools/few_shot.py run --dataset my_pictures --model RN50-quickgelu \
         --pretrained openai --shots 1 4 16
+    python tools/few_shot.py predict work_dirs/RUN/classifiers/FILE.safetensors holiday/
     python tools/few_shot.py test work_dirs/RUN/classifiers/FILE.safetensors imagenet_a
+    python tools/few_shot.py export work_dirs/RUN/classifiers/FILE.safetensors it.onnx
     python tools/few_shot.py doctor eurosat
 """
 
@@ -18,7 +20,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from dsnet_mm.datasets.doctor import diagnose
-from dsnet_mm.few_shot import FewShotConfig, run, transfer
+from dsnet_mm.few_shot import FewShotConfig, run
+from dsnet_mm.few_shot.commands import export, predict, test
 from dsnet_mm.few_shot.report import write_report
 
 
@@ -44,10 +47,8 @@ def parse_args() -> argparse.Namespace:
         default={},
         help='other options as key=value, see FewShotConfig',
     )
-    tests = commands.add_parser('test', help='test a classifier on another data set')
-    tests.add_argument('classifier', help='safetensors file that run wrote')
-    tests.add_argument('dataset', help='name, folder or CSV file')
-    tests.add_argument('--data-root', default='data')
+    for command in (predict, test, export):
+        command.add_parser(commands)
     doctor = commands.add_parser('doctor', help='say what is wrong with a data set')
     doctor.add_argument('dataset', help='name, folder or CSV file')
     doctor.add_argument('--data-root', default='data')
@@ -98,8 +99,7 @@ def main() -> None:
         if args.command == 'run':
             run_command(args)
         else:
-            score = transfer(args.classifier, args.dataset, args.data_root)
-            print(f'accuracy {score.accuracy:.2f} %, ECE {score.ece:.2f} %')
+            args.call(args)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         sys.exit(f'error: {error}')
 
