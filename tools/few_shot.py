@@ -12,6 +12,7 @@
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    logging.basicConfig(format='%(message)s')
     if args.command == 'doctor':
         problems = diagnose(args.dataset, args.data_root, args.decode)
         sys.exit('\n'.join(problems) if problems else None)

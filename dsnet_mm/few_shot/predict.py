@@ -143,7 +143,7 @@ def as_json(predictions: Sequence[Prediction], problems: Sequence[str]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Formats predictions as CSV: picture, class_1, probability_1, class_2 and so on."""
+    """Formats predictions as CSV: picture, class_1, probability_1, class_2 ..."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     ranks = range(1, len(predictions[0].classes) + 1)

@@ -125,7 +125,7 @@ def table(result: Transfer) -> str:
     """Formats a result as Markdown: the accuracy, and a row for each class."""
     low, high = result.interval
     skipped = (
-        f' {result.skipped} pictures cannot be read and are not counted.'
+        f' Not counted, because they cannot be read: {result.skipped}.'
         if result.skipped
         else ''
     )
@@ -168,7 +168,9 @@ def plot_confusion(result: Transfer) -> bytes:
     figure = Figure((side + 1.5, side), dpi=150 if side < 12 else 110)
     figure.set_layout_engine('constrained')
     axes = figure.subplots()
-    image = axes.imshow(100 * shares, cmap='Blues', vmin=0, vmax=100)
+    image = axes.imshow(
+        100 * shares, cmap='Blues', vmin=0, vmax=100, interpolation='none'
+    )
     figure.colorbar(image, ax=axes, label='% of the true class', shrink=0.8)
     if named:
         ticks = range(len(names))

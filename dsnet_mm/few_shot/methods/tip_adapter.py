@@ -50,7 +50,7 @@ class TipAdapter(nn.Module):
         """Logits (N, K) of features (N, D)."""
         f = F.normalize(image_features, dim=-1)
         affinity = torch.exp(self.beta * (f @ self.keys.t() - 1))
-        cache = f.new_zeros(len(f), len(self.text_features))
+        cache = f.new_zeros(f.shape[0], len(self.text_features))
         cache = cache.index_add(1, self.labels, affinity)
         return self.logit_scale * f @ self.text_features.t() + self.alpha * cache
 
