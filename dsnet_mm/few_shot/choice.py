@@ -31,7 +31,7 @@ def choose(records: Sequence[dict]) -> Choice:
 
     Candidates are zero-shot CLIP and the classifiers with the largest number of shots.
     The method with the highest mean over seeds is chosen, and of its classifiers that
-    with the highest accuracy. Of equal ones the first is taken.
+    with the highest accuracy. Of equal ones it is that with the lowest loss.
 
     Args:
         records: Content of ``runs/*.json``.
@@ -57,24 +57,29 @@ def choose(records: Sequence[dict]) -> Choice:
             else f'There are no validation pictures to choose by. It is the first '
             f'method at {most} shots.',
         )
-    means = {
-        method: mean(r['val_accuracy'] for r in with_val if r['method'] == method)
+    scores = {
+        method: _score([r for r in with_val if r['method'] == method])
         for method in dict.fromkeys(r['method'] for r in with_val)
     }
-    best = max(means, key=means.get)
-    if None not in (zero := [r['val_accuracy_zero_shot'] for r in with_val]):
-        zero_shot = mean(zero)
-        if zero_shot >= means[best]:
-            return Choice(
-                next(r for r in records if r['method'] == 'zero_shot'),
-                f'No method is above its validation accuracy, {zero_shot:.2f} % on the '
-                f'pictures of {most} shots.',
-            )
-    record = max(
-        (r for r in with_val if r['method'] == best), key=lambda r: r['val_accuracy']
-    )
+    best = max(scores, key=scores.get)
+    zero = [r['val_zero_shot'] for r in with_val if r['method'] == best]
+    if None not in zero and mean(zero) >= scores[best][0]:
+        return Choice(
+            next(r for r in records if r['method'] == 'zero_shot'),
+            f'No method is above its validation accuracy, {mean(zero):.2f} % on the '
+            f'pictures of {most} shots.',
+        )
     return Choice(
-        record,
+        max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),
         f'Its method has the highest mean validation accuracy at {most} shots, '
-        f'{means[best]:.2f} %, and it the highest of that method.',
+        f'{scores[best][0]:.2f} %, and it the highest of that method.',
+    )
+
+
+def _score(records: Sequence[dict]) -> tuple[float, float]:
+    """Returns mean validation accuracy, and minus the mean loss if it is known."""
+    losses = [r['val_loss'] for r in records]
+    return (
+        mean(r['val_accuracy'] for r in records),
+        0.0 if None in losses else -mean(losses),
     )

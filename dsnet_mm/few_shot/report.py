@@ -174,8 +174,8 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         'fixed' in cell.selections for cell in cells if cell.shots
     ):
         notes.append(
-            'f: nothing was selected; the fixed setting of the method, the same for '
-            'all data sets.'
+            'f: nothing was selected. The method has a fixed setting, or there was '
+            'nothing to select by.'
         )
     if any('val' in cell.selections for cell in cells):
         notes.append(

@@ -217,11 +217,13 @@ class _Runner:
         """Returns what :func:`choose` compares."""
         if val is None:
             accuracy = fit.val_accuracy if fit.selection == 'cv' else None
-            return {'val_accuracy': accuracy, 'val_accuracy_zero_shot': None}
+            return {'val_accuracy': accuracy, 'val_loss': None, 'val_zero_shot': None}
+        score = evaluate(fit.classifier, val)
         zero_shot = METHODS['zero_shot'].fit(self.data(val, 0, 0))
         return {
-            'val_accuracy': evaluate(fit.classifier, val).accuracy,
-            'val_accuracy_zero_shot': evaluate(zero_shot, val).accuracy,
+            'val_accuracy': score.accuracy,
+            'val_loss': score.loss,
+            'val_zero_shot': evaluate(zero_shot, val).accuracy,
         }
 
     def test(self, jobs: list[_Job]) -> list[dict]:

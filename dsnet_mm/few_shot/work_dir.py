@@ -44,15 +44,16 @@ def claim_work_dir(
         The options of the whole run.
 
     Raises:
-        FileExistsError: If the folder contains a run with other options or other data,
-            or other files.
+        FileExistsError: If the folder contains results with other options or other
+            data, or other files.
     """
     wanted = json.loads(json.dumps(asdict(config)))
     about = work_dir / 'run.json'
-    if about.is_file():
+    # A run without results, which a bad picture has stopped, is begun again.
+    if about.is_file() and any((work_dir / 'runs').glob('*.json')):
         found = read_json(about)
         wanted = _merge(work_dir, found, wanted, source.fingerprint)
-    elif work_dir.exists() and any(work_dir.iterdir()):
+    elif not about.is_file() and work_dir.exists() and any(work_dir.iterdir()):
         raise FileExistsError(
             f'{work_dir} is not empty and not a few-shot run; choose another folder.'
         )

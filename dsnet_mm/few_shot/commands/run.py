@@ -81,6 +81,3 @@ def call(args: argparse.Namespace) -> None:
     # Not through rich, which would break the command into lines.
     print(f'\nThe classifier to use: {file}\nIt classifies pictures by')
     print(f'    python tools/few_shot.py predict {shlex.quote(str(file))} PICTURES')
-    if config.features is not None:
-        model = records and config.features
-        print(f'which loads the model that {model} names.')
