@@ -10,7 +10,7 @@ from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
 from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
 from dsnet_mm.few_shot.methods.coop import PromptLearner
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
-from dsnet_mm.few_shot.methods.training import coop_epochs
+from dsnet_mm.few_shot.methods.training import num_epochs
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
 from dsnet_mm.few_shot.selection import select
 
@@ -99,8 +99,8 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
         PromptLearner(encoder, ['disc'], n_ctx=40)
 
 
-def test_coop_epochs():
-    assert [coop_epochs(k) for k in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+def test_num_epochs():
+    assert [num_epochs(k) for k in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
 
 
 # --- Selection --------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FewShotData, mean_features
+from .base import FewShotData
 from .training import train
 
 
@@ -66,7 +66,7 @@ def _build(
     data: FewShotData, alpha: float, beta: float, learn_keys: bool = False
 ) -> TipAdapter:
     return TipAdapter(
-        mean_features(data.train),
+        F.normalize(data.train.features.mean(0), dim=-1),
         data.train.labels,
         data.text_features,
         data.logit_scale,
