@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,7 +24,8 @@ class FeatureFile:
     any floating type.
 
     Attributes:
-        text_features: Text features of the classes (K, D), rows of unit norm.
+        text_features: Text features of the classes (K, D), rows of unit norm. Others
+            are normalised when a file is read.
         class_names: Names by label. In a file: metadata ``class_names``, a JSON list.
         logit_scale: Scale of the cosine similarities. Metadata ``logit_scale``.
         train: Training pictures by number of shots, part ``train_1``, ``train_2`` and
@@ -127,8 +127,8 @@ def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     test, val = parts.pop('test'), parts.pop('val', None)
     if not parts:
         raise ValueError('there is no tensor train_features or train_<shots>_features')
-    if not text_features.isfinite().all():
-        raise ValueError('text_features has values that are not finite')
+    if not text_features.isfinite().all() or not text_features.any(dim=-1).all():
+        raise ValueError('text_features has rows that are zero or not finite')
     train = {
         None if part == 'train' else int(part.removeprefix('train_')): features
         for part, features in parts.items()
@@ -141,8 +141,10 @@ def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
                 f'train_{shots}_labels has {int(count[label])} rows of the class '
                 f'{class_names[label]!r}, and must have {shots}'
             )
-    norm = torch.nn.functional.normalize(text_features, dim=-1)
-    return FeatureFile(norm, class_names, logit_scale, train, val, test, about)
+    norm = text_features.norm(dim=-1, keepdim=True)
+    if (norm - 1).abs().max() > 1e-3:
+        text_features = text_features / norm
+    return FeatureFile(text_features, class_names, logit_scale, train, val, test, about)
 
 
 def _check_part(

@@ -15,7 +15,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--device', help='device of the encoder (default: auto, a GPU if there is one)'
     )
-    parser.add_argument('--shots', nargs='+', type=int)
+    parser.add_argument(
+        '--shots', nargs='+', type=int, help='training pictures of each class'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
