@@ -15,7 +15,9 @@ from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.models.heads import CLIPAdapter
 
+from .methods.linear_adapter import LinearAdapter
 from .methods.linear_probe import LinearClassifier
+from .methods.proker import ProKeR
 from .methods.tip_adapter import TipAdapter
 from .methods.zero_shot import CosineClassifier
 
@@ -40,14 +42,9 @@ def save_classifier(
         preprocessing: One of ``PREPROCESSINGS``.
         record: How it was made: method, shots, seed, selection and options.
     """
-    options = {}
-    if isinstance(classifier, CLIPAdapter):
-        options = classifier.options
-    elif isinstance(classifier, TipAdapter):
-        options = {'alpha': classifier.alpha, 'beta': classifier.beta}
     description = {
         'kind': type(classifier).__name__,
-        'options': options,
+        'options': getattr(classifier, 'options', {}),
         'class_names': list(class_names),
         'preprocessing': preprocessing,
         **(encoder.source() if isinstance(encoder, OpenCLIPEncoder) else encoder),
@@ -135,6 +132,11 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
     elif about['kind'] == 'TipAdapter':
         names = ('keys', 'labels', 'text_features', 'logit_scale')
         classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
+    elif about['kind'] == 'ProKeR':
+        names = ('keys', 'values', 'text_features', 'logit_scale')
+        classifier = ProKeR(*(tensors[n] for n in names), **about['options'])
+    elif about['kind'] == 'LinearAdapter':
+        classifier = LinearAdapter(tensors['text_features'], 1.0)
     elif about['kind'] == 'LinearClassifier':
         classifier = LinearClassifier(tensors['weight'])
     else:

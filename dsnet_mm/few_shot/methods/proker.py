@@ -42,6 +42,11 @@ class ProKeR(nn.Module):
         self.register_buffer('logit_scale', torch.as_tensor(logit_scale).clone())
         self.beta = beta
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments that are not tensors."""
+        return {'beta': self.beta}
+
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         f = F.normalize(image_features, dim=-1)

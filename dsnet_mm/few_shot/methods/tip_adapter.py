@@ -41,6 +41,11 @@ class TipAdapter(nn.Module):
         self.register_buffer('logit_scale', torch.as_tensor(logit_scale).clone())
         self.alpha, self.beta = alpha, beta
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments that are not tensors."""
+        return {'alpha': self.alpha, 'beta': self.beta}
+
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         f = F.normalize(image_features, dim=-1)
