@@ -1,16 +1,21 @@
 """Saving, loading and use of classifiers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dsnet_mm.datasets.pictures import build_transform, open_picture
+from dsnet_mm.datasets.pictures import (
+    PREPROCESSINGS,
+    build_transform,
+    open_picture,
+    upright_rgb,
+)
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.models.heads import CLIPAdapter
@@ -65,6 +70,7 @@ class DeployedClassifier:
         encoder: The frozen towers.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
+        transform: A picture to an input of the encoder, (3, H, W).
     """
 
     def __init__(
@@ -74,34 +80,65 @@ class DeployedClassifier:
         class_names: Sequence[str],
         preprocessing: str,
     ) -> None:
-        self.classifier = classifier
         self.encoder = encoder
+        self.classifier = classifier.to(self.device)
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.transform = build_transform(encoder, preprocessing)
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Device of the encoder."""
+        return next(self.encoder.parameters()).device
+
+    def __call__(
+        self, images: Sequence[str | Path | Image.Image], batch_size: int = 64
+    ) -> Tensor:
         """Classifies pictures.
 
         Args:
             images: Files or PIL images.
+            batch_size: Pictures in memory at once.
 
         Returns:
-            Probabilities (N, K).
+            Probabilities (N, K), on the CPU.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If a picture cannot be read.
         """
-        opened = []
-        for image in images:
-            if not isinstance(image, Image.Image):
-                image = open_picture(image)
-            opened.append(self.transform(image.convert('RGB')))
-        device = next(self.encoder.parameters()).device
-        features = self.encoder(torch.stack(opened).to(device))[0]
-        return self.classifier.to(device)(features).softmax(-1)
+        found = [torch.empty(0, len(self.class_names))]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            found.append(self.probabilities([self.prepare(x) for x in batch]))
+        return torch.cat(found)
+
+    def prepare(self, image: str | Path | Image.Image) -> Tensor:
+        """Returns the input of the encoder for a file or PIL image, (3, H, W)."""
+        if isinstance(image, Image.Image):
+            return self.transform(upright_rgb(image))
+        return self.transform(open_picture(image))
+
+    @torch.no_grad()
+    def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
+        """Returns the probabilities (N, K) of a batch of :meth:`prepare`."""
+        features = self.encoder(torch.stack(list(prepared)).to(self.device))[0]
+        return self.classifier(features).float().softmax(-1).cpu()
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    'CLIPAdapter': lambda t, **options: CLIPAdapter(t['text_features'], 1.0, **options),
+    'TipAdapter': lambda t, **options: TipAdapter(
+        *(t[n] for n in ('keys', 'labels', 'text_features', 'logit_scale')), **options
+    ),
+    'ProKeR': lambda t, **options: ProKeR(
+        *(t[n] for n in ('keys', 'values', 'text_features', 'logit_scale')), **options
+    ),
+    'LinearAdapter': lambda t: LinearAdapter(t['text_features'], 1.0),
+    'LinearClassifier': lambda t: LinearClassifier(t['weight']),
+    'CosineClassifier': lambda t: CosineClassifier(t['text_features'], 1.0),
+}
+"""Kinds of classifiers: functions of the tensors and options of a file."""
 
 
 def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
@@ -115,56 +152,97 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a file of :func:`save_classifier`.
+        ValueError: If it is not a file of :func:`save_classifier`, or is damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'there is no classifier file {path}.')
-    with safe_open(path, 'pt') as file:
-        text = (file.metadata() or {}).get('dsnet_mm')
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, 'pt') as file:
+            text = (file.metadata() or {}).get('dsnet_mm')
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f'{path} is not a classifier file, or is damaged ({error}); classifier '
+            f'files are written by tools/few_shot.py run, and from a checkpoint of '
+            f'MMEngine by tools/few_shot.py export.'
+        ) from error
     if text is None:
-        raise ValueError(f'{path} is not a file of save_classifier.')
-    about = json.loads(text)
-    if about['kind'] == 'CLIPAdapter':
-        classifier: nn.Module = CLIPAdapter(
-            tensors['text_features'], 1.0, **about['options']
+        raise ValueError(
+            f'{path} is a safetensors file, but no classifier: it lacks the '
+            f'description that save_classifier writes.'
         )
-    elif about['kind'] == 'TipAdapter':
-        names = ('keys', 'labels', 'text_features', 'logit_scale')
-        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
-    elif about['kind'] == 'ProKeR':
-        names = ('keys', 'values', 'text_features', 'logit_scale')
-        classifier = ProKeR(*(tensors[n] for n in names), **about['options'])
-    elif about['kind'] == 'LinearAdapter':
-        classifier = LinearAdapter(tensors['text_features'], 1.0)
-    elif about['kind'] == 'LinearClassifier':
-        classifier = LinearClassifier(tensors['weight'])
-    else:
-        classifier = CosineClassifier(tensors['text_features'], 1.0)
+    try:
+        about = json.loads(text)
+        classifier = _build(about, tensors)
+    except Exception as error:  # a damaged description raises errors of many types
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(
+            f'{path} is a damaged classifier file ({type(error).__name__}: {reason}).'
+        ) from error
+    return classifier, about
+
+
+def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """Builds the classifier of a description, and checks that the two fit."""
+    for key in ('model', 'pretrained', 'identity'):
+        about[key]  # None if the classifier was fitted to features from elsewhere
+    if about['preprocessing'] not in PREPROCESSINGS:
+        raise ValueError(f'unknown preprocessing {about["preprocessing"]!r}')
+    if not all(isinstance(name, str) for name in [*about['class_names']]):
+        raise ValueError('class names must be text')
+    if about['kind'] not in _BUILDERS:
+        raise ValueError(f'unknown kind {about["kind"]!r}')
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'{name} holds values that are not finite')
+    classifier = _BUILDERS[about['kind']](tensors, **about['options'])
     classifier.load_state_dict(tensors)
-    return classifier.eval(), about
+    classifier.requires_grad_(False).eval()
+    classes = classifier(torch.ones(1, feature_width_of(tensors))).shape[1]
+    if classes != len(about['class_names']):
+        raise ValueError(f'{classes} classes, but {len(about["class_names"])} names')
+    return classifier
+
+
+def feature_width_of(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the width D of the features of a classifier, from its tensors."""
+    name = 'weight' if 'weight' in tensors else 'text_features'
+    return tensors[name].shape[1]
 
 
 def load_classifier(
-    path: str | Path, encoder: OpenCLIPEncoder | None = None
+    path: str | Path,
+    encoder: OpenCLIPEncoder | None = None,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    download: bool = False,
+    device: str | torch.device = 'cpu',
 ) -> DeployedClassifier:
     """Reads a file of :func:`save_classifier`.
 
     Args:
         path: The file.
-        encoder: The encoder. None loads the one that is named in the file.
+        encoder: The encoder. None loads the one that the file names, with the
+            arguments below.
+        model: Model of open_clip instead of the one that the file names.
+        pretrained: Weights instead of those that the file names, for example their
+            file on this machine.
+        download: Whether weights that are not on this machine may be fetched.
+        device: Device of the encoder.
 
     Returns:
         The classifier, in eval mode.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a file of :func:`save_classifier`, or the encoder has
-            other weights.
+        FileNotFoundError: If the file does not exist, or the weights of the encoder are
+            not on this machine.
+        ValueError: If it is not a file of :func:`save_classifier`, or belongs to
+            another encoder.
     """
     classifier, about = read_classifier(path)
     if encoder is None:
-        encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
+        encoder = _named_encoder(path, about, model, pretrained, download, device)
     identity = encoder.identity()
     wanted = about['identity'] or identity
     # Another version of open_clip is no reason to refuse: the rest is the same.
@@ -174,6 +252,49 @@ def load_classifier(
             f'{path} was saved for {about["model"]!r} with the weights '
             f'{about["pretrained"]!r}, but the encoder has other {", ".join(other)}.'
         )
+    width = feature_width_of(classifier.state_dict())
+    if width != encoder.embed_dims:
+        raise ValueError(
+            f'{path} classifies features of width {width}, but those of '
+            f'{encoder.model_name!r} are {encoder.embed_dims} wide.'
+        )
     return DeployedClassifier(
         classifier, encoder, about['class_names'], about['preprocessing']
     )
+
+
+def _named_encoder(
+    path: str | Path,
+    about: Mapping,
+    model: str | None,
+    pretrained: str | None,
+    download: bool,
+    device: str | torch.device,
+) -> OpenCLIPEncoder:
+    """Loads the encoder that a classifier file names, or its replacement."""
+    named, weights = about['model'], pretrained or about['pretrained']
+    if model is None and named is None:
+        raise ValueError(
+            f'{path} does not name its encoder, because it was fitted to features from '
+            f'elsewhere; name it with --model and --pretrained (model, pretrained).'
+        )
+    is_own = model is None and named.startswith('model-')
+    if is_own or (model is None and named.endswith('.json')):
+        model = about['identity']['config']  # the JSON file is not needed
+    elif model is None:
+        model = named
+    if weights and Path(weights).is_absolute() and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f'{path} needs the weights {weights}, which are not there; name their file '
+            f'with --pretrained (pretrained).'
+        )
+    try:
+        return OpenCLIPEncoder.shared(model, weights, device=device, download=download)
+    except FileNotFoundError as error:
+        if download:
+            raise
+        raise FileNotFoundError(
+            f'{path} needs the weights {weights!r} of {named!r}, which are not on this '
+            f'machine; fetch them with --download (download=True), or name their file '
+            f'with --pretrained (pretrained).'
+        ) from error

@@ -1,5 +1,6 @@
 """Training data and description of a few-shot method."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -63,6 +64,19 @@ class Method:
     late_grid: Mapping[str, Sequence] = field(default_factory=dict)
     source: str = ''
     needs_encoder: bool = False
+
+    @property
+    def options(self) -> set[str]:
+        """Names of all hyper-parameters."""
+        names = {*self.defaults, *self.grid, *self.late_grid}
+        arguments = inspect.signature(self.fit).parameters.values()
+        names |= {a.name for a in arguments if a.kind is a.KEYWORD_ONLY}
+        if any(a.kind is a.VAR_KEYWORD for a in arguments):
+            from .training import train
+
+            trained = inspect.signature(train).parameters.values()
+            names |= {a.name for a in trained if a.kind is a.KEYWORD_ONLY}
+        return names
 
 
 def num_learnt(model: nn.Module) -> int:

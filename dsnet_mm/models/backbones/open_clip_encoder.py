@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from tempfile import TemporaryDirectory
 from weakref import WeakSet
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dsnet_mm.registry import MODELS
 from dsnet_mm.tasks.prompts import resolve_prompts
+
+from .clip_loading import import_open_clip, load_towers
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
@@ -41,12 +43,13 @@ class OpenCLIPEncoder(BaseModule):
     of this process has loaded them.
 
     Args:
-        model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file with
-            the configuration of a model.
+        model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file or
+            dict with the configuration of a model.
         pretrained: Tag of the weights (``'openai'``), a checkpoint file, or None for
-            random weights.
+            random weights. A file may be one of OpenAI's TorchScript archives.
         amp: Autocast precision of the towers, ``'float16'`` (GPU only) or
             ``'bfloat16'``. None runs in float32.
+        download: Whether open_clip may fetch files that are not on this machine.
 
     Attributes:
         config: Configuration of the model, as open_clip reads it.
@@ -55,45 +58,43 @@ class OpenCLIPEncoder(BaseModule):
         image_size: Height and width of the pictures in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.
+        preprocess: Preprocessing of the model, the fields of open_clip's
+            ``PreprocessCfg``.
 
     Raises:
-        ImportError: If open_clip is not installed.
-        ValueError: If the model, its weights or ``amp`` are unknown, or the weights
-            were trained with another kind of GELU than the model has.
+        ImportError: If open_clip, or a library that the model needs, is not installed.
+        ValueError: If the model, its weights or ``amp`` are unknown, the weights are
+            damaged, or they were trained with another kind of GELU than the model has.
         FileNotFoundError: If the weights are neither on this machine nor can be
             downloaded.
     """
 
     def __init__(
-        self, model: str, pretrained: str | None = None, *, amp: str | None = None
+        self,
+        model: str | dict,
+        pretrained: str | None = None,
+        *,
+        amp: str | None = None,
+        download: bool = True,
     ) -> None:
         super().__init__()
-        open_clip = _import_open_clip()
+        open_clip = import_open_clip()
         self.amp = _checked_amp(amp)
-        self.model_name, self.pretrained = str(model), pretrained
         self._origin = _origin(model, pretrained)
-        name = _registered_name(self.model_name)
+        name = _registered_name(model)
+        self.model_name = name if isinstance(model, dict) else str(model)
+        self.pretrained = pretrained
         if not name.startswith(('hf-hub:', 'local-dir:')):
             _check_model(name, pretrained)
-        try:
-            self.clip = open_clip.create_model(name, pretrained=pretrained)
-        except RuntimeError as error:
-            if 'download' not in str(error):
-                raise
-            raise FileNotFoundError(
-                f'the weights {pretrained!r} of {name!r} are not on this machine and '
-                f'cannot be downloaded; get them elsewhere and give their file as '
-                f'pretrained.'
-            ) from error
-        self.tokenizer = open_clip.get_tokenizer(name)
+        self.clip, self.tokenizer = load_towers(name, pretrained, download)
         self.config = open_clip.get_model_config(name)
         self.requires_grad_(False)
         self.eval()
 
         size = self.clip.visual.image_size
         self.image_size = size[0] if isinstance(size, Sequence) else size
-        preprocess = open_clip.get_model_preprocess_cfg(self.clip)
-        self.mean, self.std = tuple(preprocess['mean']), tuple(preprocess['std'])
+        self.preprocess = open_clip.get_model_preprocess_cfg(self.clip)
+        self.mean, self.std = (tuple(self.preprocess[k]) for k in ('mean', 'std'))
         self.logit_scale = self.clip.logit_scale.exp().item()
         with torch.no_grad():
             self.embed_dims = self.clip.encode_text(self.tokenizer(['a'])).shape[-1]
@@ -104,11 +105,12 @@ class OpenCLIPEncoder(BaseModule):
     @classmethod
     def shared(
         cls,
-        model: str,
+        model: str | dict,
         pretrained: str | None = None,
         *,
         amp: str | None = None,
         device: str | torch.device = 'cpu',
+        download: bool = True,
     ) -> 'OpenCLIPEncoder':
         """Returns an encoder, with the towers of an existing one if possible.
 
@@ -122,6 +124,7 @@ class OpenCLIPEncoder(BaseModule):
                 and modification time.
             amp: See the class. It need not be that of the existing encoder.
             device: Device of the towers.
+            download: See the class.
 
         Returns:
             The encoder.
@@ -138,7 +141,7 @@ class OpenCLIPEncoder(BaseModule):
                 encoder.amp = _checked_amp(amp)
                 _encoders.add(encoder)
                 return encoder
-        return cls(model, pretrained, amp=amp).to(device)
+        return cls(model, pretrained, amp=amp, download=download).to(device)
 
     def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
         """Stays in eval mode, whatever ``mode`` is."""
@@ -228,7 +231,7 @@ class OpenCLIPEncoder(BaseModule):
             of the tokens of some texts; ``'preprocessing'``, size, mean, standard
             deviation and open_clip's other values; ``'open_clip'``, its version.
         """
-        open_clip = _import_open_clip()
+        open_clip = import_open_clip()
         tokens = self.tokenizer(list(_TOKENIZER_PROBES))
         shape = f'{tuple(tokens.shape)}'.encode()
         identity = {
@@ -236,7 +239,7 @@ class OpenCLIPEncoder(BaseModule):
             'config': self.config,
             'tokenizer': hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest(),
             'preprocessing': {
-                **open_clip.get_model_preprocess_cfg(self.clip),
+                **self.preprocess,
                 'size': self.image_size,
                 'mean': self.mean,
                 'std': self.std,
@@ -246,10 +249,17 @@ class OpenCLIPEncoder(BaseModule):
         return json.loads(json.dumps(identity))
 
     def source(self) -> dict[str, object]:
-        """Returns ``'model'``, ``'pretrained'`` and ``'identity'``, for files."""
+        """Returns ``'model'``, ``'pretrained'`` and ``'identity'``, for files.
+
+        Paths are absolute, so that they hold in any folder.
+        """
+
+        def absolute(name: str | None) -> str | None:
+            return str(Path(name).resolve()) if name and Path(name).is_file() else name
+
         return {
-            'model': self.model_name,
-            'pretrained': self.pretrained,
+            'model': absolute(self.model_name),
+            'pretrained': absolute(self.pretrained),
             'identity': self.identity(),
         }
 
@@ -288,16 +298,6 @@ def feature_width(model: str) -> int:
     return _model_config(_registered_name(model))['embed_dim']
 
 
-def _import_open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            'OpenCLIPEncoder needs open_clip: pip install open_clip_torch.'
-        ) from error
-    return open_clip
-
-
 def _checked_amp(amp: str | None) -> str | None:
     if amp not in (None, 'float16', 'bfloat16'):
         raise ValueError(
@@ -307,10 +307,12 @@ def _checked_amp(amp: str | None) -> str | None:
     return amp
 
 
-def _origin(model: str, pretrained: str | None) -> tuple:
+def _origin(model: str | dict, pretrained: str | None) -> tuple:
     """Identifies a model and its weights, by name or by the state of their files."""
 
-    def files(name: str | None) -> str | tuple | None:
+    def files(name: str | dict | None) -> str | tuple | None:
+        if isinstance(name, dict):
+            return json.dumps(name, sort_keys=True)
         path = Path(str(name).removeprefix('local-dir:'))
         if name is None or not path.exists():
             return name
@@ -321,18 +323,26 @@ def _origin(model: str, pretrained: str | None) -> tuple:
     return files(model), files(pretrained)
 
 
-def _registered_name(model: str) -> str:
-    """Returns the name by which open_clip knows a model; registers a JSON file."""
+def _registered_name(model: str | dict) -> str:
+    """Returns the name by which open_clip knows a model; registers a configuration."""
+    if isinstance(model, dict):
+        text = json.dumps(model, sort_keys=True)
+        name = f'model-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / f'{name}.json'
+            file.write_text(text, encoding='utf-8')
+            import_open_clip().add_model_config(file)
+        return name
     if not model.endswith('.json'):
         return model
     if not Path(model).is_file():
         raise FileNotFoundError(f'there is no model configuration {model}.')
-    _import_open_clip().add_model_config(model)
+    import_open_clip().add_model_config(model)
     return Path(model).stem
 
 
 def _model_config(name: str) -> dict:
-    config = _import_open_clip().get_model_config(name)
+    config = import_open_clip().get_model_config(name)
     if config is None:
         raise ValueError(
             f'open_clip has no model {name!r}; use a name of open_clip.list_models(), '
@@ -346,7 +356,7 @@ def _check_model(name: str, pretrained: str | None) -> None:
     config = _model_config(name)
     if pretrained is None:
         return
-    open_clip = _import_open_clip()
+    open_clip = import_open_clip()
     other = (
         name.removesuffix('-quickgelu')
         if name.endswith('-quickgelu')
@@ -383,7 +393,7 @@ def _quick_gelu_of_file(file: Path) -> bool | None:
     entries), for files and folders named as open_clip publishes them, and for a file
     with an ``open_clip_config.json`` beside it.
     """
-    open_clip = _import_open_clip()
+    open_clip = import_open_clip()
     beside = file.with_name('open_clip_config.json')
     if beside.is_file():
         config = json.loads(beside.read_text(encoding='utf-8'))
