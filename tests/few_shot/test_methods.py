@@ -17,7 +17,11 @@ from dsnet_mm.few_shot.selection import select
 CLASSES, WIDTH, SHOTS = 4, 16, 8
 QUICK = {
     'clip_adapter_paper': dict(alpha=0.8),
-    'clip_adapter_cross_modal': dict(epochs=30),
+    'clip_adapter_cross_modal': dict(iterations=300),
+    'cross_modal': dict(iterations=300),
+    'clip_adapter_lp++': dict(epochs=30),
+    'clip_adapter_released': dict(epochs=30),
+    'linear_adapter': dict(epochs=30, lr=1e-2),
     'coop': dict(n_ctx=4, lr=0.1),
 }
 
@@ -59,7 +63,8 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
             encoder.encode_classes(data.class_names, 'photo'), data.logit_scale
         )
     before, after = evaluate(start, data.train), evaluate(classifier, data.train)
-    assert (num_learnt(classifier) == 0) == (name in ('zero_shot', 'tip_adapter'))
+    closed = ('zero_shot', 'tip_adapter', 'proker')
+    assert (num_learnt(classifier) == 0) == (name in closed)
     assert (after.loss < before.loss) == (name != 'zero_shot')
 
     file = tmp_path / 'classifier.safetensors'
@@ -100,7 +105,12 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
 
 
 def test_num_epochs():
-    assert [num_epochs(k) for k in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+    shots = (1, 2, 4, 8, 16)
+    assert [num_epochs('coop', k) for k in shots] == [50, 100, 100, 200, 200]
+    assert [num_epochs('task_res', k) for k in shots] == [100, 100, 100, 200, 200]
+    assert num_epochs(7, 1) == 7
+    with pytest.raises(ValueError, match="must be a number, 'coop' or 'task_res'"):
+        num_epochs('clap', 1)
 
 
 # --- Selection --------------------------------------------------------------------

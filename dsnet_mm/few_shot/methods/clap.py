@@ -15,7 +15,7 @@ class Prototypes(nn.Module):
     ::
 
         logits = logit_scale * cos(f, P)
-        penalty = mean_k multiplier_k |P_k - T_k|^2
+        loss = cross-entropy + mean_k multiplier_k |P_k - T_k|^2
 
     Source: ``AdapterMethod`` and ``forward_lp`` in ``trainers/adapters.py`` of
     github.com/jusiro/CLAP. There the prototypes start as text features that are not
@@ -24,14 +24,14 @@ class Prototypes(nn.Module):
     Args:
         text_features: Text features T (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
-        multipliers: Weights of the penalty (K,), None for zeros.
+        multipliers: Weights of the distances (K,), zeros for ZS-LP.
     """
 
     def __init__(
         self,
         text_features: Tensor,
         logit_scale: float,
-        multipliers: Tensor | None = None,
+        multipliers: Tensor,
     ) -> None:
         super().__init__()
         self.text_features, self.logit_scale = text_features, logit_scale
@@ -42,26 +42,26 @@ class Prototypes(nn.Module):
         """Prototypes (K, D), normalised."""
         return F.normalize(self.prototypes, dim=-1)
 
-    def penalty(self) -> Tensor | float:
-        """Distance to the text features, weighted by class."""
-        if self.multipliers is None:
-            return 0.0
-        distance = (self.prototypes - self.text_features).square().sum(-1)
-        return (self.multipliers * distance).mean()
-
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         return zero_shot_logits(image_features, self.classifier(), self.logit_scale)
 
+    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, and the distance to the text features weighted by class."""
+        distance = (self.prototypes - self.text_features).square().sum(-1)
+        penalty = (self.multipliers * distance).mean()
+        return F.cross_entropy(self(image_features), labels) + penalty
+
 
 def fit_linear_probe_zs(data: FewShotData, **recipe) -> nn.Module:
-    """Trains ZS-LP: prototypes that start as the text features, without penalty."""
-    model = Prototypes(data.text_features, data.logit_scale)
+    """Trains ZS-LP: prototypes that start as the text features, with multipliers 0."""
+    multipliers = data.text_features.new_zeros(len(data.text_features))
+    model = Prototypes(data.text_features, data.logit_scale, multipliers)
     return fold_text_features(train(model, data, **recipe), data)
 
 
 def fit_clap(data: FewShotData, **recipe) -> nn.Module:
-    """Trains CLAP: ZS-LP with a penalty on the distance to the text features.
+    """Trains CLAP: ZS-LP that is kept close to the text features.
 
     The multiplier of a class is the mean probability that zero-shot CLIP gives it on
     its own training pictures (``init_lagrangian_multipliers`` of the source).

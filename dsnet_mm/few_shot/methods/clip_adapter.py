@@ -20,6 +20,7 @@ def fit_clip_adapter(
     alpha: float | None = None,
     beta: float | None = None,
     learn_ratio: bool = False,
+    keep: float = 0.0,
     **recipe,
 ) -> nn.Module:
     """Trains CLIP-Adapter.
@@ -32,6 +33,7 @@ def fit_clip_adapter(
         alpha: Weight of the visual adapter.
         beta: Weight of the text adapter. None is alpha.
         learn_ratio: Whether the weights are learnt.
+        keep: See :class:`KeptAdapter`.
         **recipe: Arguments of :func:`train`.
 
     Returns:
@@ -51,7 +53,35 @@ def fit_clip_adapter(
             beta=beta,
             learn_ratio=learn_ratio,
         )
-    return train(adapter, data, **recipe)
+    train(KeptAdapter(adapter, keep) if keep else adapter, data, **recipe)
+    return adapter.eval()
+
+
+class KeptAdapter(nn.Module):
+    """An adapter that is kept close to zero-shot CLIP on the training pictures.
+
+    ::
+
+        loss = cross-entropy + keep (mean |f* - f|^2 + mean |W* - W|^2)
+
+    All features have unit norm.
+
+    Args:
+        adapter: The adapter.
+        keep: Weight of the distances.
+    """
+
+    def __init__(self, adapter: CLIPAdapter, keep: float) -> None:
+        super().__init__()
+        self.adapter, self.keep = adapter, keep
+
+    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of features (N, D) and labels (N,)."""
+        f, w = self.adapter.adapt(image_features)
+        moved_f = (f - F.normalize(image_features, dim=-1)).square().sum(-1).mean()
+        moved_w = (w - self.adapter.text_features).square().sum(-1).mean()
+        logits = self.adapter.logit_scale * f @ w.t()
+        return F.cross_entropy(logits, labels) + self.keep * (moved_f + moved_w)
 
 
 class HoldOneShotOut(nn.Module):
@@ -73,19 +103,20 @@ class HoldOneShotOut(nn.Module):
         self.ratio.lr_factor = 10.0
 
     def logits(self, f: Tensor, adapted: Tensor, alpha: Tensor) -> Tensor:
+        """Logits (N, K) of features and adapted features (N, D)."""
         f = alpha * adapted + (1 - alpha) * f
         return zero_shot_logits(f, self.adapter.text_features, self.adapter.logit_scale)
 
-    def forward(self, image_features: Tensor) -> Tensor:
-        """Logits (N, K) of features (N, D), without a gradient of the ratio."""
-        adapted = self.adapter.visual_adapter(image_features)
-        return self.logits(image_features, adapted, self.ratio.sigmoid().detach())
-
-    def penalty(self) -> Tensor:
-        """Cross-entropy on the held-out pictures, with a gradient of the ratio only."""
-        adapted = self.adapter.visual_adapter(self.held_out).detach()
-        logits = self.logits(self.held_out, adapted, self.ratio.sigmoid())
-        return F.cross_entropy(logits, self.labels)
+    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Two cross-entropies: the adapter's, and the ratio's."""
+        network, alpha = self.adapter.visual_adapter, self.ratio.sigmoid()
+        learn_adapter = self.logits(
+            image_features, network(image_features), alpha.detach()
+        )
+        learn_ratio = self.logits(self.held_out, network(self.held_out).detach(), alpha)
+        return F.cross_entropy(learn_adapter, labels) + F.cross_entropy(
+            learn_ratio, self.labels
+        )
 
 
 def fit_hoso(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:

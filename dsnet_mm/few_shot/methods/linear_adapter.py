@@ -16,7 +16,7 @@ class LinearAdapter(nn.Module):
     ::
 
         logits = logit_scale cos(A f, T),   A = I at the start
-        penalty = weight |A - I|^2
+        loss = cross-entropy + weight |A - I|^2
 
     Args:
         text_features: Text features T (K, D), rows of unit norm.
@@ -33,15 +33,16 @@ class LinearAdapter(nn.Module):
         self.matrix = nn.Parameter(torch.eye(text_features.shape[1]).to(text_features))
         self.weight = weight
 
-    def penalty(self) -> Tensor:
-        """Squared distance of the matrix from the identity, times the weight."""
-        identity = torch.eye(len(self.matrix)).to(self.matrix)
-        return self.weight * (self.matrix - identity).square().sum()
-
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         f = F.linear(image_features, self.matrix)
         return zero_shot_logits(f, self.text_features, self.logit_scale)
+
+    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, and the squared distance of the matrix from the identity."""
+        identity = torch.eye(len(self.matrix)).to(self.matrix)
+        penalty = self.weight * (self.matrix - identity).square().sum()
+        return F.cross_entropy(self(image_features), labels) + penalty
 
 
 def fit_linear_adapter(

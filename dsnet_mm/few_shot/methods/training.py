@@ -52,13 +52,14 @@ def train(
 ) -> nn.Module:
     """Minimises the cross-entropy over all parameters that require a gradient.
 
-    If the model has a method ``penalty``, its value is added to the loss. In each epoch
-    each picture is used once, with a random view. The learning rate decays from ``lr``
-    to 0 by a cosine. It is multiplied by the ``lr_factor`` of a parameter that has
-    one. ``data.seed`` determines the order and views.
+    A model with a method ``loss`` has its own loss. In each epoch each picture is used
+    once, with a random view. The learning rate decays from ``lr`` to 0 by a cosine. It
+    is multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
+    determines the order and views.
 
     Args:
-        model: Classifier of image features (N, D) with logits (N, K).
+        model: Classifier of image features (N, D) with logits (N, K). Its ``loss``, if
+            it has one, takes features (N, D) and labels (N,).
         data: Training data.
         optimizer: ``'SGD'``, ``'Adam'`` or ``'AdamW'``.
         lr: Learning rate.
@@ -78,9 +79,10 @@ def train(
         The model, in eval mode.
     """
     count = len(data.train)
-    size = min(batch_size or count, count)
+    size = batch_size or count
     if text_batches:
-        size = max(size // 2, 1)
+        size //= 2
+    size = min(size, count)
     steps = -(-count // size)  # of an epoch
     total = num_epochs(epochs, data.shots) * steps if iterations is None else iterations
     parameters = [
@@ -89,11 +91,12 @@ def train(
         if p.requires_grad
     ]
     if optimizer == 'SGD':
-        optim = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+        optim = torch.optim.SGD(
+            parameters, lr, momentum, weight_decay=weight_decay, fused=True
+        )
     else:
         kind = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[optimizer]
-        optim = kind(parameters, lr, (0.9, beta2), eps, weight_decay)
-    penalty = getattr(model, 'penalty', None)
+        optim = kind(parameters, lr, (0.9, beta2), eps, weight_decay, fused=True)
     batches = _batches(data, size, text_batches)
     model.train()
     for step in range(total):
@@ -103,9 +106,10 @@ def train(
             warm_up = step < warmup_epochs * steps
             group['lr'] = 1e-5 if warm_up else now * group['lr_factor']
         features, labels = next(batches)
-        loss = F.cross_entropy(model(features), labels)
-        if penalty is not None:
-            loss = loss + penalty()
+        if hasattr(model, 'loss'):
+            loss = model.loss(features, labels)
+        else:
+            loss = F.cross_entropy(model(features), labels)
         optim.zero_grad()
         loss.backward()
         optim.step()
