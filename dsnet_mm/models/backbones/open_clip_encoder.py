@@ -263,6 +263,8 @@ class OpenCLIPEncoder(BaseModule):
         """
 
         def absolute(name: str | None) -> str | None:
+            if name and name.startswith('local-dir:'):
+                return f'local-dir:{Path(name.removeprefix("local-dir:")).resolve()}'
             return str(Path(name).resolve()) if name and Path(name).is_file() else name
 
         return {
