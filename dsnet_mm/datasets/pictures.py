@@ -1,5 +1,6 @@
 """Reading pictures and preparing them for the image tower."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -36,8 +37,10 @@ def open_picture(path: str | Path) -> Image.Image:
     if not Path(path).exists():
         raise FileNotFoundError(f'the picture {path} is missing.')
     try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of metadata, and of pictures that are big
+            with Image.open(path) as image:
+                return upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise errors of any type
         raise ValueError(f'the picture {path} cannot be read ({error})') from error
 

@@ -114,10 +114,15 @@ class FewShotConfig:
             values = getattr(self, what)
             if values is not None:
                 object.__setattr__(self, what, tuple(dict.fromkeys(values)))
-        object.__setattr__(self, 'device', _existing_device(self.device))
+        object.__setattr__(self, 'device', existing_device(self.device))
 
 
-def _existing_device(name: str) -> str:
+def existing_device(name: str) -> str:
+    """Returns the name of a device, the best one for ``'auto'``.
+
+    Raises:
+        ValueError: If this machine does not have it.
+    """
     if name == 'auto':
         return get_device()
     try:

@@ -2,9 +2,7 @@
 
 import argparse
 
-import torch
-from mmengine.device import get_device
-
+from dsnet_mm.few_shot.config import existing_device
 from dsnet_mm.few_shot.deployment import DeployedClassifier, load_classifier
 
 
@@ -33,21 +31,3 @@ def read_classifier_arguments(args: argparse.Namespace) -> DeployedClassifier:
         download=args.download,
         device=existing_device(args.device),
     )
-
-
-def existing_device(name: str) -> str:
-    """Returns the name of a device, the best one for ``'auto'``.
-
-    Raises:
-        ValueError: If this machine does not have it.
-    """
-    if name == 'auto':
-        return get_device()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'there is no device {name!r} here ({str(error).splitlines()[0]}); '
-            f"use 'auto' or 'cpu'."
-        ) from error
-    return name

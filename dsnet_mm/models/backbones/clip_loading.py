@@ -51,11 +51,15 @@ def load_towers(
             another model.
     """
     open_clip = import_open_clip()
+    if name.startswith('local-dir:'):
+        config = Path(name.removeprefix('local-dir:')) / 'open_clip_config.json'
+        if not config.is_file():
+            raise FileNotFoundError(f'there is no {config}; it describes the model.')
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
     what = f'the weights {pretrained!r} of {name!r}' if pretrained else repr(name)
     archive = file is not None and _is_torchscript(file)
     try:
-        with _fetching(download), _quiet(archive or pretrained is None):
+        with _fetching(download), _quiet(archive or pretrained is None or not download):
             model = open_clip.create_model(
                 name,
                 None if archive else pretrained,
@@ -175,10 +179,10 @@ def _fetching(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet(active: bool) -> Iterator[None]:
-    """Hides open_clip's warning that the weights are random."""
+    """Hides open_clip's messages that weights are random or cannot be downloaded."""
     level = logging.root.manager.disable
     if active:
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
     try:
         yield
     finally:

@@ -192,17 +192,25 @@ class OpenCLIPEncoder(BaseModule):
             Text features (K, D), rows of unit norm.
 
         Raises:
-            ValueError: If a prompt is wrong.
+            ValueError: If a prompt is wrong, or classes have the same tokens.
         """
         names = [name.replace('_', ' ') for name in class_names]
         prompts = resolve_prompts(prompts)
         texts = [prompt.replace('{}', name) for name in names for prompt in prompts]
+        tokens = self.tokenizer(texts)
+        seen: dict[bytes, str] = {}
+        for name, rows in zip(names, tokens.view(len(names), -1), strict=True):
+            other = seen.setdefault(rows.numpy().tobytes(), name)
+            if other != name:
+                raise ValueError(
+                    f'the prompts of the classes {other!r} and {name!r} have the same '
+                    f'first {tokens.shape[1]} tokens, which are all that the text '
+                    f'tower reads; rename the classes or shorten their names.'
+                )
         device = next(self.parameters()).device
         features = [
-            F.normalize(
-                self.encode_text(self.tokenizer(texts[i : i + 256]).to(device)), dim=-1
-            )
-            for i in range(0, len(texts), 256)
+            F.normalize(self.encode_text(part.to(device)), dim=-1)
+            for part in tokens.split(256)
         ]
         grouped = torch.cat(features).view(len(names), len(prompts), -1)
         return F.normalize(grouped.mean(1), dim=-1)
@@ -255,6 +263,8 @@ class OpenCLIPEncoder(BaseModule):
         """
 
         def absolute(name: str | None) -> str | None:
+            if name and name.startswith('local-dir:'):
+                return f'local-dir:{Path(name.removeprefix("local-dir:")).resolve()}'
             return str(Path(name).resolve()) if name and Path(name).is_file() else name
 
         return {
