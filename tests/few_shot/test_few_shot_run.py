@@ -37,7 +37,7 @@ def config(tiny_clip, picture_folder, tmp_path):
         methods=('tip_adapter', 'clip_adapter'),
         oracle=('tip_adapter',),
         shots=(1, 4),
-        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, epochs=20)},
+        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, iterations=20)},
         views=2,
         cache_dir=str(tmp_path / 'cache'),
     )

@@ -119,6 +119,12 @@ def test_num_epochs():
         num_epochs('clap', 1)
 
 
+def test_epochs_and_iterations_exclude_each_other(data):
+    method = METHODS['clip_adapter']
+    with pytest.raises(ValueError, match='exactly one of them must be None'):
+        method.fit(data, **{**method.defaults, 'epochs': 3})
+
+
 # --- Selection --------------------------------------------------------------------
 
 
