@@ -105,6 +105,7 @@ class PictureSource:
             'split': _hash_split(self.task),
             'class names': _hash(self.class_names),
             'weights': self.encoder.digest(),
+            'model': _hash({**self.encoder.identity(), 'weights': None}),
         }
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
