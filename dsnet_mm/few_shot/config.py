@@ -55,6 +55,10 @@ class FewShotConfig:
     prompts: str | list[str] | None = None
     methods: tuple[str, ...] = (
         'linear_probe',
+        'linear_probe_zs',
+        'clap',
+        'lp++',
+        'gda',
         'tip_adapter',
         'tip_adapter_f',
         'task_res',

@@ -87,7 +87,7 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(
             f'exporting to ONNX needs a library ({error}): '
-            f"pip install 'dsnet_mm[onnx]'."
+            f"pip install 'dsnet_mm[export]'."
         ) from error
     check_new(path)
     logging.getLogger('onnxscript').setLevel(logging.ERROR)

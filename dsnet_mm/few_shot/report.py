@@ -313,7 +313,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set(
-        xlabel='labelled pictures of each class',
+        xlabel='training pictures of each class',
         ylabel='test accuracy, %',
         title=about['title'],
     )

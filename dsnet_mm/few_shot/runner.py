@@ -166,7 +166,7 @@ class _Runner:
     def fit(self, job: _Job, test: Features | None = None) -> None:
         """Selects and fits one classifier. Oracles are selected on ``test``."""
         path = self.work_dir / 'runs' / f'{job.name}.json'
-        self.bar.set_postfix_str(job.name)
+        self.bar.set_postfix_str(job.name, refresh=False)
         if path.is_file():
             self.bar.update()
             return

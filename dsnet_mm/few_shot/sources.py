@@ -160,7 +160,8 @@ class FeatureSource:
         self.file: FeatureFile = read_feature_file(config.features)
         self.class_names = self.file.class_names
         about = self.file.about
-        self.title = f'{Path(config.features).stem}, {about.get("model", "features")}'
+        model = Path(about.get('model', 'features')).name.removesuffix('.json')
+        self.title = f'{Path(config.features).stem}, {model}'
         self.prompts = json.loads(about.get('prompts', '[]'))
         self.preprocessing = about.get('preprocessing', 'clip')
         self.made_by = {

@@ -12,6 +12,7 @@ from dsnet_mm import __version__
 from dsnet_mm.files import write_atomic
 
 from .config import FewShotConfig
+from .methods import METHODS
 from .sources import Source
 
 
@@ -32,8 +33,9 @@ def claim_work_dir(
 ) -> FewShotConfig:
     """Prepares the folder of a new run, or checks that of a run to be continued.
 
-    ``run.json`` describes the run: options, class names, prompts, versions, and hashes
-    of the data and weights. Methods, shots and seeds are added to those of the run.
+    ``run.json`` describes the run: options, class names, prompts, recipes of the
+    methods, versions, and hashes of the data and weights. Methods, shots and seeds are
+    added to those of the run.
 
     Args:
         work_dir: Folder of the results.
@@ -63,6 +65,7 @@ def claim_work_dir(
         'title': source.title,
         'class_names': list(source.class_names),
         'prompts': list(source.prompts),
+        'recipes': _recipes(wanted),
         'versions': {
             'dsnet_mm': __version__,
             'commit': _commit(),
@@ -72,6 +75,16 @@ def claim_work_dir(
     }
     write_atomic(about, json.dumps(description, indent=2))
     return FewShotConfig(**wanted)
+
+
+def _recipes(config: dict) -> dict[str, list]:
+    """Returns the hyper-parameters of the methods of a run, and what they may be."""
+    recipes = {
+        name: [dict(m.defaults), dict(m.grid), dict(m.late_grid)]
+        for name in (*config['methods'], *config['oracle'])
+        for m in [METHODS[name]]
+    }
+    return json.loads(json.dumps(recipes))
 
 
 def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
@@ -107,7 +120,15 @@ def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
     for key in ('shots', 'seeds'):
         grown[key].sort()
     overrides = {**known['overrides'], **wanted['overrides']}
-    return {**wanted, **grown, 'overrides': overrides}
+    merged = {**wanted, **grown, 'overrides': overrides}
+    recipes = _recipes(merged)
+    changed = [k for k, recipe in found['recipes'].items() if recipes[k] != recipe]
+    if changed:
+        raise FileExistsError(
+            f'{work_dir} contains a run of another version of this package, with other '
+            f'hyper-parameters of {", ".join(changed)}; choose another folder.'
+        )
+    return merged
 
 
 def _commit() -> str | None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dsnet_mm.few_shot import (
+    METHODS,
     FeatureCache,
     FewShotConfig,
     load_classifier,
@@ -134,7 +135,7 @@ def test_methods_shots_and_seeds_are_added_to_a_run(config, tmp_path):
     assert run(first, work_dir, quiet=True) == records
 
 
-def test_folder_of_another_run(config, tmp_path):
+def test_folder_of_another_run(config, tmp_path, monkeypatch):
     small = replace(
         config, methods=('clip_adapter',), oracle=(), shots=(1,), seeds=(1,)
     )
@@ -148,6 +149,10 @@ def test_folder_of_another_run(config, tmp_path):
     ):
         with pytest.raises(FileExistsError, match=f'another run, with other {what}'):
             run(replace(small, **change), tmp_path / 'run', quiet=True)
+    changed = replace(METHODS['clip_adapter'], defaults=dict(alpha=0.9))
+    monkeypatch.setitem(METHODS, 'clip_adapter', changed)
+    with pytest.raises(FileExistsError, match='other hyper-parameters of clip_adapter'):
+        run(small, tmp_path / 'run', quiet=True)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'thesis.tex').touch()
     with pytest.raises(FileExistsError, match='not a few-shot run'):
@@ -298,38 +303,43 @@ def tool(monkeypatch):
 
 
 def test_command_line_and_code_of_the_docs(
-    tool, config, picture_folder, tmp_path, capsys
+    tool, config, picture_folder, tmp_path, capsys, monkeypatch
 ):
-    work_dir = tmp_path / 'run'
+    """The paths in README and docs are those that the command above them writes."""
+    monkeypatch.chdir(tmp_path)
+    Path('my_pictures').symlink_to(picture_folder)
+    Path('picture.jpg').symlink_to(picture_folder / 'red' / '0.png')
     command = [
-        *('run', '--dataset', config.dataset, '--model', config.model),
+        *('run', '--dataset', 'my_pictures', '--model', config.model),
         *('--pretrained', config.pretrained, '--methods', 'clip_adapter'),
-        *('--shots', '4', '--work-dir', work_dir),
-        *('--cfg-options', 'views=0', f'cache_dir={tmp_path / "cache"}', '--seeds'),
+        *('--shots', '4', '--seeds', '1', '--cfg-options', 'views=0'),
+        *(f'overrides.clip_adapter.{x}' for x in ('alpha=0.4', 'lr=0.01')),
     ]
-    tool(*command, '1')
-    assert 'CLIP-Adapter' in capsys.readouterr().out
+    tool(*command)
+    printed = capsys.readouterr().out
+    assert 'CLIP-Adapter' in printed
+    (named,) = re.findall(r'few_shot.py predict (\S+) PICTURES', printed)
+    assert Path(named).is_file()
     with pytest.raises(SystemExit) as stopped:
-        tool(*command, '1', '--selection', 'fixed')
+        tool(*command, '--selection', 'fixed')
     assert stopped.value.code == (
-        f'error: {work_dir} contains another run, with other selection; choose another '
-        f'folder.'
+        'error: work_dirs/few_shot_my_pictures contains another run, with other '
+        'selection; choose another folder.'
     )
 
-    docs = (ROOT / 'docs' / 'clip_adapter.md').read_text()
-    (snippet,) = re.findall(r'```python\n(from [^`]*load_classifier.*?)```', docs, re.S)
-    assert len(snippet.strip().splitlines()) <= 10
-    file = work_dir / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
-    assert file.stat().st_size < 50_000
-    for suffix, path in (('safetensors', file), ('jpg', picture_folder / 'red/0.png')):
-        snippet = re.sub(rf"'[^']*\.{suffix}'", repr(str(path)), snippet)
-    capsys.readouterr()
-    exec(snippet, {})
-    printed = capsys.readouterr().out
-    classifier = load_classifier(file)
-    (probabilities,) = classifier([picture_folder / 'red' / '0.png'])
+    file = 'work_dirs/few_shot_my_pictures/classifiers/clip_adapter_4shot_seed1'
+    classifier = load_classifier(f'{file}.safetensors')
+    (probabilities,) = classifier(['picture.jpg'])
     best = classifier.class_names[probabilities.argmax()]
-    assert printed == f'{best} {round(probabilities.max().item(), 3)}\n'
+    for name in ('README.md', 'docs/clip_adapter.md'):
+        text = (ROOT / name).read_text()
+        pattern = r'--shots 1 4 16\n.*?```python\n(from [^`]*load_classifier.*?)```'
+        (snippet,) = re.findall(pattern, text, re.S)
+        assert len(snippet.strip().splitlines()) <= 10
+        capsys.readouterr()
+        exec(snippet.replace('16shot', '4shot'), {})
+        printed = capsys.readouterr().out
+        assert printed == f'{best} {round(probabilities.max().item(), 3)}\n'
 
 
 def test_doctor_command(tool, picture_folder, tmp_path):

@@ -201,6 +201,26 @@ def test_released_clip_adapter():
         torch.testing.assert_close(moved, expected - w, rtol=1e-3, atol=1e-7)
 
 
+def test_default_clip_adapter():
+    """A step of AdamW on the paper's network, kept close to zero-shot."""
+    data, method = replace_float(make_data()), METHODS['clip_adapter']
+    options = {**method.defaults, 'batch_size': None}
+    start = method.fit(data, **{**options, 'iterations': 0}).double()
+    w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
+    w1.requires_grad_(), w2.requires_grad_()
+    f, t = data.train.features[0].double(), data.text_features.double()
+    mixed = 0.2 * (f @ w1.t()).relu() @ w2.t() + 0.8 * f
+    unit = mixed / mixed.norm(dim=1, keepdim=True)
+    moved = (unit - f / f.norm(dim=1, keepdim=True)).square().sum(1).mean()
+    loss = F.cross_entropy(SCALE * unit @ t.t(), data.train.labels)
+    (loss + method.defaults['keep'] * moved).backward()
+    step = method.fit(data, **{**options, 'iterations': 1}).double()
+    for i, w in ((0, w1), (2, w2)):
+        expected = -1e-3 * (w.grad / (w.grad.abs() + 1e-8) + 0.01 * w)
+        moved = step.visual_adapter[i].weight - w
+        torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-6)
+
+
 def replace_float(data):
     return replace(
         data,

@@ -16,6 +16,7 @@ import torch
 
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import OpenCLIPEncoder
+from dsnet_mm.models.backbones.clip_loading import fetching
 from dsnet_mm.models.backbones.open_clip_encoder import check_model
 
 FAMILIES = {
@@ -49,7 +50,8 @@ def build(name: str) -> tuple[str, str]:
         What its towers do, and what the encoder does.
     """
     try:
-        model = open_clip.create_model(name, pretrained_text=False).eval()
+        with fetching(False):
+            model = open_clip.create_model(name, pretrained_text=False).eval()
         size = model.visual.image_size
         size = size if isinstance(size, tuple) else (size, size)
         length = getattr(model, 'context_length', None) or model.text.context_length
@@ -74,7 +76,12 @@ def build(name: str) -> tuple[str, str]:
 
 
 def shorten(error: Exception) -> str:
-    return ' '.join(str(error).split()).split('(')[0].split(';')[0].strip(' .')[:160]
+    text = ' '.join(str(error).split())
+    if 'tokenizer of' in text:
+        return 'its tokenizer is a file of the hub'
+    if 'huggingface.co' in text or 'not on this machine' in text:
+        return 'its text tower is described by a file of the hub'
+    return text.split('(')[0].split(';')[0].strip(' .')[:160]
 
 
 def preprocessing(model: str, tag: str) -> str:
@@ -115,9 +122,9 @@ def main() -> None:
             refused.append(f'| `{model}` | `{tag}` | {str(error).split(", but")[-1]} |')
     lines += [
         '',
-        f'Of the {len(pairs)} pairs of a model and a tag of weights, {len(refused)} are '
-        f'refused, because the model has another kind of GELU than the weights were '
-        f'trained with:',
+        f'Of the {len(pairs)} pairs of a model and a tag of weights, {len(refused)} '
+        f'are refused, because the model has another kind of GELU than the weights '
+        f'were trained with:',
         '',
         '| model | weights | why |',
         '|---|---|---|',
