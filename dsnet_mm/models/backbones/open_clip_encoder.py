@@ -381,6 +381,10 @@ def check_model(name: str, pretrained: str | None) -> None:
                 f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
                 f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
             )
+        if other not in open_clip.list_models():
+            # roberta-ViT-B-32 and its only weights were published together, and the
+            # tag lacks the QuickGELU of the configuration.
+            return
         trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
     has_quick = bool(config.get('quick_gelu', False))
     if trained_quick not in (None, has_quick):
