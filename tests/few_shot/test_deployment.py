@@ -79,6 +79,15 @@ def test_file_of_each_kind_in_batches(encoder, picture_folder, tmp_path, name):
     assert deployed([]).shape == (0, 3)
 
 
+def test_classifier_of_features_from_elsewhere(encoder, tiny_clip, tmp_path, caplog):
+    file = tmp_path / 'elsewhere.safetensors'
+    made_by = {'model': tiny_clip['model'], 'pretrained': None, 'identity': None}
+    save_classifier(file, classifiers(encoder)['cosine'], made_by, NAMES, 'clip')
+    deployed = load_classifier(file, pretrained=tiny_clip['pretrained'])
+    assert deployed.encoder.digest() == encoder.digest()
+    assert 'cannot be checked' in caplog.text
+
+
 # --- predict ----------------------------------------------------------------------
 
 
