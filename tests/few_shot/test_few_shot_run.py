@@ -19,7 +19,6 @@ from dsnet_mm.few_shot import (
     FewShotConfig,
     load_classifier,
     run,
-    transfer,
 )
 from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.choice import choose
@@ -104,28 +103,6 @@ def test_interrupted_run_continues(config, tmp_path, monkeypatch):
     calls.clear()
     assert run(config, work_dir, quiet=True) == records
     assert not calls
-
-
-def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_path):
-
-    small = replace(config, methods=('clip_adapter',), oracle=(), shots=(4,))
-    (_, first, *_) = run(small, tmp_path / 'run', quiet=True)
-    file = tmp_path / 'run' / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
-    options = dict(cache_dir=tmp_path / 'cache', encoder=encoder)
-    same = transfer(file, picture_folder, **options)
-    assert same.accuracy == pytest.approx(first['test']['accuracy'])
-
-    for name in ('red', 'blue'):
-        shutil.copytree(picture_folder / name, tmp_path / 'two' / name)
-    test = load_task(tmp_path / 'two').split['test']
-    features = FeatureCache(tmp_path / 'cache', encoder).images(test)
-    logits = load_classifier(file, encoder).classifier(features.features[0])
-    expected = (logits[:, [0, 2]].argmax(1) == features.labels).float().mean()
-    two = transfer(file, tmp_path / 'two', **options)
-    assert two.accuracy == pytest.approx(100 * expected.item())
-    (tmp_path / 'two' / 'blue').rename(tmp_path / 'two' / 'mauve')
-    with pytest.raises(ValueError, match=r"does not know 1 of .* such as 'mauve'"):
-        transfer(file, tmp_path / 'two', **options)
 
 
 def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
