@@ -1,6 +1,7 @@
 """Saving, loading and use of classifiers."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from .methods.linear_probe import LinearClassifier
 from .methods.proker import ProKeR
 from .methods.tip_adapter import TipAdapter
 from .methods.zero_shot import CosineClassifier
+
+logger = logging.getLogger(__name__)
 
 
 def save_classifier(
@@ -273,16 +276,23 @@ def _named_encoder(
 ) -> OpenCLIPEncoder:
     """Loads the encoder that a classifier file names, or its replacement."""
     named, weights = about['model'], pretrained or about['pretrained']
-    if model is None and named is None:
-        raise ValueError(
-            f'{path} does not name its encoder, because it was fitted to features from '
-            f'elsewhere; name it with --model and --pretrained (model, pretrained).'
+    if about['identity'] is None:
+        if (model or named) is None or weights is None:
+            raise ValueError(
+                f'{path} does not name its encoder, because it was fitted to features '
+                f'from elsewhere; name it with --model and --pretrained (model, '
+                f'pretrained).'
+            )
+        logger.warning(
+            '%s was fitted to features from elsewhere, so it cannot be checked that '
+            'they are those of %s with the weights %s.',
+            *(path, model or named, weights),
         )
-    is_own = model is None and named.startswith('model-')
-    if is_own or (model is None and named.endswith('.json')):
-        model = about['identity']['config']  # the JSON file is not needed
-    elif model is None:
+    if model is None:
         model = named
+        own = named.endswith('.json') or named.startswith('model-')
+        if own and about['identity'] is not None:
+            model = about['identity']['config']  # the JSON file is not needed
     if weights and Path(weights).is_absolute() and not Path(weights).is_file():
         raise FileNotFoundError(
             f'{path} needs the weights {weights}, which are not there; name their file '

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -86,7 +87,7 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(
             f'exporting to ONNX needs a library ({error}): '
-            f"pip install 'dsnet_mm[onnx]'."
+            f"pip install 'dsnet_mm[export]'."
         ) from error
     check_new(path)
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
@@ -95,7 +96,12 @@ def export_onnx(
     pixels = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     weights = sum(p.numel() * p.element_size() for p in model.clip.visual.parameters())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
+    with (
+        TemporaryDirectory(dir=path.parent) as folder,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter('ignore', FutureWarning)  # of torch about itself
         file = Path(folder) / path.name
         try:
             program = torch.onnx.export(

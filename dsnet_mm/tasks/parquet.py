@@ -69,7 +69,7 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(
-            f'reading {files[0]} needs pyarrow: pip install pyarrow.'
+            f"reading {files[0]} needs pyarrow: pip install 'dsnet_mm[parquet]'."
         ) from error
     rows: list[tuple[str, str, object]] = []  # part, path, label
     names: list[str] | None = None

@@ -128,7 +128,7 @@ def count_other_files(folder: Path) -> str:
     suffixes = Counter(
         path.suffix.lower() or 'without suffix'
         for path in folder.rglob('*')
-        if path.is_file() and not is_picture(path) and not path.name.startswith('.')
+        if not (is_picture(path) or path.name.startswith('.')) and path.is_file()
     )
     return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common())
 

@@ -146,6 +146,23 @@ def test_file_has_the_preprocessing_of_the_tags(tmp_path, encoder, monkeypatch):
     assert clip_loading._preprocessing_of_tags('ViT-L-14') is None, 'they differ'
 
 
+def test_refused_pairs_name_a_model_that_has_the_weights():
+    import open_clip
+
+    from dsnet_mm.models.backbones.open_clip_encoder import check_model
+
+    check_model('roberta-ViT-B-32', 'laion2b_s12b_b32k')
+    refused = 0
+    for model, tag in open_clip.list_pretrained():
+        try:
+            check_model(model, tag)
+        except ValueError as error:
+            advice = str(error).split("use model='")[1].removesuffix("'.")
+            check_model(advice, tag)
+            refused += 1
+    assert refused > 20
+
+
 def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     class AskedError(BaseException):
         """No library catches it."""

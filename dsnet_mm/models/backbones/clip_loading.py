@@ -59,7 +59,7 @@ def load_towers(
     what = f'the weights {pretrained!r} of {name!r}' if pretrained else repr(name)
     archive = file is not None and _is_torchscript(file)
     try:
-        with _fetching(download), _quiet(archive or pretrained is None or not download):
+        with fetching(download), _quiet(archive or pretrained is None or not download):
             model = open_clip.create_model(
                 name,
                 None if archive else pretrained,
@@ -142,7 +142,7 @@ def _preprocessing_of_tags(name: str) -> dict[str, object] | None:
 
 
 @contextmanager
-def _fetching(allowed: bool) -> Iterator[None]:
+def fetching(allowed: bool) -> Iterator[None]:
     """Forbids open_clip and transformers to fetch files, unless ``allowed``."""
     if allowed:
         yield

@@ -85,7 +85,7 @@ class OpenCLIPEncoder(BaseModule):
         self.model_name = name if isinstance(model, dict) else str(model)
         self.pretrained = pretrained
         if not name.startswith(('hf-hub:', 'local-dir:')):
-            _check_model(name, pretrained)
+            check_model(name, pretrained)
         self.clip, self.tokenizer = load_towers(name, pretrained, download)
         self.config = open_clip.get_model_config(name)
         self.requires_grad_(False)
@@ -361,7 +361,7 @@ def _model_config(name: str) -> dict:
     return config
 
 
-def _check_model(name: str, pretrained: str | None) -> None:
+def check_model(name: str, pretrained: str | None) -> None:
     """Refuses unknown models, and weights trained with another kind of GELU."""
     config = _model_config(name)
     if pretrained is None:
@@ -381,6 +381,10 @@ def _check_model(name: str, pretrained: str | None) -> None:
                 f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
                 f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
             )
+        if other not in open_clip.list_models():
+            # roberta-ViT-B-32 and its only weights were published together, and the
+            # tag lacks the QuickGELU of the configuration.
+            return
         trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
     has_quick = bool(config.get('quick_gelu', False))
     if trained_quick not in (None, has_quick):
