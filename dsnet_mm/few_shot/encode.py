@@ -1,13 +1,14 @@
 """Encoding of a data set into a file of features, by one or several processes."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
-from dsnet_mm.datasets.feature_file import FeatureFile
-from dsnet_mm.datasets.features import FeatureCache
+from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
+from dsnet_mm.datasets.features import FeatureCache, picture_keys
 from dsnet_mm.models.backbones import OpenCLIPEncoder
-from dsnet_mm.tasks import load_task
+from dsnet_mm.tasks import FewShotTask, load_task
 
 from .config import FewShotConfig
 from .sources import collect_draws, encode_parts, refuse_copies
@@ -27,7 +28,7 @@ def encode(
 
     Each process encodes its share into the cache. The process that finds everything
     there writes the file. A call with the same arguments continues an interrupted one,
-    with any number of processes.
+    with any number of processes. If the file is complete, nothing is done.
 
     Args:
         config: Data set, encoder and options of the features.
@@ -42,13 +43,11 @@ def encode(
         file is written.
 
     Raises:
-        FileExistsError: If the file exists.
+        FileExistsError: If the file exists and has other content.
         FileNotFoundError: If a picture or the weights are missing.
         ValueError: If the data set has too few pictures, a picture cannot be read, or a
             test picture is also a training or validation picture.
     """
-    if Path(out).exists():
-        raise FileExistsError(f'{out} exists; choose another file, or remove it.')
     task = load_task(config.dataset, config.data_root, config.prompts)
     if not task.split['train']:
         raise ValueError(f'{task.name} has no training pictures.')
@@ -67,6 +66,24 @@ def encode(
         on_bad_image=config.on_bad_image,
         quiet=quiet,
     )
+    about = {
+        'dataset': task.name,
+        'model': str(config.model),
+        'pretrained': config.pretrained or '',
+        'identity': json.dumps(encoder.identity()),
+        'preprocessing': config.preprocessing,
+        'prompts': json.dumps(list(task.prompts)),
+        'views': str(views),
+        'crop_scale': json.dumps(config.crop_scale),
+        'shots': json.dumps(shots),
+        'pictures': _hash_pictures(task),
+    }
+    if Path(out).exists():
+        if read_feature_file(out).about != about:
+            raise FileExistsError(
+                f'{out} exists, with other content; choose another file, or remove it.'
+            )
+        return 0
     parts = {'train': train, 'val': val, 'test': task.split['test']}
     encode_parts(cache, parts, views, share)
     missing = sum(
@@ -86,17 +103,14 @@ def encode(
         {k: cache.images(items, views) for k, items in draws.items()},
         cache.images(val) if val else None,
         cache.images(task.split['test']),
-        {
-            'dataset': task.name,
-            'model': str(config.model),
-            'pretrained': config.pretrained or '',
-            'identity': json.dumps(encoder.identity()),
-            'preprocessing': config.preprocessing,
-            'prompts': json.dumps(list(task.prompts)),
-            'views': str(views),
-        },
+        about,
     ).write(out)
     return 0
+
+
+def _hash_pictures(task: FewShotTask) -> str:
+    keys = {part: picture_keys(items) for part, items in task.split.items()}
+    return hashlib.sha256(json.dumps([keys, task.class_names]).encode()).hexdigest()
 
 
 def share_of_torchrun() -> tuple[int, int]:

@@ -168,7 +168,7 @@ def _describe(records: list[dict], about: dict) -> str:
 
 def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
     """Returns what a reader of the first table must know."""
-    notes = []
+    notes = list(about['notes'])
     selection = about['config']['selection']
     if selection != 'fixed' and any(
         'fixed' in cell.selections for cell in cells if cell.shots

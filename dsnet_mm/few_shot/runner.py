@@ -91,6 +91,8 @@ def run(
     ]
     draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
     with _log_to(work_dir / 'run.log'):
+        for note in source.notes:
+            logger.warning(note)
         plain = config.selection == 'cv'
         source.encode(draws, plain)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
@@ -123,8 +125,8 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         if METHODS[name].needs_encoder and config.features is not None
     ]
     if left_out:
-        logger.warning(
-            'left out, because they need the encoder: %s.', ', '.join(left_out)
+        source.notes.append(
+            f'Left out, because they need the encoder: {", ".join(left_out)}.'
         )
     return (
         replace(

@@ -56,6 +56,7 @@ class PictureSource:
         made_by: The encoder, as :func:`save_classifier` takes it.
         preprocessing: One of ``PREPROCESSINGS``.
         shots: Numbers of shots of the run.
+        notes: What is left out of the run, and why, in sentences.
         has_val: Whether there are validation pictures.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
         text_features: Text features (K, D).
@@ -63,7 +64,7 @@ class PictureSource:
     """
 
     def __init__(self, config: FewShotConfig, quiet: bool = False) -> None:
-        self.config, self.quiet = config, quiet
+        self.config, self.quiet, self.notes = config, quiet, []
         self.task = load_task(config.dataset, config.data_root, config.prompts)
         if not self.task.split['train']:
             raise ValueError(
@@ -104,6 +105,7 @@ class PictureSource:
             'split': _hash_split(self.task),
             'class names': _hash(self.class_names),
             'weights': self.encoder.digest(),
+            'model': _hash({**self.encoder.identity(), 'weights': None}),
         }
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
@@ -156,7 +158,7 @@ class FeatureSource:
     encoder = None
 
     def __init__(self, config: FewShotConfig) -> None:
-        self.config = config
+        self.config, self.notes = config, []
         self.file: FeatureFile = read_feature_file(config.features)
         self.class_names = self.file.class_names
         about = self.file.about
@@ -272,8 +274,8 @@ class FeatureSource:
             )
             if not possible:
                 raise ValueError(message)
-            logger.warning(
-                '%s Only %s are run.', message, ', '.join(map(str, possible))
+            self.notes.append(
+                f'{message} Only {", ".join(map(str, possible))} are run.'
             )
         return possible
 

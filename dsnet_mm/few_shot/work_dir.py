@@ -63,6 +63,7 @@ def claim_work_dir(
         'config': wanted,
         'data': source.fingerprint,
         'title': source.title,
+        'notes': source.notes,
         'class_names': list(source.class_names),
         'prompts': list(source.prompts),
         'recipes': _recipes(wanted),

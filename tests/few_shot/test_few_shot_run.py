@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dsnet_mm.datasets import sample_few_shot
 from dsnet_mm.few_shot import (
     METHODS,
     FeatureCache,
@@ -23,6 +24,7 @@ from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.choice import choose
 from dsnet_mm.few_shot.deployment import read_classifier
 from dsnet_mm.few_shot.report import half_interval, holm, write_report
+from dsnet_mm.few_shot.selection import _folds
 from dsnet_mm.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,6 +267,34 @@ def test_holm():
     corrected = holm([0.01, nan, 0.04, 0.03])
     assert corrected[:1] + corrected[2:] == pytest.approx([0.03, 0.06, 0.06])
     assert corrected[1] != corrected[1]
+
+
+def test_what_selection_is_given(config, encoder, tmp_path, monkeypatch):
+    select, given = runner_module.select, []
+    monkeypatch.setattr(
+        runner_module, 'select', lambda *a: given.append(a) or select(*a)
+    )
+    config = replace(
+        config,
+        methods=('tip_adapter',),
+        oracle=(),
+        shots=(4,),
+        seeds=(3, 5),
+        selection='cv',
+    )
+    records = run(config, tmp_path / 'run', quiet=True)
+    assert [r['selection'] for r in records] == ['fixed', 'cv', 'cv']
+    _, third, fifth = (data for _, data, *_ in given)
+    assert (third.seed, fifth.seed) == (3, 5)
+    items = sample_few_shot(load_task(config.dataset).split, 4, 5)['train']
+    plain = FeatureCache(config.cache_dir, encoder).images(items)
+    assert torch.equal(fifth.plain.features, plain.features)
+    assert len(fifth.train.features) == 2, 'augmented views'
+    known = {row.numpy().tobytes() for row in plain.features[0]}
+    for part, held_out in _folds(fifth, 4):
+        rows = {row.numpy().tobytes() for row in held_out.features[0]}
+        assert rows <= known, 'prepared as test pictures are'
+        assert not rows & {row.numpy().tobytes() for row in part.plain.features[0]}
 
 
 def test_too_many_shots_fail_before_anything_is_written(config, tmp_path):
