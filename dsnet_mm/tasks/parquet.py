@@ -37,11 +37,12 @@ def read_parquet(files: Sequence[Path], name: str) -> Split:
         name: Name of the data set.
 
     Returns:
-        The split, or ``'all'`` if not both train and test are named.
+        The split, or ``'all'`` if there is only one part.
 
     Raises:
         ImportError: If pyarrow is not installed.
-        ValueError: If a file is no such table.
+        ValueError: If a file is no such table, or there are several parts, but not
+            both train and test.
     """
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
@@ -57,9 +58,15 @@ def read_parquet(files: Sequence[Path], name: str) -> Split:
         part: [(str(folder / path), label, cls) for path, label, cls in items]
         for part, items in read_split(folder / 'split.json').items()
     }
-    if split['train'] and split['test']:
-        return split
-    return {'all': [item for items in split.values() for item in items]}
+    parts = [part for part, items in split.items() if items]
+    if len(parts) == 1:
+        return {'all': split[parts[0]]}
+    if not {'train', 'test'} <= set(parts):
+        raise ValueError(
+            f'{files[0]} and the files beside it are of {" and ".join(parts)}; name '
+            f'train and test, or put all into one part to have them split.'
+        )
+    return split
 
 
 def _unpack(files: Sequence[Path], folder: Path) -> None:
@@ -97,9 +104,8 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
                             f'{file}: row {count} of the column image holds no bytes '
                             f'of a picture; save the data set with its pictures.'
                         )
-                    suffix = Path(
-                        (image.get('path') if isinstance(image, dict) else '') or ''
-                    ).suffix
+                    named = image.get('path') if isinstance(image, dict) else None
+                    suffix = Path(named or '').suffix
                     path = f'{part}/{number:04d}_{count:07d}{suffix}'
                     (folder / path).write_bytes(content)
                     rows.append((part, path, label))

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dsnet_mm.datasets.pictures import open_picture
-from dsnet_mm.few_shot import load_classifier, save_classifier
+from dsnet_mm.few_shot import FeatureCache, load_classifier, save_classifier
 from dsnet_mm.few_shot.methods.linear_probe import LinearClassifier
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
@@ -216,6 +216,25 @@ def test_csv_with_byte_order_mark_and_upper_case_suffix(tmp_path):
     assert load_task(tmp_path / 'LIST.CSV').class_names == ('a', 'b')
     (tmp_path / 'metadata.csv').write_text('\n'.join(['file_name,label', *rows]))
     assert load_task(tmp_path / 'metadata.csv').class_names == ('a', 'b')
+
+
+def test_folder_in_the_place_of_a_cache_file(encoder, tmp_path):
+    cache = FeatureCache(tmp_path / 'cache', encoder, quiet=True)
+    picture = folder_of(tmp_path / 'mine', {'a': 1}) / 'a' / '0.png'
+    items = [(str(picture), 0, 'a')]
+    features = cache.images(items)
+    cache.texts(['a', 'b'], ['{}'])
+    for file in list((tmp_path / 'cache').rglob('*.safetensors')):
+        file.unlink()
+        file.mkdir()
+    again = FeatureCache(tmp_path / 'cache', encoder, quiet=True)
+    with pytest.raises(FileExistsError, match=r'texts_.* is a folder') as error:
+        again.texts(['a', 'b'], ['{}'])
+    one_sentence(error)
+    with pytest.raises(FileExistsError, match=r'images_.* is a folder') as error:
+        again.images(items)
+    one_sentence(error)
+    assert len(features) == 1
 
 
 # --- Weights ----------------------------------------------------------------------

@@ -402,6 +402,11 @@ def test_parquet_of_the_datasets_library(tmp_path, monkeypatch):
         assert picture.getpixel((0, 0)) == (255, 0, 0)
     monkeypatch.setattr('dsnet_mm.tasks.parquet._unpack', None)
     assert load_task('set') == task, 'the pictures are unpacked once'
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    Path('set/data/test-00000-of-00001.parquet').unlink()
+    with pytest.raises(ValueError, match=r'\.parquet .* are of train and val; name'):
+        load_task('set')
 
 
 def test_parquet_without_split_and_with_names_as_labels(tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ def call(args: argparse.Namespace) -> None:
     result = transfer(classifier, args.dataset, args.data_root, args.cache_dir)
     name = f'test_{Path(args.classifier).stem}_{result.dataset}'
     out = Path(args.out or Path('work_dirs') / name)
-    console = Console()
-    console.print(Markdown(write_transfer(out, args.classifier, result)))
-    console.print(f'{out}/test.md, test.json, confusion.png')
+    Console().print(Markdown(write_transfer(out, args.classifier, result)))
+    print(
+        f'{result.score.accuracy:.2f} % of {result.pictures} pictures are right; see '
+        f'{out}/test.md, test.json, confusion.png'
+    )

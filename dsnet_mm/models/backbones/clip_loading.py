@@ -59,7 +59,7 @@ def load_towers(
     what = f'the weights {pretrained!r} of {name!r}' if pretrained else repr(name)
     archive = file is not None and _is_torchscript(file)
     try:
-        with fetching(download), _quiet(archive or pretrained is None or not download):
+        with fetching(download), _quiet(archive or not download):
             model = open_clip.create_model(
                 name,
                 None if archive else pretrained,
