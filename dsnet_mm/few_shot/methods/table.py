@@ -54,16 +54,16 @@ METHODS: dict[str, Method] = {
     'linear_probe_zs': Method(
         'ZS-LP',
         fit_linear_probe_zs,
-        _CLAP,
-        dict(lr=(0.1, 0.001)),
+        dict(_CLAP, length=1.0),
+        dict(length=(1.0, 10.0)),
         source='code of CLAP, but from text features of unit norm, and with 10 views '
         'instead of 20',
     ),
     'clap': Method(
         'CLAP',
         fit_clap,
-        _CLAP,
-        dict(lr=(0.1, 0.001)),
+        dict(_CLAP, length=1.0),
+        dict(length=(1.0, 10.0)),
         source='as ZS-LP',
     ),
     'lp++': Method(
