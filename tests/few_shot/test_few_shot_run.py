@@ -124,6 +124,8 @@ def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
         run(replace(config, on_bad_image='error'), tmp_path / 'run', quiet=True)
     (record,) = run(config, tmp_path / 'run', quiet=True)
     assert record['test']['pictures'] == 24
+    text = write_report(tmp_path / 'run', [record])
+    assert f'| Zero-shot CLIP | {record["test"]["accuracy"]:.2f} |\n' in text
     log = (tmp_path / 'run' / 'run.log').read_text()
     assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
