@@ -1,6 +1,7 @@
 """``tools/few_shot.py test``: a classifier on another data set."""
 
 import argparse
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -40,3 +41,12 @@ def call(args: argparse.Namespace) -> None:
         f'{result.score.accuracy:.2f} % of {result.pictures} pictures are right; see '
         f'{out}/test.md, test.json, confusion.png'
     )
+    run = Path(args.classifier).resolve().parent.parent / 'run.json'
+    if run.is_file():
+        config = json.loads(run.read_text(encoding='utf-8'))['config']
+        if Path(config['dataset'] or '').stem == Path(args.dataset).resolve().stem:
+            print(
+                f'The run of this classifier has a data set of the same name. If it is '
+                f'this one, and has no test part of its own, training pictures are '
+                f'among those tested; {run.parent}/results.md is without them.'
+            )
