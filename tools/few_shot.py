@@ -35,7 +35,7 @@ def main() -> None:
     logging.basicConfig(format='%(message)s')
     try:
         args.call(args)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f'error: {error}')
 
 

@@ -122,12 +122,11 @@ def table(records: list[dict], about: dict) -> str:
     shots = sorted({cell.shots for cell in cells.values()} - {0})
     labels = list(dict.fromkeys(label for label, k in cells if k))
     results = [_describe(records, about), '']
+    columns = [f'{k} shot{"s" * (k > 1)}' for k in shots] or ['accuracy']
     results += [
-        '| method | ' + ' | '.join(f'{k} shot{"s" * (k > 1)}' for k in shots) + ' |',
-        '|---|' + '--:|' * len(shots),
-        f'| {zero_shot.label} | '
-        + ' | '.join([f'{zero_shot.mean:.2f}'] * len(shots))
-        + ' |',
+        f'| method | {" | ".join(columns)} |',
+        '|---|' + '--:|' * len(columns),
+        f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
     ]
     selection = about['config']['selection']
     for label in labels:

@@ -11,12 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from dsnet_mm.datasets import features as features_module
 from dsnet_mm.datasets.feature_file import read_feature_file
-from dsnet_mm.few_shot import FewShotConfig, load_classifier, run
+from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, run
 from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.sources import FeatureSource
 from tests.conftest import tool as load_tool
 
 NAMES = ['cat', 'dog', 'emu']
+# CLIP-Adapter with a short training, and nothing to select.
+CHEAP = {key: values[0] for key, values in METHODS['clip_adapter'].grid.items()} | {
+    'lr': 0.01,
+    'iterations': 5,
+}
 METADATA = {
     'class_names': json.dumps(NAMES),
     'logit_scale': '100',
@@ -58,7 +63,7 @@ def tool(monkeypatch):
 def test_run_from_a_file(tool, file, tmp_path, capsys):
     work_dir = tmp_path / 'run'
     methods = ('--methods', 'tip_adapter', 'coop', 'clip_adapter')
-    nested = [f'overrides.clip_adapter.{x}' for x in ('lr=0.01', 'iterations=5')]
+    nested = [f'overrides.clip_adapter.{k}={v}' for k, v in CHEAP.items()]
     options = ('--cfg-options', *nested)
     shots = ('--shots', 1, 4, 8)
     tool('run', '--features', file, '--work-dir', work_dir, *methods, *shots, *options)
@@ -73,7 +78,11 @@ def test_run_from_a_file(tool, file, tmp_path, capsys):
         (work_dir / 'runs' / 'clip_adapter_4shot_seed2.json').read_text()
     )
     assert (record['method'], record['shots'], record['seed']) == ('clip_adapter', 4, 2)
-    assert record['selection'] == 'val' and record['options']['lr'] == 0.01
+    assert record['selection'] == 'fixed' and record['options']['lr'] == 0.01
+    record = json.loads(
+        (work_dir / 'runs' / 'tip_adapter_4shot_seed2.json').read_text()
+    )
+    assert record['selection'] == 'val'
     tensors = load_file(file)
     logits = tensors['test_features'].float() @ tensors['text_features'].t()
     right = (logits.argmax(1) == tensors['test_labels']).float().mean().item()
@@ -91,7 +100,8 @@ def test_run_from_a_file(tool, file, tmp_path, capsys):
     assert 'At 4 shots the file has no other pictures to draw' in text
     printed = capsys.readouterr().out
     (command,) = re.findall(r'tools/few_shot.py predict (\S+) PICTURES', printed)
-    with pytest.raises(ValueError, match=r'ViT-B-32 \(OpenAI\)'):
+    assert '--model MODEL --pretrained WEIGHTS of ViT-B-32 (OpenAI)' in printed
+    with pytest.raises(ValueError, match='fitted to features from elsewhere'):
         load_classifier(command)
 
 
@@ -198,7 +208,7 @@ def test_encoded_file_gives_the_results_of_the_pictures(
         methods=('tip_adapter', 'clip_adapter'),
         shots=(1, 4),
         seeds=(1, 2),
-        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, iterations=5)},
+        overrides={'clip_adapter': CHEAP},
     )
     pictures = FewShotConfig(
         dataset=str(picture_folder),

@@ -28,6 +28,11 @@ from dsnet_mm.few_shot.selection import _folds
 from dsnet_mm.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
+# CLIP-Adapter with a short training, and nothing to select.
+CHEAP = {key: values[0] for key, values in METHODS['clip_adapter'].grid.items()} | {
+    'lr': 0.01,
+    'iterations': 5,
+}
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def config(tiny_clip, picture_folder, tmp_path):
         methods=('tip_adapter', 'clip_adapter'),
         oracle=('tip_adapter',),
         shots=(1, 4),
-        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, epochs=20)},
+        overrides={'clip_adapter': CHEAP},
         views=2,
         cache_dir=str(tmp_path / 'cache'),
     )
@@ -119,6 +124,8 @@ def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
         run(replace(config, on_bad_image='error'), tmp_path / 'run', quiet=True)
     (record,) = run(config, tmp_path / 'run', quiet=True)
     assert record['test']['pictures'] == 24
+    text = write_report(tmp_path / 'run', [record])
+    assert f'| Zero-shot CLIP | {record["test"]["accuracy"]:.2f} |\n' in text
     log = (tmp_path / 'run' / 'run.log').read_text()
     assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
@@ -343,7 +350,7 @@ def test_command_line_and_code_of_the_docs(
         *('run', '--dataset', 'my_pictures', '--model', config.model),
         *('--pretrained', config.pretrained, '--methods', 'clip_adapter'),
         *('--shots', '4', '--seeds', '1', '--cfg-options', 'views=0'),
-        *(f'overrides.clip_adapter.{x}' for x in ('alpha=0.4', 'lr=0.01')),
+        *(f'overrides.clip_adapter.{key}={value}' for key, value in CHEAP.items()),
     ]
     tool(*command)
     printed = capsys.readouterr().out

@@ -1,5 +1,7 @@
 """All methods on synthetic features, and the selection of hyper-parameters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from dsnet_mm.few_shot import METHODS, load_classifier, save_classifier
 from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
 from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
 from dsnet_mm.few_shot.methods.coop import PromptLearner
+from dsnet_mm.few_shot.methods.table import method_table
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.training import num_epochs
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
@@ -79,6 +82,11 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
         )
 
 
+def test_docs_have_the_table_of_methods():
+    docs = Path(__file__).parents[2] / 'docs' / 'clip_adapter.md'
+    assert method_table() in docs.read_text(encoding='utf-8')
+
+
 def test_tip_adapter_formula(data):
     keys = F.normalize(data.train.features[0], dim=-1)
     tip = TipAdapter(keys, data.train.labels, data.text_features, 20.0, 0.7, 3.0)
@@ -109,6 +117,12 @@ def test_num_epochs():
     assert num_epochs(7, 1) == 7
     with pytest.raises(ValueError, match="must be a number, 'coop' or 'task_res'"):
         num_epochs('clap', 1)
+
+
+def test_epochs_and_iterations_exclude_each_other(data):
+    method = METHODS['clip_adapter']
+    with pytest.raises(ValueError, match='exactly one of them must be None'):
+        method.fit(data, **{**method.defaults, 'epochs': 3})
 
 
 # --- Selection --------------------------------------------------------------------

@@ -42,31 +42,33 @@ def probabilities(logits):
     return torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
 
 
+@pytest.mark.parametrize('start', [1.0, 3.0])
 @pytest.mark.parametrize('name', ['linear_probe_zs', 'clap'])
-def test_zs_lp_and_clap(name):
-    """Three steps of SGD with momentum on unit prototypes, by hand."""
+def test_zs_lp_and_clap(name, start):
+    """Three steps of SGD with momentum on the prototypes, by hand."""
     data = make_data()
-    f, y, t = F.normalize(data.train.features[0], dim=-1), data.train.labels, None
+    f, y = F.normalize(data.train.features[0], dim=-1), data.train.labels
     t = data.text_features
     one_hot = F.one_hot(y).double()
     multiplier = torch.zeros(CLASSES, dtype=torch.float64)
     if name == 'clap':
         multiplier = (probabilities(SCALE * f @ t.t()) * one_hot).sum(0) / SHOTS
-    p, speed = t.clone(), torch.zeros_like(t)
+    p, speed = start * t, torch.zeros_like(t)
     for step in range(3):
         length = p.norm(dim=1, keepdim=True)
         unit = p / length
         error = (probabilities(SCALE * f @ unit.t()) - one_hot) / len(y)
         towards = SCALE * error.t() @ f
         gradient = (towards - (towards * unit).sum(1, keepdim=True) * unit) / length
-        gradient += 2 / CLASSES * multiplier[:, None] * (p - t)
+        gradient += 2 / CLASSES * multiplier[:, None] * (p - start * t)
         speed = 0.9 * speed + gradient
         lr = 1e-5 if step == 0 else 0.1 * 0.5 * (1 + math.cos(math.pi * step / 3))
         p = p - lr * speed
     method = METHODS[name]
-    actual, x = logits_of(method.fit(data, **{**method.defaults, 'epochs': 3}))
+    options = {**method.defaults, 'epochs': 3, 'length': start}
+    actual, x = logits_of(method.fit(data, **options))
     close(actual, SCALE * x @ F.normalize(p, dim=-1).t())
-    assert method.defaults['lr'] == 0.1
+    assert (method.defaults['lr'], method.defaults['length']) == (0.1, 1.0)
     assert method.defaults['epochs'] == 300
 
 

@@ -9,6 +9,7 @@ from rich.markdown import Markdown
 
 from dsnet_mm.few_shot.choice import choose
 from dsnet_mm.few_shot.config import FewShotConfig
+from dsnet_mm.few_shot.deployment import read_classifier
 from dsnet_mm.few_shot.methods import METHODS
 from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.runner import run
@@ -81,3 +82,6 @@ def call(args: argparse.Namespace) -> None:
     # Not through rich, which would break the command into lines.
     print(f'\nThe classifier to use: {file}\nIt classifies pictures by')
     print(f'    python tools/few_shot.py predict {shlex.quote(str(file))} PICTURES')
+    encoder = read_classifier(file)[1]
+    if encoder['identity'] is None:
+        print(f'    with --model MODEL --pretrained WEIGHTS of {encoder["model"]}')

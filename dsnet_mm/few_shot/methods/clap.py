@@ -15,16 +15,17 @@ class Prototypes(nn.Module):
     ::
 
         logits = logit_scale * cos(f, P)
-        loss = cross-entropy + mean_k multiplier_k |P_k - T_k|^2
+        loss = cross-entropy + mean_k multiplier_k |P_k - length T_k|^2
 
     Source: ``AdapterMethod`` and ``forward_lp`` in ``trainers/adapters.py`` of
-    github.com/jusiro/CLAP. There the prototypes start as text features that are not
-    normalised.
+    github.com/jusiro/CLAP. There the prototypes start as what the text tower returns,
+    before it is normalised. A longer start has the effect of a smaller learning rate.
 
     Args:
         text_features: Text features T (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
         multipliers: Weights of the distances (K,), zeros for ZS-LP.
+        length: Length of the prototypes at the start.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Prototypes(nn.Module):
         text_features: Tensor,
         logit_scale: float,
         multipliers: Tensor,
+        length: float,
     ) -> None:
         super().__init__()
-        self.text_features, self.logit_scale = text_features, logit_scale
+        self.start, self.logit_scale = length * text_features, logit_scale
         self.multipliers = multipliers
-        self.prototypes = nn.Parameter(text_features.detach().clone())
+        self.prototypes = nn.Parameter(self.start.clone())
 
     def classifier(self) -> Tensor:
         """Prototypes (K, D), normalised."""
@@ -48,26 +50,26 @@ class Prototypes(nn.Module):
 
     def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, and the distance to the text features weighted by class."""
-        distance = (self.prototypes - self.text_features).square().sum(-1)
+        distance = (self.prototypes - self.start).square().sum(-1)
         penalty = (self.multipliers * distance).mean()
         return F.cross_entropy(self(image_features), labels) + penalty
 
 
-def fit_linear_probe_zs(data: FewShotData, **recipe) -> nn.Module:
+def fit_linear_probe_zs(data: FewShotData, *, length: float, **recipe) -> nn.Module:
     """Trains ZS-LP: prototypes that start as the text features, with multipliers 0."""
     multipliers = data.text_features.new_zeros(len(data.text_features))
-    model = Prototypes(data.text_features, data.logit_scale, multipliers)
+    model = Prototypes(data.text_features, data.logit_scale, multipliers, length)
     return fold_text_features(train(model, data, **recipe), data)
 
 
-def fit_clap(data: FewShotData, **recipe) -> nn.Module:
+def fit_clap(data: FewShotData, *, length: float, **recipe) -> nn.Module:
     """Trains CLAP: ZS-LP that is kept close to the text features.
 
     The multiplier of a class is the mean probability that zero-shot CLIP gives it on
     its own training pictures (``init_lagrangian_multipliers`` of the source).
     """
     multipliers = zero_shot_confidence(data)
-    model = Prototypes(data.text_features, data.logit_scale, multipliers)
+    model = Prototypes(data.text_features, data.logit_scale, multipliers, length)
     return fold_text_features(train(model, data, **recipe), data)
 
 

@@ -64,7 +64,7 @@ def train(
         optimizer: ``'SGD'``, ``'Adam'`` or ``'AdamW'``.
         lr: Learning rate.
         epochs: Number of epochs, see :func:`num_epochs`.
-        iterations: Number of batches, instead of epochs.
+        iterations: Number of batches, instead of epochs. One of the two is None.
         batch_size: Batch size, None for all pictures.
         text_batches: Whether the other half of each batch are text features.
         weight_decay: Weight decay.
@@ -77,7 +77,15 @@ def train(
 
     Returns:
         The model, in eval mode.
+
+    Raises:
+        ValueError: If both epochs and iterations are given, or neither.
     """
+    if (epochs is None) == (iterations is None):
+        raise ValueError(
+            f'epochs={epochs} and iterations={iterations}: exactly one of them must be '
+            f'None.'
+        )
     count = len(data.train)
     size = batch_size or count
     if text_batches:
