@@ -91,6 +91,50 @@ def preprocessing(model: str, tag: str) -> str:
     return f'{found.get("resize_mode")}, {found.get("interpolation")}, mean {mean}'
 
 
+def table_of_families() -> list[str]:
+    """Builds a model of each family. Returns the lines of a table."""
+    lines = ['| family | model | towers | encoder |', '|---|---|---|---|']
+    for family, name in FAMILIES.items():
+        start = time.perf_counter()
+        towers, encoder = build(name)
+        lines.append(f'| {family} | `{name}` | {towers} | {encoder} |')
+        print(f'{name}: {towers}; {encoder}; {time.perf_counter() - start:.0f} s')
+    return lines
+
+
+def table_of_pairs() -> list[str]:
+    """Checks all pairs of a model and a tag. Returns the lines of two tables."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    ways: Counter[str] = Counter()
+    pairs = open_clip.list_pretrained()
+    for model, tag in pairs:
+        try:
+            check_model(model, tag)
+            ways[preprocessing(model, tag)] += 1
+        except ValueError as error:
+            advice = str(error).rsplit('; ', 1)[-1].rstrip('.')
+            refused.setdefault((model, advice), []).append(f'`{tag}`')
+    count = sum(map(len, refused.values()))
+    return [
+        f'Of the {len(pairs)} pairs of a model and a tag of weights, {count} are '
+        f'refused, because the model has another kind of GELU than the weights were '
+        f'trained with:',
+        '',
+        '| model | weights | instead |',
+        '|---|---|---|',
+        *(
+            f'| `{m}` | {", ".join(tags)} | {why} |'
+            for (m, why), tags in refused.items()
+        ),
+        '',
+        'The others are preprocessed in these ways (resize, interpolation, mean):',
+        '',
+        '| preprocessing | pairs |',
+        '|---|--:|',
+        *(f'| {way} | {count} |' for way, count in ways.most_common()),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='Markdown file to write')
@@ -104,37 +148,9 @@ def main() -> None:
         f'encoder also needs the tokenizer. That of some families is a file of the '
         f'Hugging Face hub, which a machine with a network fetches once.',
         '',
-        '| family | model | towers | encoder |',
-        '|---|---|---|---|',
-    ]
-    for family, name in FAMILIES.items():
-        start = time.perf_counter()
-        towers, encoder = build(name)
-        lines.append(f'| {family} | `{name}` | {towers} | {encoder} |')
-        print(f'{name}: {towers}; {encoder}; {time.perf_counter() - start:.0f} s')
-    refused, ways = [], Counter()
-    pairs = open_clip.list_pretrained()
-    for model, tag in pairs:
-        try:
-            check_model(model, tag)
-            ways[preprocessing(model, tag)] += 1
-        except ValueError as error:
-            refused.append(f'| `{model}` | `{tag}` | {str(error).split(", but")[-1]} |')
-    lines += [
+        *table_of_families(),
         '',
-        f'Of the {len(pairs)} pairs of a model and a tag of weights, {len(refused)} '
-        f'are refused, because the model has another kind of GELU than the weights '
-        f'were trained with:',
-        '',
-        '| model | weights | why |',
-        '|---|---|---|',
-        *refused,
-        '',
-        'The others are preprocessed in these ways (resize, interpolation, mean):',
-        '',
-        '| preprocessing | pairs |',
-        '|---|--:|',
-        *(f'| {way} | {count} |' for way, count in ways.most_common()),
+        *table_of_pairs(),
     ]
     write_atomic(args.out, '\n'.join(lines) + '\n')
 
