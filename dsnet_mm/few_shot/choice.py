@@ -72,7 +72,7 @@ def choose(records: Sequence[dict]) -> Choice:
     return Choice(
         max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),
         f'Its method has the highest mean validation accuracy at {most} shots, '
-        f'{scores[best][0]:.2f} %, and it the highest of that method.',
+        f'{scores[best][0]:.2f} %, and this is the best of its seeds.',
     )
 
 
