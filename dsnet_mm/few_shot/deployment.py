@@ -277,7 +277,8 @@ def _named_encoder(
     """Loads the encoder that a classifier file names, or its replacement."""
     named, weights = about['model'], pretrained or about['pretrained']
     if about['identity'] is None:
-        if (model or named) is None or weights is None:
+        with_weights = str(model or named).startswith(('hf-hub:', 'local-dir:'))
+        if (model or named) is None or (weights is None and not with_weights):
             raise ValueError(
                 f'{path} does not name its encoder, because it was fitted to features '
                 f'from elsewhere; name it with --model and --pretrained (model, '
