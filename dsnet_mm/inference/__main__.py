@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('picture', type=Path, help='picture, or folder of pictures')
     parser.add_argument('--out', type=Path, required=True, help='new folder of results')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1 ... (default: a GPU, if any)')
+    parser.add_argument(
+        '--device', help='cpu, cuda, cuda:1 ... (default: a GPU, if any)'
+    )
     parser.add_argument(
         '--batch-size', type=int, default=1, help='pictures or tiles in a forward'
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -14,9 +16,10 @@ import cv2
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 
-from dsnet_mm.checkpoint import restricted_loading
 from dsnet_mm.cli.checkpoints import load_checkpoint
 from dsnet_mm.cli.config import load_config
 from dsnet_mm.environment import require
@@ -83,8 +86,8 @@ class Predictor:
     It prepares pictures and runs the network by mmdet's ``DetInferencer`` or
     mmpretrain's ``ImageClassificationInferencer``.
 
-    - A side of more than 4096 pixels is reduced to that before the test pipeline, unless
-      the picture is cut into tiles.
+    - A side of more than 4096 pixels is reduced to that before the test pipeline,
+      unless the picture is cut into tiles.
     - A picture whose sides have a ratio of more than 32 is padded with black.
 
     Args:
@@ -142,9 +145,9 @@ class Predictor:
         self.unreadable: list[str] = []
 
         self._load = self._loader(cfg)
-        self._inferencer = self._make_inferencer(cfg, device)
-        model = self._inferencer.model
-        with restricted_loading():
+        with _quiet():
+            self._inferencer = self._make_inferencer(cfg, device)
+            model = self._inferencer.model
             checkpoint = load_checkpoint(model, str(weights))
         meta = checkpoint.get('meta', {}).get('dataset_meta') or self._metainfo(cfg)
         self.class_names = list(meta.get('classes') or [])
@@ -253,35 +256,27 @@ class Predictor:
         for i, box in enumerate(boxes):
             # What lies in the padding alone has no area left.
             if (box[2:] > box[:2]).all():
-                mask = (
-                    mask_in_picture(instances.masks[i], view)
-                    if 'masks' in instances
-                    else None
+                found = DetectedObject(
+                    int(instances.labels[i]), float(instances.scores[i]), box
                 )
-                objects.append(
-                    DetectedObject(
-                        int(instances.labels[i]), float(instances.scores[i]), box, mask
-                    )
-                )
+                if 'masks' in instances:
+                    found.mask = mask_in_picture(instances.masks[i], view)
+                objects.append(found)
         return objects
 
     def _make_inferencer(self, cfg: Any, device: str | None) -> Any:
         """Returns the inferencer of mmdet or mmpretrain, with random weights."""
         cfg = deepcopy(cfg)
         init_default_scope(cfg.default_scope)
-        with warnings.catch_warnings():
-            # It has no weights yet, and says so.
-            warnings.simplefilter('ignore')
-            if self.detects:
-                from mmdet.apis import DetInferencer
+        if self.detects:
+            from mmdet.apis import DetInferencer
 
-                return DetInferencer(cfg, device=device, show_progress=False)
-            from mmengine.device import get_device
-            from mmpretrain import ImageClassificationInferencer
+            return DetInferencer(cfg, device=device, show_progress=False)
+        from mmpretrain import ImageClassificationInferencer
 
-            return ImageClassificationInferencer(
-                cfg, pretrained=False, device=device or get_device()
-            )
+        return ImageClassificationInferencer(
+            cfg, pretrained=False, device=device or get_device()
+        )
 
     @staticmethod
     def _loader(cfg: Any) -> LoadImageFromFile:
@@ -299,6 +294,20 @@ class Predictor:
         dataset = deepcopy(cfg.test_dataloader.dataset)
         dataset.lazy_init = True
         return DATASETS.build(dataset).metainfo
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what the inferencers say of a network that has no weights yet."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
@@ -359,7 +368,7 @@ def make_view(image: np.ndarray, tile: Tile) -> View:
     return View(part, tile, (size[0] / width, size[1] / height))
 
 
-def mask_in_picture(mask: np.ndarray, view: View) -> Mask | None:
+def mask_in_picture(mask: np.ndarray, view: View) -> Mask:
     """Returns the part of a mask that holds it, in coordinates of the picture.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 from .prediction import DetectedObject, Mask
 
 AGREE = 0.5  # least agreement of one object in two tiles
-EDGE = 2.0  # pixels between the box of a cut object and the edge that cuts it
+EDGE = 4  # pixels between the box of a cut object and the edge that cuts it
 
 
 class Tile(NamedTuple):

@@ -239,7 +239,9 @@ def load_paddle(src: Path) -> dict[str, Tensor]:
         isinstance(value, np.ndarray) and value.dtype.kind == 'f'
         for value in arrays.values()
     ):
-        raise ValueError(f'{src} holds no parameters: arrays of floating-point numbers.')
+        raise ValueError(
+            f'{src} holds no parameters: arrays of floating-point numbers.'
+        )
     return from_paddle(arrays)
 
 
