@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import cv2
@@ -12,6 +13,7 @@ from mmengine.visualization import Visualizer
 from .prediction import DetectedObject, Prediction
 
 FONT = 10  # points; a pixel is 0.72 of them
+CROWD = 30  # objects; with more, labels wider than their boxes are left out
 # Longest side of a drawn picture in pixels.
 LEAST, MOST = 400, 2048
 
@@ -31,12 +33,15 @@ def draw(
     """
     rgb = np.ascontiguousarray(np.uint8(image)[..., ::-1])
     side = int(np.clip(max(image.shape[:2]), LEAST, MOST))
-    if prediction.scores is None:
-        drawn = draw_objects(
-            rgb, prediction.objects, prediction.class_names, palette, side
-        )
-    else:
-        drawn = _draw_class(scale(rgb, side), prediction)
+    with warnings.catch_warnings():
+        # Of MMEngine, for boxes and labels at the edge of a picture.
+        warnings.filterwarnings('ignore', message='.*out of bounds')
+        if prediction.scores is None:
+            drawn = draw_objects(
+                rgb, prediction.objects, prediction.class_names, palette, side
+            )
+        else:
+            drawn = _draw_class(scale(rgb, side), prediction)
     return np.ascontiguousarray(drawn[..., ::-1])
 
 
@@ -72,7 +77,8 @@ def draw_objects(
 ) -> np.ndarray:
     """Draws masks, boxes, class names and scores.
 
-    The name of a class is left out where boxes are narrow, and if there is one class.
+    The name of the class is left out if there is only one. In a crowd, names and scores
+    that are wider than their boxes are left out.
 
     Args:
         image: RGB picture of shape (H, W, 3).
@@ -99,15 +105,14 @@ def draw_objects(
     boxes = np.stack([found.box for found in objects]) * factor
     boxes = np.clip(boxes, 1, np.maximum(np.array([width, height] * 2) - 1, 1))
     box_colors = [tuple(map(int, colors[found.label])) for found in objects]
-    line = 3 if len(objects) < 50 else 1
+    line = 1 if len(objects) > CROWD else 3
     visualizer.draw_bboxes(boxes, edge_colors=box_colors, alpha=1, line_widths=line)
     for found, box, color in zip(objects, boxes.tolist(), box_colors, strict=True):
         left, top, right, _ = box
         words = [class_names[found.label]] * (len(class_names) > 1)
         words += [f'{found.score:.2f}'] * scores
         text = ' '.join(words)
-        # A letter is about half as wide as high.
-        if not text or right - left < 0.3 * FONT / 0.72 * len(text):
+        if not text or (len(objects) > CROWD and right - left < 0.6 * FONT * len(text)):
             continue
         # The label stands on the box, and inside the picture.
         on_left = left + right < width

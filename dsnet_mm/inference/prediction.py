@@ -65,12 +65,12 @@ class Mask:
         )
         # A run to the end of a column goes on at the beginning of the next one.
         apart = starts[1:] != ends[:-1]
-        starts = starts[np.append(True, apart)] if len(starts) else starts
-        ends = ends[np.append(apart, True)] if len(ends) else ends
-        edges = np.empty(2 * len(starts) + 2, np.int64)
-        edges[0], edges[-1] = 0, height * width
-        edges[1:-1:2], edges[2:-1:2] = starts, ends
-        counts = np.diff(edges).tolist()
+        starts = np.concatenate([starts[:1], starts[1:][apart]])
+        ends = np.concatenate([ends[:-1][apart], ends[-1:]])
+        edges = np.stack([starts, ends], axis=1).ravel()
+        counts = np.diff(edges, prepend=0, append=height * width).tolist()
+        if counts[-1] == 0 and len(counts) > 1:
+            counts.pop()
         rle = coco_mask.frPyObjects(
             dict(size=[height, width], counts=counts), height, width
         )
