@@ -437,7 +437,6 @@ except SystemExit as exit:
         env=dict(os.environ, PYTHONPATH=str(site)),
     )
     assert done.returncode == 0, done.stderr
-    path = site / 'dsnet_mm/.mim/configs/dsnet/dsnet-tiny_8xb128_in1k.py'
     inherited, found, *usage = done.stdout.splitlines()
     assert inherited == '3 small'
     assert found == str(site / 'dsnet_mm/.mim/configs/dsnet/dsnet-tiny_8xb128_in1k.py')
