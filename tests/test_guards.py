@@ -64,7 +64,7 @@ def test_nan_stops_the_training(copy: Path, capsys: pytest.CaptureFixture) -> No
     assert not torch.isfinite(
         read_checkpoint('out/iter_2.pth')['state_dict']['head.fc.bias']
     ).all()
-    assert 'the last good checkpoint is out/iter_1.pth' in line
+    assert f'the last good checkpoint is {copy}/out/iter_1.pth; ' in line
     assert not os.path.exists('out/iter_3.pth')
 
 
