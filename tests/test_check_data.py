@@ -111,7 +111,7 @@ def test_each_damage_of_annotations_is_found(
     }
     assert found == expected
     assert status == 1
-    assert '11 errors, 7 warnings.' in printed
+    assert '7 errors, 7 warnings.' in printed
 
 
 def test_classes_in_another_order(copy: Path, capsys: pytest.CaptureFixture) -> None:
