@@ -159,13 +159,14 @@ def from_paddle(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     to_torch = {paddle: name for name, paddle in STATISTICS.items()}
     state = {}
     for key, array in arrays.items():
-        module, _, name = key.rpartition('.')
+        name = key.rpartition('.')[2]
+        prefix = key.removesuffix(name)
         # Paddle has (in, out) for linear layers, PyTorch (out, in).
         array = array.T if array.ndim == 2 else array
         name = to_torch.get(name, name)
-        state[f'{module}.{name}'] = torch.from_numpy(array.copy())
+        state[prefix + name] = torch.from_numpy(array.copy())
         if name == 'running_var':
-            state[f'{module}.{COUNTER}'] = torch.tensor(0)
+            state[prefix + COUNTER] = torch.tensor(0)
     return state
 
 
@@ -173,10 +174,10 @@ def to_paddle(public: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """The inverse of :func:`from_paddle`. The counters of batch norms are left out."""
     arrays = {}
     for key, tensor in public.items():
-        module, _, name = key.rpartition('.')
+        name = key.rpartition('.')[2]
         if name != COUNTER:
             array = (tensor.T if tensor.ndim == 2 else tensor).contiguous().numpy()
-            arrays[f'{module}.{STATISTICS.get(name, name)}'] = array
+            arrays[key.removesuffix(name) + STATISTICS.get(name, name)] = array
     return arrays
 
 
@@ -293,7 +294,12 @@ def convert(src: Path, dst: Path, reverse: bool) -> tuple[int, bytes]:
     return len(state), buffer.getvalue()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
     parser = argparse.ArgumentParser(
         description='Convert a public DS-Net checkpoint for mmpretrain, or back.'
     )
@@ -307,7 +313,7 @@ def main() -> None:
         help='SRC is one of ours; DST gets the public names, and the format of '
         'PaddleClas if it ends with .pdparams',
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     try:
         if args.dst.exists():
