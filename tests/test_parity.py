@@ -190,9 +190,7 @@ def test_paddle_equals_the_public_code_and_goes_back(form: str, tmp_path: Path) 
     write_paddle(original, tmp_path / 'a.pdparams', form)
     done = convert(tmp_path / 'a.pdparams', tmp_path / 'ours.pth')
     assert done.returncode == 0, done.stderr
-    torch.save(
-        {k: v.float() for k, v in public_state(arch).items()}, tmp_path / 'a.pth'
-    )
+    torch.save(public_tiny(), tmp_path / 'a.pth')
     done = convert(tmp_path / 'a.pth', tmp_path / 'same.pth')
     assert done.returncode == 0, done.stderr
     ours, same = (
