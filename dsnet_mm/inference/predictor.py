@@ -212,41 +212,44 @@ class Predictor:
 
     @torch.inference_mode()
     def _forward(self, views: list[View], track: Callable) -> list[Any]:
-        """Returns the data samples of views."""
-        images = [view.image for view in views]
+        """Returns what is found in each view: its objects, or scores of the classes.
+
+        Masks of the size of the view are dropped after each forward.
+        """
         # A test pipeline of mmpretrain may leave the sizes as they are.
-        same = self.detects or len({image.shape for image in images}) == 1
+        same = self.detects or len({view.image.shape for view in views}) == 1
         size = self.batch_size if same else 1
-        chunks = [images[i : i + size] for i in range(0, len(images), size)]
-        samples = []
+        chunks = [views[i : i + size] for i in range(0, len(views), size)]
+        found = []
         for chunk in track(chunks):
-            for data in self._inferencer.preprocess(chunk, batch_size=size):
+            images = [view.image for view in chunk]
+            for data in self._inferencer.preprocess(images, batch_size=size):
                 # mmdet adds the inputs.
                 data = data[1] if self.detects else data
-                samples += self._inferencer.forward(data)
-        return samples
+                samples = self._inferencer.forward(data)
+                if self.detects:
+                    found += map(self._objects, chunk, samples)
+                else:
+                    found += [
+                        sample.pred_score.float().cpu().numpy() for sample in samples
+                    ]
+        return found
 
     def _prediction(
-        self, name: str, shape: tuple[int, int], views: list[View], samples: list[Any]
+        self, name: str, shape: tuple[int, int], views: list[View], found: list[Any]
     ) -> Prediction:
-        height, width = shape
-        prediction = Prediction(name, height, width, self.class_names)
-        if not self.detects:
-            prediction.scores = samples[0].pred_score.float().cpu().numpy()
-            return prediction
-        found = [
-            self._objects(view, sample.pred_instances, shape)
-            for view, sample in zip(views, samples, strict=True)
-        ]
-        prediction.objects = merge_tiles(
-            found, [view.tile for view in views], height, width
-        )
+        """Returns the prediction of a picture from what was found in its views."""
+        prediction = Prediction(name, *shape, self.class_names)
+        if self.detects:
+            tiles = [view.tile for view in views]
+            prediction.objects = merge_tiles(found, tiles, *shape)
+        else:
+            (prediction.scores,) = found
         return prediction
 
-    def _objects(
-        self, view: View, instances: Any, shape: tuple[int, int]
-    ) -> list[DetectedObject]:
+    def _objects(self, view: View, sample: Any) -> list[DetectedObject]:
         """Returns the objects of a view, in coordinates of the picture."""
+        instances = sample.pred_instances
         instances = instances[instances.scores >= self.score_thr].cpu().numpy()
         left, top, right, bottom = view.tile
         boxes = instances.bboxes * (view.scale * 2) + (left, top, left, top)
