@@ -56,8 +56,8 @@ def checkpoints(folder: Path) -> dict[str, str]:
         model.init_weights()
         paths[name] = str(folder / f'{name}_random.pth')
         # The detector takes the names of its classes from the configuration.
-        classes = dict(classes=('square', 'disc')) if name == 'classifier' else None
-        meta = dict(dataset_meta=classes)
+        meta = dict(dataset_meta=dict(classes=('square', 'disc')))
+        meta = meta if name == 'classifier' else {}
         torch.save(dict(state_dict=model.state_dict(), meta=meta), paths[name])
     return paths
 
