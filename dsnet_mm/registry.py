@@ -10,6 +10,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
 )
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -22,7 +23,11 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='dsnet_mm',
-    locations=['dsnet_mm.engine.fuse_hook', 'dsnet_mm.engine.iteration_seed_hook'],
+    locations=[
+        'dsnet_mm.engine.finite_loss_hook',
+        'dsnet_mm.engine.fuse_hook',
+        'dsnet_mm.engine.iteration_seed_hook',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
@@ -35,4 +40,10 @@ DATASETS = Registry(
     parent=MMENGINE_DATASETS,
     scope='dsnet_mm',
     locations=['dsnet_mm.datasets.few_shot_dataset'],
+)
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.datasets.loading'],
 )
