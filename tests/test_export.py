@@ -9,7 +9,6 @@ import torch._inductor.config
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS as CLASSIFIERS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -19,22 +18,12 @@ from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import resize
 
-from .conftest import error, tool, trained
+from .conftest import error, random_checkpoint, tool, trained
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ('onnx', 'onnxscript', 'onnxruntime')),
     reason='onnx, onnxscript or onnxruntime is not installed',
 )
-
-
-def random_checkpoint(config: Path, registry, out: Path) -> nn.Module:
-    """Writes a checkpoint of random weights. Returns the model."""
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = trained(registry.build(cfg.model)).eval()
-    torch.save(dict(state_dict=model.state_dict()), out)
-    return model
 
 
 # ------------------------------------------------------------------------ export
@@ -176,15 +165,13 @@ def test_a_training_step_of_a_block_in_generated_code() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = trained(DSBlock(8, 1, global_factor=2)).train()
+    x = torch.randn(2, 8, 12, 18)
     # Code without vector instructions compiles in a fraction of the time.
     with torch._inductor.config.patch({'cpp.simdlen': 1}):
-        compiled = torch.compile(block, fullgraph=True, dynamic=True)
-        for size, stance in ((12, 16), 'default'), ((15, 9), 'fail_on_recompile'):
-            x = torch.randn(2, 8, *size)
-            with torch.compiler.set_stance(stance):
-                measured = outputs_and_gradients(compiled, block, x)
-            expected = outputs_and_gradients(block, block, x)
-            assert error(measured, [e.double() for e in expected]) < 1e-4
+        compiled = torch.compile(block, fullgraph=True)
+        measured = outputs_and_gradients(compiled, block, x)
+    expected = outputs_and_gradients(block, block, x)
+    assert error(measured, [e.double() for e in expected]) < 1e-4
 
 
 def test_resizing_is_one_operator_of_a_compiled_training_step() -> None:
