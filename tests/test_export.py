@@ -130,9 +130,8 @@ class Pyramid(nn.Module):
         torch.manual_seed(0)
         self.backbone = DSNet(
             dict(embed_dims=(8, 8, 16, 16), depths=(1,) * 4, num_heads=(1,) * 4),
-            out_indices=(2, 3),
         )
-        self.neck = DSFPN([16, 16], out_channels=16, num_outs=3, num_heads=1)
+        self.neck = DSFPN([16], out_channels=16, num_outs=2, num_heads=1)
         trained(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
