@@ -19,6 +19,97 @@ GN = dict(norm_cfg=dict(type='GN', num_groups=4))
 # ------------------------------------------------------------------- equations
 
 
+@pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
+@pytest.mark.parametrize('options', [*VARIANTS, GN], ids=str)
+def test_network_equals_its_plain_transcription(options: dict, training: bool) -> None:
+    net = build(options).train(training)
+    results = []
+    for forward in (type(net).forward, reference_net):
+        model = deepcopy(net)
+        # The streams' sizes are no multiples of one another.
+        x = pictures().requires_grad_()
+        outs = forward(model, x)
+        sum((out * out.detach().cos()).sum() for out in outs).backward()
+        grads = [param.grad for param in model.parameters()]
+        results.append([*outs, x.grad, *grads, *model.buffers()])
+    assert error(*results) < 1e-12
+
+
+@pytest.mark.parametrize('model', ['net', 'block'])
+def test_memory_format_of_the_input_changes_nothing(model: str) -> None:
+    net = build({}).float()
+    x = pictures().float()
+    if model == 'block':
+        net, x = net.stages[0][0], net.patch_embeds[0](x).contiguous()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            outs = net(x), net(x.contiguous(memory_format=torch.channels_last))
+        first, last = (out if model == 'block' else out[-1] for out in outs)
+        assert torch.equal(first, last)
+
+
+def test_names_of_the_parameters() -> None:
+    names = DSNet('tiny').state_dict()
+    layers = {name.removeprefix('stages.3.0.').rpartition('.')[0] for name in names
+              if name.startswith('stages.3.0.')}  # fmt: skip
+    assert layers == {
+        *('pos_embed', 'norm1', 'proj_in', 'local_norm', 'local_conv'),
+        *('global_norm', 'global_qkv', 'proj_out', 'norm2', 'ffn.fc1', 'ffn.fc2'),
+        *('isa.local_norm', 'isa.local_qkv', 'isa.local_proj'),
+        *('isa.global_norm', 'isa.global_qkv', 'isa.global_proj'),
+    }
+    rest = {name for name in names if not name.startswith(('stages.', 'norm3.'))}
+    assert rest == {
+        f'patch_embeds.{i}.projection.{kind}'
+        for i in range(4)
+        for kind in ('weight', 'bias')
+    }
+
+
+@pytest.mark.parametrize('width', [16, 64])
+def test_inputs_are_left_alone(width: int) -> None:
+    """Also without gradients, where an operator might use their memory."""
+    torch.manual_seed(0)
+    x = torch.randn(2, width, 9, 11).contiguous(memory_format=torch.channels_last)
+    tokens = torch.randn(2, 12, width)
+    w1, b1 = torch.randn(width, width, 1, 1), torch.randn(width)
+    isa = InterScaleAlignment(width, 2).eval()
+    block = DSBlock(width, 2).eval()
+    calls = [
+        (isa, (x, tokens)),
+        (block, (x,)),
+        (block.ffn, (x,)),
+        (fuse_for_inference(block), (x,)),
+        (feed_forward, (x, w1, b1, w1, b1)),
+        (resize, (x, (9, 11))),
+        (resize, (x, (4, 5))),
+    ]
+    for call, args in calls:
+        before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        with torch.no_grad():
+            call(*args)
+        for arg, kept in zip(args, before, strict=True):
+            assert torch.equal(arg, kept) if isinstance(arg, torch.Tensor) else True
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
+def test_float32_in_any_number_of_threads(training: bool, threads: int) -> None:
+    """The compiled operators are in it; float64 runs without most of them."""
+    net = build({}, WIDE).train(training)
+    x = pictures()
+    results = []
+    for model, forward in ((net.float(), type(net).forward), (net, reference_net)):
+        model = deepcopy(model)
+        model = model.double() if forward is reference_net else model
+        outs = forward(model, x.to(next(model.parameters()).dtype))
+        sum((out * out.detach().double().cos()).sum() for out in outs).backward()
+        results.append([*outs, *(param.grad for param in model.parameters())])
+    assert error(*results) < 5e-4
+
+
+# -------------------------------------------------- compile, export, autocast
+
+
 def test_compiles_to_one_graph() -> None:
     """In evaluation; test_export.py compiles training steps."""
     torch._dynamo.reset()
