@@ -85,7 +85,7 @@ def test_program_of_a_detector_runs_with_its_heads(
     calls = []
     detector.extract_feat = lambda x: calls.append(x.shape) or run(x)
     found = inference_detector(detector, picture).pred_instances
-    assert calls == [(1, 3, 200, 200)]
+    assert calls == [(1, 3, 224, 224)]  # padded to a multiple of 32
     assert len(expected) > 0
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-3, atol=1e-2)
