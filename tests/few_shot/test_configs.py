@@ -1,5 +1,6 @@
 """Training and testing with each configuration, with a tiny CLIP and few pictures."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from dsnet_mm.few_shot import FeatureCache, FewShotConfig
+from dsnet_mm.few_shot import METHODS, FeatureCache, FewShotConfig
+from dsnet_mm.few_shot.methods.training import train
 from dsnet_mm.tasks import PUBLIC_DATASETS, load_task
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
@@ -44,6 +46,23 @@ def test_number_of_public_data_sets_with_training_pictures():
     assert len(TRAINED) == 11
 
 
+def test_recipe_is_that_of_the_default_method():
+    cfg, recipe = load('rn50_eurosat'), METHODS['clip_adapter'].defaults
+    head, optimizer = cfg.model.head, cfg.optim_wrapper.optimizer
+    found = dict(
+        alpha=head.adapter.alpha,
+        keep=head.keep,
+        optimizer=optimizer.type,
+        lr=optimizer.lr,
+        iterations=cfg.train_cfg.max_iters,
+    )
+    assert found == recipe
+    assert cfg.param_scheduler.end == recipe['iterations']
+    settings = inspect.signature(train).parameters
+    assert optimizer.weight_decay == settings['weight_decay'].default
+    assert cfg.train_dataloader.batch_size == settings['batch_size'].default
+
+
 @pytest.mark.parametrize(
     'name', sorted(p.stem.removeprefix('clip-adapter_') for p in FOLDER.glob('*.py'))
 )
@@ -66,7 +85,7 @@ def test_configuration_trains(name, tiny_clip, encoder, picture_folder, tmp_path
                     step.crop_size = 32
         else:
             dataset.features.update(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
-    cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    cfg.train_cfg.update(max_iters=2, val_interval=1)
     runner = Runner.from_cfg(cfg)
     runner.model.head.encode_class_names()
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}

@@ -57,6 +57,7 @@ def config(tiny_clip, picture_folder, work_dir, cached):
                     encoder=tiny_clip,
                     class_names=str(picture_folder),
                     adapter=dict(alpha=0.8),
+                    keep=0.0,
                 ),
             ),
             train_dataloader=loader('train'),
@@ -148,6 +149,27 @@ def test_head_has_exactly_one_source_of_text_features(tiny_clip, tmp_path):
     features = (torch.randn(2, 16),)
     assert torch.equal(same.adapter.text_features, adapter.text_features)
     assert same(features).isfinite().all()
+
+
+@pytest.mark.parametrize('keep', [0.0, 3.0])
+def test_loss_of_the_head_is_that_of_the_method(tiny_clip, keep):
+    from mmpretrain.structures import DataSample
+
+    from dsnet_mm.few_shot.methods.clip_adapter import KeptAdapter
+    from dsnet_mm.models.heads import CLIPAdapterHead
+
+    head = CLIPAdapterHead(
+        encoder=tiny_clip,
+        class_names=['a', 'b'],
+        adapter=dict(text=True, alpha=0.6, beta=0.6),
+        keep=keep,
+    )
+    features, labels = torch.randn(5, 16), torch.tensor([0, 1, 1, 0, 1])
+    samples = [DataSample().set_gt_label(label) for label in labels]
+    losses = head.loss((features,), samples)
+    assert (losses['loss_keep'] > 0) == (keep > 0)
+    expected = KeptAdapter(head.adapter, keep).loss(features, labels)
+    torch.testing.assert_close(losses['loss'] + losses['loss_keep'], expected)
 
 
 def test_import_of_the_package_imports_neither_mmpretrain_nor_open_clip():

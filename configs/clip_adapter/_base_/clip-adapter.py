@@ -6,7 +6,11 @@ model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(),
     backbone=dict(type='dsnet_mm.OpenCLIPEncoder'),
-    head=dict(type='dsnet_mm.CLIPAdapterHead', adapter=dict(preset='paper', alpha=0.2)),
+    head=dict(
+        type='dsnet_mm.CLIPAdapterHead',
+        adapter=dict(preset='paper', alpha=0.2),
+        keep=3.0,
+    ),
 )
 
 # preprocessing is 'clip' or 'warp', see docs/clip_adapter.md.
@@ -37,14 +41,18 @@ test_dataloader = dict(
 val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = dict(type='Accuracy', topk=1)
 
+# The recipe of the method `clip_adapter`, see docs/clip_adapter.md.
+iterations = 200
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01))
-param_scheduler = dict(
-    type='CosineAnnealingLR', by_epoch=True, end=100, convert_to_iter_based=True
-)
-train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=20)
+param_scheduler = dict(type='CosineAnnealingLR', by_epoch=False, end=iterations)
+train_cfg = dict(by_epoch=False, max_iters=iterations, val_interval=50)
 val_cfg = dict()
 test_cfg = dict()
-default_hooks = dict(checkpoint=dict(interval=100, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    checkpoint=dict(by_epoch=False, interval=iterations, max_keep_ckpts=1),
+    logger=dict(interval=20),
+)
 randomness = dict(seed=0)
 
 # Options of `python tools/few_shot.py run CONFIG`, which fits all these methods with 1

@@ -62,13 +62,13 @@ class KeptAdapter(nn.Module):
 
     ::
 
-        loss = cross-entropy + keep (mean |f* - f|^2 + mean |W* - W|^2)
+        loss = cross-entropy + keep * distance
 
-    All features have unit norm.
+    See :meth:`CLIPAdapter.logits_and_distance`.
 
     Args:
         adapter: The adapter.
-        keep: Weight of the distances.
+        keep: Weight of the distance.
     """
 
     def __init__(self, adapter: CLIPAdapter, keep: float) -> None:
@@ -77,11 +77,8 @@ class KeptAdapter(nn.Module):
 
     def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) and labels (N,)."""
-        f, w = self.adapter.adapt(image_features)
-        moved_f = (f - F.normalize(image_features, dim=-1)).square().sum(-1).mean()
-        moved_w = (w - self.adapter.text_features).square().sum(-1).mean()
-        logits = self.adapter.logit_scale * f @ w.t()
-        return F.cross_entropy(logits, labels) + self.keep * (moved_f + moved_w)
+        logits, distance = self.adapter.logits_and_distance(image_features)
+        return F.cross_entropy(logits, labels) + self.keep * distance
 
 
 class HoldOneShotOut(nn.Module):

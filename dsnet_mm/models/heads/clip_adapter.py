@@ -216,6 +216,27 @@ class CLIPAdapter(nn.Module):
             w = F.normalize(_blend(self.text_adapter, w, self.beta), dim=-1)
         return f, w
 
+    def logits_and_distance(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits (N, K), and the distance from zero-shot CLIP.
+
+        ::
+
+            distance = mean |f* - f|^2 + mean |W* - W|^2
+
+        f and W have unit norm. ``keep`` times the distance is the second term of the
+        loss of :class:`CLIPAdapterHead` and of the method ``clip_adapter``.
+
+        Args:
+            image_features: Features of the image tower (N, D), not normalised.
+
+        Raises:
+            ValueError: If the features have another width than the text features.
+        """
+        f, w = self.adapt(image_features)
+        moved_f = (f - F.normalize(image_features, dim=-1)).square().sum(-1).mean()
+        moved_w = (w - self.text_features).square().sum(-1).mean()
+        return self.logit_scale * f @ w.t(), moved_f + moved_w
+
     def extra_repr(self) -> str:
         return (
             f'input_norm={self.input_norm}, output_norm={self.output_norm}, '

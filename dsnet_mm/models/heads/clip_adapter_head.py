@@ -19,6 +19,7 @@ from .clip_adapter import CLIPAdapter
 
 try:
     from mmpretrain.models.heads import ClsHead
+    from mmpretrain.structures import DataSample
 except ImportError as error:
     raise ImportError(
         'CLIPAdapterHead extends ClsHead of mmpretrain, which is not installed (or '
@@ -47,6 +48,8 @@ class CLIPAdapterHead(ClsHead):
         text_features: Instead of ``encoder`` and ``class_names``: a safetensors file
             with ``text_features`` (K, D) and ``logit_scale``.
         adapter: Arguments of :class:`CLIPAdapter`.
+        keep: Weight of ``loss_keep``, the distance from zero-shot CLIP on the training
+            pictures, see :meth:`CLIPAdapter.logits_and_distance`.
         **kwargs: Arguments of ``ClsHead``.
 
     Raises:
@@ -63,6 +66,7 @@ class CLIPAdapterHead(ClsHead):
         prompts: str | Sequence[str] | None = None,
         text_features: str | None = None,
         adapter: dict = dict(preset='paper'),
+        keep: float = 3.0,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -73,7 +77,7 @@ class CLIPAdapterHead(ClsHead):
                 'text_features.'
             )
         self.encoder, self.class_names = encoder, class_names
-        self.data_root, self.prompts = data_root, prompts
+        self.data_root, self.prompts, self.keep = data_root, prompts, keep
         self._has_text_features = not has_names
         if has_names:
             if prompts is not None:
@@ -125,6 +129,16 @@ class CLIPAdapterHead(ClsHead):
         if not self._has_text_features:
             self.encode_class_names()
         return self.adapter(self.pre_logits(feats))
+
+    def loss(
+        self, feats: tuple[Tensor, ...], data_samples: list[DataSample], **kwargs
+    ) -> dict[str, Tensor]:
+        """Losses of the last feature (N, D) of the tuple: ``loss``, ``loss_keep``."""
+        if not self._has_text_features:
+            self.encode_class_names()
+        logits, distance = self.adapter.logits_and_distance(self.pre_logits(feats))
+        losses = self._get_loss(logits, data_samples, **kwargs)
+        return {**losses, 'loss_keep': self.keep * distance}
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, *args, **kwargs
