@@ -1,4 +1,4 @@
-"""Atomic writing of files, and the check that a file exists."""
+"""Atomic writing of files, and checks that a file exists or does not."""
 
 import os
 from contextlib import suppress
@@ -29,6 +29,16 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def check_new(path: str | Path) -> None:
+    """Refuses to overwrite a file.
+
+    Raises:
+        FileExistsError: If it exists.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f'{path} exists; choose another name.')
 
 
 def check_file(path: str, what: str, advice: str) -> None:

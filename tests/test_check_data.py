@@ -181,7 +181,41 @@ def test_sizes_and_missing_pictures(copy: Path, capsys: pytest.CaptureFixture) -
         ],
         ('val', 'no such picture'): ['sets/coco/val2017/2.png'],
     }
-    Path('sets/coco/annotations/instances_val2017.json').write_text('{"images": []}')
-    status, found, _ = check([*MASKS, '--splits', 'val'], capsys)
-    assert status == 1
-    assert list(found) == [('val', 'annotations cannot be read')]
+    path = Path('sets/coco/annotations/instances_val2017.json')
+    content = json.loads(path.read_text())
+    for broken in (
+        {'images': []},
+        content | {'images': [{'id': 1}]},
+        content | {'categories': ['disc']},
+        content | {'annotations': [3]},
+    ):
+        path.write_text(json.dumps(broken))
+        status, found, _ = check([*MASKS, '--splits', 'val'], capsys)
+        assert status == 1
+        assert list(found) == [('val', 'annotations cannot be read')]
+    content['annotations'][0]['segmentation'] = [1, 1, 5, 1, 5, 5]  # not in a list
+    path.write_text(json.dumps(content))
+    _, found, _ = check([*MASKS, '--splits', 'val', '--no-pictures'], capsys)
+    assert list(found) == [('val', 'object without a mask')]
+
+
+def test_pictures_that_pillow_does_not_read(
+    copy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)  # refuses more than 100
+    train = Path('sets/folders/train')
+    for i, path in enumerate(sorted(train.glob('*/*.png'))):
+        Image.new('RGB', (8, 8), (i, 0, 0)).save(path)
+    Image.new('RGB', (30, 30)).save(train / 'disc/[red]large[.png')
+    picture = Image.new('RGB', (8, 8), (9, 9, 9))
+    picture.save(train / 'disc/exif.jpg', exif=b'Exif\0\0no EXIF entry')
+    monkeypatch.setenv('COLUMNS', '400')
+    args = ['classifier.py', '--splits', 'train', '--cfg-options', FOLDERS]
+    status, found, printed = check(args, capsys)
+    assert status == 0
+    assert found == {
+        ('train', 'picture is too large to be checked'): [
+            'sets/folders/train/disc/[red]large[.png'
+        ]
+    }
+    assert '[red]' in printed

@@ -191,6 +191,30 @@ def test_a_path_and_an_array_give_the_same(
     assert predictions[0].label in ('square', 'disc')
 
 
+@pytest.mark.parametrize('name', ['mask_rcnn', 'classifier'])
+def test_numbers_instead_of_unknown_names(
+    name: str,
+    folder: Path,
+    checkpoints: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Predictor, '_metainfo', lambda self, cfg: {})
+    weights = torch.load(checkpoints[name])
+    torch.save(dict(state_dict=weights['state_dict']), tmp_path / 'bare.pth')
+    image, _ = draw(np.random.default_rng(1), 1)
+    cv2.imwrite(str(tmp_path / 'a.png'), image)
+    args = [str(folder / f'{name}.py'), tmp_path / 'bare.pth', tmp_path / 'a.png']
+    out = tmp_path / 'out'
+    tool('infer.py').main([*map(str, args), f'--out={out}', '--score-thr=0'])
+    index = json.loads((out / 'pictures.json').read_text())
+    entries = json.loads((out / 'predictions.json').read_text())
+    known = {category['id']: category['name'] for category in index['categories']}
+    assert {entry['category_id'] for entry in entries} <= set(known)
+    assert all(name == str(number - 1) for number, name in known.items())
+    assert (out / 'pictures' / 'a.png').is_file()
+
+
 @pytest.mark.parametrize(
     ('options', 'sentence'),
     [

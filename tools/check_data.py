@@ -17,6 +17,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -47,6 +49,7 @@ FINDINGS = {
     'picture cannot be read': (ERROR, 'training stops'),
     'picture is cut off': (ERROR, 'OpenCV fills the rest with grey, without a word'),
     'size differs from the annotations': (ERROR, 'boxes and masks are misplaced'),
+    'picture is too large to be checked': (WARNING, 'it is read as it is'),
     'annotations cannot be read': (ERROR, 'training does not start'),
     'unknown image_id': (ERROR, 'the annotation is left out'),
     'unknown category_id': (ERROR, 'the annotation is left out'),
@@ -122,7 +125,7 @@ class Report:
                 finding,
                 str(len(places)),
                 effect,
-                places[0],
+                escape(places[0]),
             )
         return table
 
@@ -142,10 +145,7 @@ def check_coco(
     ann_file = os.path.join(root, node['ann_file'])
     folder = os.path.join(root, (node.get('data_prefix') or {}).get('img', ''))
     try:
-        content = json.loads(Path(ann_file).read_bytes())
-        images, annotations, categories = (
-            content[key] for key in ('images', 'annotations', 'categories')
-        )
+        images, annotations, categories = _read_coco(ann_file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         report.add(split, 'annotations cannot be read', f'{ann_file}: {error!r}')
         return
@@ -217,6 +217,22 @@ def check_coco(
             report.add(split, 'picture without objects', image['file_name'])
 
 
+def _read_coco(ann_file: str) -> tuple[list[dict], list[dict], list[dict]]:
+    """Reads images, annotations and categories, and checks that they have ids."""
+    content = json.loads(Path(ann_file).read_bytes())
+    parts = []
+    for name, needed in (
+        ('images', ('id', 'file_name')),
+        ('annotations', ()),
+        ('categories', ('id', 'name')),
+    ):
+        for entry in content[name]:
+            if not isinstance(entry, dict) or not entry.keys() >= {*needed}:
+                raise ValueError(f'{name} has {entry!r}, without {" or ".join(needed)}')
+        parts.append(content[name])
+    return tuple(parts)
+
+
 def _is_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list)
@@ -254,6 +270,9 @@ def _check_mask(mask: Any, split: str, where: str, report: Report) -> None:
         report.add(split, 'object without a mask', where)
     elif isinstance(mask, list):
         for polygon in mask:
+            if not isinstance(polygon, list):
+                report.add(split, 'object without a mask', f'{where}: {polygon!r}')
+                break
             if len(polygon) < 6 or len(polygon) % 2:
                 report.add(
                     split,
@@ -292,14 +311,17 @@ def check_picture(picture: Picture) -> tuple[list[tuple[str, str]], str]:
         return [('no such picture', path)], ''
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter('ignore')
+        with Image.open(path) as image:
             mode, size = image.mode, image.size
-            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            turn = 1
+            with suppress(Exception):  # a damaged EXIF entry is not a damaged picture
+                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
     except UnidentifiedImageError:
         return [('picture cannot be read', path)], digest
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        return [('picture is too large to be checked', path)], digest
+    except Exception as error:  # Pillow's decoders raise errors of any type
         return [('picture is cut off', f'{path}: {error}')], digest
     if turn in (5, 6, 7, 8):
         size = size[::-1]
@@ -331,6 +353,8 @@ def list_pictures(cfg: Config, split: str, report: Report) -> Iterator[Picture]:
         else:
             dataset = deepcopy(node)
             dataset.pipeline = []
+            if 'features' in dataset:  # of FewShotDataset, made from its pictures
+                dataset.features = None
             yield from list_other(DATASETS.build(dataset), split, report)
 
 
@@ -368,7 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         for i, split in enumerate(splits)
         if loaders[split] not in [loaders[other] for other in splits[:i]]
     ]
-    pictures = [p for split in splits for p in list_pictures(cfg, split, report)]
+    with user_errors(parser):  # of data sets that look for their files themselves
+        pictures = [p for split in splits for p in list_pictures(cfg, split, report)]
     if not args.no_pictures:
         check_pictures(pictures, report)
 
@@ -399,8 +424,10 @@ def check_pictures(pictures: list[Picture], report: Report) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(TextColumn('{task.description}'), *columns) as progress,
+        warnings.catch_warnings(),
         ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
     ):
+        warnings.simplefilter('ignore')  # of metadata, and of pictures that are big
         checked = pool.map(check_picture, pictures)
         tracked = progress.track(checked, total=len(pictures), description='pictures')
         for picture, (findings, digest) in zip(pictures, tracked, strict=True):

@@ -1,8 +1,10 @@
 """Files of features that were computed elsewhere."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from dsnet_mm.files import write_atomic
 
 from .features import Features
+from .pictures import PREPROCESSINGS
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,21 @@ def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     for name in ('class_names', 'logit_scale'):
         if name not in about:
             raise ValueError(f'the metadata have no {name}')
+    class_names = _metadata(about.pop('class_names'), 'class_names', list)
+    class_names = tuple(map(str, class_names))
     try:
-        class_names = tuple(map(str, json.loads(about.pop('class_names'))))
         logit_scale = float(about.pop('logit_scale'))
-    except (TypeError, ValueError) as error:
+    except ValueError:
+        logit_scale = math.nan
+    if not 0 < logit_scale < math.inf:
+        raise ValueError('logit_scale must be a number above 0')
+    _metadata(about.get('prompts', '[]'), 'prompts', list)
+    _metadata(about.get('identity', 'null'), 'identity', dict | None)
+    if about.get('preprocessing', 'clip') not in PREPROCESSINGS:
         raise ValueError(
-            'class_names must be a JSON list of names and logit_scale a number'
-        ) from error
+            f'preprocessing must be one of {PREPROCESSINGS}, got '
+            f'{about["preprocessing"]!r}'
+        )
     if 'text_features' not in tensors:
         raise ValueError('there is no tensor text_features')
     text_features = tensors['text_features'].float()
@@ -145,6 +156,17 @@ def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     if (norm - 1).abs().max() > 1e-3:
         text_features = text_features / norm
     return FeatureFile(text_features, class_names, logit_scale, train, val, test, about)
+
+
+def _metadata(text: str, name: str, kind: type) -> object:
+    """Returns what an entry of the metadata says in JSON."""
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, kind):
+            return value
+    raise ValueError(
+        f'{name} must be a JSON {"list" if kind is list else "object"}, got {text!r}'
+    )
 
 
 def _check_part(

@@ -48,7 +48,7 @@ class FewShotDataset(BaseDataset):
         max_refetch: Number of other samples to try if the pipeline returns None.
 
     Raises:
-        ValueError: If ``part`` is unknown.
+        ValueError: If ``part`` is unknown, or the data set has no pictures of it.
     """
 
     def __init__(
@@ -94,6 +94,10 @@ class FewShotDataset(BaseDataset):
             if self.part == 'test'
             else sample_few_shot(task.split, self.shots, self.seed)[self.part]
         )
+        if not items:
+            raise ValueError(
+                f'{task.name} has no {self.part} pictures; leave out this data loader.'
+            )
         if self.features is None:
             return [dict(img_path=path, gt_label=label) for path, label, _ in items]
         options = dict(self.features)

@@ -51,11 +51,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: If its grey values have an unknown range.
     """
+    kind = image.format
     with suppress(Exception):  # a damaged EXIF entry is not a damaged picture
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ('I', 'F') and not (
-        image.mode == 'I' and image.format in ('PNG', 'PPM')
-    ):
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ('I', 'F') and not (image.mode == 'I' and kind in ('PNG', 'PPM')):
         raise ValueError(
             f'its pixels are 32-bit numbers (mode {image.mode}) of unknown range; '
             f'convert it to 8 bits'

@@ -44,7 +44,8 @@ class FewShotConfig:
         workers: Number of worker processes that load pictures.
 
     Raises:
-        ValueError: If a value is unknown or missing, or the device does not exist.
+        ValueError: If a value is wrong, unknown or missing, or the device does not
+            exist.
     """
 
     dataset: str | None = None
@@ -92,6 +93,7 @@ class FewShotConfig:
                 'name either a dataset or a file of features, not both: the file has '
                 'its own pictures.'
             )
+        self._check_types()
         for name in (*self.methods, *self.oracle, *self.overrides):
             if name not in METHODS:
                 raise ValueError(
@@ -108,13 +110,50 @@ class FewShotConfig:
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '
                 f'select on the test split, name methods in oracle.'
             )
-        if self.shots == () or self.shots == [] or not self.seeds:
-            raise ValueError('shots and seeds must each have at least one value.')
-        for what in ('methods', 'oracle', 'shots', 'seeds'):
-            values = getattr(self, what)
-            if values is not None:
-                object.__setattr__(self, what, tuple(dict.fromkeys(values)))
         object.__setattr__(self, 'device', existing_device(self.device))
+
+    def _check_types(self) -> None:
+        """Checks numbers and lists. A single value becomes a tuple of one."""
+        for what, kind in (
+            ('methods', str),
+            ('oracle', str),
+            ('shots', int),
+            ('seeds', int),
+        ):
+            values = getattr(self, what)
+            if values is None:
+                continue
+            values = [values] if isinstance(values, str | int) else values
+            if not all(isinstance(value, kind) for value in values):
+                raise ValueError(
+                    f'{what} must be {"names" if kind is str else "integers"}, got '
+                    f'{values!r}.'
+                )
+            object.__setattr__(self, what, tuple(dict.fromkeys(values)))
+        if self.shots == () or not self.seeds:
+            raise ValueError('shots and seeds must each have at least one value.')
+        if self.shots is not None and min(self.shots) < 1:
+            raise ValueError(f'shots must be at least 1, got {min(self.shots)}.')
+        for what in ('views', 'workers'):
+            value = getattr(self, what)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f'{what} must be an integer from 0 on, got {value!r}.')
+        scale = self.crop_scale
+        if (
+            not isinstance(scale, list | tuple)
+            or len(scale) != 2
+            or not (0 < scale[0] <= scale[1] <= 1)
+        ):
+            raise ValueError(
+                f'crop_scale must be the least and the most area of a crop, from 0 to '
+                f'1, got {scale!r}.'
+            )
+        if not isinstance(self.overrides, dict) or not all(
+            isinstance(options, dict) for options in self.overrides.values()
+        ):
+            raise ValueError(
+                f'overrides must have a dict for each method, got {self.overrides!r}.'
+            )
 
 
 def existing_device(name: str) -> str:

@@ -95,12 +95,14 @@ class DeployedClassifier:
         return next(self.encoder.parameters()).device
 
     def __call__(
-        self, images: Sequence[str | Path | Image.Image], batch_size: int = 64
+        self,
+        images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+        batch_size: int = 64,
     ) -> Tensor:
         """Classifies pictures.
 
         Args:
-            images: Files or PIL images.
+            images: Files or PIL images, or one of these.
             batch_size: Pictures in memory at once.
 
         Returns:
@@ -110,6 +112,8 @@ class DeployedClassifier:
             FileNotFoundError: If a file is missing.
             ValueError: If a picture cannot be read.
         """
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
         found = [torch.empty(0, len(self.class_names))]
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -187,12 +191,20 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """Builds the classifier of a description, and checks that the two fit."""
-    for key in ('model', 'pretrained', 'identity'):
-        about[key]  # None if the classifier was fitted to features from elsewhere
+    for key, kind in (('model', str), ('pretrained', str), ('identity', dict)):
+        # None if the classifier was fitted to features from elsewhere.
+        if about[key] is not None and not isinstance(about[key], kind):
+            raise ValueError(f'{key} is {about[key]!r}')
+    if about['identity'] is not None:
+        if about['model'] is None:
+            raise ValueError('the encoder has no name')
+        if not isinstance(about['identity'].get('config'), dict | None):
+            raise ValueError('the configuration of the encoder is no dict')
     if about['preprocessing'] not in PREPROCESSINGS:
         raise ValueError(f'unknown preprocessing {about["preprocessing"]!r}')
-    if not all(isinstance(name, str) for name in [*about['class_names']]):
-        raise ValueError('class names must be text')
+    names = about['class_names']
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        raise ValueError('class names must be a list of text')
     if about['kind'] not in _BUILDERS:
         raise ValueError(f'unknown kind {about["kind"]!r}')
     for name, tensor in tensors.items():
@@ -202,8 +214,8 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
     classifier.load_state_dict(tensors)
     classifier.requires_grad_(False).eval()
     classes = classifier(torch.ones(1, feature_width_of(tensors))).shape[1]
-    if classes != len(about['class_names']):
-        raise ValueError(f'{classes} classes, but {len(about["class_names"])} names')
+    if classes != len(names):
+        raise ValueError(f'{classes} classes, but {len(names)} names')
     return classifier
 
 
@@ -249,7 +261,7 @@ def load_classifier(
     identity = encoder.identity()
     wanted = about['identity'] or identity
     # Another version of open_clip is no reason to refuse: the rest is the same.
-    other = [k for k in wanted if k != 'open_clip' and wanted[k] != identity[k]]
+    other = [k for k in wanted if k != 'open_clip' and wanted[k] != identity.get(k)]
     if other:
         raise ValueError(
             f'{path} was saved for {about["model"]!r} with the weights '
@@ -293,7 +305,8 @@ def _named_encoder(
         model = named
         own = named.endswith('.json') or named.startswith('model-')
         if own and about['identity'] is not None:
-            model = about['identity']['config']  # the JSON file is not needed
+            # The JSON file is not needed.
+            model = about['identity'].get('config') or named
     if weights and Path(weights).is_absolute() and not Path(weights).is_file():
         raise FileNotFoundError(
             f'{path} needs the weights {weights}, which are not there; name their file '

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsnet_mm.checkpoint import read_checkpoint
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import check_new, write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.models.heads import CLIPAdapter
 
@@ -42,16 +42,6 @@ class PictureClassifier(nn.Module):
         """Probabilities (N, K) of RGB pictures (N, 3, H, W) with values 0 to 1."""
         features = self.clip.encode_image((pixels - self.mean) / self.std)
         return self.classifier(features.float()).softmax(-1)
-
-
-def check_new(path: str | Path) -> None:
-    """Refuses to overwrite a file.
-
-    Raises:
-        FileExistsError: If it exists.
-    """
-    if Path(path).exists():
-        raise FileExistsError(f'{path} exists; choose another name.')
 
 
 def export_onnx(

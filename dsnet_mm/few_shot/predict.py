@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
-from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 from dsnet_mm.tasks.readers import count_other_files, is_picture
 
@@ -120,7 +120,8 @@ def as_table(predictions: Sequence[Prediction]) -> Table:
     for p in predictions:
         cells = zip(p.classes, p.probabilities, strict=True)
         pairs = ((name, f'{100 * value:.1f}') for name, value in cells)
-        table.add_row(p.picture, *(cell for pair in pairs for cell in pair))
+        row = (p.picture, *(cell for pair in pairs for cell in pair))
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -154,14 +155,3 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
         pairs = ((name, f'{value:.6f}') for name, value in cells)
         writer.writerow([p.picture, *(cell for pair in pairs for cell in pair)])
     return text.getvalue()
-
-
-def write_new(path: str | Path, content: str) -> None:
-    """Writes a file that does not exist yet.
-
-    Raises:
-        FileExistsError: If it exists.
-    """
-    if Path(path).exists():
-        raise FileExistsError(f'{path} exists; choose another name.')
-    write_atomic(path, content)

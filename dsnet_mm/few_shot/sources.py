@@ -71,7 +71,7 @@ class PictureSource:
                 f'{self.task.name} has no training pictures; test a classifier of '
                 f'another data set on it.'
             )
-        self.title = f'{Path(config.dataset).name}, {Path(config.model).stem}'
+        self.title = f'{self.task.name}, {Path(config.model).stem}'
         self.class_names, self.prompts = self.task.class_names, self.task.prompts
         self.shots, self.preprocessing = tuple(config.shots), config.preprocessing
         self.has_val = bool(self.task.split['val'])
@@ -116,8 +116,8 @@ class PictureSource:
             plain: Whether :attr:`Drawn.plain` is needed.
 
         Raises:
-            ValueError: If a picture cannot be read, or a test picture is also a
-                training or validation picture.
+            ValueError: If a picture cannot be read, or none of a class, or a test
+                picture is also a training or validation picture.
         """
         train, val = collect_draws(self.task.split, draws)
         views, test = self.config.views, self.task.split['test']
@@ -125,12 +125,23 @@ class PictureSource:
         if plain and views:
             self.cache.encode(train, 0, 'encoding train, plain')
         refuse_copies(self.task, self.cache, {'train': train, 'val': val}, views)
+        if self.config.on_bad_image == 'skip':
+            for shots, seed in draws:  # raises before the fits
+                self.draw(shots, seed, False)
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         """Returns the pictures of a draw."""
         items = sample_few_shot(self.task.split, shots, seed)
+        train = self.cache.images(items['train'], self.config.views)
+        read = set(train.labels.tolist())
+        for label, name in enumerate(self.class_names):
+            if label not in read:
+                raise ValueError(
+                    f'none of the training pictures of {name!r} with {shots} shots and '
+                    f'seed {seed} can be read; repair or remove them.'
+                )
         return Drawn(
-            self.cache.images(items['train'], self.config.views),
+            train,
             self.cache.images(items['train']) if plain else None,
             self.cache.images(items['val']) if items['val'] else None,
         )
@@ -210,7 +221,7 @@ class FeatureSource:
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         """Returns the pictures of a draw."""
-        pool_shots = self._pool(shots)
+        pool_shots = self._pool()
         pool, val = self.file.train[pool_shots], self.file.val
         split = {'train': _rows(pool, self.class_names), 'val': []}
         if val is not None:
@@ -234,7 +245,7 @@ class FeatureSource:
 
     def all_labelled(self) -> Features:
         """Returns the pictures of train, val and test together."""
-        largest = self.file.train[self._pool(max(k or 0 for k in self.file.train) or 1)]
+        largest = self.file.train[self._pool()]
         parts = [part for part in (largest, self.file.val, self.file.test) if part]
         views = max(len(part.features) for part in parts)
         return Features(
@@ -248,7 +259,7 @@ class FeatureSource:
             torch.cat([part.labels for part in parts]),
         )
 
-    def _pool(self, shots: int) -> int | None:
+    def _pool(self) -> int | None:
         """Returns the part of the file that draws are made from."""
         if None in self.file.train:
             return None
@@ -257,17 +268,16 @@ class FeatureSource:
     def _shots(self) -> tuple[int, ...]:
         """Returns the numbers of shots that are wanted and possible."""
         here = sorted(k for k in self.file.train if k is not None)
-        if self.config.shots is None:
-            return tuple(here) or (1, 2, 4, 8, 16)
+        wanted = self.config.shots or tuple(here) or (1, 2, 4, 8, 16)
         most = here[-1] if here else 0
         if None in self.file.train:
             counts = self.file.train[None].labels.bincount(
                 minlength=len(self.class_names)
             )
             most = max(most, int(counts.min()))
-        possible = tuple(k for k in self.config.shots if k <= most)
-        if len(possible) < len(self.config.shots):
-            left_out = [str(k) for k in self.config.shots if k > most]
+        possible = tuple(k for k in wanted if k <= most)
+        if len(possible) < len(wanted):
+            left_out = [str(k) for k in wanted if k > most]
             message = (
                 f'{self.config.features} has at most {most} training pictures of each '
                 f'class, so there are no {", ".join(left_out)} shots.'

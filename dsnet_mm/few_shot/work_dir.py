@@ -17,8 +17,17 @@ from .sources import Source
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding='utf-8'))
+    """Reads a JSON file of a run.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(
+            f'{path} is damaged ({error}); choose another folder for the run.'
+        ) from error
 
 
 FREE = ('device', 'workers', 'cache_dir', 'on_bad_image')

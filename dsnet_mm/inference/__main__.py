@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             cfg_options=args.cfg_options,
         )
     root = args.picture if args.picture.is_dir() else args.picture.parent
-    images, entries, counts = [], [], Counter()
+    images, entries, labels, counts = [], [], set(), Counter()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(TextColumn('{task.description}'), *columns) as progress:
         bar = progress.add_task('pictures', total=len(pictures))
@@ -114,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
                     height=prediction.height,
                 )
             )
-            entries += prediction.to_coco(len(images))
+            entries += (found := prediction.to_coco(len(images)))
+            labels.update(entry['category_id'] - 1 for entry in found)
             if prediction.scores is None:
                 counts.update(found.label for found in prediction.objects)
             else:
@@ -126,9 +128,9 @@ def main(argv: list[str] | None = None) -> None:
 
     if not images:
         parser.error(f'none of {len(pictures)} pictures in {args.picture} can be read')
-    categories = [
-        dict(id=i, name=name) for i, name in enumerate(predictor.class_names, 1)
-    ]
+    # A checkpoint without names of classes, such as converted weights, has numbers.
+    names = predictor.class_names or [str(i) for i in range(1 + max(labels, default=0))]
+    categories = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
     write_atomic(
         args.out / 'pictures.json',
         json.dumps(dict(images=images, annotations=[], categories=categories)),
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     table = Table('class', 'objects' if predictor.detects else 'pictures')
     for label, count in counts.most_common():
-        table.add_row(predictor.class_names[label], str(count))
+        table.add_row(escape(names[label]), str(count))
     console.print(table)
     for path in predictor.unreadable:
         print(f'{path} cannot be read as a picture and was skipped.')

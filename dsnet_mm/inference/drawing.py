@@ -83,7 +83,7 @@ def draw_objects(
     Args:
         image: RGB picture of shape (H, W, 3).
         objects: Objects in its pixels.
-        class_names: Names of all classes.
+        class_names: Names of all classes. Without them the numbers are written.
         palette: Colours of the classes, see :func:`class_colors`.
         side: Longest side of the drawn picture in pixels.
         scores: Whether to write the scores.
@@ -94,7 +94,8 @@ def draw_objects(
     factor = side / max(image.shape[:2])
     drawn = scale(image, side)
     height, width = drawn.shape[:2]
-    colors = class_colors(palette, len(class_names))
+    num_classes = len(class_names) or 1 + max((x.label for x in objects), default=0)
+    colors = class_colors(palette, num_classes)
     for found in objects:
         if found.mask and found.mask.pixels.size:
             _blend(drawn, found, factor, colors[found.label])
@@ -109,7 +110,8 @@ def draw_objects(
     visualizer.draw_bboxes(boxes, edge_colors=box_colors, alpha=1, line_widths=line)
     for found, box, color in zip(objects, boxes.tolist(), box_colors, strict=True):
         left, top, right, _ = box
-        words = [class_names[found.label]] * (len(class_names) > 1)
+        name = class_names[found.label] if class_names else f'{found.label}'
+        words = [name] * (num_classes > 1)
         words += [f'{found.score:.2f}'] * scores
         text = ' '.join(words)
         if not text or (len(objects) > CROWD and right - left < 0.6 * FONT * len(text)):

@@ -57,7 +57,7 @@ def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
             - a name of ``PROMPTS``;
             - a name of ``PUBLIC_DATASETS``, for the prompt of the papers;
             - ``'imagenet_80'``, for CLIP's ensemble, taken from open_clip;
-            - a text file with one prompt a line;
+            - a text file in UTF-8 with one prompt a line;
             - one prompt;
             - a list of prompts.
 
@@ -65,8 +65,8 @@ def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
         The prompts. Each has one ``{}`` for the class name.
 
     Raises:
-        ValueError: If the name is unknown, or a prompt does not have exactly one
-            ``{}``.
+        ValueError: If the name is unknown, the file is not in UTF-8, or a prompt does
+            not have exactly one ``{}``.
     """
     if isinstance(prompts, str | Path):
         text = str(prompts)
@@ -81,7 +81,12 @@ def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
         if '{' in text:
             prompts = (text,)
         elif Path(text).is_file():
-            lines = Path(text).read_text(encoding='utf-8').splitlines()
+            try:
+                lines = Path(text).read_text(encoding='utf-8-sig').splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f'{text} is not in UTF-8; save it as UTF-8.'
+                ) from error
             prompts = [line.strip() for line in lines if line.strip()]
         else:
             names = (*PROMPTS, 'imagenet_80', *PUBLIC_DATASETS)

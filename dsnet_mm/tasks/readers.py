@@ -69,6 +69,11 @@ def _read_aircraft(folder: Path) -> Split:
         for line in _read_lines(folder / f'images_variant_{part}.txt'):
             image, _, variant = line.partition(' ')
             path = folder / 'images' / f'{image}.jpg'
+            if variant not in labels:
+                raise ValueError(
+                    f'{folder / f"images_variant_{part}.txt"} has the variant '
+                    f'{variant!r}, which is not in variants.txt.'
+                )
             split[part].append((str(path), labels[variant], variant))
     return split
 
@@ -210,7 +215,10 @@ def read_csv(path: Path) -> Split:
             f'{path} is not in UTF-8 (line {line}); save it as UTF-8.'
         ) from error
     reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
-    found = reader.fieldnames or []
+    try:
+        found = reader.fieldnames or []
+    except csv.Error as error:
+        raise ValueError(f'{path}: line 1 is no CSV: {error}.') from error
     new_names = {'file_name': 'path', 'label': 'class'}
     reader.fieldnames = [new_names.get(name.strip(), name.strip()) for name in found]
     if not {'path', 'class'} <= set(reader.fieldnames):

@@ -17,7 +17,7 @@ from dsnet_mm.few_shot.methods.linear_probe import LinearClassifier
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.models import OpenCLIPEncoder
-from dsnet_mm.tasks import load_task
+from dsnet_mm.tasks import load_task, resolve_prompts
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:
@@ -129,6 +129,7 @@ def test_rotated_picture_is_upright_on_all_routes(tmp_path, encoder):
     deployed = DeployedClassifier(torch.nn.Identity(), encoder, ['a'] * 16, 'clip')
     with Image.open(path) as image:
         assert torch.equal(deployed.prepare(image), deployed.prepare(path))
+        assert image.size == (64, 32), 'the picture of the caller is left as it is'
 
 
 # --- Folders and CSV files --------------------------------------------------------
@@ -196,6 +197,7 @@ def test_class_names_with_the_same_first_tokens(encoder):
         (b'path,class\na.png,x,y\n', 'line 2 does not have one value'),
         (b'path,class\na.png,\n', 'line 2 does not have one value'),
         (b'path,class\n"a.png,x\n', 'is no CSV'),
+        (b'"path,class\n', 'line 1 is no CSV'),
         (b'', 'must have the columns path and class'),
         (b'path,class,split\na.png,x,dev\n', "got 'dev'"),
         (b'path,class\na.png,x\n', 'at least two'),
@@ -216,6 +218,15 @@ def test_csv_with_byte_order_mark_and_upper_case_suffix(tmp_path):
     assert load_task(tmp_path / 'LIST.CSV').class_names == ('a', 'b')
     (tmp_path / 'metadata.csv').write_text('\n'.join(['file_name,label', *rows]))
     assert load_task(tmp_path / 'metadata.csv').class_names == ('a', 'b')
+
+
+def test_file_of_prompts(tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('a café {}.\n\nan old {}.\n', encoding='utf-8-sig')
+    assert resolve_prompts(path) == ('a café {}.', 'an old {}.')
+    path.write_text('a café {}.', encoding='latin-1')
+    with pytest.raises(ValueError, match=r'prompts\.txt is not in UTF-8'):
+        resolve_prompts(path)
 
 
 def test_folder_in_the_place_of_a_cache_file(encoder, tmp_path):
@@ -350,6 +361,11 @@ DAMAGES = {
     'no kind': (lambda a: {k: v for k, v in a.items() if k != 'kind'}, None),
     'no names': (lambda a: {k: v for k, v in a.items() if k != 'class_names'}, None),
     'too few names': (lambda a: a | {'class_names': ['a']}, None),
+    'names are a text': (lambda a: a | {'class_names': 'abc'}, None),
+    'model is a number': (lambda a: a | {'model': 5}, None),
+    'identity is a list': (lambda a: a | {'identity': []}, None),
+    'identity without model': (lambda a: a | {'model': None}, None),
+    'configuration': (lambda a: a | {'identity': {'config': 1}}, None),
     'names are numbers': (lambda a: a | {'class_names': [1, 2, 3]}, None),
     'no model': (lambda a: {k: v for k, v in a.items() if k != 'model'}, None),
     'swapped kinds': (lambda a: a | {'kind': 'LinearClassifier'}, None),
@@ -362,11 +378,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('name', DAMAGES)
-def test_damaged_classifier_file(classifier_file, encoder, tmp_path, name):
+def test_damaged_classifier_file(classifier_file, tmp_path, name):
     bad = tmp_path / 'bad.safetensors'
     rewrite(classifier_file, bad, *DAMAGES[name])
     with pytest.raises(ValueError, match=r'bad\.safetensors is a damaged') as error:
-        load_classifier(bad, encoder)
+        load_classifier(bad)
     one_sentence(error)
 
 

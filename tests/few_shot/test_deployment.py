@@ -137,8 +137,16 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
             expected.max().item(), abs=1e-5
         )
 
+    # It is found before anything is classified.
     with pytest.raises(SystemExit, match=r'a\.json exists; choose another name'):
-        tool('predict', elsewhere, 'album', *options)
+        tool('predict', 'no_such_file', 'album', *options)
+    Path('album/[bold]').mkdir()
+    (named,) = Path('album/a').glob('0.png')
+    named = shutil.copy(named, 'album/[bold]/a[').replace('\\', '/')
+    capsys.readouterr()
+    tool('predict', elsewhere, named)
+    assert '[bold]/a[' in capsys.readouterr().out
+    assert torch.equal(deployed(named), deployed([named]))
     for bad, sentence in (
         (('none.jpg',), 'error: there is no picture or folder none.jpg'),
         ((out,), r'error: no picture in .*out'),

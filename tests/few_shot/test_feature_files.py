@@ -123,6 +123,19 @@ def test_draws_from_a_file(file):
     assert not source.draw(4, 2, False).redrawn
 
 
+def test_default_shots_of_a_file_with_few_pictures(tmp_path):
+    tensors = made_tensors(shots=(5,), val=False)
+    for what in ('features', 'labels'):
+        tensors[f'train_{what}'] = tensors.pop(f'train_5_{what}')
+    save_file(tensors, tmp_path / 'birds.safetensors', METADATA)
+    config = FewShotConfig(
+        features=str(tmp_path / 'birds.safetensors'), methods=('gda',), seeds=(1,)
+    )
+    records = run(config, tmp_path / 'run', quiet=True)
+    assert [record['shots'] for record in records] == [0, 1, 2, 4]
+    assert 'there are no 8, 16 shots' in write_report(tmp_path / 'run', records)
+
+
 def test_file_without_validation_pictures(tmp_path):
     save_file(made_tensors(val=False), tmp_path / 'x.safetensors', METADATA)
     config = dict(features=str(tmp_path / 'x.safetensors'), methods=('tip_adapter',))
@@ -135,6 +148,8 @@ def test_file_without_validation_pictures(tmp_path):
 
 
 def change(tensors, metadata, what):
+    if isinstance(what, tuple):
+        metadata.update([what])
     if what == 'no text':
         del tensors['text_features']
     elif what == 'width':
@@ -160,6 +175,11 @@ def change(tensors, metadata, what):
         ('nan', 'train_1_features has values that are not finite'),
         ('shots', "train_2_labels has 3 rows of the class 'cat', and must have 2"),
         ('names', 'the metadata have no class_names'),
+        (('class_names', '"abc"'), 'class_names must be a JSON list'),
+        (('logit_scale', 'nan'), 'logit_scale must be a number above 0'),
+        (('identity', '['), 'identity must be a JSON object'),
+        (('prompts', 'a {}'), 'prompts must be a JSON list'),
+        (('preprocessing', 'none'), 'preprocessing must be one of'),
         ('test in train', '1 rows of test_features are also rows .* such as row 7'),
     ],
 )

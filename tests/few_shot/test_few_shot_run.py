@@ -130,6 +130,26 @@ def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
     assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
 
+def test_a_class_without_readable_training_pictures(config, tmp_path):
+    for cls, colour in (('day', 250), ('night', 5), ('noon', 255)):
+        for part, count in (('train', 1), ('test', 2)):
+            (tmp_path / 'sky' / part / cls).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.new('RGB', (8, 8), (colour, i, len(part)))
+                picture.save(tmp_path / 'sky' / part / cls / f'{i}.png')
+    (tmp_path / 'sky' / 'train' / 'night' / '0.png').write_bytes(b'no picture')
+    config = replace(
+        config,
+        dataset=str(tmp_path / 'sky'),
+        methods=('gda',),
+        shots=(1,),
+        on_bad_image='skip',
+    )
+    with pytest.raises(ValueError, match="none of the training pictures of 'night'"):
+        run(config, tmp_path / 'run', quiet=True)
+    assert not (tmp_path / 'run' / 'runs').exists()
+
+
 def test_methods_shots_and_seeds_are_added_to_a_run(config, tmp_path):
     first = replace(config, methods=('tip_adapter',), oracle=(), shots=(1,), seeds=(1,))
     work_dir = tmp_path / 'run'
@@ -317,6 +337,28 @@ def test_bad_arguments_of_the_configuration(config):
         replace(config, selection='oracle')
     with pytest.raises(ValueError, match='each have at least one value'):
         replace(config, seeds=())
+
+
+def test_types_of_the_configuration(config):
+    one = replace(config, shots=4, seeds=1, methods='gda')
+    assert (one.shots, one.seeds, one.methods) == ((4,), (1,), ('gda',))
+    for options, sentence in (
+        (dict(shots=['a']), 'shots must be integers'),
+        (dict(shots=(0,)), 'shots must be at least 1, got 0'),
+        (dict(views='ten'), "views must be an integer from 0 on, got 'ten'"),
+        (dict(crop_scale=0.5), 'crop_scale must be the least and the most'),
+        (dict(overrides={'gda': 3}), 'overrides must have a dict for each method'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            replace(config, **options)
+
+
+def test_damaged_description_of_a_run(config, tmp_path):
+    config = replace(config, methods=(), oracle=(), shots=(1,))
+    run(config, tmp_path / 'run', quiet=True)
+    (tmp_path / 'run' / 'run.json').write_text('{')
+    with pytest.raises(ValueError, match=r'run\.json is damaged'):
+        run(config, tmp_path / 'run', quiet=True)
 
 
 def test_confidence_interval():

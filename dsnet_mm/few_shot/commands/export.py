@@ -4,12 +4,12 @@ import argparse
 
 from dsnet_mm.few_shot.deployment import load_classifier, read_classifier
 from dsnet_mm.few_shot.export import (
-    check_new,
     convert_checkpoint,
     export_matrix,
     export_onnx,
     export_open_clip,
 )
+from dsnet_mm.files import check_new
 
 from .classifier import add_encoder_arguments
 

@@ -11,8 +11,8 @@ from dsnet_mm.few_shot.predict import (
     as_table,
     find_pictures,
     predict,
-    write_new,
 )
+from dsnet_mm.files import check_new, write_atomic
 
 from .classifier import add_classifier_arguments, read_classifier_arguments
 
@@ -40,6 +40,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Runs the command."""
+    for file in (args.json, args.csv):
+        if file not in (None, '-'):
+            check_new(file)
     pictures, notes = find_pictures(args.pictures)
     classifier = read_classifier_arguments(args)
     predictions, problems = predict(classifier, pictures, args.top, args.batch_size)
@@ -56,7 +59,7 @@ def call(args: argparse.Namespace) -> None:
         if file == '-':
             print(text, end='')
         elif file is not None:
-            write_new(file, text)
+            write_atomic(file, text)
     if problems:
         print(
             f'{len(predictions)} of {len(pictures)} pictures classified, '

@@ -69,13 +69,12 @@ def call(args: argparse.Namespace) -> None:
         config = FewShotConfig(**options)
     except TypeError as error:
         raise ValueError(f'unknown option: {error}.') from error
-    name = Path(args.config or config.features or config.dataset).stem
+    name = Path(args.config or config.features or config.dataset).resolve().stem
     prefix = '' if args.config else 'few_shot_'
     work_dir = Path(args.work_dir or Path('work_dirs') / f'{prefix}{name}')
     records = run(config, work_dir, final=args.final)
-    console = Console()
-    console.print(Markdown(write_report(work_dir, records)))
-    console.print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/')
+    Console().print(Markdown(write_report(work_dir, records)))
+    print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/')
     file = work_dir / (
         'classifiers/final.safetensors' if args.final else choose(records).file
     )

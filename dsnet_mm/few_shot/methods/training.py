@@ -79,13 +79,20 @@ def train(
         The model, in eval mode.
 
     Raises:
-        ValueError: If both epochs and iterations are given, or neither.
+        ValueError: If both epochs and iterations are given, or neither, or a name is
+            unknown.
     """
     if (epochs is None) == (iterations is None):
         raise ValueError(
             f'epochs={epochs} and iterations={iterations}: exactly one of them must be '
             f'None.'
         )
+    for name, value, known in (
+        ('optimizer', optimizer, ('SGD', 'Adam', 'AdamW')),
+        ('decay_by', decay_by, ('iteration', 'epoch')),
+    ):
+        if value not in known:
+            raise ValueError(f'{name} must be one of {known}, got {value!r}.')
     count = len(data.train)
     size = batch_size or count
     if text_batches:
