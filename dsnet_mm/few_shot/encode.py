@@ -96,11 +96,18 @@ def encode(
     draws = {None: train}
     if shots is not None:
         draws = {k: collect_draws(task.split, [(k, SEED)])[0] for k in shots}
+    drawn = {k: cache.images(items, views) for k, items in draws.items()}
+    for k, part in drawn.items():
+        if k is not None and len(part) < len(draws[k]):
+            raise ValueError(
+                f'{len(draws[k]) - len(part)} pictures of the draw of {k} shots cannot '
+                f'be read; remove them from {task.name}.'
+            )
     FeatureFile(
         cache.texts(task.class_names, task.prompts),
         task.class_names,
         encoder.logit_scale,
-        {k: cache.images(items, views) for k, items in draws.items()},
+        drawn,
         cache.images(val) if val else None,
         cache.images(task.split['test']),
         about,

@@ -24,11 +24,11 @@ from dsnet_mm.cli.checkpoints import load_checkpoint
 from dsnet_mm.cli.config import load_config
 from dsnet_mm.environment import require
 from dsnet_mm.models import fuse_for_inference
+from dsnet_mm.tasks.readers import IMAGE_SUFFIXES, is_picture
 
 from .prediction import DetectedObject, Mask, Prediction
 from .tiling import Tile, make_tiles, merge_tiles
 
-EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 # A picture or tile with a longer side is reduced to this before the test pipeline,
 # whose masks would be as large as the picture.
 MAX_SIDE = 4096
@@ -316,6 +316,8 @@ def _quiet() -> Iterator[None]:
 def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
     """Replaces folders by the pictures in them, also in folders below, sorted.
 
+    Hidden files are left out.
+
     Raises:
         FileNotFoundError: If there is no such file, or no picture in a folder.
     """
@@ -333,12 +335,12 @@ def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
         inside = sorted(
             path
             for path in Path(picture).rglob('*')
-            if path.suffix.lower() in EXTENSIONS
+            if is_picture(path) and path.is_file()
         )
         if not inside:
             raise FileNotFoundError(
                 f'{picture} holds no picture; their names end with one of '
-                f'{" ".join(EXTENSIONS)}'
+                f'{" ".join(IMAGE_SUFFIXES)}'
             )
         listed += inside
     return listed

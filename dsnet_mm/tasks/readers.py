@@ -8,7 +8,11 @@ from pathlib import Path
 from .catalogue import PUBLIC_DATASETS, SPLITS_SOURCE
 from .splits import Split, read_split
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
+IMAGE_SUFFIXES = (
+    *('.jpg', '.jpeg', '.png', '.bmp', '.webp'),
+    *('.pgm', '.ppm', '.tif', '.tiff'),
+)
+"""Ends of the names of files that are read as pictures."""
 
 PART_NAMES = {
     **{'train': 'train', 'test': 'test'},

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dsnet_mm.datasets.feature_file import read_feature_file
 from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, run
 from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.sources import FeatureSource
+from dsnet_mm.tasks import load_task
 from tests.conftest import tool as load_tool
 
 NAMES = ['cat', 'dog', 'emu']
@@ -253,6 +256,22 @@ def test_encoded_file_gives_the_results_of_the_pictures(
     probabilities = load_classifier(tmp_path / 'features' / name, encoder)(image)
     same = load_classifier(tmp_path / 'pictures' / name, encoder)(image)
     torch.testing.assert_close(probabilities, same)
+
+
+def test_unreadable_pictures_are_not_in_a_draw(
+    tool, tiny_clip, picture_folder, tmp_path
+):
+    pictures = shutil.copytree(picture_folder, tmp_path / 'pictures')
+    (bad, *_), *_ = load_task(pictures).split['train']
+    Path(bad).write_bytes(b'no picture')
+    options = [
+        *('--dataset', pictures, '--model', tiny_clip['model'], '--shots', 12),
+        *('--pretrained', tiny_clip['pretrained'], '--out', tmp_path / 'out'),
+        *('--cfg-options', 'views=0', 'on_bad_image=skip', f'cache_dir={tmp_path}/c'),
+    ]
+    with pytest.raises(SystemExit, match='1 pictures of the draw of 12 shots cannot'):
+        tool('encode', *options)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_encoded_shots(tool, tiny_clip, picture_folder, tmp_path):
