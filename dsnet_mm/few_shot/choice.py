@@ -41,7 +41,7 @@ def choose(records: Sequence[dict]) -> Choice:
     """
     fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
     if not fitted:
-        return Choice(records[0], 'It is the only method of the run.')
+        return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)
     fitted = [r for r in fitted if r['shots'] == most]
     with_val = [r for r in fitted if r['val_accuracy'] is not None]
@@ -52,10 +52,10 @@ def choose(records: Sequence[dict]) -> Choice:
         return Choice(
             record,
             f'There are no validation pictures to choose by. It is the default method '
-            f'at {most} shots.'
+            f'at {shots_text(most)}.'
             if method == REFERENCE
             else f'There are no validation pictures to choose by. It is the first '
-            f'method at {most} shots.',
+            f'method at {shots_text(most)}.',
         )
     scores = {
         method: _score([r for r in with_val if r['method'] == method])
@@ -67,13 +67,18 @@ def choose(records: Sequence[dict]) -> Choice:
         return Choice(
             next(r for r in records if r['method'] == 'zero_shot'),
             f'No method is above its validation accuracy, {mean(zero):.2f} % on the '
-            f'pictures of {most} shots.',
+            f'pictures of {shots_text(most)}.',
         )
     return Choice(
         max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),
-        f'Its method has the highest mean validation accuracy at {most} shots, '
+        f'Its method has the highest mean validation accuracy at {shots_text(most)}, '
         f'{scores[best][0]:.2f} %, and this is the best of its seeds.',
     )
+
+
+def shots_text(shots: int) -> str:
+    """Returns ``'1 shot'``, ``'2 shots'`` and so on."""
+    return f'{shots} shot{"s" * (shots > 1)}'
 
 
 def _score(records: Sequence[dict]) -> tuple[float, float]:

@@ -105,6 +105,17 @@ class FewShotConfig:
                     f'{name} has no option {", ".join(map(repr, unknown))}; it has '
                     f'{", ".join(sorted(METHODS[name].options))}.'
                 )
+            for key, default in METHODS[name].defaults.items():
+                value = options.get(key)
+                # The number of epochs can also be the name of a rule.
+                if (
+                    isinstance(default, int | float)
+                    and isinstance(value, str)
+                    and key != 'epochs'
+                ):
+                    raise ValueError(
+                        f'{key} of {name} must be a number, got {value!r}.'
+                    )
         if self.selection is not None and self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '

@@ -9,7 +9,7 @@ from scipy import stats
 
 from dsnet_mm.files import write_atomic
 
-from .choice import REFERENCE, choose
+from .choice import REFERENCE, choose, shots_text
 from .methods import METHODS
 
 
@@ -122,7 +122,7 @@ def table(records: list[dict], about: dict) -> str:
     shots = sorted({cell.shots for cell in cells.values()} - {0})
     labels = list(dict.fromkeys(label for label, k in cells if k))
     results = [_describe(records, about), '']
-    columns = [f'{k} shot{"s" * (k > 1)}' for k in shots] or ['accuracy']
+    columns = [*map(shots_text, shots)] or ['accuracy']
     results += [
         f'| method | {" | ".join(columns)} |',
         '|---|' + '--:|' * len(columns),
@@ -138,7 +138,10 @@ def table(records: list[dict], about: dict) -> str:
         *([x] for x in _notes(list(cells.values()), records, about)),
     ]
     if shots:
-        parts += [[f'## At {shots[-1]} shots'], *_most_shots(cells, labels, shots[-1])]
+        parts += [
+            [f'## At {shots_text(shots[-1])}'],
+            *_most_shots(cells, labels, shots[-1]),
+        ]
     chosen = choose(records)
     parts.append([f'Classifier to use: `{chosen.file}`. {chosen.why}'])
     return '\n\n'.join('\n'.join(lines) for lines in parts) + '\n'
@@ -196,7 +199,7 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
 def _most_shots(
     cells: dict[tuple[str, int], Cell], labels: list[str], most: int
 ) -> list[list[str]]:
-    """Returns the table for the largest number of shots, and a sentence."""
+    """Returns the table for the largest number of shots, and a sentence on it."""
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     reference = cells.get((METHODS[REFERENCE].title, most))
     rows = [cells[label, most] for label in labels if (label, most) in cells]
@@ -207,10 +210,11 @@ def _most_shots(
         '|---|--:|--:|--:|--:|--:|--:|',
         f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
     ]
-    behind = []
+    results, behind = 0, []
     for cell, p in zip(rows, p_values, strict=True):
         gain = cell.mean - zero_shot.mean
         is_result = '(oracle)' not in cell.label
+        results += is_result
         if is_result and (cell.interval is None or gain <= cell.interval):
             behind.append(cell.label)
         interval = '' if cell.interval is None else f' ± {cell.interval:.2f}'
@@ -219,17 +223,19 @@ def _most_shots(
             f'{cell.ece:.1f} | {cell.fit_seconds:.2f} | {cell.select_seconds:.2f} | '
             f'{cell.parameters:,} |'
         )
+    if not results:
+        return [lines]
     if behind:
         few = any(len(cell.accuracies) < 3 for cell in rows)
         why = ' (three seeds or more are needed to tell)' if few else ''
         sentence = (
-            f'Not above zero-shot by more than the confidence interval at {most} '
-            f'shots{why}: {", ".join(behind)}.'
+            f'Not above zero-shot by more than the confidence interval at '
+            f'{shots_text(most)}{why}: {", ".join(behind)}.'
         )
     else:
         sentence = (
             f'All methods are above zero-shot by more than the confidence interval at '
-            f'{most} shots.'
+            f'{shots_text(most)}.'
         )
     return [lines, [sentence]]
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -41,8 +42,8 @@ def read_parquet(files: Sequence[Path], name: str) -> Split:
 
     Raises:
         ImportError: If pyarrow is not installed.
-        ValueError: If a file is no such table, or there are several parts, but not
-            both train and test.
+        ValueError: If a file is no such table, there are no rows, or there are several
+            parts, but not both train and test.
     """
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
@@ -112,7 +113,14 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
                     count += 1
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f'{file} cannot be read as parquet ({error}).') from error
-    labels = {label for *_, label in rows}
+    if not rows:
+        raise ValueError(f'{files[0]} and the files beside it have no rows.')
+    try:
+        labels = {label for *_, label in rows}
+    except TypeError as error:
+        raise ValueError(
+            f'{files[0]}: labels must be numbers or names, got {rows[0][2]!r}.'
+        ) from error
     if all(isinstance(label, str) for label in labels):
         names = sorted(labels)
         index = {name: i for i, name in enumerate(names)}
@@ -133,6 +141,7 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
 
 def _label_names(schema) -> list[str] | None:
     """Returns the class names that the ``datasets`` library stores in a schema."""
-    text = (schema.metadata or {}).get(b'huggingface')
-    features = json.loads(text)['info']['features'] if text else {}
-    return features.get('label', {}).get('names')
+    text = (schema.metadata or {}).get(b'huggingface', b'{}')
+    with suppress(KeyError, TypeError, ValueError):  # of another library or version
+        return json.loads(text)['info']['features']['label']['names']
+    return None

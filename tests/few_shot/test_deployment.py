@@ -436,6 +436,27 @@ def test_parquet_without_split_and_with_names_as_labels(tmp_path, monkeypatch):
     assert not list((tmp_path / 'work_dirs').rglob('.*'))
 
 
+def test_parquet_of_other_content(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip('pyarrow', reason='an optional library')
+    from pyarrow import parquet
+
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (8, 8)).save('a.png')
+    image = {'bytes': Path('a.png').read_bytes(), 'path': 'a.png'}
+    for name, label, sentence in (
+        ('list', [['cat'], ['dog']], 'labels must be numbers or names'),
+        ('none', [], 'have no rows'),
+        ('number', [0, 1], 'no names of labels'),
+    ):
+        table = pyarrow.table({'image': [image] * len(label), 'label': label})
+        for metadata in ('{"info": 3}', '{'):  # not of the datasets library
+            other = table.replace_schema_metadata({'huggingface': metadata})
+            parquet.write_table(other, f'{name}.parquet')
+            with pytest.raises(ValueError, match=sentence) as error:
+                load_task(f'{name}.parquet')
+            assert f'{name}.parquet' in str(error.value)
+
+
 def test_pyarrow_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     monkeypatch.chdir(tmp_path)

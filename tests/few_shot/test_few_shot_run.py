@@ -339,6 +339,14 @@ def test_bad_arguments_of_the_configuration(config):
         replace(config, seeds=())
 
 
+def test_a_run_of_oracles_alone_has_no_results(config, tmp_path):
+    config = replace(config, methods=(), oracle=('gda',), shots=(1,))
+    text = write_report(tmp_path / 'run', run(config, tmp_path / 'run', quiet=True))
+    assert '## At 1 shot\n' in text and 'GDA (oracle)' in text
+    assert 'above zero-shot' not in text
+    assert 'No other method was fitted without the test split' in text
+
+
 def test_types_of_the_configuration(config):
     one = replace(config, shots=4, seeds=1, methods='gda')
     assert (one.shots, one.seeds, one.methods) == ((4,), (1,), ('gda',))
@@ -348,6 +356,7 @@ def test_types_of_the_configuration(config):
         (dict(views='ten'), "views must be an integer from 0 on, got 'ten'"),
         (dict(crop_scale=0.5), 'crop_scale must be the least and the most'),
         (dict(overrides={'gda': 3}), 'overrides must have a dict for each method'),
+        (dict(overrides={'gda': {'alpha': 'x'}}), 'alpha of gda must be a number, got'),
     ):
         with pytest.raises(ValueError, match=sentence):
             replace(config, **options)

@@ -125,6 +125,22 @@ def test_epochs_and_iterations_exclude_each_other(data):
         method.fit(data, **{**method.defaults, 'epochs': 3})
 
 
+@pytest.mark.parametrize(
+    ('option', 'sentence'),
+    [
+        (dict(iterations=-5), 'at least one step of training, got -5'),
+        (dict(batch_size=0), 'batch_size must be None or at least 1, got 0'),
+        (dict(batch_size=1, text_batches=True), 'at least 2, got 1'),
+        (dict(optimizer='Lion'), 'optimizer must be one of'),
+        (dict(decay_by='step'), 'decay_by must be one of'),
+    ],
+)
+def test_bad_recipes(data, option, sentence):
+    method = METHODS['clip_adapter']
+    with pytest.raises(ValueError, match=sentence):
+        method.fit(data, **{**method.defaults, **option})
+
+
 # --- Selection --------------------------------------------------------------------
 
 

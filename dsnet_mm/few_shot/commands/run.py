@@ -69,7 +69,7 @@ def call(args: argparse.Namespace) -> None:
         config = FewShotConfig(**options)
     except TypeError as error:
         raise ValueError(f'unknown option: {error}.') from error
-    name = Path(args.config or config.features or config.dataset).resolve().stem
+    name = Path(args.config or config.features or config.dataset).absolute().stem
     prefix = '' if args.config else 'few_shot_'
     work_dir = Path(args.work_dir or Path('work_dirs') / f'{prefix}{name}')
     records = run(config, work_dir, final=args.final)

@@ -79,8 +79,8 @@ def train(
         The model, in eval mode.
 
     Raises:
-        ValueError: If both epochs and iterations are given, or neither, or a name is
-            unknown.
+        ValueError: If both epochs and iterations are given, or neither, a number is
+            too small, or a name is unknown.
     """
     if (epochs is None) == (iterations is None):
         raise ValueError(
@@ -94,12 +94,19 @@ def train(
         if value not in known:
             raise ValueError(f'{name} must be one of {known}, got {value!r}.')
     count = len(data.train)
-    size = batch_size or count
+    size = count if batch_size is None else batch_size
     if text_batches:
         size //= 2
+    if size < 1:
+        raise ValueError(
+            f'batch_size must be None or at least {2 if text_batches else 1}, got '
+            f'{batch_size}.'
+        )
     size = min(size, count)
     steps = -(-count // size)  # of an epoch
     total = num_epochs(epochs, data.shots) * steps if iterations is None else iterations
+    if total < 1:
+        raise ValueError(f'there must be at least one step of training, got {total}.')
     parameters = [
         {'params': [p], 'lr_factor': getattr(p, 'lr_factor', 1.0)}
         for p in model.parameters()
