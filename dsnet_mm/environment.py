@@ -1,4 +1,4 @@
-"""Checks the installed packages and the compiled ops, for ``python -m dsnet_mm``."""
+"""Checks packages, compiled ops and devices, for ``python -m dsnet_mm`` and others."""
 
 import importlib
 import shutil
@@ -87,6 +87,27 @@ def require(*names: str, user: str) -> None:
             f'{user} needs {name} (>={low}, <{high}), which {found}; '
             f'{install_command(name)}'
         )
+
+
+def existing_device(name: str) -> str:
+    """Returns the name of a device, the best one for ``'auto'``.
+
+    Raises:
+        ValueError: If this machine does not have it.
+    """
+    import torch
+    from mmengine.device import get_device
+
+    if name == 'auto':
+        return get_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'there is no device {name!r} here ({str(error).splitlines()[0]}); '
+            f"use 'auto' or 'cpu'."
+        ) from error
+    return name
 
 
 def find_problems() -> list[str]:

@@ -19,7 +19,12 @@ from pycocotools.coco import COCO
 import dsnet_mm
 from dsnet_mm.cli.config import load_config
 from dsnet_mm.inference import DetectedObject, Mask, Predictor
-from dsnet_mm.inference.predictor import MAX_SIDE, make_view, mask_in_picture
+from dsnet_mm.inference.predictor import (
+    MAX_SIDE,
+    list_pictures,
+    make_view,
+    mask_in_picture,
+)
 from dsnet_mm.inference.tiling import Tile, make_tiles, merge_tiles
 
 from .conftest import REPO, draw, tool
@@ -222,11 +227,18 @@ def test_numbers_instead_of_unknown_names(
         (dict(score_thr=30), 'the least score is from 0 to 1, got 30'),
         (dict(tile=64, overlap=64), 'less than their side, got 64 and 64'),
         (dict(tile=64, overlap=8), 'is a classifier; tiles are for detectors'),
+        (dict(device='cuda:99'), "there is no device 'cuda:99' here"),
     ],
 )
 def test_wrong_options(options: dict, sentence: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         Predictor(folder / 'classifier.py', 'none.pth', **options)
+
+
+@pytest.mark.parametrize('shape', [(8, 8), (8, 8, 4), (0, 8, 3), (2, 8, 8, 3)])
+def test_arrays_that_are_no_pictures(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r'of shape \(H, W, 3\), got'):
+        list_pictures(np.zeros(shape, np.uint8))
 
 
 @pytest.mark.parametrize(

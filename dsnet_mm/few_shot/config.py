@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import torch
-from mmengine.device import get_device
+from dsnet_mm.environment import existing_device
 
 from .methods import METHODS
 from .selection import SELECTIONS
@@ -165,21 +164,3 @@ class FewShotConfig:
             raise ValueError(
                 f'overrides must have a dict for each method, got {self.overrides!r}.'
             )
-
-
-def existing_device(name: str) -> str:
-    """Returns the name of a device, the best one for ``'auto'``.
-
-    Raises:
-        ValueError: If this machine does not have it.
-    """
-    if name == 'auto':
-        return get_device()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'there is no device {name!r} here ({str(error).splitlines()[0]}); '
-            f"use 'auto' or 'cpu'."
-        ) from error
-    return name

@@ -16,13 +16,12 @@ import cv2
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 
 from dsnet_mm.cli.checkpoints import load_checkpoint
 from dsnet_mm.cli.config import load_config
-from dsnet_mm.environment import require
+from dsnet_mm.environment import existing_device, require
 from dsnet_mm.models import fuse_for_inference
 from dsnet_mm.tasks.readers import IMAGE_SUFFIXES, is_picture
 
@@ -93,7 +92,7 @@ class Predictor:
     Args:
         config: Configuration file, or name of one of this package.
         weights: Checkpoint file. It is loaded by a restricted unpickler.
-        device: Device of the network, the GPU if None and there is one.
+        device: Device of the network. ``'auto'`` or None takes a GPU if there is one.
         batch_size: Number of pictures, or of tiles of a picture, in a forward.
         score_thr: Least score of an object.
         fuse: Whether to replace blocks by their inference form (fuse_for_inference).
@@ -110,7 +109,8 @@ class Predictor:
 
     Raises:
         FileNotFoundError: If there is no such configuration or checkpoint.
-        ValueError: If an option is out of range, or the checkpoint does not fit.
+        ValueError: If an option is out of range, there is no such device, or the
+            checkpoint does not fit.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class Predictor:
                 f'the overlap of tiles is at least 0 and less than their side, got '
                 f'{overlap} and {tile}'
             )
+        device = existing_device(device or 'auto')
         cfg = load_config(str(config), cfg_options or {})
         self.detects = cfg.default_scope == 'mmdet'
         if tile and not self.detects:
@@ -267,7 +268,7 @@ class Predictor:
                 objects.append(found)
         return objects
 
-    def _make_inferencer(self, cfg: Any, device: str | None) -> Any:
+    def _make_inferencer(self, cfg: Any, device: str) -> Any:
         """Returns the inferencer of mmdet or mmpretrain, with random weights."""
         cfg = deepcopy(cfg)
         init_default_scope(cfg.default_scope)
@@ -277,9 +278,7 @@ class Predictor:
             return DetInferencer(cfg, device=device, show_progress=False)
         from mmpretrain import ImageClassificationInferencer
 
-        return ImageClassificationInferencer(
-            cfg, pretrained=False, device=device or get_device()
-        )
+        return ImageClassificationInferencer(cfg, pretrained=False, device=device)
 
     @staticmethod
     def _loader(cfg: Any) -> LoadImageFromFile:
@@ -320,12 +319,21 @@ def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
 
     Raises:
         FileNotFoundError: If there is no such file, or no picture in a folder.
+        ValueError: If an array has another shape.
     """
     if isinstance(pictures, str | Path | np.ndarray):
         pictures = [pictures]
     listed: list[Picture] = []
     for picture in pictures:
-        if isinstance(picture, np.ndarray) or Path(picture).is_file():
+        if isinstance(picture, np.ndarray):
+            if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+                raise ValueError(
+                    f'an array must be a BGR picture of shape (H, W, 3), got '
+                    f'{picture.shape}'
+                )
+            listed.append(picture)
+            continue
+        if Path(picture).is_file():
             listed.append(picture)
             continue
         if not Path(picture).is_dir():

@@ -2,7 +2,7 @@
 
 import argparse
 
-from dsnet_mm.few_shot.config import existing_device
+from dsnet_mm.environment import existing_device
 from dsnet_mm.few_shot.deployment import DeployedClassifier, load_classifier
 
 
