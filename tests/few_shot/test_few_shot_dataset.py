@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from dsnet_mm.datasets.few_shot_dataset import FewShotDataset
 from dsnet_mm.tasks import load_task
@@ -118,3 +119,16 @@ def paint(folder):
 def test_unknown_part(picture_folder):
     with pytest.raises(ValueError, match=r"part must be 'train', .* got 'all'"):
         FewShotDataset(str(picture_folder), 'all')
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_part_without_pictures(tiny_clip, tmp_path, cached):
+    for cls in ('day', 'night'):
+        (tmp_path / 'sky' / cls).mkdir(parents=True)
+        for i in range(3):  # too few for validation pictures
+            Image.new('RGB', (8, 8), (i, 0, 0)).save(tmp_path / f'sky/{cls}/{i}.png')
+    features = dict(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
+    with pytest.raises(ValueError, match='sky has no val pictures; leave out'):
+        FewShotDataset(
+            str(tmp_path / 'sky'), 'val', shots=1, features=features if cached else None
+        )
