@@ -22,7 +22,11 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='dsnet_mm',
-    locations=['dsnet_mm.engine.fuse_hook', 'dsnet_mm.engine.iteration_seed_hook'],
+    locations=[
+        'dsnet_mm.engine.cpu_time_hook',
+        'dsnet_mm.engine.fuse_hook',
+        'dsnet_mm.engine.iteration_seed_hook',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

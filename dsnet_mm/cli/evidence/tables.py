@@ -1,0 +1,154 @@
+"""The tables and their rows. Each row is a configuration in configs/evidence."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        name: Name of the row, and of its results.
+        label: How the page calls it.
+        config: File in ``configs/evidence``, without suffix.
+        seeds: Number of trainings, with the seeds 0, 1 and so on.
+        options: Values of the configuration that the row sets, by dotted name.
+    """
+
+    name: str
+    label: str
+    config: str
+    seeds: int = 3
+    options: Mapping[str, Any] = {}
+
+
+class Table(NamedTuple):
+    """A table.
+
+    Attributes:
+        title: Title on the page.
+        rows: Its rows. Differences are those from the first one.
+        metrics: Metrics of the page and their column titles. The first one is
+            compared and plotted.
+        tolerance: Largest difference from the recorded first metric that passes as
+            reproduced. Threads, libraries and processors change it from run to run.
+        data: Where the data comes from.
+        size: Side of the square picture for which multiply-adds are counted.
+        comparable: Rows whose backbones need the same multiply-adds within 5 %.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    metrics: Mapping[str, str]
+    tolerance: float
+    data: str
+    size: int
+    comparable: bool = True
+
+    def row(self, name: str) -> Row:
+        """Returns a row by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+COCO = {
+    'coco/segm_mAP': 'mask AP',
+    'coco/segm_mAP_50': 'AP50',
+    'coco/segm_mAP_75': 'AP75',
+    'coco/segm_mAP_s': 'small',
+    'coco/segm_mAP_m': 'medium',
+    'coco/bbox_mAP': 'box AP',
+    'coco/bbox_mAP_50': 'AP50',
+    'coco/bbox_mAP_75': 'AP75',
+    'coco/bbox_mAP_s': 'small',
+    'coco/bbox_mAP_m': 'medium',
+}
+NUCLEI_DATA = (
+    'the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted by '
+    'tools/dataset_converters/nuclei_to_coco.py into data/nuclei'
+)
+CIFAR_DATA = (
+    'CIFAR-10 as a folder of pictures, written by '
+    'tools/dataset_converters/cifar10_to_folders.py into data/cifar10'
+)
+DETECTORS = {
+    'dsnet_dsfpn': 'DS-Net + DS-FPN',
+    'dsnet_fpn': 'DS-Net + FPN',
+    'resnet_fpn': 'ResNet + FPN',
+    'swin_fpn': 'Swin + FPN',
+    'convnext_fpn': 'ConvNeXt + FPN',
+}
+CLASSIFIERS = {
+    'dsnet': 'DS-Net*',
+    'dsnet_alpha0': 'DS-Net, alpha 0 (local stream alone)',
+    'dsnet_alpha1': 'DS-Net, alpha 1 (global stream alone)',
+    'resnet': 'ResNet',
+    'deit': 'DeiT',
+    'swin': 'Swin',
+    'convnext': 'ConvNeXt',
+    'dsnet_no_isa': 'DS-Net, no ISA (alpha 0.5)',
+    'dsnet_alpha25': 'DS-Net, alpha 0.25',
+    'dsnet_alpha75': 'DS-Net, alpha 0.75',
+    'dsnet_global_to_local': 'DS-Net*, global to local only',
+    'dsnet_local_to_global': 'DS-Net*, local to global only',
+}
+THREE_SEEDS = ('dsnet', 'dsnet_alpha0', 'dsnet_alpha1', 'resnet', 'deit')
+RATES = (1e-3, 2e-3, 4e-3)
+
+TABLES = {
+    'nuclei': Table(
+        'Nuclei, Mask R-CNN from random weights',
+        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items()),
+        COCO,
+        tolerance=1.5,
+        data=NUCLEI_DATA,
+        size=256,
+    ),
+    'scenes': Table(
+        'Drawn scenes, Mask R-CNN',
+        (
+            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
+            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
+        ),
+        COCO,
+        tolerance=3.0,
+        data='the first two commands of `make demo`: the pictures and the warm-up of '
+        'the backbone',
+        size=128,
+    ),
+    'cifar10': Table(
+        'CIFAR-10 at 64 pixels',
+        tuple(
+            Row(name, label, f'cifar10_{name}', 3 if name in THREE_SEEDS else 1)
+            for name, label in CLASSIFIERS.items()
+        ),
+        {'accuracy/top1': 'accuracy'},
+        tolerance=1.0,
+        data=CIFAR_DATA,
+        size=64,
+    ),
+    # Three epochs for each rate, judged by a tenth of the training pictures.
+    'cifar10_rates': Table(
+        'CIFAR-10, choice of the learning rate (on pictures left out of training)',
+        tuple(
+            Row(
+                f'{name}_{rate:g}',
+                f'{CLASSIFIERS[name]}, {rate:g}',
+                f'cifar10_{name}',
+                1,
+                {
+                    'optim_wrapper.optimizer.lr': rate,
+                    'train_cfg.max_epochs': 3,
+                    'param_scheduler.1.T_max': 3,
+                    'test_dataloader.dataset.ann_file': 'val.txt',
+                    'test_dataloader.dataset.data_prefix': 'train',
+                },
+            )
+            for name in ('dsnet', 'resnet', 'deit', 'swin', 'convnext')
+            for rate in RATES
+        ),
+        {'accuracy/top1': 'accuracy'},
+        tolerance=1.5,
+        data=CIFAR_DATA,
+        size=64,
+    ),
+}
