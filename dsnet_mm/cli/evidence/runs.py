@@ -94,7 +94,7 @@ class Run:
             FileNotFoundError: If data is missing.
             RuntimeError: If a tool fails.
         """
-        cfg = self.load_config()
+        cfg, started_at = self.load_config(), commit()
         work_dir = ['--work-dir', str(self.work_dir)]
         last = cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs')
         checkpoint = find_checkpoint_to_resume(str(self.work_dir))
@@ -121,7 +121,7 @@ class Run:
             model=count(cfg, TABLES[self.table].size),
             command=shlex.join([*command, '--seed', str(self.seed)]),
             config=json.loads(json.dumps(plain.to_dict(), default=str)),
-            commit=commit(),
+            commit=started_at,
             versions=versions(),
             machine=machine(),
         )
