@@ -27,11 +27,11 @@ Results = Mapping[str, Mapping[int, dict[str, Any]]]
 """Results of a table by row and seed."""
 
 
-def read_results(name: str, folder: Path = RESULTS) -> Results:
+def read_results(name: str) -> Results:
     """Reads the recorded results of a table, rows without any left out."""
     found: dict[str, dict[int, dict]] = {}
     for row in TABLES[name].rows:
-        for path in sorted(folder.glob(f'{name}/{row.name}-seed*.json')):
+        for path in sorted(RESULTS.glob(f'{name}/{row.name}-seed*.json')):
             result = json.loads(path.read_text())
             found.setdefault(row.name, {})[result['seed']] = result
     return found

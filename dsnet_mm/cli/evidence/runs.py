@@ -102,11 +102,7 @@ class Run:
             others = [] if cfg.default_scope == 'mmpretrain' else ['--no-validate']
             _call(self.arguments('train.py', *work_dir, '--resume', *others))
             checkpoint = find_checkpoint_to_resume(str(self.work_dir))
-        folder = self.work_dir / 'test'
-        seconds = _call(
-            self.arguments('test.py', checkpoint, '--work-dir', str(folder))
-        )
-        metrics = max(folder.glob('*/metrics.json'), key=lambda p: p.stat().st_mtime)
+        metrics, seconds = self.test(checkpoint, self.work_dir / 'test')
         history = read_checkpoint(checkpoint)['message_hub']['log_scalars']
         plain = load_config(str(ROOT / self.config), self.options)
         command = ['python', 'tools/reproduce.py', self.table, self.row.name]
@@ -114,7 +110,7 @@ class Run:
             table=self.table,
             row=self.row.name,
             seed=self.seed,
-            metrics=json.loads(metrics.read_text()),
+            metrics=metrics,
             curve=read_log(self.work_dir),
             train_cpu_seconds=float(history['train/cpu_time'].data[0].sum()),
             test_cpu_seconds=seconds,
@@ -125,6 +121,22 @@ class Run:
             versions=versions(),
             machine=machine(),
         )
+
+    def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:
+        """Evaluates a checkpoint with ``tools/test.py``.
+
+        Args:
+            checkpoint: Checkpoint or weights.
+            folder: Working directory of the test.
+
+        Returns:
+            The metrics and the processor seconds.
+        """
+        work_dir = ['--work-dir', str(folder)]
+        seconds = _call(self.arguments('test.py', checkpoint, *work_dir))
+        files = folder.glob('*/metrics.json')
+        latest = max(files, key=lambda path: path.stat().st_mtime)
+        return json.loads(latest.read_text()), seconds
 
 
 def runs_of(

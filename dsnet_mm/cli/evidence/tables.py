@@ -33,6 +33,8 @@ class Table(NamedTuple):
         tolerance: Largest difference from the recorded first metric that passes as
             reproduced. Threads, libraries and processors change it from run to run.
         data: Where the data comes from.
+        licence: Licence of the data.
+        limits: What weights of this table are not good for.
         size: Side of the square picture for which multiply-adds are counted.
         comparable: Rows whose backbones need the same multiply-adds within 5 %.
     """
@@ -42,6 +44,8 @@ class Table(NamedTuple):
     metrics: Mapping[str, str]
     tolerance: float
     data: str
+    licence: str
+    limits: str
     size: int
     comparable: bool = True
 
@@ -66,6 +70,16 @@ NUCLEI_DATA = (
     'the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted by '
     'tools/dataset_converters/nuclei_to_coco.py into data/nuclei'
 )
+NUCLEI_LIMITS = (
+    'one class, pictures like those of the set (nuclei stained for light or '
+    'fluorescence microscopy, 256 to 696 pixels, enlarged twice); small training set, '
+    'no use in diagnosis'
+)
+CIFAR_LIMITS = (
+    'ten classes, pictures of 32 pixels enlarged to 64; trained for minutes, far from '
+    'what long training reaches'
+)
+CIFAR_LICENCE = 'CIFAR-10 is published without a licence, for research'
 CIFAR_DATA = (
     'CIFAR-10 as a folder of pictures, written by '
     'tools/dataset_converters/cifar10_to_folders.py into data/cifar10'
@@ -101,6 +115,8 @@ TABLES = {
         COCO,
         tolerance=1.5,
         data=NUCLEI_DATA,
+        licence='the pictures are CC0',
+        limits=NUCLEI_LIMITS,
         size=256,
     ),
     'scenes': Table(
@@ -113,6 +129,8 @@ TABLES = {
         tolerance=3.0,
         data='the first two commands of `make demo`: the pictures and the warm-up of '
         'the backbone',
+        licence='the pictures are drawn by this repository',
+        limits='drawn pictures only',
         size=128,
     ),
     'cifar10': Table(
@@ -124,6 +142,8 @@ TABLES = {
         {'accuracy/top1': 'accuracy'},
         tolerance=1.0,
         data=CIFAR_DATA,
+        licence=CIFAR_LICENCE,
+        limits=CIFAR_LIMITS,
         size=64,
     ),
     # Three epochs for each rate, judged by a tenth of the training pictures.
@@ -149,6 +169,17 @@ TABLES = {
         {'accuracy/top1': 'accuracy'},
         tolerance=1.5,
         data=CIFAR_DATA,
+        licence=CIFAR_LICENCE,
+        limits=CIFAR_LIMITS,
         size=64,
     ),
 }
+# The weights in weights/ are from these rows.
+TABLES['nuclei_long'] = TABLES['nuclei']._replace(
+    title='Nuclei, the detector of configs/dsnet/mask_rcnn_dsnet_nuclei.py',
+    rows=(Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),),
+)
+TABLES['cifar10_long'] = TABLES['cifar10']._replace(
+    title='CIFAR-10, a longer training',
+    rows=(Row('dsnet', CLASSIFIERS['dsnet'], 'cifar10_long', 1),),
+)
