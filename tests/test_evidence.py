@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from dsnet_mm.cli.evidence import publish, report, runs, timing
@@ -91,14 +92,18 @@ def test_a_run_goes_on_and_is_recorded_and_published(table: Path):
     runs.write(run, result)
     assert json.loads(run.file.read_text()) == result
 
-    weights, card = publish.publish(run, 'small')
-    with safe_open(str(weights), 'pt') as file:
+    (entry,) = yaml.safe_load(publish.publish(run, 'small'))
+    assert entry['Results'][0]['Metrics'].keys() == {'accuracy'}
+    with safe_open(str(table / entry['Weights']), 'pt') as file:
         assert file.metadata()['seed'] == '1'
         assert file.get_tensor('head.fc.weight').dtype == torch.float16
-    assert 'seed 1, commit' in card.read_text()
+    assert 'seed 1, commit' in (table / 'weights' / 'small.md').read_text()
 
 
-def test_rows_are_timed_in_turns(table: Path):
+def test_rows_are_timed_in_turns(table: Path, monkeypatch: pytest.MonkeyPatch):
+    mib = timing.peak_in_child('train', str(table / 'ours.py'), 64, None)
+    assert 0.1 < mib < 500
+    monkeypatch.setattr(timing, 'peak_in_child', lambda *_: mib)
     rows = timing.time_rows('small', 2, None)['rows']
     assert rows['ours']['train']['ratio'] == 1
     assert rows['theirs']['predict']['seconds'] > 0
@@ -146,11 +151,23 @@ def test_page_is_made_from_the_results():
         assert (report.PAGE.parent / path).is_file()
 
 
-def test_weights_are_small_and_have_cards():
+def test_weights_are_small_and_have_cards_and_entries():
+    metafile = runs.ROOT / 'configs' / 'dsnet' / 'metafile.yml'
+    entries = {
+        entry['Weights']: entry
+        for entry in yaml.safe_load(metafile.read_text())['Models']
+        if 'Weights' in entry
+    }
     weights = sorted(publish.WEIGHTS.glob('*.safetensors'))
     assert sum(path.stat().st_size for path in weights) < 12e6
+    assert set(entries) == {f'weights/{path.name}' for path in weights}
     for path in weights:
+        entry = entries[f'weights/{path.name}']
+        assert (runs.ROOT / entry['Config']).is_file()
         card = path.with_suffix('.md').read_text()
         with safe_open(str(path), 'pt') as file:
             meta = file.metadata()
         assert meta['configuration'] in card and meta['commit'] in card
+        measured = re.findall(r'\| .* \| (\S+) \|\n', card)
+        for value in entry['Results'][0]['Metrics'].values():
+            assert str(value) in measured, 'the figure of the file itself'

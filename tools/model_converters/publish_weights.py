@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(parser):
         row = TABLES[args.table].row(args.row)
         run = Run(args.table, row, args.seed, args.work_dir.resolve(), None)
-        print('Written:', *publish(run, args.name))
+        entry = publish(run, args.name)
+    print(f'Written to weights/. The entry for configs/dsnet/metafile.yml:\n{entry}')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 """Writes the weights of a recorded run to share, with a card."""
 
 import json
-from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dsnet_mm.checkpoint import read_checkpoint, write_safetensors
 from dsnet_mm.cli.checkpoints import find_checkpoint_to_resume
@@ -14,7 +15,7 @@ from .tables import TABLES
 WEIGHTS = ROOT / 'weights'
 
 
-def publish(run: Run, name: str) -> tuple[Path, Path]:
+def publish(run: Run, name: str) -> str:
     """Writes ``weights/NAME.safetensors`` and the card ``weights/NAME.md``.
 
     The card has the metrics of the training's result and those of the written file.
@@ -24,7 +25,7 @@ def publish(run: Run, name: str) -> tuple[Path, Path]:
         name: Name of the files.
 
     Returns:
-        The weights and the card.
+        The entry of ``configs/dsnet/metafile.yml``.
 
     Raises:
         FileNotFoundError: If the run is not recorded, or its checkpoint is missing.
@@ -43,7 +44,40 @@ def publish(run: Run, name: str) -> tuple[Path, Path]:
     write_safetensors(weights, read_checkpoint(checkpoint)['state_dict'], meta)
     metrics, _ = run.test(str(weights), run.work_dir / 'weights')
     write_atomic(card, make_card(run, name, result, metrics))
-    return weights, card
+    return make_entry(run, name, result, metrics)
+
+
+def make_entry(
+    run: Run, name: str, result: dict[str, Any], metrics: dict[str, float]
+) -> str:
+    """Returns an entry of a metafile; arguments as those of :func:`make_card`."""
+    table = TABLES[run.table]
+    kept = list(table.metrics)[:1] + [m for m in table.metrics if m == 'coco/bbox_mAP']
+    entry = dict(
+        Name=name,
+        Config=str(run.config),
+        Weights=f'weights/{name}.safetensors',
+        Metadata={
+            'Training Data': table.title.split(',')[0],
+            'Parameters': result['model']['params'],
+        },
+        Results=[
+            dict(
+                Task='Instance Segmentation'
+                if len(kept) > 1
+                else 'Image Classification',
+                Dataset=table.title.split(',')[0],
+                Metrics={table.metrics[m]: percent(m, metrics) for m in kept},
+            )
+        ],
+    )
+    entry['In Collection'] = 'DS-Net'
+    return yaml.safe_dump([entry], sort_keys=False)
+
+
+def percent(key: str, metrics: dict[str, float]) -> float:
+    """Returns a metric in percent, with one digit after the point."""
+    return round(metrics[key] * (1 if key == 'accuracy/top1' else 100), 1)
 
 
 def make_card(
@@ -64,7 +98,7 @@ def make_card(
     megabytes = (WEIGHTS / f'{name}.safetensors').stat().st_size / 1e6
     test = f'python tools/test.py {run.config} {weights}'
     rows = [
-        f'| {key} | {result["metrics"][key]:.4g} | {metrics[key]:.4g} |'
+        f'| {key} | {percent(key, result["metrics"])} | {percent(key, metrics)} |'
         for key in table.metrics
     ]
     return '\n'.join(
@@ -83,7 +117,7 @@ def make_card(
             f'{versions}',
             f'- Limits: {table.limits}',
             '',
-            '| metric | training, single precision | this file |',
+            '| metric, % | training, single precision | this file |',
             '|---|--:|--:|',
             *rows,
             '',

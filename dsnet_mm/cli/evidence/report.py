@@ -64,7 +64,7 @@ def main_table(name: str, results: Results) -> str:
     titles += list(table.metrics.values())
     titles += ['training, processor s']
     if time:
-        titles += ['training step', 'one picture']
+        titles += ['training step', 'one picture', 'MiB', 'MiB']
     lines = [line(titles), line(['---'] + ['--:'] * (len(titles) - 1))]
     for row in table.rows:
         runs = results.get(row.name)
@@ -81,12 +81,10 @@ def main_table(name: str, results: Results) -> str:
             cells.append(summary(list(values(results, row.name, metric).values())))
         cells.append(f'{mean(run["train_cpu_seconds"] for run in runs.values()):.0f}')
         if time:
-            cells += [
-                f'{time["rows"][row.name][key]["ratio"]:.2f}'
-                if row.name in time['rows']
-                else '-'
-                for key in ('train', 'predict')
-            ]
+            measured = time['rows'][row.name]
+            kinds = ('train', 'predict')
+            cells += [f'{measured[kind]["ratio"]:.2f}' for kind in kinds]
+            cells += [f'{measured[kind]["mib"]:.0f}' for kind in kinds]
         lines.append(line(cells))
     return '\n'.join(lines)
 
@@ -140,8 +138,10 @@ def section(name: str, results: Results) -> str:
     )
     if time := read_timing(name):
         note += (
-            f' Times are medians of {time["turns"]} turns relative to the first row, '
-            f'{time["machine"]["threads"]} threads.'
+            f' Training step (a batch) and one picture (backbone and neck): medians of '
+            f'{time["turns"]} turns relative to the first row, '
+            f'{time["machine"]["threads"]} threads; MiB: the most that each holds '
+            f'besides weights and input.'
         )
     parts.append(note)
     return '\n\n'.join(part for part in parts if part)

@@ -1,30 +1,45 @@
-"""Times the rows of a table in turns, in one process."""
+"""Times the rows of a table in turns, in one process, and measures their memory.
+
+The memory of a row is measured in a process of its own, which runs this file.
+"""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner
+
+from dsnet_mm.cli.benchmark.memory import peak_of
 
 from .runs import CONFIGS, ROOT, load_config, machine, versions
 from .tables import TABLES
 
 
-def prepare(cfg: Config, size: int) -> dict[str, Callable[[], object]]:
-    """Builds a model with random weights and the calls that are timed.
+def prepare(
+    config: str, size: int, data_root: str | None
+) -> dict[str, Callable[[], object]]:
+    """Builds a model with random weights and the calls that are measured.
 
     Args:
-        cfg: Configuration.
-        size: Side of the picture that is predicted.
+        config: Configuration file.
+        size: Side of the picture.
+        data_root: Folder of the data, or None for that of the configuration.
 
     Returns:
-        ``train``: a training step on a batch of the training data. ``predict``: the
-        raw outputs for one picture.
+        ``train``: a training step on a batch of the training data. ``predict``:
+        backbone and neck on one picture.
     """
+    root = {'data_root': data_root} if data_root else {}
+    cfg = load_config(config, root)
+    cfg.experiment_name = f'timing_{Path(config).stem}'
     cfg.work_dir = 'work_dirs/evidence/timing'
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
@@ -59,16 +74,15 @@ def time_rows(name: str, turns: int, data_root: str | None) -> dict[str, Any]:
         data_root: Folder of the data, or None for that of the configurations.
 
     Returns:
-        Median seconds of each row, and the median of its ratio to the first row
-        within the turns.
+        Median seconds of each row, the median of its ratio to the first row within the
+        turns, and the most MiB that a call holds besides weights and input.
     """
     table = TABLES[name]
-    root = {'data_root': data_root} if data_root else {}
-    calls = {}
-    for row in table.rows:
-        cfg = load_config(str(ROOT / CONFIGS / f'{row.config}.py'), root)
-        cfg.experiment_name = f'timing_{row.name}'
-        calls[row.name] = prepare(cfg, table.size)
+    settings = {
+        row.name: (str(ROOT / CONFIGS / f'{row.config}.py'), table.size, data_root)
+        for row in table.rows
+    }
+    calls = {row: prepare(*setting) for row, setting in settings.items()}
     seconds = {row: {kind: [] for kind in kinds} for row, kinds in calls.items()}
     for turn in range(turns + 1):
         for row, kinds in calls.items():
@@ -87,6 +101,7 @@ def time_rows(name: str, turns: int, data_root: str | None) -> dict[str, Any]:
                     ratio=median(
                         a / b for a, b in zip(measured, first[kind], strict=True)
                     ),
+                    mib=peak_in_child(kind, *settings[row]),
                 )
                 for kind, measured in kinds.items()
             }
@@ -95,3 +110,34 @@ def time_rows(name: str, turns: int, data_root: str | None) -> dict[str, Any]:
         machine=machine(),
         versions=versions(),
     )
+
+
+def peak_in_child(kind: str, *settings: str | int | None) -> float:
+    """Measures the memory of a call in a process of its own.
+
+    Args:
+        kind: Key of what :func:`prepare` returns.
+        *settings: Its arguments.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    command = [sys.executable, '-m', __name__, json.dumps([kind, *settings])]
+    # Freed tensors go back to the system at once, so that each new one is counted.
+    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
+    child = subprocess.run(command, env=env, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(child.stderr[-500:])
+    return float(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Prints the memory of the call that :func:`peak_in_child` names."""
+    kind, *settings = json.loads(sys.argv[1])
+    call = prepare(*settings)[kind]
+    call()  # allocates what stays
+    print(peak_of(call))
+
+
+if __name__ == '__main__':
+    main()
