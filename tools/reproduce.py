@@ -23,6 +23,7 @@ from dsnet_mm.cli.arguments import user_errors
 from dsnet_mm.cli.evidence.runs import (
     RESULTS,
     check_cost,
+    commit,
     runs_of,
     write,
 )
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Runs what is missing, or again what is recorded."""
-    folder = args.work_dir / 'check' if args.check else args.work_dir
+    folder = args.work_dir / f'check-{commit()}' if args.check else args.work_dir
     runs = list(
         runs_of(args.table, args.rows, args.seed, folder.resolve(), args.data_root)
     )
