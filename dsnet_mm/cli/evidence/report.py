@@ -18,7 +18,7 @@ from dsnet_mm.few_shot.report import half_interval
 from dsnet_mm.files import write_atomic
 
 from .runs import RESULTS, ROOT
-from .tables import TABLES, Row, Table
+from .tables import COCO, TABLES, Row, Table
 
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'images'
@@ -61,6 +61,8 @@ def main_table(name: str, results: Results) -> str:
     table = TABLES[name]
     time = read_timing(name)
     titles = ['row', 'seeds', 'backbone: parameters, M', 'multiply-adds, M']
+    necks = table.metrics is COCO
+    titles += ['neck: multiply-adds, M'] * necks
     titles += list(table.metrics.values())
     titles += ['training, processor s']
     if time:
@@ -77,6 +79,8 @@ def main_table(name: str, results: Results) -> str:
             f'{model["backbone_params"] / 1e6:.2f}',
             f'{model["backbone_multiply_adds"] / 1e6:.1f}',
         ]
+        if necks:
+            cells.append(f'{model["neck_multiply_adds"] / 1e6:.1f}')
         for metric in table.metrics:
             cells.append(summary(list(values(results, row.name, metric).values())))
         cells.append(f'{mean(run["train_cpu_seconds"] for run in runs.values()):.0f}')
@@ -161,20 +165,27 @@ def plot(name: str, results: Results) -> bytes:
         for point in run['curve']
     )
     panels = 3 if curves else 2
+    metric, title = next(iter(table.metrics.items()))
+    colors = plt.get_cmap('tab10' if len(results) <= 10 else 'tab20').colors
     figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.8))
     for i, row in enumerate(row for row in table.rows if row.name in results):
-        style = dict(color=f'C{i % 10}', label=row.label)
+        style = dict(color=colors[i % len(colors)], label=row.label)
         runs = results[row.name]
+        numbers = list(values(results, row.name, metric).values())
         if curves:
             plot_accuracy(axes[0], axes[1], runs, style)
+            cost = next(iter(runs.values()))['model']['backbone_multiply_adds'] / 1e6
+            axes[-1].plot([cost] * len(numbers), numbers, 'o', alpha=0.7, **style)
         else:
             plot_loss(axes[0], runs, style)
-        numbers = list(values(results, row.name, next(iter(table.metrics))).values())
-        cost = next(iter(runs.values()))['model']['backbone_multiply_adds'] / 1e6
-        axes[-1].plot([cost] * len(numbers), numbers, 'o', alpha=0.7, **style)
-    metric = next(iter(table.metrics.values()))
-    axes[-1].set(xlabel='multiply-adds of the backbone, M', ylabel=f'{metric}, %')
-    axes[-1].legend(fontsize=7)
+            axes[-1].plot(numbers, [row.label] * len(numbers), 'o', alpha=0.7, **style)
+    if curves:
+        axes[-1].set(xlabel='multiply-adds of the backbone, M', ylabel=f'{title}, %')
+        axes[-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+    else:
+        axes[-1].set(xlabel=f'{title}, % (a point for each seed)')
+        axes[-1].invert_yaxis()
+        axes[0].legend(fontsize=7)
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
