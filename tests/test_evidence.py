@@ -117,6 +117,24 @@ def test_missing_data_says_where_to_get_it(table: Path, capsys: pytest.CaptureFi
     assert 'cifar10_to_folders.py' in capsys.readouterr().err
 
 
+def test_what_is_missing_runs_first_seeds_first(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done = []
+    reproduce = tool('reproduce.py')
+    monkeypatch.setattr(reproduce, 'RESULTS', table / 'results')
+    monkeypatch.setattr(reproduce, 'report', lambda: None)
+    monkeypatch.setattr(
+        runs.Run, 'execute', lambda run: done.append((run.row.name, run.seed)) or {}
+    )
+    record(table, 'theirs', 0, 50)
+    reproduce.main(['small'])
+    assert done == [('ours', 0), ('ours', 1), ('theirs', 1), ('ours', 2), ('theirs', 2)]
+    done.clear()
+    reproduce.main(['small'])
+    assert not done, 'all are recorded'
+
+
 def test_report(table: Path):
     for seed, ours, theirs in ((0, 60, 50), (1, 62, 54), (2, 61, 52)):
         result = record(table, 'ours', seed, ours)

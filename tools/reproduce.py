@@ -3,6 +3,7 @@
 python tools/reproduce.py nuclei                  # what is missing of a table
 python tools/reproduce.py nuclei dsnet_dsfpn      # what is missing of a row
 python tools/reproduce.py nuclei dsnet_dsfpn --seed 0 --check
+python tools/reproduce.py all                     # what is missing of all tables
 python tools/reproduce.py nuclei --time           # on an idle machine
 python tools/reproduce.py --report                # tables and plots, no run
 
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('table', nargs='?', choices=TABLES, help='default: list all')
+    parser.add_argument(
+        'table', nargs='?', choices=[*TABLES, 'all'], help='default: list the tables'
+    )
     parser.add_argument('rows', nargs='*', help='rows of the table (default: all)')
     parser.add_argument('--seed', type=int, action='append', help='only this seed')
     parser.add_argument(
@@ -80,30 +83,43 @@ def main(argv: list[str] | None = None) -> None:
         if not args.table:
             print_tables()
             return
-        known = [row.name for row in TABLES[args.table].rows]
+        names = list(TABLES) if args.table == 'all' else [args.table]
+        if args.data_root and args.table == 'all':
+            raise ValueError('--data-root moves the data of one table; name the table')
+        known = [row.name for name in names for row in TABLES[name].rows]
         if unknown := set(args.rows) - set(known):
             raise ValueError(
                 f'{args.table} has no rows {sorted(unknown)}; it has {known}'
             )
-        if TABLES[args.table].comparable:
-            check_cost(args.table)
+        for name in names:
+            if TABLES[name].comparable and '_rates' not in name:
+                check_cost(name)
         if args.time:
             from dsnet_mm.cli.evidence.timing import time_rows
 
-            timing = time_rows(args.table, args.turns, args.data_root)
-            path = RESULTS / args.table / 'timing.json'
-            write_atomic(path, json.dumps(timing, indent=1) + '\n')
+            for name in names:
+                timing = time_rows(name, args.turns, args.data_root)
+                path = RESULTS / name / 'timing.json'
+                write_atomic(path, json.dumps(timing, indent=1) + '\n')
             report()
             return
-    run_rows(parser, args)
+    run_rows(parser, args, names)
 
 
-def run_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Runs what is missing, or again what is recorded."""
+def run_rows(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str]
+) -> None:
+    """Runs what is missing of tables, or again what is recorded.
+
+    Args:
+        parser: Reports errors of the user.
+        args: The parsed arguments.
+        names: Names of the tables.
+    """
     folder = args.work_dir / f'check-{commit()}' if args.check else args.work_dir
-    runs = list(
-        runs_of(args.table, args.rows, args.seed, folder.resolve(), args.data_root)
-    )
+    settings = (args.rows, args.seed, folder.resolve(), args.data_root)
+    runs = [run for name in names for run in runs_of(name, *settings)]
+    runs.sort(key=lambda run: run.seed)  # stable: the order of tables and rows stays
     missing = [run for run in runs if run.file.exists() == args.check]
     done = 'is not recorded' if args.check else 'is recorded already'
     for run in runs:

@@ -156,7 +156,7 @@ def runs_of(
         data_root: Folder of the data, or None for that of the configuration.
     """
     rows = [row for row in TABLES[table].rows if not names or row.name in names]
-    for seed in seeds or range(max(row.seeds for row in rows)):
+    for seed in seeds or range(max((row.seeds for row in rows), default=0)):
         for row in rows:
             if seeds or seed < row.seeds:
                 yield Run(table, row, seed, folder, data_root)
