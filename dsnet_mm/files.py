@@ -12,8 +12,15 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     Args:
         path: File to write. An existing file is replaced.
         content: Content of the file. Text is encoded as UTF-8.
+
+    Raises:
+        FileExistsError: If ``path`` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileExistsError(
+            f'{path} is a folder, and a file is to be written there; remove it.'
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{uuid4().hex[:8]}')
     try:

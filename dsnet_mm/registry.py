@@ -10,6 +10,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
 )
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -24,6 +25,7 @@ HOOKS = Registry(
     scope='dsnet_mm',
     locations=[
         'dsnet_mm.engine.cpu_time_hook',
+        'dsnet_mm.engine.finite_loss_hook',
         'dsnet_mm.engine.fuse_hook',
         'dsnet_mm.engine.iteration_seed_hook',
     ],
@@ -39,4 +41,10 @@ DATASETS = Registry(
     parent=MMENGINE_DATASETS,
     scope='dsnet_mm',
     locations=['dsnet_mm.datasets.few_shot_dataset'],
+)
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.datasets.loading'],
 )

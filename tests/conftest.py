@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import Registry, init_default_scope
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from mmengine.visualization import Visualizer
 from torch import Tensor, nn
@@ -387,3 +389,13 @@ def tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def random_checkpoint(config: Path, registry: Registry, out: Path) -> nn.Module:
+    """Writes a checkpoint of random weights. Returns the model."""
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = trained(registry.build(cfg.model)).eval()
+    torch.save(dict(state_dict=model.state_dict()), out)
+    return model

@@ -110,24 +110,15 @@ def test_float32_in_any_number_of_threads(training: bool, threads: int) -> None:
 # -------------------------------------------------- compile, export, autocast
 
 
-@pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
-def test_compiles_to_one_graph(training: bool) -> None:
+def test_compiles_to_one_graph() -> None:
+    """In evaluation; test_export.py compiles training steps."""
     torch._dynamo.reset()
-    net = build({}, SMALL).float().train(training)
+    net = build({}, SMALL).float().eval()
     # Everything but inductor, whose first kernel takes minutes to compile.
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
     x = pictures(64, 64).float()
-    if not training:
-        with torch.no_grad():
-            assert error(compiled(x), net(x)) < 1e-5
-        return
-    grads = []
-    for forward in (net, compiled):
-        net.zero_grad()
-        outs = forward(x)
-        sum((out * out.detach().cos()).sum() for out in outs).backward()
-        grads.append([param.grad for param in net.parameters()])
-    assert error(*grads) < 1e-4
+    with torch.no_grad():
+        assert error(compiled(x), net(x)) < 1e-5
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['as built', 'fused'])

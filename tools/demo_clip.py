@@ -23,8 +23,8 @@ from dsnet_mm.few_shot import FewShotConfig, run
 from dsnet_mm.few_shot.report import write_report
 
 METHODS = (
-    *('linear_probe', 'linear_probe_zs', 'coop', 'task_res'),
-    *('tip_adapter', 'tip_adapter_f'),
+    *('linear_probe', 'linear_probe_zs', 'clap', 'lp++', 'gda', 'proker'),
+    *('coop', 'task_res', 'tip_adapter', 'tip_adapter_f'),
     *('clip_adapter', 'clip_adapter_learnt', 'clip_adapter_text', 'clip_adapter_both'),
     *('clip_adapter_paper', 'clip_adapter_released'),
 )

@@ -21,9 +21,11 @@ from dsnet_mm.cli.checkpoints import (
     load_checkpoint,
     read_training_state,
 )
-from dsnet_mm.cli.config import load_config
+from dsnet_mm.cli.config import dicts_in, load_config
 from dsnet_mm.cli.data import check_data
 from dsnet_mm.cli.distributed import end_run, set_run
+from dsnet_mm.datasets.loading import UnreadablePictureError
+from dsnet_mm.engine.finite_loss_hook import NonFiniteLossError
 from dsnet_mm.files import check_file
 from dsnet_mm.models import DSNet
 
@@ -135,6 +137,27 @@ def set_seeds(cfg: Config) -> None:
         cfg.custom_hooks = [*hooks, dict(type='dsnet_mm.IterationSeedHook')]
 
 
+def set_guards(cfg: Config, skip_unreadable: bool) -> None:
+    """Lets a training stop at a loss that is no number and at an unreadable picture.
+
+    Args:
+        cfg: Configuration with its working directory, changed in place.
+        skip_unreadable: Whether to leave out such pictures instead.
+    """
+    guard = dict(finite_loss=dict(type='dsnet_mm.FiniteLossHook'))
+    cfg.default_hooks = guard | (cfg.get('default_hooks') or {})
+    for node in dicts_in(cfg.train_dataloader):
+        if str(node.get('type')).rpartition('.')[2] == 'LoadImageFromFile':
+            node['type'] = 'dsnet_mm.LoadImageFromFile'
+            if skip_unreadable:
+                node['skipped'] = str(skipped_file(cfg))
+
+
+def skipped_file(cfg: Config) -> Path:
+    """Returns the file that names the pictures that were skipped."""
+    return Path(cfg.work_dir, 'unreadable.txt')
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -165,6 +188,11 @@ def main(argv: list[str] | None = None) -> None:
         action='store_true',
         help='scale the learning rate with the batch size of all GPUs together',
     )
+    parser.add_argument(
+        '--skip-unreadable',
+        action='store_true',
+        help='leave out pictures that cannot be read, and count them (default: stop)',
+    )
     add_trust_argument(parser)
     args = parser.parse_args(argv)
     with restricted_loading(trust=args.trust_checkpoint):
@@ -193,6 +221,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
+        set_guards(cfg, args.skip_unreadable)
         runner = Runner.from_cfg(cfg)
         for module in runner.model.modules():
             if isinstance(module, DSNet):
@@ -203,7 +232,20 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         runner.logger.info(
             f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
         )
-    runner.train()
+    try:
+        runner.train()
+    except (NonFiniteLossError, UnreadablePictureError) as error:
+        # A worker of the data loader adds its traceback above the sentence.
+        sentence = str(error).strip().splitlines()[-1]
+        sentence = sentence.rpartition(f'{type(error).__name__}: ')[2]
+        parser.exit(1, f'{parser.prog}: training stopped: {sentence}\n')
+    skipped = skipped_file(cfg)
+    if args.skip_unreadable and is_main_process() and skipped.is_file():
+        names = skipped.read_text().splitlines()
+        print(
+            f'{len(set(names))} pictures could not be read and were skipped '
+            f'{len(names)} times; {skipped} names them.'
+        )
     if is_main_process():
         logs = Path(cfg.work_dir, runner.timestamp)
         print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')

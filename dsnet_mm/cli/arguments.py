@@ -33,7 +33,9 @@ class CfgOptions(DictAction):
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``config`` and ``--cfg-options``."""
-    parser.add_argument('config', help='configuration file')
+    parser.add_argument(
+        'config', help='configuration file, or name of one of this package'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',

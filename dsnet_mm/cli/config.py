@@ -1,22 +1,57 @@
 """Loads the configuration of a run and applies the options of the command line."""
 
+import difflib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from dsnet_mm.files import check_file
-
 SCOPES = ('mmdet', 'mmpretrain')
+
+
+def find_config(name: str | Path) -> str:
+    """Finds a configuration, also one of this package by its name.
+
+    Args:
+        name: Path of a configuration file, or name of one of this package with or
+            without ``.py``, such as ``'mask_rcnn_dsnet_s_coco'``. The package has
+            them in its wheel and in its repository.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if os.path.isfile(name):
+        return str(name)
+    package = Path(__file__).parents[1]
+    folder = package / '.mim' / 'configs'
+    if not folder.is_dir():
+        folder = package.parent / 'configs'
+    own = {
+        path.stem: str(path)
+        for path in sorted(folder.rglob('*.py'))
+        if path.parent.name != '_base_'
+    }
+    stem = str(name).removesuffix('.py')
+    if stem in own:
+        return own[stem]
+    close = difflib.get_close_matches(stem, own) or ['mask_rcnn_dsnet_s_coco']
+    raise FileNotFoundError(
+        f'there is no configuration file {name}; give the path of one, or the name '
+        f'of one of this package, such as {" or ".join(close)}'
+    )
 
 
 def load_config(path: str, options: dict[str, Any]) -> Config:
     """Loads a configuration of mmdet or mmpretrain.
 
     Args:
-        path: Configuration file.
+        path: Configuration file, or name of one (see :func:`find_config`).
         options: Values to set, by dotted name. ``data_root`` moves the data
             (see :func:`set_data_root`) before the others are merged.
 
@@ -28,8 +63,7 @@ def load_config(path: str, options: dict[str, Any]) -> Config:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of neither code base, or has no ``data_root``.
     """
-    check_file(path, 'configuration file', 'give the path of one')
-    cfg = Config.fromfile(path)
+    cfg = Config.fromfile(find_config(path))
     options = dict(options)
     if 'data_root' in options:
         set_data_root(cfg, options.pop('data_root'))

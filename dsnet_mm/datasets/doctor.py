@@ -1,9 +1,14 @@
 """Check of the files of a data set."""
 
+import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from dsnet_mm.tasks import PUBLIC_DATASETS, load_task
+from dsnet_mm.progress import progress_bar
+from dsnet_mm.tasks import PUBLIC_DATASETS, Split, load_task
 
+from .features import hash_pixels
 from .pictures import open_picture
 
 
@@ -15,11 +20,13 @@ def diagnose(
     Args:
         dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
         data_root: Folder of the public data sets.
-        decode: Whether to read all pictures, to find damaged ones.
+        decode: Whether to read all pictures, to find damaged ones and test pictures
+            with the pixels of a training or validation picture.
 
     Returns:
         One sentence for each problem. Problems are missing files, numbers of classes or
-        pictures that differ from the papers, and missing, empty or damaged pictures.
+        pictures that differ from the papers, missing, empty or damaged pictures, and
+        test pictures that are also training or validation pictures.
     """
     try:
         task = load_task(dataset, data_root)
@@ -40,14 +47,21 @@ def diagnose(
                     f'and {count} in the papers.'
                 )
     bad: dict[str, list[str]] = {'missing': [], 'empty': [], 'damaged': []}
-    for path in {item[0] for items in task.split.values() for item in items}:
-        file = Path(path)
-        if not file.is_file():
-            bad['missing'].append(path)
-        elif file.stat().st_size == 0:
-            bad['empty'].append(path)
-        elif decode and not _can_be_read(file):
-            bad['damaged'].append(path)
+    pixels: dict[str, str] = {}
+    paths = {item[0] for items in task.split.values() for item in items}
+    with progress_bar(len(paths), 'reading', 'pictures', not decode) as bar:
+        for path in sorted(paths):
+            bar.update()
+            file = Path(path)
+            if not file.is_file():
+                bad['missing'].append(path)
+            elif file.stat().st_size == 0:
+                bad['empty'].append(path)
+            elif decode:
+                try:
+                    pixels[path] = hash_pixels(open_picture(file)).hex()
+                except ValueError:
+                    bad['damaged'].append(path)
     for what, paths in bad.items():
         if paths:
             rest = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
@@ -55,12 +69,52 @@ def diagnose(
                 f'{len(paths)} pictures are {what}: {", ".join(sorted(paths)[:3])}'
                 f'{rest}.' + (f' They come from {info.source}.' if info else '')
             )
+    if copies := find_copies(task.split, pixels):
+        problems.append(describe_copies(copies))
     return problems
 
 
-def _can_be_read(path: Path) -> bool:
-    try:
-        open_picture(path)
-    except ValueError:
-        return False
-    return True
+def find_copies(split: Split, pixels: Mapping[str, str] = {}) -> dict[str, str]:
+    """Finds test pictures that are also training or validation pictures.
+
+    Args:
+        split: The pictures. Missing ones are passed over.
+        pixels: A hash of the pixels of pictures, by path, if they are to be compared.
+            Without it only the files are compared.
+
+    Returns:
+        For each test picture that is the same file, has the same content or the same
+        pixels: the other picture.
+    """
+    seen = {item[0]: None for part in ('train', 'val') for item in split[part]}
+    tested = {item[0]: None for item in split['test']}
+    sizes = [
+        {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
+        for paths in (seen, tested)
+    ]
+    common = (set(sizes[0].values()) & set(sizes[1].values())) - {0}
+    contents: list[dict[str, str]] = [
+        {path: _hash_file(path) for path, size in group.items() if size in common}
+        for group in sizes
+    ]
+    copies = {}
+    for hashes in ((contents[0], contents[1]), (pixels, pixels)):
+        known = {hashes[0][path]: path for path in seen if path in hashes[0]}
+        for path in tested:
+            if other := known.get(hashes[1].get(path)):
+                copies.setdefault(path, other)
+    return copies
+
+
+def describe_copies(copies: Mapping[str, str]) -> str:
+    """Formats what :func:`find_copies` found as a sentence."""
+    path, other = next(iter(copies.items()))
+    return (
+        f'{len(copies)} test pictures are also training or validation pictures, with '
+        f'the same file or the same pixels, such as {path} and {other}; remove one of '
+        f'each.'
+    )
+
+
+def _hash_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -4,11 +4,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,11 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.progress import progress_bar
 from dsnet_mm.tasks import Item
 
 from .pictures import PREPROCESSINGS, build_transform, open_picture
 
 logger = logging.getLogger(__name__)
+
+SHARD = 512
+"""Views in a file of the cache. A process that is killed loses at most one file."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +51,30 @@ class Features:
 
 
 class FeatureCache:
-    """Features on disk, one file for each list of pictures and set of options.
+    """Features of pictures and class names on disk.
 
-    The name of a file is a hash of the weights of the encoder, the preprocessing, the
-    views, and the path, size and modification time of each picture. Methods, seeds and
-    runs share the files. Each file has a checksum. A damaged file is computed again.
+    The features of all pictures with the same options are in one folder, in files of
+    about ``SHARD`` views. A picture is encoded once, whichever draw, seed, run or
+    process asks for it. The name of the folder is a hash of the encoder's identity
+    (weights, configuration, tokenizer, preprocessing, version of open_clip), of the
+    options below, and of the versions of Pillow and torchvision. A picture is known by
+    path, size and modification time. Each file has a checksum, and the pictures of a
+    damaged one are encoded again.
 
     Args:
-        folder: Folder of the files. It is created if needed.
+        folder: Folder of the cache. It is created if needed.
         encoder: Encoder of the pictures and class names, on its device.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of the random crops of augmented views, as a
             fraction of the picture. The default is CoOp's; Tip-Adapter has (0.5, 1).
-        batch_size: Pictures encoded at once.
+        batch_size: Views encoded at once.
         workers: Number of worker processes that load pictures.
         on_bad_image: What to do with a picture that cannot be read: ``'error'``
             raises an error, ``'skip'`` logs its path and omits it.
-        progress: Called with the number of pictures encoded since the last call.
+        quiet: Whether to hide the bar of the encoding.
 
     Raises:
-        ValueError: If an option is unknown.
+        ValueError: If an option is unknown, or ``folder`` is a file.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class FeatureCache:
         batch_size: int = 64,
         workers: int = 0,
         on_bad_image: str = 'error',
-        progress: Callable[[int], None] | None = None,
+        quiet: bool = False,
     ) -> None:
         if preprocessing not in PREPROCESSINGS:
             raise ValueError(
@@ -87,21 +98,27 @@ class FeatureCache:
                 f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}."
             )
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                f'the cache {folder} is a file; choose a folder for the features.'
+            )
         self.encoder = encoder
         self.preprocessing = preprocessing
         self.crop_scale = tuple(crop_scale)
         self.batch_size = batch_size
         self.workers = workers
         self.on_bad_image = on_bad_image
-        self.progress = progress
+        self.quiet = quiet
+        self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
-        """Returns the features of pictures.
+        """Returns the features of pictures, and encodes those that are missing.
 
         Args:
             items: The pictures.
             views: Number of augmented views (random crop and flip). 0 gives one view,
-                the picture itself.
+                the picture itself. The crops of a picture depend on its name and
+                folder, so they are the same in each draw.
 
         Returns:
             The features, with max(views, 1) views.
@@ -110,129 +127,304 @@ class FeatureCache:
             FileNotFoundError: If a picture is missing.
             ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
         """
-        stats = []
-        for path, label, _ in items:
-            try:
-                stat = os.stat(path)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f'the picture {path} is missing.') from error
-            stats.append((path, label, stat.st_size, stat.st_mtime_ns))
-        key = {
-            'kind': 'images',
-            'weights': self.encoder.digest(),
-            'amp': self.encoder.amp,
-            'preprocessing': self.preprocessing,
-            'image_size': self.encoder.image_size,
-            'mean': self.encoder.mean,
-            'std': self.encoder.std,
-            'views': views,
-            'crop_scale': self.crop_scale if views else None,
-            'on_bad_image': self.on_bad_image,
-            'pictures': hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        good, features = self._read('features', items, views)
+        labels = torch.tensor([items[i][1] for i in good])
+        return Features(features.transpose(0, 1).contiguous(), labels)
+
+    def encode(
+        self,
+        items: Sequence[Item],
+        views: int = 0,
+        what: str = 'encoding',
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Encodes the pictures that are not in the cache yet.
+
+        Args:
+            items: The pictures.
+            views: See :meth:`images`.
+            what: Name of the bar.
+            share: Number of this process and number of processes. Each encodes its
+                share of the pictures.
+
+        Raises:
+            FileNotFoundError: If a picture is missing.
+            ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
+        """
+        shards = self._shards_of(views)
+        size = max(1, SHARD // max(views, 1))
+        rank, processes = share
+        wanted = {
+            key: item[0]
+            for i, (key, item) in enumerate(
+                zip(picture_keys(items), items, strict=True)
+            )
+            if i // size % processes == rank
         }
-        stored = self._load_or_build(key, lambda: self._encode(items, views))
-        return Features(stored['features'], stored['labels'])
+        shards.scan()
+        missing = {key: p for key, p in wanted.items() if key not in shards.rows}
+        if not missing:
+            return
+        keys, encoded = list(missing), []
+        with progress_bar(len(keys), what, 'pictures', self.quiet) as bar:
+            for batch in self._encode(list(missing.values()), views):
+                encoded += batch
+                bar.update(len(batch))
+                while len(encoded) >= size or len(encoded) == len(keys) > 0:
+                    shards.write(dict(zip(keys[:size], encoded[:size], strict=True)))
+                    keys, encoded = keys[size:], encoded[size:]
+
+    def count_missing(self, items: Sequence[Item], views: int = 0) -> int:
+        """Returns the number of pictures that are not in the cache yet."""
+        shards = self._shards_of(views)
+        shards.scan()
+        return sum(key not in shards.rows for key in picture_keys(items))
+
+    def pixels(self, items: Sequence[Item], views: int = 0) -> dict[str, str]:
+        """Returns a hash of the pixels of each picture, by path.
+
+        See :meth:`images` for the arguments and errors.
+        """
+        good, hashes = self._read('pixels', items, views)
+        return {
+            items[i][0]: bytes(row).hex()
+            for i, row in zip(good, hashes.tolist(), strict=True)
+        }
 
     def texts(self, class_names: Sequence[str], prompts: Sequence[str]) -> Tensor:
         """Returns text features (K, D), see :meth:`OpenCLIPEncoder.encode_classes`."""
         key = {
-            'kind': 'texts',
-            'weights': self.encoder.digest(),
+            'encoder': self.encoder.identity(),
             'amp': self.encoder.amp,
             'class_names': list(class_names),
             'prompts': list(prompts),
         }
-
-        def build() -> dict[str, Tensor]:
-            features = self.encoder.encode_classes(class_names, prompts)
-            return {'text_features': features.cpu()}
-
-        return self._load_or_build(key, build)['text_features']
-
-    def _load_or_build(
-        self, key: dict, build: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
         text = json.dumps(key, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        path = self.folder / f'{key["kind"]}_{name}.safetensors'
+        path = self.folder / f'texts_{_short_hash(text)}.safetensors'
         tensors = _read_verified(path, text)
         if tensors is None:
-            tensors = build()
-            metadata = {'key': text, 'sha256': _checksum(tensors)}
-            write_atomic(path, save(tensors, metadata))
-        return tensors
+            features = self.encoder.encode_classes(class_names, prompts)
+            tensors = {'text_features': features.cpu()}
+            _write_verified(path, text, tensors)
+        return tensors['text_features']
 
-    def _encode(self, items: Sequence[Item], views: int) -> dict[str, Tensor]:
-        pictures = _Pictures(items, self.encoder, self.preprocessing, self.crop_scale)
-        device = next(self.encoder.parameters()).device
-        features, kept = [], None
-        for view in range(max(views, 1)):
-            pictures.view = view if views else None
-            loader = DataLoader(
-                pictures, self.batch_size, num_workers=self.workers, collate_fn=list
-            )
-            encoded, good = [], []
-            for batch in loader:
-                readable = [x for x in batch if not isinstance(x, str)]
-                for problem in (x for x in batch if isinstance(x, str)):
-                    if self.on_bad_image == 'error':
-                        raise ValueError(
-                            f'{problem}; repair or remove it, or set on_bad_image to '
-                            f"'skip'."
-                        )
-                    if view == 0:
-                        logger.warning('skipped: %s', problem)
-                if readable:
-                    encoded.append(
-                        self.encoder(torch.stack(readable).to(device))[0].cpu()
-                    )
-                good += [not isinstance(x, str) for x in batch]
-                if self.progress is not None:
-                    self.progress(len(batch))
-            if not encoded:
+    def _read(
+        self, name: str, items: Sequence[Item], views: int
+    ) -> tuple[list[int], Tensor]:
+        """Returns which pictures can be read, and their rows of a tensor."""
+        keys, shards = picture_keys(items), self._shards_of(views)
+        rows = None
+        while rows is None:  # a damaged file is found when it is read
+            self.encode(items, views)
+            for problem in shards.problems(keys):
+                self._refuse(problem)
+                logger.warning('skipped: %s', problem)
+            good = [i for i, key in enumerate(keys) if shards.has_features(key)]
+            if not good:
                 raise ValueError('none of the pictures can be read.')
-            features.append(torch.cat(encoded))
-            kept = torch.tensor(good)
-        labels = torch.tensor([item[1] for item in items])[kept]
-        return {'features': torch.stack(features), 'labels': labels}
+            rows = shards.read(name, [keys[i] for i in good])
+        return good, rows
+
+    def _shards_of(self, views: int) -> '_Shards':
+        key = {
+            'encoder': self.encoder.identity(),
+            'amp': self.encoder.amp,
+            'preprocessing': self.preprocessing,
+            'libraries': {name: version(name) for name in ('pillow', 'torchvision')},
+            'views': views,
+            'crop_scale': self.crop_scale if views else None,
+        }
+        text = json.dumps(key, sort_keys=True)
+        folder = self.folder / f'images_{_short_hash(text)}'
+        return self._shards.setdefault(folder, _Shards(folder, text))
+
+    def _encode(
+        self, paths: Sequence[str], views: int
+    ) -> Iterator[list['tuple[Tensor, Tensor] | str']]:
+        """Yields batches of features (V, D) and pixel hashes, or of error messages."""
+        device = next(self.encoder.parameters()).device
+        loader = DataLoader(
+            _Pictures(paths, views, self.encoder, self.preprocessing, self.crop_scale),
+            max(1, self.batch_size // max(views, 1)),
+            num_workers=self.workers,
+            collate_fn=list,
+        )
+        for batch in loader:
+            good = [x for x in batch if not isinstance(x, str)]
+            for problem in (x for x in batch if isinstance(x, str)):
+                self._refuse(problem)
+            if good:
+                stacked = torch.cat([picture for picture, _ in good]).to(device)
+                features = self.encoder(stacked)[0].cpu().chunk(len(good))
+                results = iter(zip(features, (p for _, p in good), strict=True))
+            yield [x if isinstance(x, str) else next(results) for x in batch]
+
+    def _refuse(self, problem: str) -> None:
+        if self.on_bad_image == 'error':
+            raise ValueError(
+                f"{problem}; repair or remove it, or set on_bad_image to 'skip'."
+            )
+
+
+class _Shards:
+    """The files of the pictures that were encoded with the same options.
+
+    Attributes:
+        folder: Folder of the files.
+        rows: File and row of each picture, or the reason why it cannot be read.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.rows: dict[str, tuple[Path, int] | str] = {}
+        self._seen: set[Path] = set()
+
+    def scan(self) -> None:
+        """Reads the lists of pictures of files that are new."""
+        for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
+            try:
+                with safe_open(path, 'pt') as file:
+                    self._add(path, file.metadata() or {})
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                logger.warning('rebuilding the damaged cache file %s (%s)', path, error)
+            self._seen.add(path)
+
+    def write(self, pictures: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
+        """Writes a file of features and pixel hashes."""
+        good = {k: x for k, x in pictures.items() if not isinstance(x, str)}
+        tensors = {}
+        if good:
+            tensors['features'] = torch.stack([f for f, _ in good.values()])
+            tensors['pixels'] = torch.stack([p for _, p in good.values()])
+        bad = {k: x for k, x in pictures.items() if isinstance(x, str)}
+        about = {'pictures': json.dumps(list(good)), 'bad': json.dumps(bad)}
+        path = self.folder / f'{_short_hash(json.dumps(list(pictures)))}.safetensors'
+        _write_verified(path, self.key, tensors, about)
+        self._seen.add(path)
+        self._add(path, about)
+
+    def problems(self, keys: Sequence[str]) -> list[str]:
+        """Returns why pictures cannot be read."""
+        rows = (self.rows.get(key) for key in keys)
+        return [row for row in rows if isinstance(row, str)]
+
+    def has_features(self, key: str) -> bool:
+        return isinstance(self.rows.get(key), tuple)
+
+    def read(self, name: str, keys: Sequence[str]) -> Tensor | None:
+        """Returns a row of a tensor for each picture.
+
+        If files are damaged, it returns None, and their pictures are missing from then
+        on.
+        """
+        places: dict[Path, list[tuple[int, int]]] = {}
+        for i, key in enumerate(keys):
+            path, row = self.rows[key]
+            places.setdefault(path, []).append((i, row))
+        found, damaged = None, set()
+        for path, rows in places.items():
+            tensors = _read_verified(path, self.key)
+            if tensors is None:
+                damaged.add(path)
+                continue
+            tensor = tensors[name]
+            if found is None:
+                found = tensor.new_empty(len(keys), *tensor.shape[1:])
+            to, at = zip(*rows, strict=True)
+            found[list(to)] = tensor[list(at)]
+        self.rows = {k: v for k, v in self.rows.items() if v[0] not in damaged}
+        return None if damaged else found
+
+    def _add(self, path: Path, about: Mapping[str, str]) -> None:
+        pictures = json.loads(about['pictures'])
+        self.rows.update({key: (path, row) for row, key in enumerate(pictures)})
+        self.rows.update(json.loads(about['bad']))
 
 
 class _Pictures(Dataset):
-    """Inputs of the encoder, and error messages in place of unreadable pictures."""
+    """Inputs of the encoder with pixel hashes, and messages for unreadable pictures."""
 
     def __init__(
         self,
-        items: Sequence[Item],
+        paths: Sequence[str],
+        views: int,
         encoder: OpenCLIPEncoder,
         preprocessing: str,
         crop_scale: tuple[float, float],
     ) -> None:
-        self.paths = [item[0] for item in items]
+        self.paths, self.views = paths, views
         self.plain = build_transform(encoder, preprocessing)
         self.augmented = build_transform(encoder, preprocessing, crop_scale)
-        self.view: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
         try:
             image = open_picture(self.paths[index])
         except ValueError as error:
             return str(error)
-        if self.view is None:
-            return self.plain(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.view * 1_000_003 + index)
-            return self.augmented(image)
+        pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
+        if self.views == 0:
+            return self.plain(image)[None], pixels
+        place = Path(self.paths[index])
+        augmented = []
+        for view in range(self.views):
+            with torch.random.fork_rng(devices=[]):
+                name = f'{place.parent.name}/{place.name}/{view}'
+                torch.manual_seed(zlib.crc32(name.encode()))  # it takes 32 bits
+                augmented.append(self.augmented(image))
+        return torch.stack(augmented), pixels
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def hash_pixels(image: Image.Image) -> bytes:
+    """Returns a hash of size and pixels of an RGB picture, 16 bytes."""
+    sha = hashlib.sha256(f'{image.size}'.encode())
+    sha.update(image.tobytes())
+    return sha.digest()[:16]
+
+
+def picture_keys(items: Sequence[Item]) -> list[str]:
+    """Returns a hash of path, size and modification time of each picture.
+
+    Raises:
+        FileNotFoundError: If a picture is missing.
+    """
+    keys = []
+    for path, *_ in items:
+        try:
+            stat = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(f'the picture {path} is missing.') from error
+        state = f'{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}'
+        keys.append(_short_hash(state))
+    return keys
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         sha.update(tensor.contiguous().view(-1).numpy().data)
     return sha.hexdigest()
+
+
+def _write_verified(
+    path: Path,
+    key: str,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, str] | None = None,
+) -> None:
+    if path.is_dir():
+        raise FileExistsError(
+            f'{path} is a folder and should be a file of the cache; remove it.'
+        )
+    metadata = {'key': key, 'sha256': _checksum(tensors), **(about or {})}
+    write_atomic(path, save(dict(tensors), metadata))
 
 
 def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -1,21 +1,28 @@
 """Reading pictures and preparing them for the image tower."""
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 PREPROCESSINGS = ('clip', 'warp')
-"""Ways to resize a picture, both bicubic. ``'clip'``: shorter side, then centre crop
-(CLIP, and CoOp since October 2021). ``'warp'``: to a square (CoOp before that, and the
-main table of CLIP-Adapter)."""
+"""Ways to resize a picture. ``'clip'``: that of the model in open_clip's configuration.
+For the models of CLIP's paper it is the shorter side, then the centre crop, as in CoOp
+since October 2021. ``'warp'``: to a square (CoOp before that, and the main table of
+CLIP-Adapter)."""
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Opens a picture as RGB.
+    """Opens a picture as RGB, the way up that its EXIF entry says.
+
+    Grey values of 16 bits are scaled to 8 bits.
 
     Args:
         path: File of the picture.
@@ -27,13 +34,35 @@ def open_picture(path: str | Path) -> Image.Image:
         FileNotFoundError: If the file does not exist.
         ValueError: If it cannot be read.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f'the picture {path} is missing.')
     try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'the picture {path} is missing.') from error
-    except (OSError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of metadata, and of pictures that are big
+            with Image.open(path) as image:
+                return upright_rgb(image)
+    except Exception as error:  # Pillow's decoders raise errors of any type
         raise ValueError(f'the picture {path} cannot be read ({error})') from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turns a picture the way up that its EXIF entry says, and converts it to RGB.
+
+    Raises:
+        ValueError: If its grey values have an unknown range.
+    """
+    with suppress(Exception):  # a damaged EXIF entry is not a damaged picture
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ('I', 'F') and not (
+        image.mode == 'I' and image.format in ('PNG', 'PPM')
+    ):
+        raise ValueError(
+            f'its pixels are 32-bit numbers (mode {image.mode}) of unknown range; '
+            f'convert it to 8 bits'
+        )
+    if image.mode.startswith('I'):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert('RGB')
 
 
 def build_transform(
@@ -44,7 +73,8 @@ def build_transform(
     """Builds the transform from a picture to an input of the encoder, (3, H, W).
 
     Args:
-        encoder: Encoder whose size, mean and standard deviation are used.
+        encoder: Encoder whose size, interpolation, mean and standard deviation are
+            used.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of a random crop, as a fraction of the
             picture. If given, ``preprocessing`` is replaced by a random crop and flip.
@@ -52,17 +82,16 @@ def build_transform(
     Returns:
         The transform.
     """
+    from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision import transforms as T
 
-    size, bicubic = encoder.image_size, T.InterpolationMode.BICUBIC
-    if crop_scale is not None:
-        steps = [
-            T.RandomResizedCrop(size, crop_scale, interpolation=bicubic),
-            T.RandomHorizontalFlip(),
-        ]
-    elif preprocessing == 'warp':
-        steps = [T.Resize((size, size), bicubic)]
-    else:
-        steps = [T.Resize(size, bicubic), T.CenterCrop(size)]
-    normalise = T.Normalize(encoder.mean, encoder.std)
-    return T.Compose([*steps, T.ToTensor(), normalise])
+    config = PreprocessCfg(**encoder.preprocess)
+    if crop_scale is None:
+        if preprocessing == 'warp':
+            config = replace(config, resize_mode='squash')
+        return image_transform_v2(config, is_train=False)
+    crop = T.RandomResizedCrop(
+        config.size, crop_scale, interpolation=T.InterpolationMode(config.interpolation)
+    )
+    normalise = T.Normalize(config.mean, config.std)
+    return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from mmengine.device import get_device
+
 from .methods import METHODS
 from .selection import SELECTIONS
 
@@ -10,68 +13,123 @@ from .selection import SELECTIONS
 class FewShotConfig:
     """Options of a run.
 
+    A run needs either ``dataset`` and ``model``, or ``features``.
+
     Attributes:
         dataset: Name, folder or CSV file, see :func:`dsnet_mm.tasks.load_task`.
         model: Model of open_clip, see :class:`OpenCLIPEncoder`.
         pretrained: Weights of the model.
+        features: File of features, see :class:`FeatureFile`. The options of pictures
+            and encoder then have no effect, and methods that need the encoder are left
+            out.
         data_root: Folder of the public data sets.
         prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. None takes those of the
             data set.
         methods: Names of ``METHODS``. Zero-shot is always added.
         oracle: Methods that are also selected on the test split. They are labelled so.
-        shots: Training pictures of each class, one or more values.
-        seeds: Seeds of the draws. Three or more give a confidence interval.
-        selection: One of ``SELECTIONS``.
+        shots: Training pictures of each class, one or more values. None takes 1, 2, 4,
+            8 and 16, or those that ``features`` has.
+        seeds: Seeds of the draws, and of initialisation and order of the methods. Three
+            or more give a confidence interval.
+        selection: One of ``SELECTIONS``. None takes ``'val'``, or ``'fixed'`` if there
+            are no validation pictures.
         overrides: Hyper-parameters by method that are set instead of selected.
         preprocessing: One of ``PREPROCESSINGS``.
         views: Augmented views of a training picture. 0 takes the picture itself.
         crop_scale: See :class:`FeatureCache`.
         amp: See :class:`OpenCLIPEncoder`.
-        device: Device of the encoder.
+        device: Device of the encoder. ``'auto'`` takes a GPU if there is one.
         on_bad_image: See :class:`FeatureCache`.
         cache_dir: Folder of the features.
         workers: Number of worker processes that load pictures.
 
     Raises:
-        ValueError: If a value is unknown.
+        ValueError: If a value is unknown or missing, or the device does not exist.
     """
 
-    dataset: str
-    model: str
-    pretrained: str | None
+    dataset: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    features: str | None = None
     data_root: str = 'data'
     prompts: str | list[str] | None = None
     methods: tuple[str, ...] = (
         'linear_probe',
+        'linear_probe_zs',
+        'clap',
+        'lp++',
+        'gda',
         'tip_adapter',
         'tip_adapter_f',
         'task_res',
         'clip_adapter',
     )
     oracle: tuple[str, ...] = ()
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
-    selection: str = 'val'
+    selection: str | None = None
     overrides: dict[str, dict] = field(default_factory=dict)
     preprocessing: str = 'clip'
     views: int = 10
     crop_scale: tuple[float, float] = (0.08, 1.0)
     amp: str | None = None
-    device: str = 'cpu'
+    device: str = 'auto'
     on_bad_image: str = 'error'
     cache_dir: str = 'work_dirs/few_shot_features'
     workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.features is None:
+            missing = [k for k in ('dataset', 'model') if getattr(self, k) is None]
+            if missing:
+                raise ValueError(
+                    f'name the {" and the ".join(missing)}, or a file of features.'
+                )
+            if self.shots is None:
+                object.__setattr__(self, 'shots', (1, 2, 4, 8, 16))
+        elif self.dataset is not None:
+            raise ValueError(
+                'name either a dataset or a file of features, not both: the file has '
+                'its own pictures.'
+            )
         for name in (*self.methods, *self.oracle, *self.overrides):
             if name not in METHODS:
                 raise ValueError(
                     f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
                 )
-        if self.selection not in SELECTIONS:
+        for name, options in self.overrides.items():
+            if unknown := sorted(set(options) - METHODS[name].options):
+                raise ValueError(
+                    f'{name} has no option {", ".join(map(repr, unknown))}; it has '
+                    f'{", ".join(sorted(METHODS[name].options))}.'
+                )
+        if self.selection is not None and self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '
                 f'select on the test split, name methods in oracle.'
             )
-        if not self.shots or not self.seeds:
+        if self.shots == () or self.shots == [] or not self.seeds:
             raise ValueError('shots and seeds must each have at least one value.')
+        for what in ('methods', 'oracle', 'shots', 'seeds'):
+            values = getattr(self, what)
+            if values is not None:
+                object.__setattr__(self, what, tuple(dict.fromkeys(values)))
+        object.__setattr__(self, 'device', existing_device(self.device))
+
+
+def existing_device(name: str) -> str:
+    """Returns the name of a device, the best one for ``'auto'``.
+
+    Raises:
+        ValueError: If this machine does not have it.
+    """
+    if name == 'auto':
+        return get_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'there is no device {name!r} here ({str(error).splitlines()[0]}); '
+            f"use 'auto' or 'cpu'."
+        ) from error
+    return name

@@ -1,54 +1,62 @@
 """Saving, loading and use of classifiers."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dsnet_mm.datasets.pictures import build_transform, open_picture
+from dsnet_mm.datasets.pictures import (
+    PREPROCESSINGS,
+    build_transform,
+    open_picture,
+    upright_rgb,
+)
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.models.heads import CLIPAdapter
 
+from .methods.linear_adapter import LinearAdapter
 from .methods.linear_probe import LinearClassifier
+from .methods.proker import ProKeR
 from .methods.tip_adapter import TipAdapter
 from .methods.zero_shot import CosineClassifier
+
+logger = logging.getLogger(__name__)
 
 
 def save_classifier(
     path: str | Path,
     classifier: nn.Module,
-    encoder: OpenCLIPEncoder,
+    encoder: OpenCLIPEncoder | Mapping[str, object],
     class_names: Sequence[str],
     preprocessing: str,
+    record: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a classifier as a safetensors file, atomically.
 
     Args:
         path: File to write.
         classifier: Classifier that a method of ``METHODS`` returned.
-        encoder: Encoder of its input. The file has its name, but not its weights.
+        encoder: Encoder of its input, or what is known of it: a mapping with the keys
+            of :meth:`OpenCLIPEncoder.source`, each of which may be None. The file has
+            the encoder's name and identity, but not its weights.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
+        record: How it was made: method, shots, seed, selection and options.
     """
-    options = {}
-    if isinstance(classifier, CLIPAdapter):
-        options = classifier.options
-    elif isinstance(classifier, TipAdapter):
-        options = {'alpha': classifier.alpha, 'beta': classifier.beta}
     description = {
         'kind': type(classifier).__name__,
-        'options': options,
+        'options': getattr(classifier, 'options', {}),
         'class_names': list(class_names),
         'preprocessing': preprocessing,
-        'model': encoder.model_name,
-        'pretrained': encoder.pretrained,
-        'weights': encoder.digest(),
+        **(encoder.source() if isinstance(encoder, OpenCLIPEncoder) else encoder),
+        'record': dict(record or {}),
     }
     tensors = {
         name: value.detach().cpu().contiguous()
@@ -65,6 +73,7 @@ class DeployedClassifier:
         encoder: The frozen towers.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
+        transform: A picture to an input of the encoder, (3, H, W).
     """
 
     def __init__(
@@ -74,80 +83,229 @@ class DeployedClassifier:
         class_names: Sequence[str],
         preprocessing: str,
     ) -> None:
-        self.classifier = classifier
         self.encoder = encoder
+        self.classifier = classifier.to(self.device)
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.transform = build_transform(encoder, preprocessing)
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Device of the encoder."""
+        return next(self.encoder.parameters()).device
+
+    def __call__(
+        self, images: Sequence[str | Path | Image.Image], batch_size: int = 64
+    ) -> Tensor:
         """Classifies pictures.
 
         Args:
             images: Files or PIL images.
+            batch_size: Pictures in memory at once.
 
         Returns:
-            Probabilities (N, K).
+            Probabilities (N, K), on the CPU.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If a picture cannot be read.
         """
-        opened = []
-        for image in images:
-            if not isinstance(image, Image.Image):
-                image = open_picture(image)
-            opened.append(self.transform(image.convert('RGB')))
-        device = next(self.encoder.parameters()).device
-        features = self.encoder(torch.stack(opened).to(device))[0]
-        return self.classifier.to(device)(features).softmax(-1)
+        found = [torch.empty(0, len(self.class_names))]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            found.append(self.probabilities([self.prepare(x) for x in batch]))
+        return torch.cat(found)
+
+    def prepare(self, image: str | Path | Image.Image) -> Tensor:
+        """Returns the input of the encoder for a file or PIL image, (3, H, W)."""
+        if isinstance(image, Image.Image):
+            return self.transform(upright_rgb(image))
+        return self.transform(open_picture(image))
+
+    @torch.no_grad()
+    def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
+        """Returns the probabilities (N, K) of a batch of :meth:`prepare`."""
+        features = self.encoder(torch.stack(list(prepared)).to(self.device))[0]
+        return self.classifier(features).float().softmax(-1).cpu()
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    'CLIPAdapter': lambda t, **options: CLIPAdapter(t['text_features'], 1.0, **options),
+    'TipAdapter': lambda t, **options: TipAdapter(
+        *(t[n] for n in ('keys', 'labels', 'text_features', 'logit_scale')), **options
+    ),
+    'ProKeR': lambda t, **options: ProKeR(
+        *(t[n] for n in ('keys', 'values', 'text_features', 'logit_scale')), **options
+    ),
+    'LinearAdapter': lambda t: LinearAdapter(t['text_features'], 1.0),
+    'LinearClassifier': lambda t: LinearClassifier(t['weight']),
+    'CosineClassifier': lambda t: CosineClassifier(t['text_features'], 1.0),
+}
+"""Kinds of classifiers: functions of the tensors and options of a file."""
+
+
+def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
+    """Reads a file of :func:`save_classifier`, without its encoder.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The classifier of features, in eval mode, and the description in the file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a file of :func:`save_classifier`, or is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no classifier file {path}.')
+    try:
+        with safe_open(path, 'pt') as file:
+            text = (file.metadata() or {}).get('dsnet_mm')
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f'{path} is not a classifier file, or is damaged ({error}); classifier '
+            f'files are written by tools/few_shot.py run, and from a checkpoint of '
+            f'MMEngine by tools/few_shot.py export.'
+        ) from error
+    if text is None:
+        raise ValueError(
+            f'{path} is a safetensors file, but no classifier: it lacks the '
+            f'description that save_classifier writes.'
+        )
+    try:
+        about = json.loads(text)
+        classifier = _build(about, tensors)
+    except Exception as error:  # a damaged description raises errors of many types
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(
+            f'{path} is a damaged classifier file ({type(error).__name__}: {reason}).'
+        ) from error
+    return classifier, about
+
+
+def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """Builds the classifier of a description, and checks that the two fit."""
+    for key in ('model', 'pretrained', 'identity'):
+        about[key]  # None if the classifier was fitted to features from elsewhere
+    if about['preprocessing'] not in PREPROCESSINGS:
+        raise ValueError(f'unknown preprocessing {about["preprocessing"]!r}')
+    if not all(isinstance(name, str) for name in [*about['class_names']]):
+        raise ValueError('class names must be text')
+    if about['kind'] not in _BUILDERS:
+        raise ValueError(f'unknown kind {about["kind"]!r}')
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'{name} holds values that are not finite')
+    classifier = _BUILDERS[about['kind']](tensors, **about['options'])
+    classifier.load_state_dict(tensors)
+    classifier.requires_grad_(False).eval()
+    classes = classifier(torch.ones(1, feature_width_of(tensors))).shape[1]
+    if classes != len(about['class_names']):
+        raise ValueError(f'{classes} classes, but {len(about["class_names"])} names')
+    return classifier
+
+
+def feature_width_of(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the width D of the features of a classifier, from its tensors."""
+    name = 'weight' if 'weight' in tensors else 'text_features'
+    return tensors[name].shape[1]
 
 
 def load_classifier(
-    path: str | Path, encoder: OpenCLIPEncoder | None = None
+    path: str | Path,
+    encoder: OpenCLIPEncoder | None = None,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    download: bool = False,
+    device: str | torch.device = 'cpu',
 ) -> DeployedClassifier:
     """Reads a file of :func:`save_classifier`.
 
     Args:
         path: The file.
-        encoder: The encoder. None loads the one that is named in the file.
+        encoder: The encoder. None loads the one that the file names, with the
+            arguments below.
+        model: Model of open_clip instead of the one that the file names.
+        pretrained: Weights instead of those that the file names, for example their
+            file on this machine.
+        download: Whether weights that are not on this machine may be fetched.
+        device: Device of the encoder.
 
     Returns:
         The classifier, in eval mode.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a file of :func:`save_classifier`, or the encoder has
-            other weights.
+        FileNotFoundError: If the file does not exist, or the weights of the encoder are
+            not on this machine.
+        ValueError: If it is not a file of :func:`save_classifier`, or belongs to
+            another encoder.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'there is no classifier file {path}.')
-    with safe_open(path, 'pt') as file:
-        text = (file.metadata() or {}).get('dsnet_mm')
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if text is None:
-        raise ValueError(f'{path} is not a file of save_classifier.')
-    about = json.loads(text)
+    classifier, about = read_classifier(path)
     if encoder is None:
-        encoder = OpenCLIPEncoder.shared(about['model'], about['pretrained'])
-    if encoder.digest() != about['weights']:
+        encoder = _named_encoder(path, about, model, pretrained, download, device)
+    identity = encoder.identity()
+    wanted = about['identity'] or identity
+    # Another version of open_clip is no reason to refuse: the rest is the same.
+    other = [k for k in wanted if k != 'open_clip' and wanted[k] != identity[k]]
+    if other:
         raise ValueError(
             f'{path} was saved for {about["model"]!r} with the weights '
-            f'{about["pretrained"]!r}, but the encoder has other weights.'
+            f'{about["pretrained"]!r}, but the encoder has other {", ".join(other)}.'
         )
-    if about['kind'] == 'CLIPAdapter':
-        classifier: nn.Module = CLIPAdapter(
-            tensors['text_features'], 1.0, **about['options']
+    width = feature_width_of(classifier.state_dict())
+    if width != encoder.embed_dims:
+        raise ValueError(
+            f'{path} classifies features of width {width}, but those of '
+            f'{encoder.model_name!r} are {encoder.embed_dims} wide.'
         )
-    elif about['kind'] == 'TipAdapter':
-        names = ('keys', 'labels', 'text_features', 'logit_scale')
-        classifier = TipAdapter(*(tensors[n] for n in names), **about['options'])
-    elif about['kind'] == 'LinearClassifier':
-        classifier = LinearClassifier(tensors['weight'])
-    else:
-        classifier = CosineClassifier(tensors['text_features'], 1.0)
-    classifier.load_state_dict(tensors)
     return DeployedClassifier(
-        classifier.eval(), encoder, about['class_names'], about['preprocessing']
+        classifier, encoder, about['class_names'], about['preprocessing']
     )
+
+
+def _named_encoder(
+    path: str | Path,
+    about: Mapping,
+    model: str | None,
+    pretrained: str | None,
+    download: bool,
+    device: str | torch.device,
+) -> OpenCLIPEncoder:
+    """Loads the encoder that a classifier file names, or its replacement."""
+    named, weights = about['model'], pretrained or about['pretrained']
+    if about['identity'] is None:
+        with_weights = str(model or named).startswith(('hf-hub:', 'local-dir:'))
+        if (model or named) is None or (weights is None and not with_weights):
+            raise ValueError(
+                f'{path} does not name its encoder, because it was fitted to features '
+                f'from elsewhere; name it with --model and --pretrained (model, '
+                f'pretrained).'
+            )
+        logger.warning(
+            '%s was fitted to features from elsewhere, so it cannot be checked that '
+            'they are those of %s with the weights %s.',
+            *(path, model or named, weights),
+        )
+    if model is None:
+        model = named
+        own = named.endswith('.json') or named.startswith('model-')
+        if own and about['identity'] is not None:
+            model = about['identity']['config']  # the JSON file is not needed
+    if weights and Path(weights).is_absolute() and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f'{path} needs the weights {weights}, which are not there; name their file '
+            f'with --pretrained (pretrained).'
+        )
+    try:
+        return OpenCLIPEncoder.shared(model, weights, device=device, download=download)
+    except FileNotFoundError as error:
+        if download:
+            raise
+        raise FileNotFoundError(
+            f'{path} needs the weights {weights!r} of {named!r}, which are not on this '
+            f'machine; fetch them with --download (download=True), or name their file '
+            f'with --pretrained (pretrained).'
+        ) from error

@@ -9,10 +9,8 @@ from scipy import stats
 
 from dsnet_mm.files import write_atomic
 
+from .choice import REFERENCE, choose
 from .methods import METHODS
-
-REFERENCE = 'clip_adapter'
-"""Method that all others are compared with, on the same draws."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Cell:
         fit_seconds: Mean time of a fit.
         select_seconds: Mean time of selection and fit.
         parameters: Number of learnt parameters.
+        selections: How the hyper-parameters were chosen, each value once.
     """
 
     label: str
@@ -36,6 +35,7 @@ class Cell:
     fit_seconds: float
     select_seconds: float
     parameters: int
+    selections: tuple[str, ...]
 
     @property
     def mean(self) -> float:
@@ -78,9 +78,28 @@ def collect(records: list[dict]) -> list[Cell]:
             float(np.mean([r['fit_seconds'] for r in group])),
             float(np.mean([r['select_seconds'] for r in group])),
             group[0]['parameters'],
+            tuple(sorted({r['selection'] for r in group})),
         )
         for (label, shots), group in groups.items()
     ]
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Corrects p-values for their number (Holm, Scand. J. Statist. 6, 1979).
+
+    Args:
+        p_values: p-value of each comparison. NaN is no comparison.
+
+    Returns:
+        The corrected values, at most 1.
+    """
+    corrected, largest = list(p_values), 0.0
+    order = sorted(i for i, p in enumerate(p_values) if not np.isnan(p))
+    order.sort(key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def table(records: list[dict], about: dict) -> str:
@@ -92,110 +111,161 @@ def table(records: list[dict], about: dict) -> str:
 
     Returns:
         Two tables. The first has the accuracy of each method and number of shots, with
-        the 95 % confidence interval of the mean over seeds. The second is for the
-        largest number of shots. It has the gain over zero-shot, the paired comparison
-        with CLIP-Adapter, calibration, time and parameters. A sentence names the
-        methods whose gain over zero-shot is not larger than the interval.
+        the 95 % confidence interval of the mean over seeds, and a mark where nothing
+        was selected. The second is for the largest number of shots. It has the gain
+        over zero-shot, the paired comparison with CLIP-Adapter, with p-values corrected
+        by Holm, calibration, time and parameters. Sentences name the methods whose gain
+        over zero-shot is not larger than the interval, and the classifier to use.
     """
     cells = {(cell.label, cell.shots): cell for cell in collect(records)}
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     shots = sorted({cell.shots for cell in cells.values()} - {0})
     labels = list(dict.fromkeys(label for label, k in cells if k))
-    config = about['config']
-    prompts = about['prompts']
-    lines = [
-        f'# {Path(config["dataset"]).name}, {Path(config["model"]).stem}',
-        '',
+    results = [_describe(records, about), '']
+    columns = [f'{k} shot{"s" * (k > 1)}' for k in shots] or ['accuracy']
+    results += [
+        f'| method | {" | ".join(columns)} |',
+        '|---|' + '--:|' * len(columns),
+        f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
+    ]
+    selection = about['config']['selection']
+    for label in labels:
+        row = [_with_interval(cells.get((label, k)), selection) for k in shots]
+        results.append(f'| {label} | ' + ' | '.join(row) + ' |')
+    parts = [
+        [f'# {about["title"]}'],
+        results,
+        *([x] for x in _notes(list(cells.values()), records, about)),
+    ]
+    if shots:
+        parts += [[f'## At {shots[-1]} shots'], *_most_shots(cells, labels, shots[-1])]
+    chosen = choose(records)
+    parts.append([f'Classifier to use: `{chosen.file}`. {chosen.why}'])
+    return '\n\n'.join('\n'.join(lines) for lines in parts) + '\n'
+
+
+def _describe(records: list[dict], about: dict) -> str:
+    """Describes data and protocol of a run in a few sentences."""
+    config, prompts = about['config'], about['prompts']
+    facts = [
         f'{len(about["class_names"])} classes, '
         f'{records[0]["test"]["pictures"]} test pictures, seeds '
-        f'{", ".join(map(str, config["seeds"]))}; preprocessing '
-        f'`{config["preprocessing"]}`; '
-        + (
-            f'prompt `{prompts[0]}`'
-            if len(prompts) == 1
-            else f'{len(prompts)} prompts from `{prompts[0]}` on'
-        )
-        + f'; hyper-parameters by `{config["selection"]}`. Test accuracy in %, mean '
-        'and 95 % confidence interval over seeds (Student t).',
-        '',
-        '| method | ' + ' | '.join(f'{k} shots' for k in shots) + ' |',
-        '|---|' + '--:|' * len(shots),
-        f'| {zero_shot.label} | '
-        + ' | '.join([f'{zero_shot.mean:.2f}'] * len(shots))
-        + ' |',
+        f'{", ".join(map(str, config["seeds"]))}'
     ]
-    for label in labels:
-        row = [_with_interval(cells.get((label, k))) for k in shots]
-        lines.append(f'| {label} | ' + ' | '.join(row) + ' |')
-    if any('(oracle)' in label for label in labels):
-        lines += [
-            '',
-            'Oracle: hyper-parameters chosen on the test split; not a result.',
-        ]
+    if config['features'] is None:
+        facts.append(f'preprocessing `{config["preprocessing"]}`')
+    if len(prompts) == 1:
+        facts.append(f'prompt `{prompts[0]}`')
+    elif prompts:
+        facts.append(f'{len(prompts)} prompts from `{prompts[0]}` on')
+    facts.append(f'hyper-parameters by `{config["selection"]}`')
+    return (
+        '; '.join(facts) + '. Test accuracy in %, mean and 95 % confidence interval '
+        'over seeds (Student t).'
+    )
 
-    most = shots[-1]
+
+def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
+    """Returns what a reader of the first table must know."""
+    notes = list(about['notes'])
+    selection = about['config']['selection']
+    if selection != 'fixed' and any(
+        'fixed' in cell.selections for cell in cells if cell.shots
+    ):
+        notes.append(
+            'f: nothing was selected. The method has a fixed setting, or there was '
+            'nothing to select by.'
+        )
+    if any('val' in cell.selections for cell in cells):
+        notes.append(
+            'Selection by `val` uses min(shots, 4) more labelled pictures of each '
+            'class: "1 shot" is two labels a class, "16 shots" is 20.'
+        )
+    same = sorted({r['shots'] for r in records if r['shots'] and not r['redrawn']})
+    if same:
+        notes.append(
+            f'At {", ".join(map(str, same))} shots the file has no other pictures to '
+            f'draw: all seeds have the same training pictures, and the intervals are '
+            f'only those of initialisation, order and validation pictures.'
+        )
+    if any('(oracle)' in cell.label for cell in cells):
+        notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
+    return notes
+
+
+def _most_shots(
+    cells: dict[tuple[str, int], Cell], labels: list[str], most: int
+) -> list[list[str]]:
+    """Returns the table for the largest number of shots, and a sentence."""
+    zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     reference = cells.get((METHODS[REFERENCE].title, most))
-    lines += [
-        '',
-        f'## At {most} shots',
-        '',
-        '| method | gain over zero-shot | minus CLIP-Adapter, paired (p) | ECE '
+    rows = [cells[label, most] for label in labels if (label, most) in cells]
+    p_values = holm([_p_value(cell, reference) for cell in rows])
+    lines = [
+        '| method | gain over zero-shot | minus CLIP-Adapter, paired (p, Holm) | ECE '
         '| fit, s | with selection, s | parameters |',
         '|---|--:|--:|--:|--:|--:|--:|',
         f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
     ]
     behind = []
-    for label in labels:
-        cell = cells.get((label, most))
-        if cell is None:
-            continue
+    for cell, p in zip(rows, p_values, strict=True):
         gain = cell.mean - zero_shot.mean
-        if cell.interval is None or gain <= cell.interval:
-            behind.append(label)
+        is_result = '(oracle)' not in cell.label
+        if is_result and (cell.interval is None or gain <= cell.interval):
+            behind.append(cell.label)
         interval = '' if cell.interval is None else f' ± {cell.interval:.2f}'
         lines.append(
-            f'| {label} | {gain:+.2f}{interval} | {_paired(cell, reference)} | '
+            f'| {cell.label} | {gain:+.2f}{interval} | {_paired(cell, reference, p)} | '
             f'{cell.ece:.1f} | {cell.fit_seconds:.2f} | {cell.select_seconds:.2f} | '
             f'{cell.parameters:,} |'
         )
     if behind:
-        why = (
-            ' (three seeds or more are needed to tell)'
-            if len(config['seeds']) < 3
-            else ''
-        )
-        lines += [
-            '',
+        few = any(len(cell.accuracies) < 3 for cell in rows)
+        why = ' (three seeds or more are needed to tell)' if few else ''
+        sentence = (
             f'Not above zero-shot by more than the confidence interval at {most} '
-            f'shots{why}: {", ".join(behind)}.',
-        ]
+            f'shots{why}: {", ".join(behind)}.'
+        )
     else:
-        lines += [
-            '',
+        sentence = (
             f'All methods are above zero-shot by more than the confidence interval at '
-            f'{most} shots.',
-        ]
-    return '\n'.join(lines) + '\n'
+            f'{most} shots.'
+        )
+    return [lines, [sentence]]
 
 
-def _with_interval(cell: Cell | None) -> str:
+def _with_interval(cell: Cell | None, selection: str) -> str:
     if cell is None:
         return '-'
     half = '' if cell.interval is None else f' ± {cell.interval:.2f}'
-    return f'{cell.mean:.2f}{half}'
+    fixed = ' f' if 'fixed' in cell.selections and selection != 'fixed' else ''
+    return f'{cell.mean:.2f}{half}{fixed}'
 
 
-def _paired(cell: Cell, reference: Cell | None) -> str:
+def _gaps(cell: Cell, reference: Cell) -> list[float]:
+    """Returns the differences of two methods on the same draws."""
+    seeds = sorted(cell.accuracies.keys() & reference.accuracies.keys())
+    return [cell.accuracies[s] - reference.accuracies[s] for s in seeds]
+
+
+def _p_value(cell: Cell, reference: Cell | None) -> float:
+    """Returns the p-value of a paired t-test, NaN if there is none."""
+    if reference is None or cell is reference or '(oracle)' in cell.label:
+        return float('nan')
+    gaps = _gaps(cell, reference)
+    if len(gaps) < 3 or np.std(gaps) == 0:
+        return float('nan')
+    return float(stats.ttest_1samp(gaps, 0).pvalue)
+
+
+def _paired(cell: Cell, reference: Cell | None, p: float) -> str:
     """Formats the mean difference on the same draws, its interval and p-value."""
     if reference is None or cell is reference:
         return '-'
-    seeds = sorted(cell.accuracies.keys() & reference.accuracies.keys())
-    gaps = [cell.accuracies[s] - reference.accuracies[s] for s in seeds]
+    gaps = _gaps(cell, reference)
     half = half_interval(gaps)
-    if half is None:
-        return f'{np.mean(gaps):+.2f}'
-    p = stats.ttest_1samp(gaps, 0).pvalue if np.std(gaps) > 0 else float('nan')
-    return f'{np.mean(gaps):+.2f} ± {half:.2f} ({p:.2f})'
+    interval = '' if half is None else f' ± {half:.2f}'
+    return f'{np.mean(gaps):+.2f}{interval}' + ('' if np.isnan(p) else f' ({p:.2f})')
 
 
 def plot(records: list[dict], about: dict, path: str | Path) -> None:
@@ -242,10 +312,9 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set(
-        xlabel='labelled pictures of each class',
+        xlabel='training pictures of each class',
         ylabel='test accuracy, %',
-        title=f'{Path(about["config"]["dataset"]).name}, '
-        f'{Path(about["config"]["model"]).stem}',
+        title=about['title'],
     )
     axes.grid(color='0.9')
     axes.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))

@@ -2,33 +2,26 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from tqdm import tqdm
 
-from dsnet_mm.datasets import sample_few_shot
-from dsnet_mm.datasets.features import FeatureCache, Features
+from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import write_atomic
-from dsnet_mm.models.backbones import OpenCLIPEncoder
-from dsnet_mm.tasks import FewShotTask, load_task
+from dsnet_mm.progress import progress_bar
 
+from .choice import choose
 from .config import FewShotConfig
-from .deployment import load_classifier, save_classifier
+from .deployment import read_classifier, save_classifier
 from .evaluation import evaluate
 from .methods import METHODS, FewShotData, num_learnt
-from .selection import select
+from .selection import Fit, select
+from .sources import Drawn, FeatureSource, PictureSource, Source
 from .work_dir import claim_work_dir, read_json
 
 logger = logging.getLogger(__name__)
@@ -51,29 +44,43 @@ class _Job:
         return f'{self.method}{kind}_{self.shots}shot_seed{self.seed}'
 
 
-def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> list[dict]:
+def run(
+    config: FewShotConfig,
+    work_dir: str | Path,
+    quiet: bool = False,
+    final: bool = False,
+) -> list[dict]:
     """Fits and tests all methods, and writes a file for each classifier.
 
-    First, all classifiers are selected and fitted without the test split. Then the test
-    split is opened once, and all classifiers are tested. ``run.log`` in ``work_dir``
-    records the order. A call with the same configuration continues an interrupted run.
+    First all pictures are encoded. Then all classifiers are selected and fitted without
+    the test split. Then the test split is opened once, and all classifiers are tested.
+    ``run.log`` in ``work_dir`` records the order. A call with the same configuration
+    continues an interrupted run. A call with other methods, shots or seeds adds them to
+    the run.
 
     Args:
         config: Options of the run.
         work_dir: Folder of the results: ``run.json``, ``run.log``, ``runs/*.json``
             and ``classifiers/*.safetensors``.
-        quiet: Whether to hide the progress bar.
+        quiet: Whether to hide the progress bars.
+        final: Whether to fit the chosen method (see :func:`.choice.choose`) to all
+            pictures, those of the test split too, and write
+            ``classifiers/final.safetensors``. No accuracy is known of that classifier.
 
     Returns:
-        The content of ``runs/*.json``.
+        The content of ``runs/*.json``, zero-shot CLIP first.
 
     Raises:
-        FileExistsError: If the folder contains another run or other files.
-        ValueError: If the data set has too few pictures, or a picture is unreadable.
+        FileExistsError: If the folder contains a run with other options or data, or
+            other files.
+        ValueError: If the data set has too few pictures, a picture is unreadable, or a
+            test picture is also a training or validation picture.
         FileNotFoundError: If a file is missing.
     """
     work_dir = Path(work_dir)
-    task = load_task(config.dataset, config.data_root, config.prompts)
+    config, source = _resolve(config, quiet)
+    source.prepare()
+    config = claim_work_dir(work_dir, config, source)
     jobs = [_Job('zero_shot', 0, 0)] + [
         _Job(method, shots, seed, oracle)
         for shots in config.shots
@@ -82,112 +89,144 @@ def run(config: FewShotConfig, work_dir: str | Path, quiet: bool = False) -> lis
         for method in methods
         if method != 'zero_shot'
     ]
-    if not task.split['train']:
+    draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
+    with _log_to(work_dir / 'run.log'):
+        for note in source.notes:
+            logger.warning(note)
+        plain = config.selection == 'cv'
+        source.encode(draws, plain)
+        with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
+            runner = _Runner(config, work_dir, source, bar)
+            for job in jobs:
+                if not job.oracle:
+                    runner.fit(job)
+            records = runner.test(jobs)
+        if final:
+            runner.fit_final(records)
+    return records
+
+
+def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]:
+    """Opens the data, and replaces options that depend on it."""
+    if config.features is None:
+        source: Source = PictureSource(config, quiet)
+    else:
+        source = FeatureSource(config)
+    if config.selection is None:
+        config = replace(config, selection='val' if source.has_val else 'fixed')
+    elif config.selection == 'val' and not source.has_val:
         raise ValueError(
-            f'{task.name} has no training pictures; test a classifier of another data '
-            f'set on it.'
+            f'{config.features or config.dataset} has no validation pictures; use '
+            f'selection cv or fixed.'
         )
-    for shots in config.shots:
-        sample_few_shot(
-            task.split, shots, config.seeds[0]
-        )  # raises before the encoder is loaded
-    claim_work_dir(work_dir, config, task)
-    encoder = OpenCLIPEncoder.shared(
-        config.model, config.pretrained, amp=config.amp, device=config.device
+    left_out = [
+        name
+        for name in (*config.methods, *config.oracle)
+        if METHODS[name].needs_encoder and config.features is not None
+    ]
+    if left_out:
+        source.notes.append(
+            f'Left out, because they need the encoder: {", ".join(left_out)}.'
+        )
+    return (
+        replace(
+            config,
+            shots=source.shots,
+            methods=tuple(m for m in config.methods if m not in left_out),
+            oracle=tuple(m for m in config.oracle if m not in left_out),
+        ),
+        source,
     )
-    with _log_to(work_dir / 'run.log'), _progress(3 * len(jobs), quiet) as step:
-        runner = _Runner(config, work_dir, task, encoder, step)
-        for job in jobs:
-            if not job.oracle:
-                runner.fit(job)
-        return runner.test(jobs)
 
 
 class _Runner:
     def __init__(
-        self,
-        config: FewShotConfig,
-        work_dir: Path,
-        task: FewShotTask,
-        encoder: OpenCLIPEncoder,
-        step: Callable[[int, str], None],
+        self, config: FewShotConfig, work_dir: Path, source: Source, bar: tqdm
     ) -> None:
-        self.config, self.work_dir, self.task = config, work_dir, task
-        self.encoder, self.step = encoder, step
-        self.cache = FeatureCache(
-            config.cache_dir,
-            encoder,
-            preprocessing=config.preprocessing,
-            crop_scale=tuple(config.crop_scale),
-            workers=config.workers,
-            on_bad_image=config.on_bad_image,
-        )
-        self.text_features = self.cache.texts(task.class_names, task.prompts)
-        self._draw: tuple[tuple[int, int], FewShotData, Features | None] | None = None
+        self.config, self.work_dir, self.source = config, work_dir, source
+        self.bar = bar
+        self._draw: tuple[tuple[int, int], Drawn] | None = None
 
-    def draw(self, job: _Job) -> tuple[FewShotData, Features | None]:
-        """Returns training data and validation features of a job."""
-        key = job.shots, job.seed
-        if self._draw is None or self._draw[0] != key:
-            if job.shots:
-                items = sample_few_shot(self.task.split, *key)
-                train = self.cache.images(items['train'], self.config.views)
-                val = self.cache.images(items['val']) if items['val'] else None
-            else:
-                width = self.text_features.shape[1]
-                train = Features(torch.empty(1, 0, width), torch.empty(0).long())
-                val = None
-            data = FewShotData(
-                train,
-                job.shots,
-                self.text_features,
-                self.encoder.logit_scale,
-                self.task.class_names,
-                self.encoder,
-            )
-            self._draw = key, data, val
-        return self._draw[1:]
+    def drawn(self, shots: int, seed: int) -> Drawn:
+        """Returns the pictures of a draw. The last one is kept."""
+        if self._draw is None or self._draw[0] != (shots, seed):
+            plain = self.config.selection == 'cv'
+            self._draw = (shots, seed), self.source.draw(shots, seed, plain)
+        return self._draw[1]
+
+    def data(self, train: Features, shots: int, seed: int) -> FewShotData:
+        return FewShotData(
+            train,
+            shots,
+            self.source.text_features,
+            self.source.logit_scale,
+            self.source.class_names,
+            self.source.encoder,
+            seed=seed,
+        )
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
         """Selects and fits one classifier. Oracles are selected on ``test``."""
         path = self.work_dir / 'runs' / f'{job.name}.json'
+        self.bar.set_postfix_str(job.name, refresh=False)
         if path.is_file():
-            self.step(2, job.name)
+            self.bar.update()
             return
-        self.step(0, job.name)
-        data, val = self.draw(job)
+        if job.shots:
+            drawn = self.drawn(job.shots, job.seed)
+            data = self.data(drawn.train, job.shots, job.seed)
+            data = replace(data, plain=drawn.plain)
+        else:
+            width = self.source.text_features.shape[1]
+            empty = Features(torch.empty(1, 0, width), torch.empty(0).long())
+            drawn, data = Drawn(empty, None, None), self.data(empty, 0, 0)
         fit = select(
             METHODS[job.method],
             data,
-            test if job.oracle else val,
+            test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
             self.config.overrides.get(job.method),
         )
-        save_classifier(
-            self.work_dir / 'classifiers' / f'{job.name}.safetensors',
-            fit.classifier,
-            self.encoder,
-            self.task.class_names,
-            self.config.preprocessing,
-        )
         record = {
+            'name': job.name,
             'method': job.method,
             'shots': job.shots,
             'seed': job.seed,
-            'selection': fit.selection,
+            'selection': 'oracle' if job.oracle else fit.selection,
             'options': fit.options,
-            'val_accuracy': fit.val_accuracy,
+            **self.validate(fit, None if job.oracle else drawn.val),
             'tried': fit.tried,
             'fit_seconds': fit.fit_seconds,
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
-            'test': None,
+            'redrawn': drawn.redrawn,
         }
-        write_atomic(path, json.dumps(record, indent=2))
+        save_classifier(
+            self.work_dir / 'classifiers' / f'{job.name}.safetensors',
+            fit.classifier,
+            self.source.made_by,
+            self.source.class_names,
+            self.source.preprocessing,
+            record,
+        )
+        write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
             'fitted %s, selection %s, %d tried', job.name, fit.selection, fit.tried
         )
-        self.step(2, job.name)
+        self.bar.update()
+
+    def validate(self, fit: Fit, val: Features | None) -> dict[str, float | None]:
+        """Returns what :func:`choose` compares."""
+        if val is None:
+            accuracy = fit.val_accuracy if fit.selection == 'cv' else None
+            return {'val_accuracy': accuracy, 'val_loss': None, 'val_zero_shot': None}
+        score = evaluate(fit.classifier, val)
+        zero_shot = METHODS['zero_shot'].fit(self.data(val, 0, 0))
+        return {
+            'val_accuracy': score.accuracy,
+            'val_loss': score.loss,
+            'val_zero_shot': evaluate(zero_shot, val).accuracy,
+        }
 
     def test(self, jobs: list[_Job]) -> list[dict]:
         """Opens the test split and tests the classifiers that are not tested yet."""
@@ -197,23 +236,21 @@ class _Runner:
             for path in paths.values()
         ]
         if not all(done):
-            items = self.task.split['test']
+            test = self.source.test()
             logger.info(
                 'test split opened: %d pictures; %d classifiers are fixed',
-                len(items),
+                len(test),
                 sum(path.is_file() for path in paths.values()),
             )
-            test = self.cache.images(items)
         records = []
         for (job, path), tested in zip(paths.items(), done, strict=True):
-            if job.oracle and not tested:
-                self.fit(job, test)
+            if job.oracle:
+                self.fit(job, None if tested else test)
             record = read_json(path)
             if not tested:
-                classifier = load_classifier(
-                    self.work_dir / 'classifiers' / f'{job.name}.safetensors',
-                    self.encoder,
-                ).classifier
+                classifier, _ = read_classifier(
+                    self.work_dir / 'classifiers' / f'{job.name}.safetensors'
+                )
                 record['test'] = {
                     **asdict(evaluate(classifier, test)),
                     'pictures': len(test),
@@ -221,8 +258,32 @@ class _Runner:
                 write_atomic(path, json.dumps(record, indent=2))
                 logger.info('tested %s', job.name)
             records.append(record)
-            self.step(3 if job.oracle and tested else 1, job.name)
         return records
+
+    def fit_final(self, records: list[dict]) -> None:
+        """Fits the chosen method with its options to all pictures."""
+        chosen = choose(records).record
+        train = self.source.all_labelled()
+        shots = max(1, len(train) // len(self.source.class_names))
+        classifier = METHODS[chosen['method']].fit(
+            self.data(train, shots, chosen['seed']), **chosen['options']
+        )
+        record = {
+            **{key: chosen[key] for key in ('method', 'selection', 'options')},
+            'name': 'final',
+            'shots': shots,
+            'seed': chosen['seed'],
+            'pictures': len(train),
+        }
+        save_classifier(
+            self.work_dir / 'classifiers' / 'final.safetensors',
+            classifier,
+            self.source.made_by,
+            self.source.class_names,
+            self.source.preprocessing,
+            record,
+        )
+        logger.info('fitted final, %s, to all %d pictures', chosen['name'], len(train))
 
 
 @contextmanager
@@ -243,17 +304,3 @@ def _log_to(path: Path) -> Iterator[None]:
         package.propagate = True
         package.setLevel(level)
         handler.close()
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    with Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=quiet,
-    ) as progress:
-        bar = progress.add_task('reading', total=total)
-        yield lambda steps, what: progress.update(bar, advance=steps, description=what)

@@ -15,7 +15,8 @@ from .methods import FewShotData, Method
 
 SELECTIONS = ('val', 'cv', 'fixed')
 """``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
-``'cv'``: by cross-validation within the training pictures. ``'fixed'``: the defaults of
+``'cv'``: by cross-validation within the training pictures; those held out are prepared
+as test pictures are. ``'fixed'``: the defaults of
 the method."""
 
 
@@ -147,4 +148,5 @@ def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Feature
         held_out = position % count == fold
         shots = int((~held_out).sum() / len(data.class_names))
         part = data.subset((~held_out).nonzero()[:, 0], max(shots, 1))
-        yield part, data.train.take(held_out.nonzero()[:, 0])
+        plain = data.train if data.plain is None else data.plain
+        yield part, plain.take(held_out.nonzero()[:, 0])

@@ -1,56 +1,241 @@
-"""Testing a classifier on another data set."""
+"""Testing a classifier on another data set: counts, classes, confusions."""
 
+import io
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from scipy import stats
+from torch import Tensor
+
 from dsnet_mm.datasets.features import FeatureCache
-from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.files import write_atomic
 from dsnet_mm.tasks import load_task
 
-from .deployment import load_classifier
+from .deployment import DeployedClassifier, load_classifier
 from .evaluation import Score, evaluate
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """Result of a classifier on a data set.
+
+    Attributes:
+        dataset: Name of the data set.
+        score: Accuracy, calibration and loss.
+        class_names: Names of the classes of the data set.
+        confusion: Number of pictures by true and predicted class (K, K).
+        skipped: Number of pictures that cannot be read.
+    """
+
+    dataset: str
+    score: Score
+    class_names: tuple[str, ...]
+    confusion: Tensor
+    skipped: int
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures that were classified."""
+        return int(self.confusion.sum())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy in percent (Wilson).
+
+        It is for these classes and this classifier, over pictures.
+        """
+        right = int(self.confusion.trace())
+        found = stats.binomtest(right, self.pictures).proportion_ci(method='wilson')
+        return 100 * found.low, 100 * found.high
+
+
 def transfer(
-    classifier_file: str | Path,
+    classifier: str | Path | DeployedClassifier,
     dataset: str | Path,
     data_root: str | Path = 'data',
     cache_dir: str | Path = 'work_dirs/few_shot_features',
-    encoder: OpenCLIPEncoder | None = None,
-) -> Score:
-    """Tests a classifier on the test split of another data set.
+) -> Transfer:
+    """Tests a classifier on the test pictures of another data set.
+
+    All pictures of a folder or file without its own split are test pictures. Pictures
+    that cannot be read are named and left out.
 
     The classes of the data set must be among those of the classifier, as in the shifted
     test sets of ImageNet. The logits of other classes are not used.
 
     Args:
-        classifier_file: File of :func:`save_classifier`.
+        classifier: File of :func:`save_classifier`, or what :func:`load_classifier`
+            returned.
         dataset: See :func:`dsnet_mm.tasks.load_task`.
         data_root: Folder of the public data sets.
         cache_dir: Folder of the features.
-        encoder: See :func:`load_classifier`.
 
     Returns:
-        The score.
+        The result.
 
     Raises:
         ValueError: If the classifier does not know a class.
         FileNotFoundError: If a file is missing.
     """
-    deployed = load_classifier(classifier_file, encoder)
-    task = load_task(dataset, data_root)
-    unknown = sorted(set(task.class_names) - set(deployed.class_names))
+    task = load_task(dataset, data_root, test_only=True)
+    if not isinstance(classifier, DeployedClassifier):
+        classifier = load_classifier(classifier)
+    known = classifier.class_names
+    unknown = sorted(set(task.class_names) - set(known))
     if unknown:
         raise ValueError(
-            f'the classifier does not know {len(unknown)} of the classes of '
-            f'{task.name}, such as {unknown[0]!r}.'
+            f'{dataset}: the classifier does not know {len(unknown)} of the '
+            f'{len(task.class_names)} classes, such as {unknown[0]!r}; it knows '
+            f'{", ".join(map(repr, known[:5]))}{" ..." if len(known) > 5 else ""}.'
         )
-    if task.class_names == deployed.class_names:
-        columns = list(range(len(task.class_names)))
-    else:
-        columns = [deployed.class_names.index(name) for name in task.class_names]
+    # ImageNet has two pairs of classes with the same name, so names are used only where
+    # the lists differ.
+    columns = [
+        label if task.class_names == known else known.index(name)
+        for label, name in enumerate(task.class_names)
+    ]
     cache = FeatureCache(
-        cache_dir, deployed.encoder, preprocessing=deployed.preprocessing
+        cache_dir,
+        classifier.encoder,
+        preprocessing=classifier.preprocessing,
+        on_bad_image='skip',
     )
-    return evaluate(
-        lambda f: deployed.classifier(f)[:, columns], cache.images(task.split['test'])
+    items = task.split['test']
+    data = cache.images(items)
+    predicted = []
+
+    def classify(features: Tensor) -> Tensor:
+        features = features.to(classifier.device)
+        logits = classifier.classifier(features)[:, columns].cpu()
+        predicted.append(logits.argmax(1))
+        return logits
+
+    score = evaluate(classify, data)
+    count = len(columns)
+    pairs = data.labels * count + torch.cat(predicted)
+    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
+    return Transfer(
+        task.name, score, task.class_names, confusion, len(items) - len(data)
     )
+
+
+def table(result: Transfer) -> str:
+    """Formats a result as Markdown: the accuracy, and a row for each class."""
+    low, high = result.interval
+    skipped = (
+        f' Not counted, because they cannot be read: {result.skipped}.'
+        if result.skipped
+        else ''
+    )
+    lines = [
+        f'# {result.dataset}',
+        '',
+        f'{result.pictures} pictures of {len(result.class_names)} classes.{skipped}',
+        '',
+        f'Accuracy {result.score.accuracy:.2f} % (95 % interval over pictures '
+        f'{low:.1f} to {high:.1f}), expected calibration error '
+        f'{result.score.ece:.2f} %.',
+        '',
+        '| class | pictures | right | accuracy, % | most often taken for |',
+        '|---|--:|--:|--:|---|',
+    ]
+    for label, name in enumerate(result.class_names):
+        row = result.confusion[label]
+        total, right = int(row.sum()), int(row[label])
+        wrong = row.clone()
+        wrong[label] = 0
+        other = int(wrong.argmax())
+        taken = f'{result.class_names[other]} ({wrong[other]})' if wrong.any() else '-'
+        share = f'{100 * right / total:.1f}' if total else '-'
+        lines.append(f'| {name} | {total} | {right} | {share} | {taken} |')
+    return '\n'.join(lines) + '\n'
+
+
+def plot_confusion(result: Transfer) -> bytes:
+    """Draws the confusion matrix: rows are true classes, colours are their shares.
+
+    Returns:
+        The picture, a PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    names, counts = result.class_names, result.confusion
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    named = len(names) <= 60
+    side = min(3.0 + 0.34 * len(names), 16) if named else 10
+    figure = Figure((side + 1.5, side), dpi=150 if side < 12 else 110)
+    figure.set_layout_engine('constrained')
+    axes = figure.subplots()
+    image = axes.imshow(
+        100 * shares, cmap='Blues', vmin=0, vmax=100, interpolation='none'
+    )
+    figure.colorbar(image, ax=axes, label='% of the true class', shrink=0.8)
+    if named:
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names, rotation=90)
+        axes.set_yticks(ticks, names)
+    if len(names) <= 30:
+        for true, guessed in counts.nonzero().tolist():
+            number = int(counts[true, guessed])
+            colour = 'white' if shares[true, guessed] > 0.5 else 'black'
+            axes.text(
+                *(guessed, true, number),
+                **dict(ha='center', va='center', color=colour, fontsize=8),
+            )
+    axes.set(
+        xlabel='predicted class',
+        ylabel='true class',
+        title=f'{result.dataset}: {result.score.accuracy:.1f} % of '
+        f'{result.pictures} pictures right',
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png')
+    return buffer.getvalue()
+
+
+def write_transfer(
+    folder: str | Path, classifier_file: str | Path, result: Transfer
+) -> str:
+    """Writes ``test.md``, ``test.json`` and ``confusion.png``.
+
+    Args:
+        folder: Folder of the files.
+        classifier_file: File of the classifier.
+        result: What :func:`transfer` returned.
+
+    Returns:
+        The table.
+
+    Raises:
+        FileExistsError: If the folder has the test of another classifier.
+    """
+    folder, text = Path(folder), table(result)
+    source = str(Path(classifier_file).resolve())
+    about = folder / 'test.json'
+    if about.is_file():
+        found = json.loads(about.read_text(encoding='utf-8'))
+        if (found.get('classifier'), found.get('dataset')) != (source, result.dataset):
+            raise FileExistsError(
+                f'{folder} contains the test of another classifier or data set; choose '
+                f'another folder with --out.'
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f'{folder} is not empty and not a test; choose another folder with --out.'
+        )
+    content = {
+        'classifier': source,
+        'dataset': result.dataset,
+        'pictures': result.pictures,
+        'skipped': result.skipped,
+        **asdict(result.score),
+        'accuracy_interval': list(result.interval),
+        'class_names': list(result.class_names),
+        'confusion': result.confusion.tolist(),
+    }
+    write_atomic(about, json.dumps(content, indent=2))
+    write_atomic(folder / 'test.md', text)
+    write_atomic(folder / 'confusion.png', plot_confusion(result))
+    return text

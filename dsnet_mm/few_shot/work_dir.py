@@ -10,9 +10,10 @@ import torch
 
 from dsnet_mm import __version__
 from dsnet_mm.files import write_atomic
-from dsnet_mm.tasks import FewShotTask
 
 from .config import FewShotConfig
+from .methods import METHODS
+from .sources import Source
 
 
 def read_json(path: Path) -> dict:
@@ -20,41 +21,52 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding='utf-8'))
 
 
-def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> None:
-    """Prepares the folder of a new run, or checks that of an interrupted run.
+FREE = ('device', 'workers', 'cache_dir', 'on_bad_image')
+"""Options that may change when a run is continued: they change no result."""
 
-    ``run.json`` describes the run: options, class names, prompts and versions.
+GROWING = ('methods', 'oracle', 'shots', 'seeds')
+"""Options that may have other values when a run is continued: they are added."""
+
+
+def claim_work_dir(
+    work_dir: Path, config: FewShotConfig, source: Source
+) -> FewShotConfig:
+    """Prepares the folder of a new run, or checks that of a run to be continued.
+
+    ``run.json`` describes the run: options, class names, prompts, recipes of the
+    methods, versions, and hashes of the data and weights. Methods, shots and seeds are
+    added to those of the run.
 
     Args:
         work_dir: Folder of the results.
-        config: Options of the run.
-        task: Its data set.
+        config: Options of the run, all resolved.
+        source: Its data.
+
+    Returns:
+        The options of the whole run.
 
     Raises:
-        FileExistsError: If the folder contains a run with other options, or other
-            files.
+        FileExistsError: If the folder contains results with other options or other
+            data, or other files.
     """
     wanted = json.loads(json.dumps(asdict(config)))
     about = work_dir / 'run.json'
-    if about.is_file():
-        found = read_json(about)['config']
-        other = sorted(
-            k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)
-        )
-        if other:
-            raise FileExistsError(
-                f'{work_dir} contains another run, with other {", ".join(other)}; '
-                f'choose another folder.'
-            )
-        return
-    if work_dir.exists() and any(work_dir.iterdir()):
+    # A run without results, which a bad picture has stopped, is begun again.
+    if about.is_file() and any((work_dir / 'runs').glob('*.json')):
+        found = read_json(about)
+        wanted = _merge(work_dir, found, wanted, source.fingerprint)
+    elif not about.is_file() and work_dir.exists() and any(work_dir.iterdir()):
         raise FileExistsError(
             f'{work_dir} is not empty and not a few-shot run; choose another folder.'
         )
     description = {
         'config': wanted,
-        'class_names': list(task.class_names),
-        'prompts': list(task.prompts),
+        'data': source.fingerprint,
+        'title': source.title,
+        'notes': source.notes,
+        'class_names': list(source.class_names),
+        'prompts': list(source.prompts),
+        'recipes': _recipes(wanted),
         'versions': {
             'dsnet_mm': __version__,
             'commit': _commit(),
@@ -63,6 +75,61 @@ def claim_work_dir(work_dir: Path, config: FewShotConfig, task: FewShotTask) -> 
         },
     }
     write_atomic(about, json.dumps(description, indent=2))
+    return FewShotConfig(**wanted)
+
+
+def _recipes(config: dict) -> dict[str, list]:
+    """Returns the hyper-parameters of the methods of a run, and what they may be."""
+    recipes = {
+        name: [dict(m.defaults), dict(m.grid), dict(m.late_grid)]
+        for name in (*config['methods'], *config['oracle'])
+        for m in [METHODS[name]]
+    }
+    return json.loads(json.dumps(recipes))
+
+
+def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
+    """Returns the options of the run with what is added to it."""
+    known = found['config']
+    other = [
+        key
+        for key in sorted(wanted.keys() | known.keys())
+        if key not in (*FREE, *GROWING, 'overrides')
+        and wanted.get(key) != known.get(key)
+    ]
+    named = {*wanted['methods'], *wanted['oracle'], *wanted['overrides']}
+    other += [
+        f'overrides of {name}'
+        for name in sorted(named & {*known['methods'], *known['oracle']})
+        if wanted['overrides'].get(name) != known['overrides'].get(name)
+    ]
+    if other:
+        raise FileExistsError(
+            f'{work_dir} contains another run, with other {", ".join(other)}; choose '
+            f'another folder.'
+        )
+    changed = [
+        key for key, value in data.items() if found.get('data', {}).get(key) != value
+    ]
+    if changed:
+        raise FileExistsError(
+            f'{work_dir} contains a run with other data: {", ".join(changed)} changed '
+            f'since it was made, so its results cannot be continued; choose another '
+            f'folder.'
+        )
+    grown = {key: list(dict.fromkeys([*known[key], *wanted[key]])) for key in GROWING}
+    for key in ('shots', 'seeds'):
+        grown[key].sort()
+    overrides = {**known['overrides'], **wanted['overrides']}
+    merged = {**wanted, **grown, 'overrides': overrides}
+    recipes = _recipes(merged)
+    changed = [k for k, recipe in found['recipes'].items() if recipes[k] != recipe]
+    if changed:
+        raise FileExistsError(
+            f'{work_dir} contains a run of another version of this package, with other '
+            f'hyper-parameters of {", ".join(changed)}; choose another folder.'
+        )
+    return merged
 
 
 def _commit() -> str | None:

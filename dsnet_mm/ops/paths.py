@@ -8,7 +8,7 @@ from . import native
 
 PATHS = ('reference', 'sdpa', 'native')
 # torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 _BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
 
 
@@ -46,6 +46,6 @@ def select_path(device: str) -> tuple[str, str]:
     if device != 'cpu':
         return 'sdpa', f'the compiled op is chosen on the CPU only, not on {device}'
     # Exported programs run where this package is not.
-    if _is_exporting():
+    if is_exporting():
         return 'sdpa', 'exported programs hold PyTorch operators only'
     return 'native', 'compiled'

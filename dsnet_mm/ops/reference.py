@@ -25,6 +25,19 @@ def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Computes softmax(q k^T / sqrt(d)).
+
+    Args:
+        q: Queries of shape (N, num_heads, L, d).
+        k: Keys of shape (N, num_heads, M, d).
+
+    Returns:
+        Weights of shape (N, num_heads, L, M).
+    """
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+
+
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
@@ -39,7 +52,7 @@ def reference_attention(
     Returns:
         Tokens of shape (N, L, num_heads * d).
     """
-    return _merge_heads(F.dropout(_weights(q, k), dropout_p) @ v)
+    return _merge_heads(F.dropout(attention_weights(q, k), dropout_p) @ v)
 
 
 def reference_co_attention(
@@ -66,8 +79,8 @@ def reference_co_attention(
     """
     q_l, k_l, v_l = split_heads(local_qkv, num_heads, 3)
     q_g, k_g, v_g = split_heads(global_qkv, num_heads, 3)
-    p_l = _weights(q_l, k_g)
-    p_g = _weights(q_g, k_l)
+    p_l = attention_weights(q_l, k_g)
+    p_g = attention_weights(q_g, k_l)
     if dropout_p > 0:
         # The queries of all samples and heads are numbered, local ones first.
         p_l = p_l * dropout_mask(p_l.shape, dropout_p, seed) / (1 - dropout_p)
@@ -103,10 +116,6 @@ def dropout_mask(
     x = (x ^ x >> 16) * 0x85EBCA6B & _WORD
     x = ((x ^ x >> 13) + _shift(z, 32)) * 0xC2B2AE35 & _WORD
     return (x ^ x >> 16) >= int(dropout_p * 2**32)
-
-
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def _merge_heads(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Tip-Adapter's set for ImageNet."""
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Checks that the class names differ and are not empty.
+    """Checks that the class names differ, not only in case, and are not empty.
 
     Args:
         class_names: Names by label.
@@ -34,11 +34,17 @@ def check_class_names(class_names: Sequence[str]) -> None:
         raise ValueError('there are no class names.')
     if any(not name.strip() for name in class_names):
         raise ValueError('a class name is empty.')
-    twice = sorted({n for n in class_names if list(class_names).count(n) > 1})
+    spelt: dict[str, list[str]] = {}
+    for name in class_names:  # tokenizers ignore case and the number of blanks
+        spelt.setdefault(' '.join(name.replace('_', ' ').lower().split()), []).append(
+            name
+        )
+    twice = [name for names in spelt.values() if len(names) > 1 for name in names]
     if twice:
         raise ValueError(
-            f'duplicate class names {", ".join(map(repr, twice))}: their prompts are '
-            f'the same, so no text feature can tell them apart; rename or merge them.'
+            f'duplicate class names {", ".join(map(repr, dict.fromkeys(twice)))}: '
+            f'their prompts are the same, so no text feature can tell them apart; '
+            f'rename or merge them.'
         )
 
 

@@ -1,12 +1,20 @@
 """Readers of the public data sets, of folders and of CSV files."""
 
 import csv
+import io
+from collections import Counter
 from pathlib import Path
 
 from .catalogue import PUBLIC_DATASETS, SPLITS_SOURCE
-from .splits import Split, read_split, split_within_classes
+from .splits import Split, read_split
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
+
+PART_NAMES = {
+    **{'train': 'train', 'test': 'test'},
+    **dict.fromkeys(('val', 'valid', 'validation'), 'val'),
+}
+"""Parts of a split by the names that folders and files have for them."""
 
 
 def read_public(name: str, data_root: Path) -> Split:
@@ -99,7 +107,30 @@ def _read_imagenet(name: str, folder: Path) -> Split:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in folder.iterdir() if is_picture(p))
+
+
+def is_picture(path: Path) -> bool:
+    """Tells whether a file is read as a picture, by its suffix."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
+
+
+def count_other_files(folder: Path) -> str:
+    """Counts the files below a folder that are not read, by suffix.
+
+    Args:
+        folder: Folder of pictures.
+
+    Returns:
+        A text such as ``'12 .heic, 1 .txt'``, empty if all files are pictures. Hidden
+        files do not count.
+    """
+    suffixes = Counter(
+        path.suffix.lower() or 'without suffix'
+        for path in folder.rglob('*')
+        if not (is_picture(path) or path.name.startswith('.')) and path.is_file()
+    )
+    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common())
 
 
 def read_folder(folder: Path) -> Split:
@@ -107,32 +138,44 @@ def read_folder(folder: Path) -> Split:
 
     Args:
         folder: Folder with one folder of pictures a class, directly or below
-            ``train``, ``test`` and, if there is one, ``val``.
+            ``train``, ``test`` and, if there is one, ``val``. ``validation`` is
+            another name of ``val``.
 
     Returns:
-        The split. Without ``train`` and ``test`` the classes are split by
-        :func:`split_within_classes`.
+        The split, or ``'all'`` if the folder has no split of its own.
 
     Raises:
-        ValueError: If there are fewer than two classes, or a class has no picture.
+        ValueError: If a class has no picture, or there is a ``train`` and no ``test``.
     """
-    parts = {part: folder / part for part in ('train', 'val', 'test')}
-    has_split = parts['train'].is_dir() and parts['test'].is_dir()
-    places = parts if has_split else {'all': folder}
+    parts = {}
+    for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
+        part = PART_NAMES.get(sub.name.lower())
+        if part and any(p.is_dir() for p in sub.iterdir()):  # else it is a class
+            parts[part] = sub
+    if parts and 'test' not in parts:
+        names = ' and '.join(sorted(place.name for place in parts.values()))
+        raise ValueError(
+            f'{folder} has the folders of classes in {names}, but no folder test; add '
+            f'it, or move the classes directly into {folder} to have them split.'
+        )
     found: dict[str, dict[str, list[str]]] = {}
-    for part, place in places.items():
+    for part, place in (parts or {'all': folder}).items():
         found[part] = {}
-        for sub in sorted(place.iterdir()) if place.is_dir() else []:
+        for sub in sorted(place.iterdir()):
             if sub.is_dir() and not sub.name.startswith('.'):
                 pictures = _pictures(sub)
                 if not pictures and part != 'val':
-                    raise ValueError(f'the class folder {sub} contains no picture.')
+                    others = count_other_files(sub)
+                    raise ValueError(
+                        f'the class folder {sub} contains no picture'
+                        + (f', but {others}; convert them to JPEG.' if others else '.')
+                    )
                 found[part][sub.name] = [str(p) for p in pictures]
     classes = sorted({cls for group in found.values() for cls in group})
-    if len(classes) < 2:
+    if not classes:
         raise ValueError(
-            f'{folder} must contain a folder of pictures for each of at least two '
-            f'classes, directly or below train and test; found {classes}.'
+            f'{folder} must contain a folder of pictures for each class, directly or '
+            f'below train and test; found none.'
         )
     items = {
         part: [
@@ -142,44 +185,63 @@ def read_folder(folder: Path) -> Split:
         ]
         for part, group in found.items()
     }
-    return items if has_split else split_within_classes(items['all'])
+    return {'train': [], 'val': [], 'test': [], **items} if parts else items
 
 
 def read_csv(path: Path) -> Split:
-    """Reads a CSV file.
+    """Reads a CSV file in UTF-8, with or without a byte-order mark.
 
     Args:
         path: File with the columns ``path`` and ``class`` and, if there is one,
-            ``split``. Paths are relative to the file.
+            ``split``. Paths are relative to the file. ``file_name`` and ``label``, the
+            names of Hugging Face's ``imagefolder``, are accepted too.
 
     Returns:
-        The split. Without the column ``split`` the classes are split by
-        :func:`split_within_classes`.
+        The split, or ``'all'`` if there is no column ``split``.
 
     Raises:
-        ValueError: If a column is missing, or ``split`` has another value than
-            train, val and test.
+        ValueError: If the file is no such table.
     """
-    with path.open(encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
-    columns = set(rows[0]) if rows else set()
-    if not {'path', 'class'} <= columns:
+    try:
+        text = path.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b'\n') + 1
+        raise ValueError(
+            f'{path} is not in UTF-8 (line {line}); save it as UTF-8.'
+        ) from error
+    reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
+    found = reader.fieldnames or []
+    new_names = {'file_name': 'path', 'label': 'class'}
+    reader.fieldnames = [new_names.get(name.strip(), name.strip()) for name in found]
+    if not {'path', 'class'} <= set(reader.fieldnames):
         raise ValueError(
             f'{path} must have the columns path and class (and may have split), found '
-            f'{sorted(map(str, columns))}.'
+            f'{", ".join(found) or "none"}.'
         )
-    classes = sorted({row['class'] for row in rows})
-    items = [
-        (str(path.parent / row['path']), classes.index(row['class']), row['class'])
-        for row in rows
-    ]
-    if 'split' not in columns:
-        return split_within_classes(items)
     split: Split = {'train': [], 'val': [], 'test': []}
-    for row, item in zip(rows, items, strict=True):
-        if row['split'] not in split:
-            raise ValueError(
-                f'{path}: split must be train, val or test, got {row["split"]!r}.'
-            )
-        split[row['split']].append(item)
-    return split
+    rows, items = [], []
+    try:
+        for row in reader:
+            if (
+                None in row
+                or None in row.values()
+                or not (row['path'] and row['class'])
+            ):
+                raise ValueError(
+                    f'{path}: line {reader.line_num} does not have one value for each '
+                    f'of the {len(found)} columns.'
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(
+            f'{path}: line {reader.line_num} is no CSV: {error}.'
+        ) from error
+    classes = {name: i for i, name in enumerate(sorted({r['class'] for r in rows}))}
+    for row in rows:
+        item = str(path.parent / row['path']), classes[row['class']], row['class']
+        items.append(item)
+        part = row.get('split', 'train')
+        if part not in split:
+            raise ValueError(f'{path}: split must be train, val or test, got {part!r}.')
+        split[part].append(item)
+    return split if 'split' in reader.fieldnames else {'all': items}

@@ -164,7 +164,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         raise RuntimeError('Failed to download weights')
 
     monkeypatch.setattr(open_clip, 'create_model', create_model)
-    with pytest.raises(FileNotFoundError, match='give their file as pretrained'):
+    with pytest.raises(FileNotFoundError, match='give its file as pretrained'):
         OpenCLIPEncoder('RN50-quickgelu', 'openai')
 
 

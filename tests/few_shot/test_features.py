@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from dsnet_mm.datasets import features
+from dsnet_mm.datasets.pictures import open_picture
 from dsnet_mm.few_shot import FeatureCache
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 from dsnet_mm.tasks import load_task
@@ -16,18 +18,24 @@ def items(picture_folder):
     return load_task(picture_folder).split['val']
 
 
-def count_encoded(cache):
-    seen = []
-    cache.progress = seen.append
-    return lambda: sum(seen)
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths of the pictures that were opened."""
+    paths = []
+
+    def spy(path):
+        paths.append(path)
+        return open_picture(path)
+
+    monkeypatch.setattr(features, 'open_picture', spy)
+    return paths
 
 
-def test_second_call_reads_the_file(tmp_path, encoder, items):
+def test_second_call_reads_the_file(tmp_path, encoder, items, opened):
     first = FeatureCache(tmp_path, encoder).images(items, views=2)
-    again = FeatureCache(tmp_path, encoder)
-    encoded = count_encoded(again)
-    second = again.images(items, views=2)
-    assert encoded() == 0
+    assert len(opened) == len(items), 'a picture is opened once for all views'
+    second = FeatureCache(tmp_path, encoder).images(items, views=2)
+    assert len(opened) == len(items)
     assert torch.equal(first.features, second.features)
     assert first.features.shape == (2, len(items), 16)
     assert first.labels.tolist() == [item[1] for item in items]
@@ -40,8 +48,59 @@ def test_every_option_has_a_file_of_its_own(tmp_path, encoder, items):
     FeatureCache(tmp_path, encoder, preprocessing='warp').images(items)
     FeatureCache(tmp_path, encoder).images(items, views=1)
     FeatureCache(tmp_path, encoder, crop_scale=(0.5, 1)).images(items, views=1)
-    FeatureCache(tmp_path, encoder).images(items[1:])
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_picture_is_encoded_once_for_all_lists(
+    tmp_path, encoder, items, opened, monkeypatch
+):
+    monkeypatch.setattr(features, 'SHARD', 4)
+    cache = FeatureCache(tmp_path, encoder)
+    cache.images(items[:6], views=2)
+    mixed = [items[7], items[2], items[2], items[0]]
+    found = cache.images(mixed, views=2)
+    assert opened == [path for path, *_ in [*items[:6], items[7]]]
+    alone = FeatureCache(tmp_path / 'other', encoder).images(mixed, views=2)
+    torch.testing.assert_close(found.features, alone.features)
+    assert torch.equal(found.labels, alone.labels)
+
+
+def test_a_kill_loses_at_most_one_file(tmp_path, encoder, items, opened, monkeypatch):
+    monkeypatch.setattr(features, 'SHARD', 4)
+    killed = FeatureCache(tmp_path, encoder, batch_size=2)
+    forward, calls = type(encoder).forward, []
+
+    def fail(self, x):
+        calls.append(len(x))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    monkeypatch.setattr(type(encoder), 'forward', fail)
+    with pytest.raises(KeyboardInterrupt):
+        killed.images(items)
+    assert calls == [2, 2, 2, 2]
+    opened.clear()
+    cache = FeatureCache(tmp_path, encoder)
+    assert cache.count_missing(items) == len(items) - 4
+    cache.images(items)
+    assert len(opened) == len(items) - 4
+
+
+def test_processes_share_the_pictures(tmp_path, encoder, items, opened, monkeypatch):
+    monkeypatch.setattr(features, 'SHARD', 2)
+    seen = []
+    for rank in range(3):
+        cache = FeatureCache(tmp_path, encoder)
+        cache.encode(items, share=(rank, 3))
+        seen.append(list(opened))
+        opened.clear()
+    assert sorted(path for paths in seen for path in paths) == sorted(
+        path for path, *_ in items
+    )
+    assert all(seen)
+    FeatureCache(tmp_path, encoder).images(items)
+    assert not opened
 
 
 def test_clip_crops_and_warp_does_not(encoder):
@@ -59,10 +118,10 @@ def test_clip_crops_and_warp_does_not(encoder):
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip', 'garbage'])
-def test_damaged_file_is_rebuilt(tmp_path, encoder, items, damage, caplog):
+def test_damaged_file_is_rebuilt(tmp_path, encoder, items, damage, caplog, opened):
     cache = FeatureCache(tmp_path, encoder)
     good = cache.images(items)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob('*/*')
     content = bytearray(file.read_bytes())
     if damage == 'truncate':
         content = content[:-40]
@@ -71,10 +130,10 @@ def test_damaged_file_is_rebuilt(tmp_path, encoder, items, damage, caplog):
     else:
         content = bytearray(b'nothing')
     file.write_bytes(content)
-    encoded = count_encoded(cache)
+    opened.clear()
     with caplog.at_level(logging.WARNING):
-        rebuilt = cache.images(items)
-    assert encoded() == len(items)
+        rebuilt = FeatureCache(tmp_path, encoder).images(items)
+    assert len(opened) == len(items)
     assert 'rebuilding' in caplog.text
     assert torch.equal(rebuilt.features, good.features)
 
@@ -120,6 +179,9 @@ def test_unknown_options(tmp_path, encoder):
         FeatureCache(tmp_path, encoder, preprocessing='crop')
     with pytest.raises(ValueError, match='on_bad_image must be'):
         FeatureCache(tmp_path, encoder, on_bad_image='ignore')
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='is a file; choose a folder'):
+        FeatureCache(tmp_path / 'file', encoder)
 
 
 def test_texts_are_encoded_once(tmp_path, encoder, monkeypatch):

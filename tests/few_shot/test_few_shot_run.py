@@ -9,19 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from dsnet_mm.datasets import sample_few_shot
 from dsnet_mm.few_shot import (
+    METHODS,
     FeatureCache,
     FewShotConfig,
     load_classifier,
     run,
-    transfer,
 )
 from dsnet_mm.few_shot import runner as runner_module
-from dsnet_mm.few_shot.report import half_interval, write_report
+from dsnet_mm.few_shot.choice import choose
+from dsnet_mm.few_shot.deployment import read_classifier
+from dsnet_mm.few_shot.report import half_interval, holm, write_report
+from dsnet_mm.few_shot.selection import _folds
 from dsnet_mm.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
+# CLIP-Adapter with a short training, and nothing to select.
+CHEAP = {key: values[0] for key, values in METHODS['clip_adapter'].grid.items()} | {
+    'lr': 0.01,
+    'iterations': 5,
+}
 
 
 @pytest.fixture
@@ -32,7 +43,7 @@ def config(tiny_clip, picture_folder, tmp_path):
         methods=('tip_adapter', 'clip_adapter'),
         oracle=('tip_adapter',),
         shots=(1, 4),
-        overrides={'clip_adapter': dict(alpha=0.5, lr=0.01, epochs=20)},
+        overrides={'clip_adapter': CHEAP},
         views=2,
         cache_dir=str(tmp_path / 'cache'),
     )
@@ -66,7 +77,9 @@ def test_run_opens_the_test_split_once_and_last(config, tmp_path, monkeypatch):
     assert (work_dir / 'results.md').read_text() == text
     assert (work_dir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
     assert 'Tip-Adapter (oracle)' in text and 'not a result' in text
-    assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d \|', text)
+    assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d f \|', text)
+    assert 'f: nothing was selected' in text, 'all options are set by overrides'
+    assert '"1 shot" is two labels a class' in text
     assert '24 test pictures, seeds 1, 2, 3' in text
     about = json.loads((work_dir / 'run.json').read_text())
     assert about['class_names'] == ['blue', 'green sea', 'red']
@@ -97,50 +110,198 @@ def test_interrupted_run_continues(config, tmp_path, monkeypatch):
     assert not calls
 
 
-def test_classifier_on_another_data_set(config, encoder, picture_folder, tmp_path):
-
-    small = replace(config, methods=('clip_adapter',), oracle=(), shots=(4,))
-    (_, first, *_) = run(small, tmp_path / 'run', quiet=True)
-    file = tmp_path / 'run' / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
-    options = dict(cache_dir=tmp_path / 'cache', encoder=encoder)
-    same = transfer(file, picture_folder, **options)
-    assert same.accuracy == pytest.approx(first['test']['accuracy'])
-
-    for name in ('red', 'blue'):
-        shutil.copytree(picture_folder / name, tmp_path / 'two' / name)
-    test = load_task(tmp_path / 'two').split['test']
-    features = FeatureCache(tmp_path / 'cache', encoder).images(test)
-    logits = load_classifier(file, encoder).classifier(features.features[0])
-    expected = (logits[:, [0, 2]].argmax(1) == features.labels).float().mean()
-    two = transfer(file, tmp_path / 'two', **options)
-    assert two.accuracy == pytest.approx(100 * expected.item())
-    (tmp_path / 'two' / 'blue').rename(tmp_path / 'two' / 'mauve')
-    with pytest.raises(ValueError, match=r"does not know 1 of .* such as 'mauve'"):
-        transfer(file, tmp_path / 'two', **options)
-
-
 def test_skipped_pictures_are_in_the_log(config, picture_folder, tmp_path):
     options = dict(methods=(), oracle=(), shots=(16,), seeds=(1,), on_bad_image='skip')
-    for part in ('train', 'test'):
-        shutil.copytree(picture_folder, tmp_path / 'split' / part)
+    for file in picture_folder.glob('*/*.png'):
+        part = 'train' if int(file.stem) < 16 else 'test'
+        to = tmp_path / 'split' / part / file.parent.name / file.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, to)
     config = replace(config, dataset=str(tmp_path / 'split'), **options)
     bad = tmp_path / 'split' / 'test' / 'red' / '99.png'
     bad.write_bytes(b'no picture')
+    with pytest.raises(ValueError, match=r'99\.png cannot be read'):
+        run(replace(config, on_bad_image='error'), tmp_path / 'run', quiet=True)
     (record,) = run(config, tmp_path / 'run', quiet=True)
-    assert record['test']['pictures'] == 72
+    assert record['test']['pictures'] == 24
+    text = write_report(tmp_path / 'run', [record])
+    assert f'| Zero-shot CLIP | {record["test"]["accuracy"]:.2f} |\n' in text
     log = (tmp_path / 'run' / 'run.log').read_text()
     assert f'WARNING skipped: the picture {bad} cannot be read' in log
 
 
-def test_folder_of_another_run(config, tmp_path):
-    small = replace(config, methods=(), oracle=(), shots=(1,), seeds=(1,))
+def test_methods_shots_and_seeds_are_added_to_a_run(config, tmp_path):
+    first = replace(config, methods=('tip_adapter',), oracle=(), shots=(1,), seeds=(1,))
+    work_dir = tmp_path / 'run'
+    before = run(first, work_dir, quiet=True)
+    added = replace(
+        first, methods=('linear_probe',), shots=(4,), seeds=(2,), on_bad_image='skip'
+    )
+    records = run(added, work_dir, quiet=True)
+    assert len(records) == 1 + 2 * 2 * 2
+    assert [r for r in records if r in before] == before
+    assert '2 test' not in write_report(work_dir, records)
+    assert run(first, work_dir, quiet=True) == records
+
+
+def test_folder_of_another_run(config, tmp_path, monkeypatch):
+    small = replace(
+        config, methods=('clip_adapter',), oracle=(), shots=(1,), seeds=(1,)
+    )
     run(small, tmp_path / 'run', quiet=True)
-    with pytest.raises(FileExistsError, match='contains another run, with other seeds'):
-        run(replace(small, seeds=(2,)), tmp_path / 'run', quiet=True)
+    for change, what in (
+        (dict(views=0), 'views'),
+        (
+            dict(overrides={'clip_adapter': dict(alpha=0.1)}),
+            'overrides of clip_adapter',
+        ),
+    ):
+        with pytest.raises(FileExistsError, match=f'another run, with other {what}'):
+            run(replace(small, **change), tmp_path / 'run', quiet=True)
+    changed = replace(METHODS['clip_adapter'], defaults=dict(alpha=0.9))
+    monkeypatch.setitem(METHODS, 'clip_adapter', changed)
+    with pytest.raises(FileExistsError, match='other hyper-parameters of clip_adapter'):
+        run(small, tmp_path / 'run', quiet=True)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'thesis.tex').touch()
     with pytest.raises(FileExistsError, match='not a few-shot run'):
         run(small, tmp_path / 'other', quiet=True)
+
+
+@pytest.mark.parametrize('change', ['picture', 'class', 'weights'])
+def test_run_is_not_continued_with_other_data(
+    config, tmp_path, picture_folder, tiny_clip, change
+):
+    pictures, weights = tmp_path / 'pictures', tmp_path / 'weights.pt'
+    shutil.copytree(picture_folder, pictures)
+    shutil.copy(tiny_clip['pretrained'], weights)
+    options = dict(methods=(), oracle=(), shots=(1,), seeds=(1,))
+    small = replace(config, dataset=str(pictures), pretrained=str(weights), **options)
+    run(small, tmp_path / 'run', quiet=True)
+    if change == 'picture':
+        Image.new('RGB', (40, 40), 'red').save(pictures / 'red' / 'new.png')
+    elif change == 'class':
+        (pictures / 'white').mkdir()
+        for i in range(6):
+            colour = (255, 255, 250 + i)
+            Image.new('RGB', (40, 40), colour).save(pictures / 'white' / f'{i}.png')
+    else:
+        state = torch.load(weights)
+        torch.save({k: v + 1 if 'ln' in k else v for k, v in state.items()}, weights)
+    what = {
+        'picture': 'split changed',
+        'class': 'split, class names',
+        'weights': 'weights',
+    }
+    with pytest.raises(FileExistsError, match=f'other data: {what[change]}'):
+        run(small, tmp_path / 'run', quiet=True)
+
+
+def test_copies_of_test_pictures_are_refused(config, tmp_path, picture_folder, tool):
+    pictures = tmp_path / 'pictures'
+    shutil.copytree(picture_folder, pictures / 'train')
+    shutil.copytree(picture_folder / 'red', pictures / 'test' / 'red')
+    for i in range(1, 24):
+        (pictures / 'test' / 'red' / f'{i}.png').unlink()
+    with Image.open(picture_folder / 'blue' / '3.png') as image:
+        image.save(pictures / 'test' / 'red' / 'blue3.bmp')
+    options = dict(methods=(), oracle=(), shots=(16,), seeds=(1,), views=0)
+    config = replace(config, dataset=str(pictures), **options)
+    found = r'test pictures are also training or validation pictures.*0\.png'
+    with pytest.raises(ValueError, match=rf'[12] {found}'):
+        run(config, tmp_path / 'run', quiet=True)
+    with pytest.raises(SystemExit, match=rf'1 {found}'):
+        tool('doctor', pictures)
+    with pytest.raises(SystemExit, match=rf'2 {found}'):
+        tool('doctor', pictures, '--decode')
+    (pictures / 'test' / 'red' / '0.png').unlink()
+    with Image.open(pictures / 'train' / 'red' / '0.png') as image:
+        for i in range(24):
+            image.save(pictures / 'train' / 'red' / f'{i}.png')
+        image.save(pictures / 'test' / 'red' / 'copy.bmp')
+    with pytest.raises(ValueError, match=r'same pixels, such as .*(copy|blue3)\.bmp'):
+        run(config, tmp_path / 'run', quiet=True)
+
+
+def test_classifier_to_use_and_final(config, encoder, tmp_path):
+    small = replace(config, methods=('tip_adapter', 'clip_adapter'), seeds=(1, 2))
+    work_dir = tmp_path / 'run'
+    records = run(small, work_dir, quiet=True, final=True)
+    chosen = choose(records)
+    assert chosen.record['shots'] == 4 and chosen.record['selection'] != 'oracle'
+    assert (work_dir / chosen.file).is_file()
+    assert f'Classifier to use: `{chosen.file}`' in write_report(work_dir, records)
+    for record in records:  # what is chosen does not depend on the test split
+        record['test']['accuracy'] *= -1
+    assert choose(records) == chosen
+
+    def about(name):
+        return read_classifier(work_dir / 'classifiers' / f'{name}.safetensors')[1]
+
+    assert about('tip_adapter_oracle_4shot_seed1')['record']['selection'] == 'oracle'
+    final = about('final')['record']
+    assert final['pictures'] == 72 and final['method'] == chosen.record['method']
+    assert load_classifier(work_dir / 'classifiers' / 'final.safetensors', encoder)
+
+
+def test_choice():
+    def record(method, accuracy, zero_shot=50.0, loss=1.0, shots=4, **other):
+        return dict(
+            method=method,
+            shots=shots,
+            val_accuracy=accuracy,
+            val_loss=loss,
+            val_zero_shot=zero_shot,
+            selection='val',
+            **other,
+        )
+
+    zero_shot = record('zero_shot', None, shots=0)
+    tip, adapter = record('tip_adapter', 60.0), record('clip_adapter', 60.0, loss=0.5)
+    few = record('task_res', 90.0, shots=1)
+    oracle = {**record('task_res', 90.0), 'selection': 'oracle'}
+    assert choose([zero_shot, few, tip, adapter, oracle]).record is adapter
+    below = [zero_shot, record('clip_adapter', 50.0)]
+    assert choose(below).record is zero_shot
+    unknown = [zero_shot, record('tip_adapter', None), record('clip_adapter', None)]
+    assert choose(unknown).record is unknown[2]
+    assert 'no validation pictures' in choose(unknown).why
+
+
+def test_holm():
+    nan = float('nan')
+    # As R's p.adjust(c(0.01, 0.04, 0.03), 'holm').
+    corrected = holm([0.01, nan, 0.04, 0.03])
+    assert corrected[:1] + corrected[2:] == pytest.approx([0.03, 0.06, 0.06])
+    assert corrected[1] != corrected[1]
+
+
+def test_what_selection_is_given(config, encoder, tmp_path, monkeypatch):
+    select, given = runner_module.select, []
+    monkeypatch.setattr(
+        runner_module, 'select', lambda *a: given.append(a) or select(*a)
+    )
+    config = replace(
+        config,
+        methods=('tip_adapter',),
+        oracle=(),
+        shots=(4,),
+        seeds=(3, 5),
+        selection='cv',
+    )
+    records = run(config, tmp_path / 'run', quiet=True)
+    assert [r['selection'] for r in records] == ['fixed', 'cv', 'cv']
+    _, third, fifth = (data for _, data, *_ in given)
+    assert (third.seed, fifth.seed) == (3, 5)
+    items = sample_few_shot(load_task(config.dataset).split, 4, 5)['train']
+    plain = FeatureCache(config.cache_dir, encoder).images(items)
+    assert torch.equal(fifth.plain.features, plain.features)
+    assert len(fifth.train.features) == 2, 'augmented views'
+    known = {row.numpy().tobytes() for row in plain.features[0]}
+    for part, held_out in _folds(fifth, 4):
+        rows = {row.numpy().tobytes() for row in held_out.features[0]}
+        assert rows <= known, 'prepared as test pictures are'
+        assert not rows & {row.numpy().tobytes() for row in part.plain.features[0]}
 
 
 def test_too_many_shots_fail_before_anything_is_written(config, tmp_path):
@@ -179,44 +340,47 @@ def tool(monkeypatch):
 
 
 def test_command_line_and_code_of_the_docs(
-    tool, config, picture_folder, tmp_path, capsys
+    tool, config, picture_folder, tmp_path, capsys, monkeypatch
 ):
-    work_dir = tmp_path / 'run'
+    """The paths in README and docs are those that the command above them writes."""
+    monkeypatch.chdir(tmp_path)
+    Path('my_pictures').symlink_to(picture_folder)
+    Path('picture.jpg').symlink_to(picture_folder / 'red' / '0.png')
     command = [
-        *('run', '--dataset', config.dataset, '--model', config.model),
+        *('run', '--dataset', 'my_pictures', '--model', config.model),
         *('--pretrained', config.pretrained, '--methods', 'clip_adapter'),
-        *('--shots', '4', '--work-dir', work_dir),
-        *('--cfg-options', 'views=0', f'cache_dir={tmp_path / "cache"}', '--seeds'),
+        *('--shots', '4', '--seeds', '1', '--cfg-options', 'views=0'),
+        *(f'overrides.clip_adapter.{key}={value}' for key, value in CHEAP.items()),
     ]
-    tool(*command, '1')
-    assert 'CLIP-Adapter' in capsys.readouterr().out
+    tool(*command)
+    printed = capsys.readouterr().out
+    assert 'CLIP-Adapter' in printed
+    (named,) = re.findall(r'few_shot.py predict (\S+) PICTURES', printed)
+    assert Path(named).is_file()
     with pytest.raises(SystemExit) as stopped:
-        tool(*command, '2')
+        tool(*command, '--selection', 'fixed')
     assert stopped.value.code == (
-        f'error: {work_dir} contains another run, with other seeds; choose another '
-        f'folder.'
+        'error: work_dirs/few_shot_my_pictures contains another run, with other '
+        'selection; choose another folder.'
     )
 
-    docs = (ROOT / 'docs' / 'clip_adapter.md').read_text()
-    (snippet,) = re.findall(r'```python\n(from [^`]*load_classifier.*?)```', docs, re.S)
-    assert len(snippet.strip().splitlines()) <= 10
-    file = work_dir / 'classifiers' / 'clip_adapter_4shot_seed1.safetensors'
-    assert file.stat().st_size < 50_000
-    for suffix, path in (('safetensors', file), ('jpg', picture_folder / 'red/0.png')):
-        snippet = re.sub(rf"'[^']*\.{suffix}'", repr(str(path)), snippet)
-    capsys.readouterr()
-    exec(snippet, {})
-    printed = capsys.readouterr().out
-    classifier = load_classifier(file)
-    (probabilities,) = classifier([picture_folder / 'red' / '0.png'])
+    file = 'work_dirs/few_shot_my_pictures/classifiers/clip_adapter_4shot_seed1'
+    classifier = load_classifier(f'{file}.safetensors')
+    (probabilities,) = classifier(['picture.jpg'])
     best = classifier.class_names[probabilities.argmax()]
-    assert printed == f'{best} {probabilities.max():.3f}\n'
+    for name in ('README.md', 'docs/clip_adapter.md'):
+        text = (ROOT / name).read_text()
+        pattern = r'--shots 1 4 16\n.*?```python\n(from [^`]*load_classifier.*?)```'
+        (snippet,) = re.findall(pattern, text, re.S)
+        assert len(snippet.strip().splitlines()) <= 10
+        capsys.readouterr()
+        exec(snippet.replace('16shot', '4shot'), {})
+        printed = capsys.readouterr().out
+        assert printed == f'{best} {round(probabilities.max().item(), 3)}\n'
 
 
 def test_doctor_command(tool, picture_folder, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        tool('doctor', picture_folder, '--decode')
-    assert stopped.value.code is None
+    tool('doctor', picture_folder, '--decode')  # exit status 0
     with pytest.raises(SystemExit, match=r'split_zhou_DescribableTextures\.json'):
         tool('doctor', 'dtd', '--data-root', tmp_path)
 

@@ -1,5 +1,7 @@
 """All methods on synthetic features, and the selection of hyper-parameters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +11,16 @@ from dsnet_mm.few_shot import METHODS, load_classifier, save_classifier
 from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
 from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
 from dsnet_mm.few_shot.methods.coop import PromptLearner
+from dsnet_mm.few_shot.methods.table import method_table
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
-from dsnet_mm.few_shot.methods.training import coop_epochs
+from dsnet_mm.few_shot.methods.training import num_epochs
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
 from dsnet_mm.few_shot.selection import select
 
 CLASSES, WIDTH, SHOTS = 4, 16, 8
 QUICK = {
-    'clip_adapter_paper': dict(alpha=0.8),
-    'clip_adapter_cross_modal': dict(epochs=30),
+    'clip_adapter_paper': dict(alpha=0.8, epochs='coop'),
+    'linear_adapter': dict(lr=1e-2),
     'coop': dict(n_ctx=4, lr=0.1),
 }
 
@@ -51,7 +54,9 @@ def data(encoder):
 @pytest.mark.parametrize('name', METHODS)
 def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
     method, test = METHODS[name], draw(200, 3)
-    options = {**method.defaults, **QUICK.get(name, {})}
+    short = dict(epochs=30, iterations=100)
+    short = {k: v for k, v in short.items() if k in method.defaults}
+    options = {**method.defaults, **short, **QUICK.get(name, {})}
     classifier = method.fit(data, **options)
     start = fit_zero_shot(data)
     if name == 'coop':  # starts from the class names, and this encoder is random
@@ -59,7 +64,8 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
             encoder.encode_classes(data.class_names, 'photo'), data.logit_scale
         )
     before, after = evaluate(start, data.train), evaluate(classifier, data.train)
-    assert (num_learnt(classifier) == 0) == (name in ('zero_shot', 'tip_adapter'))
+    closed = ('zero_shot', 'tip_adapter', 'proker')
+    assert (num_learnt(classifier) == 0) == (name in closed)
     assert (after.loss < before.loss) == (name != 'zero_shot')
 
     file = tmp_path / 'classifier.safetensors'
@@ -74,6 +80,11 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
         assert torch.equal(again(test.features[0]), expected), (
             'a second fit gives the same classifier'
         )
+
+
+def test_docs_have_the_table_of_methods():
+    docs = Path(__file__).parents[2] / 'docs' / 'clip_adapter.md'
+    assert method_table() in docs.read_text(encoding='utf-8')
 
 
 def test_tip_adapter_formula(data):
@@ -99,8 +110,19 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
         PromptLearner(encoder, ['disc'], n_ctx=40)
 
 
-def test_coop_epochs():
-    assert [coop_epochs(k) for k in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+def test_num_epochs():
+    shots = (1, 2, 4, 8, 16)
+    assert [num_epochs('coop', k) for k in shots] == [50, 100, 100, 200, 200]
+    assert [num_epochs('task_res', k) for k in shots] == [100, 100, 100, 200, 200]
+    assert num_epochs(7, 1) == 7
+    with pytest.raises(ValueError, match="must be a number, 'coop' or 'task_res'"):
+        num_epochs('clap', 1)
+
+
+def test_epochs_and_iterations_exclude_each_other(data):
+    method = METHODS['clip_adapter']
+    with pytest.raises(ValueError, match='exactly one of them must be None'):
+        method.fit(data, **{**method.defaults, 'epochs': 3})
 
 
 # --- Selection --------------------------------------------------------------------

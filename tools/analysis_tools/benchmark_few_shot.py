@@ -100,7 +100,8 @@ def main() -> None:
     table.add_row('most memory of the process so far, MiB', str(peak()))
 
     method = METHODS['clip_adapter']
-    options = {**method.defaults, 'epochs': args.epochs, 'batch_size': BATCH}
+    length = {'epochs': args.epochs, 'iterations': None}
+    options = {**method.defaults, **length, 'batch_size': BATCH}
     training = timed(lambda: method.fit(data, **options))
     table.add_row(
         f'visual adapter, {args.epochs} epochs of batch {BATCH}', *columns(training)

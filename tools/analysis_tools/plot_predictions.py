@@ -7,14 +7,12 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from matplotlib import colormaps
 from mmdet.registry import DATASETS, MODELS
-from mmdet.structures.mask import BitmapMasks
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from mmengine.visualization import Visualizer
 
 from dsnet_mm.checkpoint import restricted_loading
 from dsnet_mm.cli.arguments import (
@@ -26,80 +24,30 @@ from dsnet_mm.cli.checkpoints import load_checkpoint
 from dsnet_mm.cli.config import load_config
 from dsnet_mm.cli.data import check_data
 from dsnet_mm.files import write_atomic
+from dsnet_mm.inference import DetectedObject, Mask
+from dsnet_mm.inference.drawing import FONT, draw_objects
 
 CELL = 400  # longest side of a picture on the sheet, in pixels
 GAP = 8  # between truth and prediction; three times as much between pairs
 TITLE = 40  # height of the title row
-FONT = 10  # points; a pixel is 0.72 of them
 
 
-def scale_up(
-    image: np.ndarray, instances: InstanceData
-) -> tuple[np.ndarray, InstanceData]:
-    """Scales a picture with its instances until its longest side is ``CELL``.
+def objects_of(instances: InstanceData) -> list[DetectedObject]:
+    """Returns instances one by one.
 
     Args:
-        image: Picture of shape (H, W, 3).
-        instances: ``bboxes`` (n, 4) in its pixels and, if any, ``masks``
-            (n, H, W).
-
-    Returns:
-        The scaled picture and copies of the instances.
+        instances: ``bboxes`` (n, 4), ``labels`` (n,) and optionally ``scores`` (n,)
+            and ``masks`` (n, H, W).
     """
-    factor = CELL / max(image.shape[:2])
-    height, width = (max(round(side * factor), 1) for side in image.shape[:2])
-    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    scaled = instances.clone()
-    scaled.bboxes = instances.bboxes * factor
-    if 'masks' in instances:
-        masks = BitmapMasks(np.uint8(instances.masks), *image.shape[:2])
-        scaled.masks = masks.resize((height, width)).masks.astype(bool)
-    return cv2.resize(image, (width, height), interpolation=interpolation), scaled
-
-
-def draw(
-    visualizer: DetLocalVisualizer, image: np.ndarray, instances: InstanceData
-) -> np.ndarray:
-    """Draws masks, boxes, class names and, if there are any, scores.
-
-    Args:
-        visualizer: Draws them, and knows names and colours of the classes.
-        image: RGB picture of shape (H, W, 3).
-        instances: ``bboxes`` (n, 4), ``labels`` (n,) and optionally ``scores``
-            (n,) and ``masks`` (n, H, W).
-
-    Returns:
-        The drawn picture, of the same shape.
-    """
-    classes = visualizer.dataset_meta['classes']
-    palette = visualizer.dataset_meta.get('palette', [])
-    if len(palette) != len(classes):  # that of other classes, or none
-        palette = np.uint8(np.multiply(colormaps['tab10'].colors, 255))
-    colors = [tuple(map(int, palette[i % len(palette)])) for i in instances.labels]
-    visualizer.set_image(image)
-    if not len(instances):
-        return visualizer.get_image()
-    if 'masks' in instances:
-        visualizer.draw_binary_masks(instances.masks, colors, alphas=0.4)
-    height, width = image.shape[:2]
-    boxes = np.clip(instances.bboxes, 1, np.array([width, height] * 2) - 1)
-    visualizer.draw_bboxes(boxes, edge_colors=colors, alpha=1, line_widths=3)
-    for i, (left, top, right, _) in enumerate(boxes.tolist()):
-        text = classes[instances.labels[i]]
-        if 'scores' in instances:
-            text += f' {instances.scores[i]:.2f}'
-        # The label stands on the box, and inside the picture.
-        on_left = left + right < width
-        visualizer.draw_texts(
-            text,
-            np.array([left + 1 if on_left else right - 2, top]),
-            font_sizes=FONT,
-            colors='w' if np.dot(colors[i], (0.299, 0.587, 0.114)) < 140 else 'k',
-            vertical_alignments='bottom' if top > 2.5 * FONT else 'top',
-            horizontal_alignments='left' if on_left else 'right',
-            bboxes=dict(facecolor=np.divide(colors[i], 255), edgecolor='none', pad=1),
+    return [
+        DetectedObject(
+            int(instances.labels[i]),
+            float(instances.scores[i]) if 'scores' in instances else 1.0,
+            instances.bboxes[i],
+            Mask(instances.masks[i], 0, 0) if 'masks' in instances else None,
         )
-    return visualizer.get_image()
+        for i in range(len(instances))
+    ]
 
 
 def make_sheet(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -117,7 +65,7 @@ def make_sheet(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     pair_width = 2 * CELL + 4 * GAP
     width = per_row * pair_width - 3 * GAP
     lefts = [i * pair_width + j * (CELL + GAP) for i in range(per_row) for j in (0, 1)]
-    visualizer = DetLocalVisualizer()
+    visualizer = Visualizer()
     visualizer.set_image(np.full((TITLE, width, 3), 255, np.uint8))
     for left, title in zip(lefts, ('truth', 'prediction') * per_row, strict=True):
         visualizer.draw_texts(
@@ -181,8 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             dict(type='LoadAnnotations', with_bbox=True, with_mask=model.with_mask),
         ]
     )
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dataset.metainfo
+    classes, palette = (dataset.metainfo.get(key) for key in ('classes', 'palette'))
 
     pairs = []
     for i in range(min(args.num, len(dataset))):
@@ -199,7 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         prediction = sample.pred_instances.numpy()
         prediction = prediction[prediction.scores >= args.score_thr]
         pairs.append(
-            tuple(draw(visualizer, *scale_up(image, x)) for x in (truth, prediction))
+            tuple(
+                draw_objects(image, objects_of(x), classes, palette, CELL, scores)
+                for x, scores in ((truth, False), (prediction, True))
+            )
         )
 
     _, encoded = cv2.imencode(args.out.suffix, mmcv.rgb2bgr(make_sheet(pairs)))

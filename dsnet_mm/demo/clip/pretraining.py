@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
 
 from dsnet_mm.files import write_atomic
+from dsnet_mm.progress import progress_bar
 
 SIZE = 64
 """Height and width of the pictures in pixels."""
@@ -83,20 +83,22 @@ def pretrain(
     optim = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, steps, pct_start=0.1)
     model.train()
-    for _ in track(range(steps), 'training a small CLIP', disable=quiet):
-        images, captions = next(pairs)
-        image_features, text_features, logit_scale = model(
-            (images - mean) / std, tokenizer(captions)
-        )
-        logits = logit_scale * image_features @ text_features.t()
-        same = torch.tensor([[float(a == b) for b in captions] for a in captions])
-        target = same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)
-        optim.zero_grad()
-        (loss / 2).backward()
-        optim.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, np.log(100))
+    with progress_bar(steps, 'training a small CLIP', 'steps', quiet) as bar:
+        for _ in range(steps):
+            images, captions = next(pairs)
+            image_features, text_features, logit_scale = model(
+                (images - mean) / std, tokenizer(captions)
+            )
+            logits = logit_scale * image_features @ text_features.t()
+            same = torch.tensor([[float(a == b) for b in captions] for a in captions])
+            target = same / same.sum(1, keepdim=True)
+            loss = F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)
+            optim.zero_grad()
+            (loss / 2).backward()
+            optim.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, np.log(100))
+            bar.update()
     write_atomic(weights, save(model.state_dict()))
     return config, weights

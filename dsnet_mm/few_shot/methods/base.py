@@ -1,5 +1,6 @@
 """Training data and description of a few-shot method."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,9 @@ class FewShotData:
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
+        plain: Features of the training pictures, prepared as test pictures are, without
+            augmentation. None if they are not needed.
+        seed: Seed of the initialisation, the order of pictures and their views.
     """
 
     train: Features
@@ -29,10 +33,13 @@ class FewShotData:
     logit_scale: float
     class_names: tuple[str, ...]
     encoder: OpenCLIPEncoder | None = None
+    seed: int = 0
+    plain: Features | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training pictures."""
-        return replace(self, train=self.train.take(index), shots=shots)
+        plain = None if self.plain is None else self.plain.take(index)
+        return replace(self, train=self.train.take(index), plain=plain, shots=shots)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Method:
         grid: Values to select from. Each combination is fitted.
         late_grid: Values to select from for attributes of a fitted classifier.
         source: Where the defaults come from.
+        needs_encoder: Whether ``fit`` uses ``FewShotData.encoder``.
     """
 
     title: str
@@ -55,6 +63,20 @@ class Method:
     grid: Mapping[str, Sequence] = field(default_factory=dict)
     late_grid: Mapping[str, Sequence] = field(default_factory=dict)
     source: str = ''
+    needs_encoder: bool = False
+
+    @property
+    def options(self) -> set[str]:
+        """Names of all hyper-parameters."""
+        names = {*self.defaults, *self.grid, *self.late_grid}
+        arguments = inspect.signature(self.fit).parameters.values()
+        names |= {a.name for a in arguments if a.kind is a.KEYWORD_ONLY}
+        if any(a.kind is a.VAR_KEYWORD for a in arguments):
+            from .training import train
+
+            trained = inspect.signature(train).parameters.values()
+            names |= {a.name for a in trained if a.kind is a.KEYWORD_ONLY}
+        return names
 
 
 def num_learnt(model: nn.Module) -> int:

@@ -29,29 +29,42 @@ class PromptLearner(nn.Module):
         self, encoder: OpenCLIPEncoder, class_names: Sequence[str], n_ctx: int
     ) -> None:
         super().__init__()
-        texts = [f'{" ".join(["X"] * n_ctx)} {name}.' for name in class_names]
-        self.tokens = encoder.tokenizer(texts)
-        if (self.tokens != 0).sum(1).max() == self.tokens.shape[1]:
+
+        def tokenize(word: str, end: str = '') -> Tensor:
+            context = ' '.join([word] * n_ctx)
+            return encoder.tokenizer([f'{context} {n}.{end}' for n in class_names])
+
+        self.tokens = tokenize('X')
+        if (self.tokens == tokenize('X', ' X')).all(1).any():
             raise ValueError(
                 f'{n_ctx} context words and the class names fill the '
                 f'{self.tokens.shape[1]} tokens of the text tower; use a smaller n_ctx.'
             )
+        # Tokenizers differ in what they put before the first word and after the last.
+        is_context = self.tokens != tokenize('Y')
+        if (is_context != is_context[0]).any() or is_context[0].sum() != n_ctx:
+            raise ValueError(
+                f'the tokenizer of {encoder.model_name!r} does not have one token for '
+                f'each context word, which CoOp needs.'
+            )
+        self.places = is_context[0].nonzero()[:, 0]
         self.encoder = [encoder]  # not a submodule: it is not learnt
         self.logit_scale = encoder.logit_scale
         text_tower = getattr(encoder.clip, 'text', encoder.clip)
-        self.embedding = [text_tower.token_embedding]
-        width = text_tower.token_embedding.embedding_dim
+        if hasattr(text_tower, 'token_embedding'):
+            self.embedding = [text_tower.token_embedding]
+        else:  # a tower of transformers
+            self.embedding = [text_tower.transformer.get_input_embeddings()]
+        width = self.embedding[0].embedding_dim
         self.context = nn.Parameter(0.02 * torch.randn(n_ctx, width))
 
     def classifier(self) -> Tensor:
         """Text features (K, D), rows of unit norm."""
-        n_ctx = len(self.context)
 
         def put_context(module: nn.Module, inputs: tuple, embedded: Tensor) -> Tensor:
             context = self.context.to(embedded).expand(len(embedded), -1, -1)
-            return torch.cat(
-                [embedded[:, :1], context, embedded[:, 1 + n_ctx :]], dim=1
-            )
+            places = self.places.to(embedded.device)
+            return embedded.index_copy(1, places, context)
 
         hook = self.embedding[0].register_forward_hook(put_context)
         try:
@@ -72,6 +85,6 @@ def fit_coop(data: FewShotData, *, n_ctx: int, **recipe) -> nn.Module:
     if data.encoder is None:
         raise ValueError('CoOp learns through the text tower and needs the encoder.')
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.get('seed', 0))
+        torch.manual_seed(data.seed)
         learner = PromptLearner(data.encoder, data.class_names, n_ctx)
     return fold_text_features(train(learner, data, **recipe), data)

@@ -1,11 +1,10 @@
-"""Linear probes."""
+"""Linear probe on image features."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FewShotData, mean_features
-from .training import train
 
 
 class LinearClassifier(nn.Module):
@@ -51,10 +50,3 @@ def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> nn.Module:
 
     optim.step(closure)
     return model.eval()
-
-
-def fit_linear_probe_zs(data: FewShotData, **recipe) -> nn.Module:
-    """Trains a linear layer that starts as zero-shot CLIP (after ZS-LP of CLAP)."""
-    return train(
-        LinearClassifier(data.logit_scale * data.text_features), data, **recipe
-    )

@@ -1,9 +1,15 @@
 """All methods with the hyper-parameters of their papers or repositories."""
 
 from .base import Method
-from .clip_adapter import fit_clip_adapter
+from .clap import fit_clap, fit_linear_probe_zs
+from .clip_adapter import fit_clip_adapter, fit_hoso
 from .coop import fit_coop
-from .linear_probe import fit_linear_probe, fit_linear_probe_zs
+from .cross_modal import fit_cross_modal
+from .gda import fit_gda
+from .linear_adapter import fit_linear_adapter
+from .linear_probe import fit_linear_probe
+from .lp_plus_plus import fit_lp_plus_plus
+from .proker import fit_proker
 from .task_res import fit_task_res
 from .tip_adapter import fit_tip_adapter, fit_tip_adapter_f
 from .zero_shot import fit_zero_shot
@@ -17,9 +23,19 @@ _COOP = dict(
     warmup_epochs=1,
     decay_by='epoch',
 )
-_FAST = dict(optimizer='AdamW', lr=1e-3, epochs=100, batch_size=256)
-_ALPHAS = (0.2, 0.4, 0.6, 0.8)
-_FAST_GRID = dict(lr=(1e-3, 1e-4), epochs=(50, 200))
+_CLAP = dict(
+    optimizer='SGD',
+    lr=0.1,
+    epochs=300,
+    weight_decay=0.0,
+    warmup_epochs=1,
+    decay_by='epoch',
+)
+_OURS = dict(alpha=0.2, keep=3.0, optimizer='AdamW', lr=1e-3, iterations=200)
+_OURS_GRID = dict(keep=(1.0, 3.0, 10.0))
+_PROLIP = dict(
+    optimizer='Adam', eps=1e-4, epochs=300, batch_size=None, weight_decay=0.0
+)
 _TIP = dict(alpha=1.0, beta=1.0)
 _TIP_GRID = dict(
     alpha=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
@@ -36,119 +52,166 @@ METHODS: dict[str, Method] = {
         source='L-BFGS as in CLIP and CoOp, with a shorter search',
     ),
     'linear_probe_zs': Method(
-        'Linear probe from zero-shot',
+        'ZS-LP',
         fit_linear_probe_zs,
-        dict(optimizer='SGD', lr=0.1, epochs=300, weight_decay=0.0),
-        dict(lr=(0.1, 0.01, 0.001)),
-        source='ZS-LP of CLAP',
+        dict(_CLAP, length=1.0),
+        dict(length=(1.0, 10.0)),
+        source='code of CLAP, but from text features of unit norm, and with 10 views '
+        'instead of 20',
+    ),
+    'clap': Method(
+        'CLAP',
+        fit_clap,
+        dict(_CLAP, length=1.0),
+        dict(length=(1.0, 10.0)),
+        source='as ZS-LP',
+    ),
+    'lp++': Method(
+        'LP++',
+        fit_lp_plus_plus,
+        dict(iterations=300, momentum=0.9, alpha_every=10),
+        source='its code, but with the last step, not the best, and averaged views',
+    ),
+    'gda': Method(
+        'GDA',
+        fit_gda,
+        dict(alpha=0.01),
+        dict(alpha=(1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)),
+        source='its code; it has no fixed alpha, 0.01 is ours',
+    ),
+    'proker': Method(
+        'ProKeR',
+        fit_proker,
+        dict(beta=1.0, lmbda=0.1),
+        dict(beta=(0.5, 1.0, 2.0, 4.0), lmbda=(0.01, 0.03, 0.1, 0.3, 1.0)),
+        source='its code, with averaged views and a shorter search',
+    ),
+    'cross_modal': Method(
+        'Cross-modal linear probe',
+        fit_cross_modal,
+        dict(
+            optimizer='AdamW',
+            lr=1e-3,
+            iterations=12800,
+            batch_size=8,
+            weight_decay=0.01,
+        ),
+        dict(lr=(1e-3, 1e-4)),
+        source='its code: 12,800 batches, half of each is text; without early stopping '
+        'and warm-up, with 2 instead of 12 settings searched',
+    ),
+    'linear_adapter': Method(
+        'Regularised linear adapter',
+        fit_linear_adapter,
+        dict(_PROLIP, lr=1e-4, penalty=None),
+        dict(lr=(1e-3, 1e-4)),
+        source='code of ProLIP: penalty 1 / shots; there more learning rates and the '
+        'penalty are searched',
     ),
     'clip_adapter': Method(
         'CLIP-Adapter',
         fit_clip_adapter,
-        dict(alpha=0.2, **_FAST),
-        dict(alpha=_ALPHAS, **_FAST_GRID),
+        _OURS,
+        _OURS_GRID,
         source='adapter of the paper, with our recipe for cached features',
+    ),
+    'clip_adapter_hoso': Method(
+        'CLIP-Adapter (HOSO)',
+        fit_hoso,
+        dict(alpha=0.2, optimizer='AdamW', lr=1e-3, iterations=200),
+        source='abstract of its paper; the details and the recipe are ours',
     ),
     'clip_adapter_learnt': Method(
         'CLIP-Adapter, learnt ratio',
         fit_clip_adapter,
-        dict(alpha=0.5, learn_ratio=True, **_FAST),
-        _FAST_GRID,
-        source='adapter of the paper, with a learnt scalar ratio',
+        dict(_OURS, learn_ratio=True),
+        _OURS_GRID,
+        source='adapter of the paper, with a learnt scalar ratio and our recipe',
     ),
     'clip_adapter_text': Method(
         'CLIP-Adapter, text',
         fit_clip_adapter,
-        dict(alpha=0.2, visual=False, text=True, **_FAST),
-        dict(alpha=_ALPHAS, **_FAST_GRID),
+        dict(_OURS, visual=False, text=True),
+        _OURS_GRID,
         source='text adapter of the paper, with our recipe',
     ),
     'clip_adapter_both': Method(
         'CLIP-Adapter, visual and text',
         fit_clip_adapter,
-        dict(alpha=0.2, text=True, **_FAST),
-        dict(alpha=_ALPHAS, **_FAST_GRID),
+        dict(_OURS, beta=0.2, text=True),
+        dict(beta=(0.2, 0.6), **_OURS_GRID),
         source='both adapters of the paper, with our recipe',
     ),
     'clip_adapter_paper': Method(
         'CLIP-Adapter (paper)',
         fit_clip_adapter,
         dict(_COOP, alpha=0.2, lr=1e-5),
-        dict(alpha=_ALPHAS),
-        source='text of the paper: recipe of CoOp with learning rate 1e-5',
+        dict(alpha=(0.2, 0.6)),
+        source='text of the paper: recipe of CoOp with learning rate 1e-5; on ImageNet '
+        'CoOp has 50 epochs',
     ),
     'clip_adapter_released': Method(
         'CLIP-Adapter (released)',
         fit_clip_adapter,
         dict(_COOP, preset='released', alpha=0.2),
-        source='released code, with the commands of CoOp and alpha 0.2',
+        source='released code, with the commands of CoOp and alpha 0.2; on ImageNet '
+        'CoOp has 50 epochs',
     ),
     'clip_adapter_clap': Method(
-        'CLIP-Adapter (CLAP)',
+        'CLIP-Adapter (copy in CLAP)',
         fit_clip_adapter,
-        dict(
-            preset='released',
-            alpha=0.2,
-            optimizer='SGD',
-            lr=0.1,
-            epochs=300,
-            weight_decay=0.0,
-        ),
-        dict(lr=(0.1, 0.01, 0.001), alpha=_ALPHAS),
-        source="CLAP's code and grid; CLAP searches it on the test split",
+        dict(_CLAP, preset='released', alpha=0.2),
+        dict(lr=(0.1, 0.01)),
+        source="not CLAP, but CLAP's copy of CLIP-Adapter and its grid, which CLAP "
+        'searches on the test split',
     ),
     'clip_adapter_lp++': Method(
-        'CLIP-Adapter (LP++)',
+        'CLIP-Adapter (copy in LP++)',
         fit_clip_adapter,
         dict(
             preset='lp++',
             alpha=0.5,
             optimizer='SGD',
             lr=0.01,
+            momentum=0.0,
             epochs=300,
             batch_size=32,
             weight_decay=0.0,
         ),
-        dict(alpha=_ALPHAS),
-        source="LP++'s code, with one decay of the learning rate",
+        source='not LP++, but its copy of CLIP-Adapter; there the learning rate '
+        'goes up and down, here it decays once, without one step of warm-up',
     ),
     'clip_adapter_prolip': Method(
-        'CLIP-Adapter (ProLIP)',
+        'CLIP-Adapter (copy in ProLIP)',
         fit_clip_adapter,
-        dict(
-            preset='released',
-            alpha=0.2,
-            optimizer='Adam',
-            lr=1e-3,
-            eps=1e-4,
-            epochs=300,
-            batch_size=None,
-            weight_decay=0.0,
-        ),
-        dict(alpha=_ALPHAS, lr=(1e-2, 1e-3, 1e-4, 1e-5)),
-        source="ProLIP's code, whose ratio is 1 - alpha and whose lr varies",
+        dict(_PROLIP, preset='released', alpha=0.2, lr=1e-3),
+        dict(alpha=(0.2, 0.6)),
+        source='not ProLIP, but its copy of CLIP-Adapter, whose ratio is 1 - alpha',
     ),
     'clip_adapter_cross_modal': Method(
-        'CLIP-Adapter (cross-modal)',
+        'CLIP-Adapter (copy in cross-modal adaptation)',
         fit_clip_adapter,
         dict(
             preset='cross_modal',
             alpha=0.2,
             optimizer='AdamW',
             lr=1e-4,
-            epochs=200,
+            iterations=12800,
             batch_size=8,
+            text_batches=True,
             weight_decay=1e-3,
         ),
-        dict(lr=(1e-4, 1e-5), weight_decay=(0.0, 1e-3)),
-        source='code of cross-modal adaptation, on pictures only, shortened',
+        source='not the cross-modal probe, but its second head; without early '
+        'stopping, warm-up and search',
     ),
     'tip_adapter': Method(
         'Tip-Adapter',
         fit_tip_adapter,
         _TIP,
         late_grid=_TIP_GRID,
-        source='code of the paper',
+        source='its code, where alpha and beta start at 1 to 5 by data set, the search '
+        'has 4,000 values up to 30, and crops keep half of a picture or more '
+        '(crop_scale=0.5,1.0)',
     ),
     'tip_adapter_f': Method(
         'Tip-Adapter-F',
@@ -156,20 +219,43 @@ METHODS: dict[str, Method] = {
         dict(_TIP, optimizer='AdamW', lr=1e-3, eps=1e-4, epochs=20),
         dict(epochs=(20, 100)),
         _TIP_GRID,
-        source='code of the paper, which trains 100 epochs on EuroSAT',
+        source='as Tip-Adapter, with cached views instead of fresh crops; it trains '
+        '100 epochs on EuroSAT',
     ),
     'task_res': Method(
         'TaskRes',
         fit_task_res,
-        dict(alpha=0.5, optimizer='Adam', lr=2e-3, epochs=200, weight_decay=0.0),
-        dict(alpha=(0.5, 1.0), lr=(2e-3, 2e-4), epochs=(100, 200)),
-        source='the paper, with 100 epochs for 1 to 4 shots and alpha 1 on Flowers',
+        dict(
+            alpha=0.5,
+            optimizer='Adam',
+            lr=2e-3,
+            epochs='task_res',
+            weight_decay=5e-4,
+            beta2=0.99,
+            warmup_epochs=1,
+            decay_by='epoch',
+        ),
+        dict(lr=(2e-3, 2e-4)),
+        source='its code, but from text features of unit norm; there the learning rate '
+        'is 2e-4 on ImageNet, and alpha is 1 on Flowers102',
     ),
     'coop': Method(
         'CoOp',
         fit_coop,
         dict(_COOP, n_ctx=16),
-        source='code of the paper, with 16 words and the class name at the end',
+        source='its code, with 16 words and the class name at the end; on ImageNet it '
+        'always has 50 epochs',
+        needs_encoder=True,
     ),
 }
 """All methods by name."""
+
+
+def method_table() -> str:
+    """Formats ``METHODS`` as the Markdown table of docs/clip_adapter.md."""
+    lines = ['| name | method | searched | settings from |', '|---|---|---|---|']
+    for name, method in METHODS.items():
+        searched = ', '.join((*method.grid, *method.late_grid)) or '-'
+        source = method.source or '-'
+        lines.append(f'| `{name}` | {method.title} | {searched} | {source} |')
+    return '\n'.join(lines)

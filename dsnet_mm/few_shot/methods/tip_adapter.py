@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FewShotData, mean_features
+from .base import FewShotData
 from .training import train
 
 
@@ -41,11 +41,16 @@ class TipAdapter(nn.Module):
         self.register_buffer('logit_scale', torch.as_tensor(logit_scale).clone())
         self.alpha, self.beta = alpha, beta
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Arguments that are not tensors."""
+        return {'alpha': self.alpha, 'beta': self.beta}
+
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         f = F.normalize(image_features, dim=-1)
         affinity = torch.exp(self.beta * (f @ self.keys.t() - 1))
-        cache = f.new_zeros(len(f), len(self.text_features))
+        cache = f.new_zeros(f.shape[0], len(self.text_features))
         cache = cache.index_add(1, self.labels, affinity)
         return self.logit_scale * f @ self.text_features.t() + self.alpha * cache
 
@@ -66,7 +71,7 @@ def _build(
     data: FewShotData, alpha: float, beta: float, learn_keys: bool = False
 ) -> TipAdapter:
     return TipAdapter(
-        mean_features(data.train),
+        F.normalize(data.train.features.mean(0), dim=-1),
         data.train.labels,
         data.text_features,
         data.logit_scale,

@@ -2,18 +2,35 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .base import FewShotData
 
 
-def coop_epochs(shots: int) -> int:
-    """Returns CoOp's number of epochs. On ImageNet CoOp always has 50 epochs."""
-    return 50 if shots == 1 else 100 if shots <= 4 else 200
+def num_epochs(rule: int | str, shots: int) -> int:
+    """Returns a number of epochs.
+
+    Args:
+        rule: The number, or the name of a repository whose number depends on the
+            shots: ``'coop'`` (50, 100 and 200 from 1, 2 and 8 shots on; on ImageNet
+            CoOp always has 50), or ``'task_res'`` (100, and 200 from 8 shots on).
+        shots: Training pictures of each class.
+
+    Raises:
+        ValueError: If the rule is unknown.
+    """
+    if isinstance(rule, int):
+        return rule
+    if rule not in ('coop', 'task_res'):
+        raise ValueError(
+            f"epochs must be a number, 'coop' or 'task_res', got {rule!r}."
+        )
+    if rule == 'coop' and shots == 1:
+        return 50
+    return 100 if shots <= 4 else 200
 
 
 def train(
@@ -22,75 +39,112 @@ def train(
     *,
     optimizer: str = 'AdamW',
     lr: float,
-    epochs: int | str,
+    epochs: int | str | None = None,
+    iterations: int | None = None,
     batch_size: int | None = 256,
+    text_batches: bool = False,
     weight_decay: float = 0.01,
+    momentum: float = 0.9,
+    beta2: float = 0.999,
     eps: float = 1e-8,
-    warmup_epochs: int = 0,
+    warmup_epochs: float = 0,
     decay_by: str = 'iteration',
-    seed: int = 0,
 ) -> nn.Module:
     """Minimises the cross-entropy over all parameters that require a gradient.
 
-    In each epoch each picture is used once, with a random view. The learning rate
-    decays from ``lr`` to 0 by a cosine.
+    A model with a method ``loss`` has its own loss. In each epoch each picture is used
+    once, with a random view. The learning rate decays from ``lr`` to 0 by a cosine. It
+    is multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
+    determines the order and views.
 
     Args:
-        model: Classifier of image features (N, D) with logits (N, K).
+        model: Classifier of image features (N, D) with logits (N, K). Its ``loss``, if
+            it has one, takes features (N, D) and labels (N,).
         data: Training data.
-        optimizer: ``'SGD'`` (momentum 0.9), ``'Adam'`` or ``'AdamW'``.
+        optimizer: ``'SGD'``, ``'Adam'`` or ``'AdamW'``.
         lr: Learning rate.
-        epochs: Number of epochs, or ``'coop'`` for :func:`coop_epochs`.
+        epochs: Number of epochs, see :func:`num_epochs`.
+        iterations: Number of batches, instead of epochs. One of the two is None.
         batch_size: Batch size, None for all pictures.
+        text_batches: Whether the other half of each batch are text features.
         weight_decay: Weight decay.
+        momentum: Momentum of SGD.
+        beta2: Second decay rate of Adam and AdamW.
         eps: Constant of Adam and AdamW.
         warmup_epochs: Number of epochs at the start with a learning rate of 1e-5.
         decay_by: Whether the learning rate changes each ``'iteration'`` or
             ``'epoch'``.
-        seed: Seed of the order of pictures and of their views.
 
     Returns:
         The model, in eval mode.
+
+    Raises:
+        ValueError: If both epochs and iterations are given, or neither.
     """
-    if epochs == 'coop':
-        epochs = coop_epochs(data.shots)
-    features, labels = data.train.features, data.train.labels
-    views, count, _ = features.shape
-    batch_size = min(batch_size or count, count)
-    steps = -(-count // batch_size)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    if (epochs is None) == (iterations is None):
+        raise ValueError(
+            f'epochs={epochs} and iterations={iterations}: exactly one of them must be '
+            f'None.'
+        )
+    count = len(data.train)
+    size = batch_size or count
+    if text_batches:
+        size //= 2
+    size = min(size, count)
+    steps = -(-count // size)  # of an epoch
+    total = num_epochs(epochs, data.shots) * steps if iterations is None else iterations
+    parameters = [
+        {'params': [p], 'lr_factor': getattr(p, 'lr_factor', 1.0)}
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     if optimizer == 'SGD':
-        optim = torch.optim.SGD(parameters, lr, 0.9, weight_decay=weight_decay)
+        optim = torch.optim.SGD(
+            parameters, lr, momentum, weight_decay=weight_decay, fused=True
+        )
     else:
         kind = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[optimizer]
-        optim = kind(parameters, lr, eps=eps, weight_decay=weight_decay)
-    generator = torch.Generator().manual_seed(seed)
+        optim = kind(parameters, lr, (0.9, beta2), eps, weight_decay, fused=True)
+    batches = _batches(data, size, text_batches)
     model.train()
-    with _bfloat16_products():
-        for epoch in range(epochs):
-            order = torch.randperm(count, generator=generator)
-            view = torch.randint(views, (count,), generator=generator)
-            for step, index in enumerate(order.split(batch_size)):
-                done = epoch + (step / steps if decay_by == 'iteration' else 0)
-                now = lr * 0.5 * (1 + math.cos(math.pi * done / epochs))
-                for group in optim.param_groups:
-                    group['lr'] = 1e-5 if epoch < warmup_epochs else now
-                logits = model(features[view[index], index])
-                optim.zero_grad()
-                F.cross_entropy(logits, labels[index]).backward()
-                optim.step()
+    for step in range(total):
+        done = step if decay_by == 'iteration' else step // steps * steps
+        now = lr * 0.5 * (1 + math.cos(math.pi * done / total))
+        for group in optim.param_groups:
+            warm_up = step < warmup_epochs * steps
+            group['lr'] = 1e-5 if warm_up else now * group['lr_factor']
+        features, labels = next(batches)
+        if hasattr(model, 'loss'):
+            loss = model.loss(features, labels)
+        else:
+            loss = F.cross_entropy(model(features), labels)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
     return model.eval()
 
 
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Multiplies matrices in bfloat16 with float32 sums, on CPUs that support it.
+def _batches(
+    data: FewShotData, size: int, text: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches of features and labels without end."""
+    generator = torch.Generator().manual_seed(data.seed)
+    views, count, _ = data.train.features.shape
+    classes = len(data.text_features)
+    prompts = _orders(classes, min(size, classes), generator)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        view = torch.randint(views, (count,), generator=generator)
+        for index in order.split(size):
+            features = data.train.features[view[index], index]
+            labels = data.train.labels[index]
+            if text:
+                prompt = next(prompts)
+                features = torch.cat([features, data.text_features[prompt]])
+                labels = torch.cat([labels, prompt])
+            yield features, labels
 
-    The cosine similarities then have about three correct digits.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('medium')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+
+def _orders(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        yield from torch.randperm(count, generator=generator).split(size)

@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from tempfile import TemporaryDirectory
 from weakref import WeakSet
 
 import torch
@@ -15,8 +17,18 @@ from torch import Tensor
 from dsnet_mm.registry import MODELS
 from dsnet_mm.tasks.prompts import resolve_prompts
 
+from .clip_loading import import_open_clip, load_towers
+
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
+
+_TOKENIZER_PROBES = (
+    'a photo of a cat.',
+    'Two  DOGS, one_zebra & 365 "hot-air" balloons; isn\'t it?',
+    "un château à l'été, 猫 und Käse",
+)
+"""Texts with capitals, blanks, punctuation, digits and accents. Two tokenizers with the
+same tokens of all of them are taken to be the same."""
 
 
 @MODELS.register_module()
@@ -31,57 +43,58 @@ class OpenCLIPEncoder(BaseModule):
     of this process has loaded them.
 
     Args:
-        model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file with
-            the configuration of a model.
+        model: Name of an open_clip model (``'RN50-quickgelu'``), or a JSON file or
+            dict with the configuration of a model.
         pretrained: Tag of the weights (``'openai'``), a checkpoint file, or None for
-            random weights.
+            random weights. A file may be one of OpenAI's TorchScript archives.
         amp: Autocast precision of the towers, ``'float16'`` (GPU only) or
             ``'bfloat16'``. None runs in float32.
+        download: Whether open_clip may fetch files that are not on this machine.
 
     Attributes:
+        config: Configuration of the model, as open_clip reads it.
         embed_dims: Width D of the image and text features.
         logit_scale: Scale of the cosine similarities in CLIP's logits.
         image_size: Height and width of the pictures in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.
+        preprocess: Preprocessing of the model, the fields of open_clip's
+            ``PreprocessCfg``.
 
     Raises:
-        ImportError: If open_clip is not installed.
-        ValueError: If the model, its weights or ``amp`` are unknown, or the weights
-            were trained with another kind of GELU than the model has.
+        ImportError: If open_clip, or a library that the model needs, is not installed.
+        ValueError: If the model, its weights or ``amp`` are unknown, the weights are
+            damaged, or they were trained with another kind of GELU than the model has.
         FileNotFoundError: If the weights are neither on this machine nor can be
             downloaded.
     """
 
     def __init__(
-        self, model: str, pretrained: str | None = None, *, amp: str | None = None
+        self,
+        model: str | dict,
+        pretrained: str | None = None,
+        *,
+        amp: str | None = None,
+        download: bool = True,
     ) -> None:
         super().__init__()
-        open_clip = _import_open_clip()
+        open_clip = import_open_clip()
         self.amp = _checked_amp(amp)
-        self.model_name, self.pretrained = str(model), pretrained
-        self._identity = _identity(model, pretrained)
-        name = _registered_name(self.model_name)
+        self._origin = _origin(model, pretrained)
+        name = _registered_name(model)
+        self.model_name = name if isinstance(model, dict) else str(model)
+        self.pretrained = pretrained
         if not name.startswith(('hf-hub:', 'local-dir:')):
-            _check_model(name, pretrained)
-        try:
-            self.clip = open_clip.create_model(name, pretrained=pretrained)
-        except RuntimeError as error:
-            if 'download' not in str(error):
-                raise
-            raise FileNotFoundError(
-                f'the weights {pretrained!r} of {name!r} are not on this machine and '
-                f'cannot be downloaded; get them elsewhere and give their file as '
-                f'pretrained.'
-            ) from error
-        self.tokenizer = open_clip.get_tokenizer(name)
+            check_model(name, pretrained)
+        self.clip, self.tokenizer = load_towers(name, pretrained, download)
+        self.config = open_clip.get_model_config(name)
         self.requires_grad_(False)
         self.eval()
 
         size = self.clip.visual.image_size
         self.image_size = size[0] if isinstance(size, Sequence) else size
-        preprocess = open_clip.get_model_preprocess_cfg(self.clip)
-        self.mean, self.std = tuple(preprocess['mean']), tuple(preprocess['std'])
+        self.preprocess = open_clip.get_model_preprocess_cfg(self.clip)
+        self.mean, self.std = (tuple(self.preprocess[k]) for k in ('mean', 'std'))
         self.logit_scale = self.clip.logit_scale.exp().item()
         with torch.no_grad():
             self.embed_dims = self.clip.encode_text(self.tokenizer(['a'])).shape[-1]
@@ -92,11 +105,12 @@ class OpenCLIPEncoder(BaseModule):
     @classmethod
     def shared(
         cls,
-        model: str,
+        model: str | dict,
         pretrained: str | None = None,
         *,
         amp: str | None = None,
         device: str | torch.device = 'cpu',
+        download: bool = True,
     ) -> 'OpenCLIPEncoder':
         """Returns an encoder, with the towers of an existing one if possible.
 
@@ -110,15 +124,16 @@ class OpenCLIPEncoder(BaseModule):
                 and modification time.
             amp: See the class. It need not be that of the existing encoder.
             device: Device of the towers.
+            download: See the class.
 
         Returns:
             The encoder.
         """
-        identity = _identity(model, pretrained)
+        origin = _origin(model, pretrained)
         device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
         for other in _encoders:
             if (
-                other._identity == identity
+                other._origin == origin
                 and next(other.parameters()).device == device
                 and other._state() == other._loaded
             ):
@@ -126,7 +141,7 @@ class OpenCLIPEncoder(BaseModule):
                 encoder.amp = _checked_amp(amp)
                 _encoders.add(encoder)
                 return encoder
-        return cls(model, pretrained, amp=amp).to(device)
+        return cls(model, pretrained, amp=amp, download=download).to(device)
 
     def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
         """Stays in eval mode, whatever ``mode`` is."""
@@ -177,23 +192,31 @@ class OpenCLIPEncoder(BaseModule):
             Text features (K, D), rows of unit norm.
 
         Raises:
-            ValueError: If a prompt is wrong.
+            ValueError: If a prompt is wrong, or classes have the same tokens.
         """
         names = [name.replace('_', ' ') for name in class_names]
         prompts = resolve_prompts(prompts)
         texts = [prompt.replace('{}', name) for name in names for prompt in prompts]
+        tokens = self.tokenizer(texts)
+        seen: dict[bytes, str] = {}
+        for name, rows in zip(names, tokens.view(len(names), -1), strict=True):
+            other = seen.setdefault(rows.numpy().tobytes(), name)
+            if other != name:
+                raise ValueError(
+                    f'the prompts of the classes {other!r} and {name!r} have the same '
+                    f'first {tokens.shape[1]} tokens, which are all that the text '
+                    f'tower reads; rename the classes or shorten their names.'
+                )
         device = next(self.parameters()).device
         features = [
-            F.normalize(
-                self.encode_text(self.tokenizer(texts[i : i + 256]).to(device)), dim=-1
-            )
-            for i in range(0, len(texts), 256)
+            F.normalize(self.encode_text(part.to(device)), dim=-1)
+            for part in tokens.split(256)
         ]
         grouped = torch.cat(features).view(len(names), len(prompts), -1)
         return F.normalize(grouped.mean(1), dim=-1)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of all weights. It identifies the model in caches."""
+        """Returns the SHA-256 of all weights."""
         state = self._state()
         if state not in self._digest:
             sha = hashlib.sha256()
@@ -203,6 +226,52 @@ class OpenCLIPEncoder(BaseModule):
             self._digest.clear()
             self._digest[state] = sha.hexdigest()
         return self._digest[state]
+
+    def identity(self) -> dict[str, object]:
+        """Returns what the features depend on, apart from the input and ``amp``.
+
+        Encoders with the same identity have the same features. Caches and classifier
+        files hold it.
+
+        Returns:
+            A dict that JSON can hold: ``'weights'``, the SHA-256 of the weights;
+            ``'config'``, the configuration of the model; ``'tokenizer'``, the SHA-256
+            of the tokens of some texts; ``'preprocessing'``, size, mean, standard
+            deviation and open_clip's other values; ``'open_clip'``, its version.
+        """
+        open_clip = import_open_clip()
+        tokens = self.tokenizer(list(_TOKENIZER_PROBES))
+        shape = f'{tuple(tokens.shape)}'.encode()
+        identity = {
+            'weights': self.digest(),
+            'config': self.config,
+            'tokenizer': hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest(),
+            'preprocessing': {
+                **self.preprocess,
+                'size': self.image_size,
+                'mean': self.mean,
+                'std': self.std,
+            },
+            'open_clip': open_clip.__version__,
+        }
+        return json.loads(json.dumps(identity))
+
+    def source(self) -> dict[str, object]:
+        """Returns ``'model'``, ``'pretrained'`` and ``'identity'``, for files.
+
+        Paths are absolute, so that they hold in any folder.
+        """
+
+        def absolute(name: str | None) -> str | None:
+            if name and name.startswith('local-dir:'):
+                return f'local-dir:{Path(name.removeprefix("local-dir:")).resolve()}'
+            return str(Path(name).resolve()) if name and Path(name).is_file() else name
+
+        return {
+            'model': absolute(self.model_name),
+            'pretrained': absolute(self.pretrained),
+            'identity': self.identity(),
+        }
 
     def _state(self) -> tuple:
         """Returns a value that changes when a parameter is changed or replaced."""
@@ -239,16 +308,6 @@ def feature_width(model: str) -> int:
     return _model_config(_registered_name(model))['embed_dim']
 
 
-def _import_open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(
-            'OpenCLIPEncoder needs open_clip: pip install open_clip_torch.'
-        ) from error
-    return open_clip
-
-
 def _checked_amp(amp: str | None) -> str | None:
     if amp not in (None, 'float16', 'bfloat16'):
         raise ValueError(
@@ -258,10 +317,12 @@ def _checked_amp(amp: str | None) -> str | None:
     return amp
 
 
-def _identity(model: str, pretrained: str | None) -> tuple:
+def _origin(model: str | dict, pretrained: str | None) -> tuple:
     """Identifies a model and its weights, by name or by the state of their files."""
 
-    def files(name: str | None) -> str | tuple | None:
+    def files(name: str | dict | None) -> str | tuple | None:
+        if isinstance(name, dict):
+            return json.dumps(name, sort_keys=True)
         path = Path(str(name).removeprefix('local-dir:'))
         if name is None or not path.exists():
             return name
@@ -272,18 +333,26 @@ def _identity(model: str, pretrained: str | None) -> tuple:
     return files(model), files(pretrained)
 
 
-def _registered_name(model: str) -> str:
-    """Returns the name by which open_clip knows a model; registers a JSON file."""
+def _registered_name(model: str | dict) -> str:
+    """Returns the name by which open_clip knows a model; registers a configuration."""
+    if isinstance(model, dict):
+        text = json.dumps(model, sort_keys=True)
+        name = f'model-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / f'{name}.json'
+            file.write_text(text, encoding='utf-8')
+            import_open_clip().add_model_config(file)
+        return name
     if not model.endswith('.json'):
         return model
     if not Path(model).is_file():
         raise FileNotFoundError(f'there is no model configuration {model}.')
-    _import_open_clip().add_model_config(model)
+    import_open_clip().add_model_config(model)
     return Path(model).stem
 
 
 def _model_config(name: str) -> dict:
-    config = _import_open_clip().get_model_config(name)
+    config = import_open_clip().get_model_config(name)
     if config is None:
         raise ValueError(
             f'open_clip has no model {name!r}; use a name of open_clip.list_models(), '
@@ -292,29 +361,77 @@ def _model_config(name: str) -> dict:
     return config
 
 
-def _check_model(name: str, pretrained: str | None) -> None:
+def check_model(name: str, pretrained: str | None) -> None:
     """Refuses unknown models, and weights trained with another kind of GELU."""
     config = _model_config(name)
-    if pretrained is None or Path(pretrained).is_file():
+    if pretrained is None:
         return
-    open_clip = _import_open_clip()
-    has_quick_gelu = bool(config.get('quick_gelu', False))
+    open_clip = import_open_clip()
     other = (
         name.removesuffix('-quickgelu')
         if name.endswith('-quickgelu')
         else f'{name}-quickgelu'
     )
-    for candidate in (name, other):
-        tag = open_clip.get_pretrained_cfg(candidate, pretrained)
-        if tag:
-            if bool(tag.get('quick_gelu', False)) != has_quick_gelu:
-                trained = 'QuickGELU' if tag.get('quick_gelu') else 'plain GELU'
-                raise ValueError(
-                    f'the weights {pretrained!r} were trained with {trained}, but '
-                    f'{name!r} has the other one; use model={other!r}.'
-                )
+    if Path(pretrained).is_file():
+        trained_quick = _quick_gelu_of_file(Path(pretrained))
+    else:
+        tags = [open_clip.get_pretrained_cfg(c, pretrained) for c in (name, other)]
+        if not any(tags):
+            raise ValueError(
+                f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
+                f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
+            )
+        if other not in open_clip.list_models():
+            # roberta-ViT-B-32 and its only weights were published together, and the
+            # tag lacks the QuickGELU of the configuration.
             return
-    raise ValueError(
-        f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
-        f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
-    )
+        trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
+    has_quick = bool(config.get('quick_gelu', False))
+    if trained_quick not in (None, has_quick):
+        kind = 'QuickGELU' if trained_quick else 'plain GELU'
+        advice = (
+            f'use model={other!r}'
+            if other in open_clip.list_models()
+            else f'set quick_gelu to {str(trained_quick).lower()} in its configuration'
+        )
+        raise ValueError(
+            f'the weights {pretrained!r} were trained with {kind}, but {name!r} has '
+            f'the other one; {advice}.'
+        )
+
+
+def _quick_gelu_of_file(file: Path) -> bool | None:
+    """Tells whether weights were trained with QuickGELU, None if it is unknown.
+
+    It is known for OpenAI's archives (TorchScript, or a state dict with their extra
+    entries), for files and folders named as open_clip publishes them, and for a file
+    with an ``open_clip_config.json`` beside it.
+    """
+    open_clip = import_open_clip()
+    beside = file.with_name('open_clip_config.json')
+    if beside.is_file():
+        config = json.loads(beside.read_text(encoding='utf-8'))
+        return bool(config.get('model_cfg', config).get('quick_gelu', False))
+    for model, tag in open_clip.list_pretrained():
+        published = open_clip.get_pretrained_cfg(model, tag)
+        url, repository = published.get('url', ''), published.get('hf_hub', '')
+        repository, _, name = repository.rpartition('/')
+        # The names of open_clip's own files end with a hash. OpenAI's do not, so a file
+        # of that name may be anything.
+        if ('mlfoundations' in url and url.endswith(f'/{file.name}')) or (
+            repository
+            and name in ('', file.name)
+            and {f'models--{repository.replace("/", "--")}', repository.split('/')[-1]}
+            & set(file.absolute().parts)
+        ):
+            return bool(published.get('quick_gelu', False))
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = [Path(member).name for member in archive.namelist()]
+            if 'constants.pkl' in names:  # TorchScript: only OpenAI published any
+                return True
+            index = next((n for n in archive.namelist() if n.endswith('data.pkl')), '')
+            keys = archive.read(index) if index else b''
+            if b'input_resolution' in keys and b'context_length' in keys:
+                return True
+    return None

@@ -188,6 +188,18 @@ class CLIPAdapter(nn.Module):
         Raises:
             ValueError: If the features have another width than the text features.
         """
+        f, w = self.adapt(image_features)
+        return self.logit_scale * f @ w.t()
+
+    def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns f* (N, D) and W* (K, D), whose product :meth:`forward` scales.
+
+        Args:
+            image_features: Features of the image tower (N, D), not normalised.
+
+        Raises:
+            ValueError: If the features have another width than the text features.
+        """
         f, w = image_features, self.text_features
         if f.dim() != 2 or f.shape[1] != w.shape[1]:
             raise ValueError(
@@ -202,7 +214,7 @@ class CLIPAdapter(nn.Module):
             f = F.normalize(f, dim=-1)
         if self.text_adapter is not None and not _is_zero(self.beta):
             w = F.normalize(_blend(self.text_adapter, w, self.beta), dim=-1)
-        return self.logit_scale * f @ w.t()
+        return f, w
 
     def extra_repr(self) -> str:
         return (

@@ -263,7 +263,7 @@ class DSBlock(BaseModule):
         weight, bias = self.proj_in.weight, self.proj_in.bias
         if global_channels:
             w, b = weight[:global_channels], bias[:global_channels]
-            f_g = _to_tokens(F.conv2d(resize(x, global_size), w, b))
+            f_g = F.linear(_to_tokens(resize(x, global_size)), w.flatten(1), b)
         if local_channels:
             f_l = F.conv2d(x, weight[global_channels:], bias[global_channels:])
 
@@ -283,8 +283,8 @@ class DSBlock(BaseModule):
         weight, bias = self.proj_out.weight, self.proj_out.bias
         if not global_channels:
             return F.conv2d(f_l, weight, bias)
-        h_g = F.conv2d(_to_map(f_g, global_size), weight[:, local_channels:], bias)
-        h_g = resize(h_g, size)
+        h_g = F.linear(f_g, weight[:, local_channels:].flatten(1), bias)
+        h_g = resize(_to_map(h_g, global_size), size)
         if not local_channels:
             return h_g
         return F.conv2d(f_l, weight[:, :local_channels]).add_(h_g)

@@ -1,5 +1,6 @@
 """Patch embedding: the stem of DS-Net, and what opens its stages (Table 1)."""
 
+import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ class PatchEmbed(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H / p), ceil(W / p))."""
         p = self.patch_size
-        # Not -side % p, which PyTorch does not compile for pictures of any size.
-        pad_h, pad_w = ((side + p - 1) // p * p - side for side in x.shape[-2:])
-        if pad_h or pad_w:
-            x = F.pad(x, (0, pad_w, 0, pad_h))
+        # The convolution ignores what is left of a patch at the end. A compiled or
+        # exported graph pads always: it is one for all sizes.
+        if torch.compiler.is_compiling() or any(side % p for side in x.shape[-2:]):
+            x = F.pad(x, (0, p - 1, 0, p - 1))
         return self.projection(x)

@@ -1,0 +1,85 @@
+"""The classifier of a run that is to be used."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+REFERENCE = 'clip_adapter'
+"""Method that is named if there are no validation pictures to choose by."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A classifier of a run.
+
+    Attributes:
+        record: Its content of ``runs/*.json``.
+        why: How it was chosen, as a sentence.
+    """
+
+    record: dict
+    why: str
+
+    @property
+    def file(self) -> str:
+        """Its file, below the folder of the run."""
+        return f'classifiers/{self.record["name"]}.safetensors'
+
+
+def choose(records: Sequence[dict]) -> Choice:
+    """Chooses a classifier by validation accuracy. Test results are not used.
+
+    Candidates are zero-shot CLIP and the classifiers with the largest number of shots.
+    The method with the highest mean over seeds is chosen, and of its classifiers that
+    with the highest accuracy. Of equal ones it is that with the lowest loss.
+
+    Args:
+        records: Content of ``runs/*.json``.
+
+    Returns:
+        The choice.
+    """
+    fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    if not fitted:
+        return Choice(records[0], 'It is the only method of the run.')
+    most = max(r['shots'] for r in fitted)
+    fitted = [r for r in fitted if r['shots'] == most]
+    with_val = [r for r in fitted if r['val_accuracy'] is not None]
+    if not with_val:
+        methods = [r['method'] for r in fitted]
+        method = REFERENCE if REFERENCE in methods else methods[0]
+        record = next(r for r in fitted if r['method'] == method)
+        return Choice(
+            record,
+            f'There are no validation pictures to choose by. It is the default method '
+            f'at {most} shots.'
+            if method == REFERENCE
+            else f'There are no validation pictures to choose by. It is the first '
+            f'method at {most} shots.',
+        )
+    scores = {
+        method: _score([r for r in with_val if r['method'] == method])
+        for method in dict.fromkeys(r['method'] for r in with_val)
+    }
+    best = max(scores, key=scores.get)
+    zero = [r['val_zero_shot'] for r in with_val if r['method'] == best]
+    if None not in zero and mean(zero) >= scores[best][0]:
+        return Choice(
+            next(r for r in records if r['method'] == 'zero_shot'),
+            f'No method is above its validation accuracy, {mean(zero):.2f} % on the '
+            f'pictures of {most} shots.',
+        )
+    return Choice(
+        max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),
+        f'Its method has the highest mean validation accuracy at {most} shots, '
+        f'{scores[best][0]:.2f} %, and this is the best of its seeds.',
+    )
+
+
+def _score(records: Sequence[dict]) -> tuple[float, float]:
+    """Returns mean validation accuracy, and minus the mean loss if it is known."""
+    losses = [r['val_loss'] for r in records]
+    return (
+        mean(r['val_accuracy'] for r in records),
+        0.0 if None in losses else -mean(losses),
+    )

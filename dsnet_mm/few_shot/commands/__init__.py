@@ -1,0 +1,1 @@
+"""The commands of tools/few_shot.py, one file each."""

@@ -1,0 +1,61 @@
+"""Arguments that several commands have."""
+
+import argparse
+
+from mmengine.config import Config, DictAction
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a data set and an encoder."""
+    parser.add_argument('config', nargs='?', help='configuration file')
+    parser.add_argument('--dataset', help='name, folder or CSV file')
+    parser.add_argument('--model', help='model of open_clip, or a JSON file')
+    parser.add_argument('--pretrained', help='tag or file of its weights')
+    parser.add_argument('--data-root', help='folder of the public data sets')
+    parser.add_argument(
+        '--device', help='device of the encoder (default: auto, a GPU if there is one)'
+    )
+    parser.add_argument(
+        '--shots', nargs='+', type=int, help='training pictures of each class'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='other options, see FewShotConfig, such as views=0 or '
+        'overrides.clip_adapter.alpha=0.5',
+    )
+
+
+def read_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
+    """Returns the options of a configuration file and of the command line.
+
+    Args:
+        args: The parsed arguments.
+        names: Those that are options and were added to ``add_data_arguments``.
+
+    Raises:
+        ValueError: If the file has no ``few_shot``.
+    """
+    options: dict = {}
+    if args.config is not None:
+        found = Config.fromfile(args.config).get('few_shot')
+        if found is None:
+            raise ValueError(f'{args.config} has no few_shot=dict(...).')
+        options = found.to_dict()
+    for key in (
+        'dataset',
+        'model',
+        'pretrained',
+        'data_root',
+        'device',
+        'shots',
+        *names,
+    ):
+        if getattr(args, key) is not None:
+            options[key] = getattr(args, key)
+    nested = Config(options)
+    nested.merge_from_dict(args.cfg_options)
+    return nested.to_dict()

@@ -1,0 +1,118 @@
+"""Encoding of a data set into a file of features, by one or several processes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
+from dsnet_mm.datasets.features import FeatureCache, picture_keys
+from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.tasks import FewShotTask, load_task
+
+from .config import FewShotConfig
+from .sources import collect_draws, encode_parts, refuse_copies
+
+SEED = 1
+"""Seed of the draws in a file."""
+
+
+def encode(
+    config: FewShotConfig,
+    out: str | Path,
+    shots: tuple[int, ...] | None = None,
+    share: tuple[int, int] = (0, 1),
+    quiet: bool = False,
+) -> int:
+    """Encodes a data set into a file, see :class:`FeatureFile`.
+
+    Each process encodes its share into the cache. The process that finds everything
+    there writes the file. A call with the same arguments continues an interrupted one,
+    with any number of processes. If the file is complete, nothing is done.
+
+    Args:
+        config: Data set, encoder and options of the features.
+        out: File to write.
+        shots: Parts ``train_<shots>`` of the file, drawn with seed 1. None encodes all
+            training pictures, as the part ``train``.
+        share: Number of this process and number of processes.
+        quiet: Whether to hide the bars.
+
+    Returns:
+        Number of pictures that other processes have not encoded yet. If it is 0, the
+        file is written.
+
+    Raises:
+        FileExistsError: If the file exists and has other content.
+        FileNotFoundError: If a picture or the weights are missing.
+        ValueError: If the data set has too few pictures, a picture cannot be read, or a
+            test picture is also a training or validation picture.
+    """
+    task = load_task(config.dataset, config.data_root, config.prompts)
+    if not task.split['train']:
+        raise ValueError(f'{task.name} has no training pictures.')
+    train, val, views = task.split['train'], task.split['val'], config.views
+    if shots is not None:
+        train, _ = collect_draws(task.split, [(k, SEED) for k in shots])
+    encoder = OpenCLIPEncoder.shared(
+        config.model, config.pretrained, amp=config.amp, device=config.device
+    )
+    cache = FeatureCache(
+        config.cache_dir,
+        encoder,
+        preprocessing=config.preprocessing,
+        crop_scale=tuple(config.crop_scale),
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+        quiet=quiet,
+    )
+    about = {
+        'dataset': task.name,
+        'model': str(config.model),
+        'pretrained': config.pretrained or '',
+        'identity': json.dumps(encoder.identity()),
+        'preprocessing': config.preprocessing,
+        'prompts': json.dumps(list(task.prompts)),
+        'views': str(views),
+        'crop_scale': json.dumps(config.crop_scale),
+        'shots': json.dumps(shots),
+        'pictures': _hash_pictures(task),
+    }
+    if Path(out).exists():
+        if read_feature_file(out).about != about:
+            raise FileExistsError(
+                f'{out} exists, with other content; choose another file, or remove it.'
+            )
+        return 0
+    parts = {'train': train, 'val': val, 'test': task.split['test']}
+    encode_parts(cache, parts, views, share)
+    missing = sum(
+        cache.count_missing(items, views if name == 'train' else 0)
+        for name, items in parts.items()
+    )
+    if missing:
+        return missing
+    refuse_copies(task, cache, {'train': train, 'val': val}, views)
+    draws = {None: train}
+    if shots is not None:
+        draws = {k: collect_draws(task.split, [(k, SEED)])[0] for k in shots}
+    FeatureFile(
+        cache.texts(task.class_names, task.prompts),
+        task.class_names,
+        encoder.logit_scale,
+        {k: cache.images(items, views) for k, items in draws.items()},
+        cache.images(val) if val else None,
+        cache.images(task.split['test']),
+        about,
+    ).write(out)
+    return 0
+
+
+def _hash_pictures(task: FewShotTask) -> str:
+    keys = {part: picture_keys(items) for part, items in task.split.items()}
+    return hashlib.sha256(json.dumps([keys, task.class_names]).encode()).hexdigest()
+
+
+def share_of_torchrun() -> tuple[int, int]:
+    """Returns number of this process and number of processes, as torchrun sets them."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))

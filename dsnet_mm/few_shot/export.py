@@ -1,0 +1,317 @@
+"""Classifiers for other programs: ONNX, a weight matrix, open_clip; from MMEngine."""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.files import write_atomic
+from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.models.heads import CLIPAdapter
+
+from .deployment import DeployedClassifier, feature_width_of, save_classifier
+from .methods.linear_adapter import LinearAdapter
+
+
+class PictureClassifier(nn.Module):
+    """Image tower and classifier as one network, for export.
+
+    Args:
+        deployed: What ``load_classifier`` returned.
+    """
+
+    def __init__(self, deployed: DeployedClassifier) -> None:
+        super().__init__()
+        self.clip = deployed.encoder.clip
+        self.classifier = deployed.classifier
+        for name in ('mean', 'std'):
+            value = torch.tensor(getattr(deployed.encoder, name), dtype=torch.float32)
+            self.register_buffer(name, value.view(3, 1, 1).to(deployed.device))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Probabilities (N, K) of RGB pictures (N, 3, H, W) with values 0 to 1."""
+        features = self.clip.encode_image((pixels - self.mean) / self.std)
+        return self.classifier(features.float()).softmax(-1)
+
+
+def check_new(path: str | Path) -> None:
+    """Refuses to overwrite a file.
+
+    Raises:
+        FileExistsError: If it exists.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f'{path} exists; choose another name.')
+
+
+def export_onnx(
+    deployed: DeployedClassifier, path: str | Path, tolerance: float = 1e-4
+) -> float:
+    """Writes image tower and classifier as an ONNX file.
+
+    Its input ``pixels`` (N, 3, H, W) are RGB pictures after resize and crop, with
+    values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names
+    and the preprocessing are in its metadata. Above 1.5 GB the weights are in a second
+    file beside it, ``path`` with ``.data`` added.
+
+    The file is compared with PyTorch in onnxruntime, for two batch sizes, before it is
+    moved to its place.
+
+    Args:
+        deployed: What ``load_classifier`` returned, on the CPU.
+        path: File to write.
+        tolerance: Largest difference of a probability.
+
+    Returns:
+        The largest difference of a probability from PyTorch.
+
+    Raises:
+        ImportError: If onnx, onnxscript or onnxruntime is not installed.
+        FileExistsError: If the file exists.
+        ValueError: If the network cannot be exported, or the file computes something
+            else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'exporting to ONNX needs a library ({error}): '
+            f"pip install 'dsnet_mm[export]'."
+        ) from error
+    check_new(path)
+    logging.getLogger('onnxscript').setLevel(logging.ERROR)
+    path, model = Path(path), PictureClassifier(deployed).eval()
+    size = deployed.encoder.image_size
+    pixels = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    weights = sum(p.numel() * p.element_size() for p in model.clip.visual.parameters())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(dir=path.parent) as folder,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter('ignore', FutureWarning)  # of torch about itself
+        file = Path(folder) / path.name
+        try:
+            program = torch.onnx.export(
+                model,
+                (pixels[:2],),
+                dynamo=True,
+                input_names=['pixels'],
+                output_names=['probabilities'],
+                dynamic_shapes=({0: torch.export.Dim('batch')},),
+                verbose=False,
+            )
+            program.model.metadata_props.update(
+                class_names=json.dumps(deployed.class_names),
+                model=deployed.encoder.model_name,
+                preprocessing=json.dumps(
+                    {'resize': deployed.preprocessing, **deployed.encoder.preprocess}
+                ),
+            )
+            program.save(str(file), external_data=weights > 1.5e9)
+            session = onnxruntime.InferenceSession(
+                str(file), providers=['CPUExecutionProvider']
+            )
+            gaps = []
+            for batch in (pixels[:1], pixels):
+                (found,) = session.run(None, {'pixels': batch.numpy()})
+                gaps.append((torch.from_numpy(found) - model(batch)).abs().max().item())
+        except Exception as error:  # both libraries raise errors of many types
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(
+                f'{deployed.encoder.model_name!r} with a '
+                f'{type(deployed.classifier).__name__} cannot be exported to ONNX '
+                f'({type(error).__name__}: {reason}).'
+            ) from error
+        worst = max(gaps)
+        if not worst <= tolerance:
+            raise ValueError(
+                f'{path.name} would differ from PyTorch by {worst:.2g} in a '
+                f'probability, more than {tolerance:.2g}; it was not written.'
+            )
+        for part in sorted(Path(folder).iterdir(), reverse=True):
+            os.replace(part, path.parent / part.name)
+    return worst
+
+
+@torch.no_grad()
+def linear_weights(classifier: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    """Returns weight (K, D) and bias (K) of a classifier that is linear.
+
+    Linear means ``logits = normalise(f) @ weight.T + bias``.
+
+    Args:
+        classifier: Classifier of image features.
+        width: Width D of the features.
+
+    Raises:
+        ValueError: If it is not linear.
+    """
+    unit = torch.eye(width)
+    plus, minus = classifier(unit), classifier(-unit)
+    weight, bias = (plus - minus).t() / 2, (plus + minus).mean(0) / 2
+    f = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    logits = classifier(f)
+    gap = (logits - F.linear(F.normalize(f, dim=-1), weight, bias)).abs().max()
+    if gap > 1e-3 * logits.abs().max():
+        raise ValueError(
+            f'a {type(classifier).__name__} is not linear in the normalised image '
+            f'features, so it has no weight matrix; export it to onnx.'
+        )
+    return weight.contiguous(), bias.contiguous()
+
+
+def export_matrix(
+    classifier: nn.Module, class_names: tuple[str, ...], path: str | Path
+) -> None:
+    """Writes a linear classifier as a safetensors file of ``weight`` and ``bias``.
+
+    Its logits are ``normalise(f) @ weight.T + bias`` for image features f. With a bias
+    of 0, ``weight.T`` is what open_clip calls a zero-shot classifier, scale included.
+
+    Raises:
+        FileExistsError: If the file exists.
+        ValueError: If the classifier is not linear.
+    """
+    check_new(path)
+    weight, bias = linear_weights(classifier, feature_width_of(classifier.state_dict()))
+    about = {
+        'class_names': json.dumps(class_names),
+        'logits': 'normalise(f) @ weight.T + bias',
+    }
+    write_atomic(path, save({'weight': weight, 'bias': bias}, about))
+
+
+@torch.no_grad()
+def export_open_clip(deployed: DeployedClassifier, path: str | Path) -> None:
+    """Writes open_clip's weights with the linear adapter in the image projection.
+
+    ``open_clip.create_model(model, pretrained=path)`` then encodes pictures as encoder
+    and adapter together do. The text tower is unchanged.
+
+    Raises:
+        FileExistsError: If the file exists.
+        ValueError: If the classifier is not a linear adapter, or the image tower does
+            not end in a projection.
+    """
+    check_new(path)
+    if not isinstance(deployed.classifier, LinearAdapter):
+        raise ValueError(
+            f'only a LinearAdapter can be a part of the image projection, not a '
+            f'{type(deployed.classifier).__name__}; export it as matrix or onnx.'
+        )
+    clip, matrix = copy.deepcopy(deployed.encoder.clip), deployed.classifier.matrix
+    visual = clip.visual
+    if isinstance(getattr(visual, 'proj', None), Tensor):  # ViT
+        visual.proj.copy_(visual.proj @ matrix.t())
+    else:
+        layer = getattr(getattr(visual, 'attnpool', None), 'c_proj', None)  # ResNet
+        layer = layer or getattr(getattr(visual, 'head', None), 'proj', None)  # timm
+        if isinstance(layer, nn.Linear):
+            layer.weight.copy_(matrix @ layer.weight)
+            if layer.bias is not None:
+                layer.bias.copy_(matrix @ layer.bias)
+    size = deployed.encoder.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    wanted = F.linear(deployed.encoder(pixels)[0], matrix)
+    if not torch.allclose(clip.encode_image(pixels), wanted, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f'the image tower of {deployed.encoder.model_name!r} does not end in a '
+            f'projection that can hold the adapter; export it to onnx.'
+        )
+    state = {k: v.detach().clone().contiguous() for k, v in clip.state_dict().items()}
+    write_atomic(path, save(state))
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    config: str | Path,
+    path: str | Path,
+    pretrained: str | None = None,
+    download: bool = False,
+) -> None:
+    """Turns a checkpoint of MMEngine with a ``CLIPAdapterHead`` into a classifier file.
+
+    Args:
+        checkpoint: The checkpoint.
+        config: Configuration that it was trained with.
+        path: File to write.
+        pretrained: Weights of the encoder instead of those in the configuration.
+        download: Whether weights that are not on this machine may be fetched.
+
+    Raises:
+        FileExistsError: If the file exists.
+        FileNotFoundError: If a file is missing.
+        ValueError: If the checkpoint has no adapter, or none with text features, or the
+            class names are unknown.
+    """
+    check_new(path)
+    if not Path(config).is_file():
+        raise FileNotFoundError(f'there is no configuration {config}.')
+    cfg = Config.fromfile(config)
+    backbone = dict(cfg.get('model', {}).get('backbone', {}))
+    head = cfg.get('model', {}).get('head', {})
+    if 'CLIPAdapterHead' not in head.get('type', ''):
+        raise ValueError(f'{config} has no model with a CLIPAdapterHead.')
+    found = read_checkpoint(str(checkpoint))
+    state = found.get('state_dict', found)
+    prefix = 'head.adapter.'
+    tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    if 'text_features' not in tensors or tensors['text_features'].isnan().any():
+        raise ValueError(
+            f'{checkpoint} holds no CLIP-Adapter with text features; it is of another '
+            f'model, or was saved before the first step.'
+        )
+    names = found.get('meta', {}).get('dataset_meta') or {}
+    names = names.get('classes') or head.get('class_names')
+    if isinstance(names, str) or names is None:
+        raise ValueError(
+            f'{checkpoint} does not hold its class names; list them in {config} as '
+            f'model.head.class_names.'
+        )
+    if len(names) != len(tensors['text_features']):
+        raise ValueError(
+            f'{checkpoint} has {len(tensors["text_features"])} classes, but '
+            f'{len(names)} class names.'
+        )
+    adapter = CLIPAdapter(tensors['text_features'], 1.0, **head.get('adapter', {}))
+    try:
+        adapter.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f'the adapter in {checkpoint} is not that of {config}; give the '
+            f'configuration that it was trained with.'
+        ) from error
+    backbone.pop('type', None)
+    backbone.update(amp=None)
+    if pretrained is not None:
+        backbone['pretrained'] = pretrained
+    encoder = OpenCLIPEncoder.shared(**backbone, download=download)
+    for name, value in encoder.state_dict().items():
+        stored = state.get(f'backbone.{name}', value)
+        if not torch.equal(stored.to(value), value):
+            raise ValueError(
+                f'{checkpoint} was trained with other weights of the encoder than '
+                f'{encoder.pretrained!r} ({name} differs).'
+            )
+    features = cfg.get('test_dataloader', {}).get('dataset', {}).get('features') or {}
+    save_classifier(
+        path,
+        adapter.eval(),
+        encoder,
+        [name.replace('_', ' ') for name in names],
+        features.get('preprocessing', 'clip'),
+        {'method': 'CLIPAdapterHead', 'checkpoint': str(Path(checkpoint).resolve())},
+    )

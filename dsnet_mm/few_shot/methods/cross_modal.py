@@ -1,0 +1,47 @@
+"""Cross-modal linear probe (arXiv 2301.06267)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FewShotData
+from .linear_probe import LinearClassifier
+from .training import train
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer without bias on normalised features, times the logit scale.
+
+    Args:
+        weight: Initial weight (K, D).
+        logit_scale: Factor of the logits.
+    """
+
+    def __init__(self, weight: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.weight, self.logit_scale = nn.Parameter(weight.clone()), logit_scale
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        f = F.normalize(image_features, dim=-1)
+        return self.logit_scale * F.linear(f, self.weight)
+
+
+def fit_cross_modal(data: FewShotData, **recipe) -> nn.Module:
+    """Trains a linear probe on pictures and on text features as samples.
+
+    ::
+
+        logits = logit_scale w f,   w = T at the start
+
+    f is the feature of a picture or of a class name. Half of each batch are text
+    features (``text_batches`` of :func:`train`).
+
+    Source: ``train.py``, ``engine/model/head.py`` and ``engine/optimizer/default.py``
+    of github.com/linzhiqiu/cross_modal_adaptation. There each prompt of a class is a
+    sample, and the last step is replaced by that with the best validation accuracy.
+    """
+    model = ScaledLinear(data.text_features, data.logit_scale)
+    train(model, data, text_batches=True, **recipe)
+    with torch.no_grad():
+        return LinearClassifier(data.logit_scale * model.weight)

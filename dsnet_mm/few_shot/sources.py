@@ -1,0 +1,365 @@
+"""Where a run has its features from: pictures and an encoder, or a file."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dsnet_mm.datasets import sample_few_shot
+from dsnet_mm.datasets.doctor import describe_copies, find_copies
+from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
+from dsnet_mm.datasets.features import FeatureCache, Features
+from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.tasks import PUBLIC_DATASETS, FewShotTask, Item, load_task
+
+from .config import FewShotConfig
+
+logger = logging.getLogger(__name__)
+
+Draw = tuple[int, int]
+"""Shots and seed."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a draw.
+
+    Attributes:
+        train: Training pictures, with augmented views.
+        plain: The same without augmentation, or None if they are not needed.
+        val: Validation pictures, or None if there are none.
+        redrawn: Whether another seed draws other pictures.
+    """
+
+    train: Features
+    plain: Features | None
+    val: Features | None
+    redrawn: bool = True
+
+
+class PictureSource:
+    """Features of the pictures of a data set.
+
+    Args:
+        config: Options of the run.
+
+    Attributes:
+        title: Names of data set and model.
+        class_names: Names by label.
+        prompts: Prompts of the text features.
+        encoder: The encoder.
+        made_by: The encoder, as :func:`save_classifier` takes it.
+        preprocessing: One of ``PREPROCESSINGS``.
+        shots: Numbers of shots of the run.
+        notes: What is left out of the run, and why, in sentences.
+        has_val: Whether there are validation pictures.
+        fingerprint: Hashes of the data, to compare with those of an interrupted run.
+        text_features: Text features (K, D).
+        logit_scale: Scale of the cosine similarities.
+    """
+
+    def __init__(self, config: FewShotConfig, quiet: bool = False) -> None:
+        self.config, self.quiet, self.notes = config, quiet, []
+        self.task = load_task(config.dataset, config.data_root, config.prompts)
+        if not self.task.split['train']:
+            raise ValueError(
+                f'{self.task.name} has no training pictures; test a classifier of '
+                f'another data set on it.'
+            )
+        self.title = f'{Path(config.dataset).name}, {Path(config.model).stem}'
+        self.class_names, self.prompts = self.task.class_names, self.task.prompts
+        self.shots, self.preprocessing = tuple(config.shots), config.preprocessing
+        self.has_val = bool(self.task.split['val'])
+        for shots in self.shots:  # raises before the encoder is loaded
+            sample_few_shot(self.task.split, shots, config.seeds[0])
+
+    def prepare(self) -> None:
+        """Loads the encoder.
+
+        Raises:
+            ValueError: If the device or a model is unknown.
+            FileNotFoundError: If the weights are missing.
+        """
+        config = self.config
+        self.encoder = OpenCLIPEncoder.shared(
+            config.model, config.pretrained, amp=config.amp, device=config.device
+        )
+        self.cache = FeatureCache(
+            config.cache_dir,
+            self.encoder,
+            preprocessing=config.preprocessing,
+            crop_scale=tuple(config.crop_scale),
+            workers=config.workers,
+            on_bad_image=config.on_bad_image,
+            quiet=self.quiet,
+        )
+        self.made_by = self.encoder
+        self.logit_scale = self.encoder.logit_scale
+        self.text_features = self.cache.texts(self.class_names, self.prompts)
+        self.fingerprint = {
+            'split': _hash_split(self.task),
+            'class names': _hash(self.class_names),
+            'weights': self.encoder.digest(),
+            'model': _hash({**self.encoder.identity(), 'weights': None}),
+        }
+
+    def encode(self, draws: Sequence[Draw], plain: bool) -> None:
+        """Encodes all pictures of a run, those of all draws together.
+
+        Args:
+            draws: The draws of the run.
+            plain: Whether :attr:`Drawn.plain` is needed.
+
+        Raises:
+            ValueError: If a picture cannot be read, or a test picture is also a
+                training or validation picture.
+        """
+        train, val = collect_draws(self.task.split, draws)
+        views, test = self.config.views, self.task.split['test']
+        encode_parts(self.cache, {'train': train, 'val': val, 'test': test}, views)
+        if plain and views:
+            self.cache.encode(train, 0, 'encoding train, plain')
+        refuse_copies(self.task, self.cache, {'train': train, 'val': val}, views)
+
+    def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
+        """Returns the pictures of a draw."""
+        items = sample_few_shot(self.task.split, shots, seed)
+        return Drawn(
+            self.cache.images(items['train'], self.config.views),
+            self.cache.images(items['train']) if plain else None,
+            self.cache.images(items['val']) if items['val'] else None,
+        )
+
+    def test(self) -> Features:
+        """Returns the test pictures."""
+        return self.cache.images(self.task.split['test'])
+
+    def all_labelled(self) -> Features:
+        """Returns the pictures of train, val and test together, with views."""
+        items = [item for part in self.task.split.values() for item in part]
+        return self.cache.images(items, self.config.views)
+
+
+class FeatureSource:
+    """Features of a file, see :class:`FeatureFile`.
+
+    Draws of k shots are CoOp's, from the part ``train`` or else from that with most
+    shots. Seed 1 takes the part ``train_k`` as it is, if the file has it. If no part
+    has more than k shots, all seeds have the same training pictures.
+
+    Its methods and attributes are those of :class:`PictureSource`.
+    """
+
+    encoder = None
+
+    def __init__(self, config: FewShotConfig) -> None:
+        self.config, self.notes = config, []
+        self.file: FeatureFile = read_feature_file(config.features)
+        self.class_names = self.file.class_names
+        about = self.file.about
+        model = Path(about.get('model', 'features')).name.removesuffix('.json')
+        self.title = f'{Path(config.features).stem}, {model}'
+        self.prompts = json.loads(about.get('prompts', '[]'))
+        self.preprocessing = about.get('preprocessing', 'clip')
+        self.made_by = {
+            'model': about.get('model'),
+            'pretrained': about.get('pretrained') or None,
+            'identity': json.loads(about.get('identity', 'null')),
+        }
+        self.has_val = self.file.val is not None
+        self.shots = self._shots()
+
+    def prepare(self) -> None:
+        """Hashes the file."""
+        self.text_features = self.file.text_features
+        self.logit_scale = self.file.logit_scale
+        content = Path(self.config.features).read_bytes()
+        self.fingerprint = {
+            'features': hashlib.sha256(content).hexdigest(),
+            'class names': _hash(self.class_names),
+        }
+
+    def encode(self, draws: Sequence[Draw], plain: bool) -> None:
+        """Checks that no test picture is also a training or validation picture.
+
+        Raises:
+            ValueError: If rows are equal.
+        """
+        parts = [*self.file.train.values()]
+        parts += [] if self.file.val is None else [self.file.val]
+        seen = {
+            row.numpy().tobytes()
+            for part in parts
+            for row in part.features.flatten(0, 1)
+        }
+        copies = [
+            i
+            for i, row in enumerate(self.file.test.features.transpose(0, 1))
+            if any(view.numpy().tobytes() in seen for view in row)
+        ]
+        if copies:
+            raise ValueError(
+                f'{len(copies)} rows of test_features are also rows of training or '
+                f'validation features, such as row {copies[0]}; remove them.'
+            )
+
+    def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
+        """Returns the pictures of a draw."""
+        pool_shots = self._pool(shots)
+        pool, val = self.file.train[pool_shots], self.file.val
+        split = {'train': _rows(pool, self.class_names), 'val': []}
+        if val is not None:
+            split['val'] = _rows(val, self.class_names)
+        drawn = {
+            part: torch.tensor([int(item[0]) for item in items], dtype=torch.long)
+            for part, items in sample_few_shot(split, shots, seed).items()
+        }
+        as_it_is = seed == 1 and shots in self.file.train
+        train = self.file.train[shots] if as_it_is else pool.take(drawn['train'])
+        return Drawn(
+            train,
+            None,
+            None if val is None else _first_view(val.take(drawn['val'])),
+            pool_shots != shots,
+        )
+
+    def test(self) -> Features:
+        """Returns the test pictures."""
+        return _first_view(self.file.test)
+
+    def all_labelled(self) -> Features:
+        """Returns the pictures of train, val and test together."""
+        largest = self.file.train[self._pool(max(k or 0 for k in self.file.train) or 1)]
+        parts = [part for part in (largest, self.file.val, self.file.test) if part]
+        views = max(len(part.features) for part in parts)
+        return Features(
+            torch.cat(
+                [
+                    part.features[torch.arange(views) % len(part.features)]
+                    for part in parts
+                ],
+                dim=1,
+            ),
+            torch.cat([part.labels for part in parts]),
+        )
+
+    def _pool(self, shots: int) -> int | None:
+        """Returns the part of the file that draws are made from."""
+        if None in self.file.train:
+            return None
+        return max(k for k in self.file.train if k is not None)
+
+    def _shots(self) -> tuple[int, ...]:
+        """Returns the numbers of shots that are wanted and possible."""
+        here = sorted(k for k in self.file.train if k is not None)
+        if self.config.shots is None:
+            return tuple(here) or (1, 2, 4, 8, 16)
+        most = here[-1] if here else 0
+        if None in self.file.train:
+            counts = self.file.train[None].labels.bincount(
+                minlength=len(self.class_names)
+            )
+            most = max(most, int(counts.min()))
+        possible = tuple(k for k in self.config.shots if k <= most)
+        if len(possible) < len(self.config.shots):
+            left_out = [str(k) for k in self.config.shots if k > most]
+            message = (
+                f'{self.config.features} has at most {most} training pictures of each '
+                f'class, so there are no {", ".join(left_out)} shots.'
+            )
+            if not possible:
+                raise ValueError(message)
+            self.notes.append(
+                f'{message} Only {", ".join(map(str, possible))} are run.'
+            )
+        return possible
+
+
+def collect_draws(
+    split: dict[str, list[Item]], draws: Sequence[Draw]
+) -> tuple[list[Item], list[Item]]:
+    """Returns the training and the validation pictures of all draws, each once."""
+    parts = [sample_few_shot(split, shots, seed) for shots, seed in draws]
+    return tuple(
+        list(dict.fromkeys(item for part in parts for item in part[name]))
+        for name in ('train', 'val')
+    )
+
+
+def encode_parts(
+    cache: FeatureCache,
+    parts: dict[str, list[Item]],
+    views: int,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Encodes training pictures with augmented views, and others as they are."""
+    for name, items in parts.items():
+        if items:
+            cache.encode(
+                items, views if name == 'train' else 0, f'encoding {name}', share
+            )
+
+
+def refuse_copies(
+    task: FewShotTask, cache: FeatureCache, used: dict[str, list[Item]], views: int
+) -> None:
+    """Refuses test pictures that are also training or validation pictures.
+
+    The published splits of the public data sets are used as they are, with a warning.
+
+    Args:
+        task: The data set.
+        cache: The cache, which has the pixels of the encoded pictures.
+        used: Its training and validation pictures that are used.
+        views: Views of the training pictures.
+
+    Raises:
+        ValueError: If there are such pictures.
+    """
+    public = task.name in PUBLIC_DATASETS
+    split = {**used, 'test': task.split['test']} if public else task.split
+    pixels = cache.pixels(used['train'], views) | cache.pixels(task.split['test'])
+    if used['val']:
+        pixels |= cache.pixels(used['val'])
+    if copies := find_copies(split, pixels):
+        if not public:
+            raise ValueError(describe_copies(copies))
+        logger.warning(
+            '%d test pictures of the published split of %s are also training or '
+            'validation pictures; they are used as published.',
+            *(len(copies), task.name),
+        )
+
+
+def _rows(part: Features, class_names: Sequence[str]) -> list[Item]:
+    """Returns an item for each row, as :func:`sample_few_shot` takes it."""
+    return [
+        (str(row), label, class_names[label])
+        for row, label in enumerate(part.labels.tolist())
+    ]
+
+
+def _first_view(part: Features) -> Features:
+    return replace(part, features=part.features[:1])
+
+
+def _hash_split(task: FewShotTask) -> str:
+    """Hashes paths and labels, and the sizes of the files of a user's own data set."""
+    items = [[part, *item] for part, items in task.split.items() for item in items]
+    if task.name not in PUBLIC_DATASETS:
+        for item in items:
+            item.append(os.path.getsize(item[1]) if os.path.isfile(item[1]) else None)
+    return _hash(items)
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+Source = PictureSource | FeatureSource
+"""Where a run has its features from."""

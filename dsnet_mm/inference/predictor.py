@@ -1,0 +1,397 @@
+"""Runs a detector of mmdet or a classifier of mmpretrain on pictures."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import LoadImageFromFile
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, init_default_scope
+
+from dsnet_mm.cli.checkpoints import load_checkpoint
+from dsnet_mm.cli.config import load_config
+from dsnet_mm.environment import require
+from dsnet_mm.models import fuse_for_inference
+
+from .prediction import DetectedObject, Mask, Prediction
+from .tiling import Tile, make_tiles, merge_tiles
+
+EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+# A picture or tile with a longer side is reduced to this before the test pipeline,
+# whose masks would be as large as the picture.
+MAX_SIDE = 4096
+# A longer picture is padded. Resized to the scale of a test pipeline it would have no
+# rows left.
+MAX_RATIO = 32
+
+Picture = str | Path | np.ndarray
+
+
+def infer(
+    config: str | Path,
+    weights: str | Path,
+    pictures: Picture | Sequence[Picture],
+    **options: Any,
+) -> list[Prediction]:
+    """Finds objects in pictures, or classifies them.
+
+    Example:
+        >>> import dsnet_mm
+        >>> for prediction in dsnet_mm.infer('mine.py', 'last.pth', 'photos'):
+        ...     for found in prediction.objects:
+        ...         print(prediction.class_names[found.label], found.score, found.box)
+
+    Args:
+        config: Configuration file, or name of one of this package.
+        weights: Checkpoint file.
+        pictures: Picture file, folder of pictures, BGR array of shape (H, W, 3), or a
+            sequence of these. A warning names a file that cannot be read.
+        **options: Those of :class:`Predictor`.
+
+    Returns:
+        A prediction for each picture that can be read, in order.
+
+    Raises:
+        FileNotFoundError: If there is no such configuration, checkpoint or picture.
+        ValueError: If an option is out of range, or the checkpoint does not fit.
+    """
+    predictor = Predictor(config, weights, **options)
+    return list(predictor(pictures))
+
+
+class View(NamedTuple):
+    """A part of a picture as the network gets it."""
+
+    image: np.ndarray
+    tile: Tile
+    # Pixels of the picture in a pixel of the image, in width and height.
+    scale: tuple[float, float]
+
+
+class Predictor:
+    """A detector or a classifier with its weights.
+
+    It prepares pictures and runs the network by mmdet's ``DetInferencer`` or
+    mmpretrain's ``ImageClassificationInferencer``.
+
+    - A side of more than 4096 pixels is reduced to that before the test pipeline,
+      unless the picture is cut into tiles.
+    - A picture whose sides have a ratio of more than 32 is padded with black.
+
+    Args:
+        config: Configuration file, or name of one of this package.
+        weights: Checkpoint file. It is loaded by a restricted unpickler.
+        device: Device of the network, the GPU if None and there is one.
+        batch_size: Number of pictures, or of tiles of a picture, in a forward.
+        score_thr: Least score of an object.
+        fuse: Whether to replace blocks by their inference form (fuse_for_inference).
+        tile: Side in pixels of the tiles of which a picture is made, None for the whole
+            picture at once. The test pipeline resizes a tile as it resizes a picture.
+            It is best about as large as the pictures of the training.
+        overlap: Overlap of tiles in pixels, larger than a common object. See
+            :func:`.tiling.merge_tiles`.
+        cfg_options: Values of the configuration to set, by dotted name.
+
+    Attributes:
+        class_names: Names of the classes.
+        unreadable: Pictures that could not be read, in order.
+
+    Raises:
+        FileNotFoundError: If there is no such configuration or checkpoint.
+        ValueError: If an option is out of range, or the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        config: str | Path,
+        weights: str | Path,
+        *,
+        device: str | None = None,
+        batch_size: int = 1,
+        score_thr: float = 0.3,
+        fuse: bool = False,
+        tile: int | None = None,
+        overlap: int = 128,
+        cfg_options: dict[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f'the batch size is at least 1, got {batch_size}')
+        if not 0 <= score_thr <= 1:
+            raise ValueError(f'the least score is from 0 to 1, got {score_thr}')
+        if tile is not None and not 0 <= overlap < tile:
+            raise ValueError(
+                f'the overlap of tiles is at least 0 and less than their side, got '
+                f'{overlap} and {tile}'
+            )
+        cfg = load_config(str(config), cfg_options or {})
+        self.detects = cfg.default_scope == 'mmdet'
+        if tile and not self.detects:
+            raise ValueError(f'{config} is a classifier; tiles are for detectors')
+        require(cfg.default_scope, user='dsnet_mm.inference')
+        self.batch_size, self.score_thr = batch_size, score_thr
+        self.tile, self.overlap = tile, overlap
+        self.unreadable: list[str] = []
+
+        self._load = self._loader(cfg)
+        with _quiet():
+            self._inferencer = self._make_inferencer(cfg, device)
+            model = self._inferencer.model
+            checkpoint = load_checkpoint(model, str(weights))
+        meta = checkpoint.get('meta', {}).get('dataset_meta') or self._metainfo(cfg)
+        self.class_names = list(meta.get('classes') or [])
+        self.palette = meta.get('palette')
+        if fuse:
+            self._inferencer.model = fuse_for_inference(model)
+
+    def __call__(
+        self,
+        pictures: Picture | Sequence[Picture],
+        track: Callable[[Iterable], Iterable] = iter,
+    ) -> Iterator[Prediction]:
+        """Yields a prediction for each picture that can be read, in order.
+
+        A warning names a file that cannot be read. It is added to ``unreadable``.
+
+        Args:
+            pictures: Picture file, folder, BGR array, or a sequence of these.
+            track: Wraps the forwards of a batch of pictures, or of a tiled picture, to
+                show a bar.
+
+        Raises:
+            FileNotFoundError: If there is no such file, or no picture in a folder.
+        """
+        readable = self._read(list_pictures(pictures))
+        group = 1 if self.tile else self.batch_size
+        while batch := list(islice(readable, group)):
+            views = [self._views(image) for _, image in batch]
+            found = iter(self._forward([v for vs in views for v in vs], track))
+            for (name, image), parts in zip(batch, views, strict=True):
+                yield self._prediction(
+                    name, image.shape[:2], parts, list(islice(found, len(parts)))
+                )
+
+    def read(self, path: str) -> np.ndarray | None:
+        """Reads a picture as the test pipeline does, None if it cannot be read."""
+        try:
+            return self._load(dict(img_path=path))['img']
+        except (OSError, AssertionError, ValueError, cv2.error):
+            return None
+
+    def _read(self, pictures: list[Picture]) -> Iterator[tuple[str, np.ndarray]]:
+        for i, picture in enumerate(pictures):
+            if isinstance(picture, np.ndarray):
+                yield str(i), picture
+            elif (image := self.read(str(picture))) is not None:
+                yield str(picture), image
+            else:
+                self.unreadable.append(str(picture))
+                warnings.warn(
+                    f'{picture} cannot be read as a picture and is skipped',
+                    stacklevel=3,
+                )
+
+    def _views(self, image: np.ndarray) -> list[View]:
+        height, width = image.shape[:2]
+        if self.tile:
+            tiles = make_tiles(height, width, self.tile, self.overlap)
+        else:
+            tiles = [Tile(0, 0, width, height)]
+        return [make_view(image, tile) for tile in tiles]
+
+    @torch.inference_mode()
+    def _forward(self, views: list[View], track: Callable) -> list[Any]:
+        """Returns what is found in each view: its objects, or scores of the classes.
+
+        Masks of the size of the view are dropped after each forward.
+        """
+        # A test pipeline of mmpretrain may leave the sizes as they are.
+        same = self.detects or len({view.image.shape for view in views}) == 1
+        size = self.batch_size if same else 1
+        chunks = [views[i : i + size] for i in range(0, len(views), size)]
+        found = []
+        for chunk in track(chunks):
+            images = [view.image for view in chunk]
+            for data in self._inferencer.preprocess(images, batch_size=size):
+                # mmdet adds the inputs.
+                data = data[1] if self.detects else data
+                samples = self._inferencer.forward(data)
+                if self.detects:
+                    found += map(self._objects, chunk, samples)
+                else:
+                    found += [
+                        sample.pred_score.float().cpu().numpy() for sample in samples
+                    ]
+        return found
+
+    def _prediction(
+        self, name: str, shape: tuple[int, int], views: list[View], found: list[Any]
+    ) -> Prediction:
+        """Returns the prediction of a picture from what was found in its views."""
+        prediction = Prediction(name, *shape, self.class_names)
+        if self.detects:
+            tiles = [view.tile for view in views]
+            prediction.objects = merge_tiles(found, tiles, *shape)
+        else:
+            (prediction.scores,) = found
+        return prediction
+
+    def _objects(self, view: View, sample: Any) -> list[DetectedObject]:
+        """Returns the objects of a view, in coordinates of the picture."""
+        instances = sample.pred_instances
+        instances = instances[instances.scores >= self.score_thr].cpu().numpy()
+        left, top, right, bottom = view.tile
+        boxes = instances.bboxes * (view.scale * 2) + (left, top, left, top)
+        boxes[:, 0::2] = boxes[:, 0::2].clip(left, right)
+        boxes[:, 1::2] = boxes[:, 1::2].clip(top, bottom)
+        objects = []
+        for i, box in enumerate(boxes):
+            # What lies in the padding alone has no area left.
+            if (box[2:] > box[:2]).all():
+                found = DetectedObject(
+                    int(instances.labels[i]), float(instances.scores[i]), box
+                )
+                if 'masks' in instances:
+                    found.mask = mask_in_picture(instances.masks[i], view)
+                objects.append(found)
+        return objects
+
+    def _make_inferencer(self, cfg: Any, device: str | None) -> Any:
+        """Returns the inferencer of mmdet or mmpretrain, with random weights."""
+        cfg = deepcopy(cfg)
+        init_default_scope(cfg.default_scope)
+        if self.detects:
+            from mmdet.apis import DetInferencer
+
+            return DetInferencer(cfg, device=device, show_progress=False)
+        from mmpretrain import ImageClassificationInferencer
+
+        return ImageClassificationInferencer(
+            cfg, pretrained=False, device=device or get_device()
+        )
+
+    @staticmethod
+    def _loader(cfg: Any) -> LoadImageFromFile:
+        """Returns the loading of the test pipeline, for BGR arrays of any picture."""
+        for step in cfg.test_dataloader.dataset.pipeline:
+            if str(step['type']).endswith('LoadImageFromFile'):
+                return LoadImageFromFile(
+                    **{key: value for key, value in step.items() if key != 'type'}
+                )
+        return LoadImageFromFile()
+
+    @staticmethod
+    def _metainfo(cfg: Any) -> dict:
+        """Returns what the test data set says of its classes, without its files."""
+        dataset = deepcopy(cfg.test_dataloader.dataset)
+        dataset.lazy_init = True
+        return DATASETS.build(dataset).metainfo
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what the inferencers say of a network that has no weights yet."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """Replaces folders by the pictures in them, also in folders below, sorted.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no picture in a folder.
+    """
+    if isinstance(pictures, str | Path | np.ndarray):
+        pictures = [pictures]
+    listed: list[Picture] = []
+    for picture in pictures:
+        if isinstance(picture, np.ndarray) or Path(picture).is_file():
+            listed.append(picture)
+            continue
+        if not Path(picture).is_dir():
+            raise FileNotFoundError(
+                f'there is no {picture}; give a picture or a folder of pictures'
+            )
+        inside = sorted(
+            path
+            for path in Path(picture).rglob('*')
+            if path.suffix.lower() in EXTENSIONS
+        )
+        if not inside:
+            raise FileNotFoundError(
+                f'{picture} holds no picture; their names end with one of '
+                f'{" ".join(EXTENSIONS)}'
+            )
+        listed += inside
+    return listed
+
+
+def make_view(image: np.ndarray, tile: Tile) -> View:
+    """Cuts a tile out of a picture, and reduces or pads it where necessary.
+
+    Args:
+        image: Picture of shape (H, W, 3).
+        tile: The tile.
+    """
+    left, top, right, bottom = tile
+    part = image[top:bottom, left:right]
+    size = right - left, bottom - top
+    if max(size) > MAX_SIDE:
+        new = [max(round(side * MAX_SIDE / max(size)), 1) for side in size]
+        part = cv2.resize(part, new, interpolation=cv2.INTER_AREA)
+    height, width = part.shape[:2]
+    least = math.ceil(max(height, width) / MAX_RATIO)
+    if min(height, width) < least:
+        part = cv2.copyMakeBorder(
+            part,
+            0,
+            max(least - height, 0),
+            0,
+            max(least - width, 0),
+            cv2.BORDER_CONSTANT,
+        )
+    return View(part, tile, (size[0] / width, size[1] / height))
+
+
+def mask_in_picture(mask: np.ndarray, view: View) -> Mask:
+    """Returns the part of a mask that holds it, in coordinates of the picture.
+
+    Args:
+        mask: Boolean mask of a view, shape (h, w).
+        view: The view.
+    """
+    left, top, right, bottom = view.tile
+    # Without the padding.
+    mask = mask[
+        : round((bottom - top) / view.scale[1]), : round((right - left) / view.scale[0])
+    ]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return Mask(np.zeros((0, 0), bool), left, top)
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    pixels = mask[y0:y1, x0:x1]
+    if view.scale != (1, 1):
+        x0, x1 = (round(x * view.scale[0]) for x in (x0, x1))
+        y0, y1 = (round(y * view.scale[1]) for y in (y0, y1))
+        pixels = cv2.resize(
+            pixels.astype(np.uint8), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
+        ).astype(bool)
+    return Mask(pixels.copy(), left + int(x0), top + int(y0))

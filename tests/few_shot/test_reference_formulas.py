@@ -1,0 +1,279 @@
+"""The methods against the formulas of their papers, written plainly in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsnet_mm.datasets.features import Features
+from dsnet_mm.few_shot.methods import METHODS, FewShotData
+
+CLASSES, WIDTH, SHOTS, SCALE = 5, 12, 3, 30.0
+
+
+def make_data(views=1, shots=SHOTS, seed=0):
+    """Random features in float64."""
+    rng = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    text = F.normalize(draw(CLASSES, WIDTH), dim=-1)
+    labels = torch.arange(CLASSES).repeat(shots)
+    features = 4 * (text[labels] + 0.4 * draw(views, len(labels), WIDTH))
+    names = tuple(f'class {k}' for k in range(CLASSES))
+    return FewShotData(Features(features, labels), shots, text, SCALE, names, seed=seed)
+
+
+def logits_of(classifier):
+    rng = torch.Generator().manual_seed(4)
+    x = torch.randn(20, WIDTH, generator=rng, dtype=torch.float64)
+    with torch.no_grad():
+        return classifier.double()(x), F.normalize(x, dim=-1)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def probabilities(logits):
+    return torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize('start', [1.0, 3.0])
+@pytest.mark.parametrize('name', ['linear_probe_zs', 'clap'])
+def test_zs_lp_and_clap(name, start):
+    """Three steps of SGD with momentum on the prototypes, by hand."""
+    data = make_data()
+    f, y = F.normalize(data.train.features[0], dim=-1), data.train.labels
+    t = data.text_features
+    one_hot = F.one_hot(y).double()
+    multiplier = torch.zeros(CLASSES, dtype=torch.float64)
+    if name == 'clap':
+        multiplier = (probabilities(SCALE * f @ t.t()) * one_hot).sum(0) / SHOTS
+    p, speed = start * t, torch.zeros_like(t)
+    for step in range(3):
+        length = p.norm(dim=1, keepdim=True)
+        unit = p / length
+        error = (probabilities(SCALE * f @ unit.t()) - one_hot) / len(y)
+        towards = SCALE * error.t() @ f
+        gradient = (towards - (towards * unit).sum(1, keepdim=True) * unit) / length
+        gradient += 2 / CLASSES * multiplier[:, None] * (p - start * t)
+        speed = 0.9 * speed + gradient
+        lr = 1e-5 if step == 0 else 0.1 * 0.5 * (1 + math.cos(math.pi * step / 3))
+        p = p - lr * speed
+    method = METHODS[name]
+    options = {**method.defaults, 'epochs': 3, 'length': start}
+    actual, x = logits_of(method.fit(data, **options))
+    close(actual, SCALE * x @ F.normalize(p, dim=-1).t())
+    assert (method.defaults['lr'], method.defaults['length']) == (0.1, 1.0)
+    assert method.defaults['epochs'] == 300
+
+
+def test_lp_plus_plus():
+    data = make_data()
+    f, y, t = (
+        F.normalize(data.train.features[0], dim=-1),
+        data.train.labels,
+        data.text_features,
+    )
+    one_hot = F.one_hot(y).double()
+    w, b = one_hot.t() @ f, torch.zeros(CLASSES, dtype=torch.float64)
+    alpha = torch.full_like(b, 250 * (f * t[y]).sum(1).mean().item())
+    lr = 4 * len(y) / torch.linalg.eigvalsh(f.t() @ f).max()
+    alpha_lr = len(y) / (4 * (f @ t.t()).square().sum(0).max())
+    total, w_speed, b_speed = torch.zeros_like(b), 0, 0
+    for step in range(4):
+        error = probabilities(f @ w.t() + b + alpha * (f @ t.t())) - one_hot
+        error /= len(y)
+        total = total + (error * (f @ t.t())).sum(0)
+        w_speed = 0.9 * w_speed + error.t() @ f
+        b_speed = 0.9 * b_speed + error.sum(0)
+        w, b = w - lr * w_speed, b - lr * b_speed
+        if step % 2 == 1:
+            alpha = alpha - alpha_lr * total
+    fit = METHODS['lp++'].fit
+    actual, x = logits_of(fit(data, iterations=4, momentum=0.9, alpha_every=2))
+    close(actual, x @ w.t() + b + alpha * (x @ t.t()))
+
+
+def test_gda():
+    data = make_data(views=2)
+    t = data.text_features
+    f = F.normalize(data.train.features, dim=-1)
+    by_class = [f[:, data.train.labels == k].reshape(-1, WIDTH) for k in range(CLASSES)]
+    means = torch.stack([rows.mean(0) for rows in by_class])
+    centred = torch.cat(
+        [rows - mean for rows, mean in zip(by_class, means, strict=True)]
+    )
+    count = len(centred)
+    assert count == 2 * SHOTS * CLASSES
+    covariance = centred.t() @ centred / (count - 1)
+    ridge = covariance.trace() * torch.eye(WIDTH, dtype=torch.float64)
+    inverse = WIDTH * torch.linalg.inv((count - 1) * covariance + ridge)
+    actual, x = logits_of(METHODS['gda'].fit(data, alpha=0.3))
+    bias = -0.5 * torch.stack([m @ inverse @ m for m in means])
+    close(actual, SCALE * x @ t.t() + 0.3 * (x @ inverse @ means.t() + bias))
+
+    single = make_data(shots=1)
+    actual, x = logits_of(METHODS['gda'].fit(single, alpha=0.3))
+    close(actual, SCALE * x @ t.t())
+
+
+def test_proker():
+    data = make_data()
+    t, f = data.text_features, F.normalize(data.train.features[0], dim=-1)
+    beta, lmbda = 1.5, 0.2
+
+    def kernel(a, b):
+        return torch.exp(-beta / 2 * torch.cdist(a, b).square())
+
+    target = F.one_hot(data.train.labels).double() - f @ t.t()
+    identity = torch.eye(len(f), dtype=torch.float64)
+    values = torch.linalg.inv(kernel(f, f) / lmbda + identity) @ target
+    actual, x = logits_of(METHODS['proker'].fit(data, beta=beta, lmbda=lmbda))
+    close(actual / SCALE, x @ t.t() + kernel(x, f) @ values)
+
+
+def test_linear_adapter():
+    """The first step of Adam moves each weight by lr g / (|g| + eps)."""
+    data = make_data()
+    f, y, t = data.train.features[0], data.train.labels, data.text_features
+    matrix = torch.eye(WIDTH, dtype=torch.float64)
+    g = []
+    for step in range(2):  # the penalty has no gradient at the first
+        mapped = f @ matrix.t()
+        length = mapped.norm(dim=1, keepdim=True)
+        unit = mapped / length
+        error = (probabilities(SCALE * unit @ t.t()) - F.one_hot(y)) / len(y)
+        towards = SCALE * error @ t
+        towards = (towards - (towards * unit).sum(1, keepdim=True) * unit) / length
+        identity = torch.eye(WIDTH, dtype=torch.float64)
+        g.append(towards.t() @ f + 2 / SHOTS * (matrix - identity))
+        mean = sum(0.1 * 0.9 ** (step - i) * g[i] for i in range(step + 1))
+        square = sum(
+            0.001 * 0.999 ** (step - i) * g[i].square() for i in range(step + 1)
+        )
+        mean, square = (
+            mean / (1 - 0.9 ** (step + 1)),
+            square / (1 - 0.999 ** (step + 1)),
+        )
+        lr = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 2))
+        matrix = matrix - lr * mean / (square.sqrt() + 1e-4)
+    method = METHODS['linear_adapter']
+    options = {**method.defaults, 'lr': 1e-2, 'epochs': 2}
+    actual, x = logits_of(method.fit(data, **options))
+    close(actual, SCALE * F.normalize(x @ matrix.t(), dim=-1) @ t.t())
+
+
+def test_cross_modal_batches_are_half_text():
+    """With all text features and as many pictures in a batch, by hand."""
+    data = make_data(shots=1)
+    f, t = F.normalize(data.train.features[0], dim=-1), data.text_features
+    x, y = torch.cat([f, t]), torch.cat([data.train.labels, torch.arange(CLASSES)])
+    error = (probabilities(SCALE * x @ t.t()) - F.one_hot(y)) / len(y)
+    w = t - 0.01 * SCALE * error.t() @ x
+    fit = METHODS['cross_modal'].fit
+    recipe = dict(optimizer='SGD', lr=0.01, weight_decay=0.0)
+    actual, z = logits_of(fit(data, iterations=1, batch_size=2 * CLASSES, **recipe))
+    close(actual, SCALE * z @ w.t())
+
+
+def test_released_clip_adapter():
+    """A step of the released network: two ReLUs, ratio 0.2, SGD."""
+    data = make_data()
+    fit, options = (
+        METHODS['clip_adapter_released'].fit,
+        dict(METHODS['clip_adapter_released'].defaults),
+    )
+    options.update(batch_size=None, warmup_epochs=0)
+    start = fit(replace_float(data), **{**options, 'epochs': 0}).double()
+    w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
+    w1.requires_grad_(), w2.requires_grad_()
+    f, t = data.train.features[0].float().double(), data.text_features.float().double()
+    mixed = 0.2 * ((f @ w1.t()).relu() @ w2.t()).relu() + 0.8 * f
+    cosine = mixed @ t.t() / mixed.norm(dim=1, keepdim=True)
+    F.cross_entropy(SCALE * cosine, data.train.labels).backward()
+    step = fit(replace_float(data), **{**options, 'epochs': 1}).double()
+    for i, w in ((0, w1), (2, w2)):
+        expected = w - 0.002 * (w.grad + 5e-4 * w)
+        moved = step.visual_adapter[i].weight - w
+        torch.testing.assert_close(moved, expected - w, rtol=1e-3, atol=1e-7)
+
+
+def test_default_clip_adapter():
+    """A step of AdamW on the paper's network, kept close to zero-shot."""
+    data, method = replace_float(make_data()), METHODS['clip_adapter']
+    options = {**method.defaults, 'batch_size': None}
+    start = method.fit(data, **{**options, 'iterations': 0}).double()
+    w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
+    w1.requires_grad_(), w2.requires_grad_()
+    f, t = data.train.features[0].double(), data.text_features.double()
+    mixed = 0.2 * (f @ w1.t()).relu() @ w2.t() + 0.8 * f
+    unit = mixed / mixed.norm(dim=1, keepdim=True)
+    moved = (unit - f / f.norm(dim=1, keepdim=True)).square().sum(1).mean()
+    loss = F.cross_entropy(SCALE * unit @ t.t(), data.train.labels)
+    (loss + method.defaults['keep'] * moved).backward()
+    step = method.fit(data, **{**options, 'iterations': 1}).double()
+    for i, w in ((0, w1), (2, w2)):
+        expected = -1e-3 * (w.grad / (w.grad.abs() + 1e-8) + 0.01 * w)
+        moved = step.visual_adapter[i].weight - w
+        torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-6)
+
+
+def replace_float(data):
+    return replace(
+        data,
+        train=Features(data.train.features.float(), data.train.labels),
+        text_features=data.text_features.float(),
+    )
+
+
+def test_tip_adapter_keys_are_means_of_raw_features():
+    data = make_data(views=4)
+    keys = METHODS['tip_adapter'].fit(data, alpha=1.0, beta=1.0).keys
+    close(keys, F.normalize(data.train.features.mean(0), dim=-1))
+
+
+def test_task_res_recipe():
+    """The first epoch warms up with a learning rate of 1e-5, as in Dassl."""
+    data, method = make_data(), METHODS['task_res']
+    f, t = F.normalize(data.train.features[0], dim=-1), data.text_features
+    residual = torch.zeros_like(t, requires_grad=True)
+    unit = F.normalize(t + 0.5 * residual, dim=-1)
+    F.cross_entropy(SCALE * f @ unit.t(), data.train.labels).backward()
+    g = residual.grad
+    expected = F.normalize(t - 0.5 * 1e-5 * g / (g.abs() + 1e-8), dim=-1)
+    actual, x = logits_of(method.fit(data, **{**method.defaults, 'epochs': 1}))
+    close(actual, SCALE * x @ expected.t())
+    wanted = dict(weight_decay=5e-4, beta2=0.99, epochs='task_res', decay_by='epoch')
+    assert wanted.items() <= method.defaults.items()
+
+
+def test_hoso_learns_the_ratio_on_held_out_pictures():
+    data = replace_float(make_data(shots=4))
+    method = METHODS['clip_adapter_hoso']
+    options = {**method.defaults, 'iterations': 40}
+    adapter = method.fit(data, **options)
+    assert adapter.alpha != options['alpha']
+    assert adapter.options['alpha'] == pytest.approx(adapter.alpha)
+    shots = make_data(shots=1)
+    fixed = method.fit(replace_float(shots), **options)
+    assert fixed.alpha == options['alpha']
+
+
+def test_seed_reaches_the_methods():
+    data = replace_float(make_data(views=3))
+    for name in ('clip_adapter', 'linear_probe_zs', 'task_res', 'tip_adapter_f'):
+        method = METHODS[name]
+        options = {**method.defaults}
+        if 'epochs' in options:
+            options['epochs'] = 3
+        first, same, other = (
+            logits_of(method.fit(replace(data, seed=seed), **options))[0]
+            for seed in (1, 1, 2)
+        )
+        assert torch.equal(first, same), name
+        assert not torch.allclose(first, other), name
