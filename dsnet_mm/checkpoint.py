@@ -1,20 +1,29 @@
-"""Reads checkpoints without running what is in them.
+"""Reads checkpoints without running what is in them, and writes weights to share.
 
 A checkpoint is a pickle, and a pickle can name any function to be called.
 Whatever MMEngine does to read one ends in ``torch.load``, so that is replaced
 while :func:`restricted_loading` is active.
+
+A file that ends with ``.safetensors`` holds tensors and text only. It is read in the
+place of a checkpoint wherever :func:`restricted_loading` is active.
 """
 
 import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dsnet_mm.files import write_atomic
 
 _multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
 
@@ -65,8 +74,8 @@ class DamagedCheckpointError(ValueError):
 def restricted_loading(trust: bool = False) -> Iterator[None]:
     """Lets ``torch.load`` build tensors and what MMEngine writes, nothing else.
 
-    ``torch.load`` raises ValueError for a file that holds anything else. Where
-    two of these contexts are nested, the outer one decides.
+    It reads ``.safetensors`` files too. It raises ValueError for a file that holds
+    anything else. Where two of these contexts are nested, the outer one decides.
 
     Args:
         trust: Load any file, which can then run any program.
@@ -78,6 +87,8 @@ def restricted_loading(trust: bool = False) -> Iterator[None]:
     load = torch.load
 
     def load_anything(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_safetensors(file):
+            return read_safetensors(file)
         return load(file, *args, **{**kwargs, 'weights_only': False})
 
     def load_restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,8 +125,64 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def is_safetensors(file: Any) -> bool:
+    """Tells whether a file is named as one of safetensors."""
+    return isinstance(file, str | Path) and str(file).endswith('.safetensors')
+
+
+def read_safetensors(path: str | Path) -> dict[str, Any]:
+    """Reads weights as a checkpoint.
+
+    Args:
+        path: File that :func:`write_safetensors` wrote, or another of the format.
+
+    Returns:
+        ``state_dict``, with half precision made single, and ``meta``, the texts of the
+        file by name.
+
+    Raises:
+        DamagedCheckpointError: If it cannot be read.
+    """
+    try:
+        with safe_open(str(path), framework='pt') as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise DamagedCheckpointError(_damage(path)) from error
+    meta.pop('config', None)  # as in _load_restricted
+    half = (torch.float16, torch.bfloat16)
+    state = {k: v.float() if v.dtype in half else v for k, v in state.items()}
+    return dict(state_dict=state, meta=meta)
+
+
+def write_safetensors(
+    path: str | Path, state: dict[str, Tensor], meta: dict[str, str]
+) -> None:
+    """Writes weights in half precision. Tensors of integers stay as they are.
+
+    Args:
+        path: File to write.
+        state: State dict of a model.
+        meta: Texts to keep with it.
+
+    Raises:
+        ValueError: If a weight is too large for half precision.
+    """
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    infinite = [k for k, v in half.items() if not v.isfinite().all()]
+    if infinite:
+        raise ValueError(
+            f'{len(infinite)} tensors are not finite in half precision, for example '
+            f'{infinite[0]}; they cannot be written to {path}'
+        )
+    half = {key: value.contiguous() for key, value in half.items()}
+    write_atomic(path, safetensors.torch.save(half, meta))
+
+
 def _load_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls ``torch.load`` with its restricted unpickler and :data:`ALLOWED`."""
+    if is_safetensors(file):
+        return read_safetensors(file)
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(ALLOWED)

@@ -24,6 +24,7 @@ HOOKS = Registry(
     parent=MMENGINE_HOOKS,
     scope='dsnet_mm',
     locations=[
+        'dsnet_mm.engine.cpu_time_hook',
         'dsnet_mm.engine.finite_loss_hook',
         'dsnet_mm.engine.fuse_hook',
         'dsnet_mm.engine.iteration_seed_hook',

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
+from dsnet_mm.checkpoint import (
+    read_checkpoint,
+    restricted_loading,
+    write_safetensors,
+)
 from dsnet_mm.models import DSNet
 
 from .conftest import COCO, FOLDERS, tool
@@ -194,5 +198,43 @@ def test_loading_elsewhere_is_left_alone(tmp_path: Path) -> None:
 def test_damage_is_told(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'
     path.write_bytes(content)
+    with pytest.raises(ValueError, match='damaged or something else'):
+        read_checkpoint(str(path))
+
+
+def test_safetensors_take_the_place_of_a_checkpoint(tmp_path: Path) -> None:
+    """They are tested, trained from, and give a backbone its weights."""
+    test, train = tool('test.py'), tool('train.py')
+    out = ['--work-dir', str(tmp_path / 'run'), '--cfg-options', FOLDERS]
+    train.main(['classifier.py', *out, 'train_cfg.max_epochs=1'])
+    trained = read_checkpoint(str(tmp_path / 'run' / 'epoch_1.pth'))['state_dict']
+    weights = tmp_path / 'weights.safetensors'
+    write_safetensors(weights, trained, dict(seed='0', config='raise SystemExit'))
+
+    read = read_checkpoint(str(weights))
+    assert read['meta'] == dict(seed='0')
+    for key, value in trained.items():
+        assert read['state_dict'][key].dtype == value.dtype
+        error = (read['state_dict'][key] - value).abs().max()
+        assert error <= 2**-11 * value.abs().max() + 1e-7, key
+
+    test.main(['classifier.py', str(weights), *out])
+    assert len(list(tmp_path.glob('run/*/metrics.json'))) == 1
+    start = ['--work-dir', str(tmp_path / 'next'), '--cfg-options', FOLDERS]
+    train.main(['classifier.py', *start, f'load_from={weights}'])
+    init_cfg = dict(type='Pretrained', checkpoint=str(weights), prefix='backbone.')
+    options = dict(norm_cfg=dict(type='GN', num_groups=4), init_cfg=init_cfg)
+    net = DSNet(ARCH, **options)
+    net.init_weights()
+    key = 'stages.0.0.proj_in.weight'
+    assert torch.equal(net.state_dict()[key], read['state_dict'][f'backbone.{key}'])
+
+
+def test_weights_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / 'a.safetensors'
+    with pytest.raises(ValueError, match='1 tensors are not finite'):
+        write_safetensors(path, dict(a=torch.tensor([1e6])), {})
+    assert not path.exists()
+    path.write_bytes(b'no weights')
     with pytest.raises(ValueError, match='damaged or something else'):
         read_checkpoint(str(path))

@@ -57,6 +57,7 @@ def test_all_are_listed():
         'dsnet-demo_scenes.py',
         'mask_rcnn_dsnet_demo_coco8.py',
         'mask_rcnn_dsnet_demo_scenes.py',
+        'mask_rcnn_dsnet_nuclei.py',
     }
 
 
@@ -92,18 +93,25 @@ def test_detection(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['mask_rcnn_dsnet_demo_scenes.py', 'mask_rcnn_dsnet_demo_coco8.py']
+    'name',
+    [
+        'mask_rcnn_dsnet_demo_scenes.py',
+        'mask_rcnn_dsnet_demo_coco8.py',
+        'mask_rcnn_dsnet_nuclei.py',
+    ],
 )
-def test_demo_detection(name):
+def test_small_detection(name):
     testing = pytest.importorskip('mmdet.testing')
     pytest.importorskip('mmcv._ext')
     cfg = Config.fromfile(CONFIGS / name)
-    cfg.model.backbone.init_cfg.checkpoint = None
+    cfg.model.backbone.init_cfg = None
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
     data = testing.demo_mm_inputs(2, [[3, 128, 128]] * 2, num_classes=4, with_mask=True)
+    for sample in data['data_samples']:
+        sample.gt_instances.labels %= cfg.model.roi_head.bbox_head.num_classes
     assert 'loss_mask' in trained(model.train(), data, cfg)
     model.eval().test_step(data)
 

@@ -111,7 +111,11 @@ def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 '--show-dir does not draw the flipped pictures that --tta gives a '
                 'classifier; leave one of them out'
             )
-        check_file(args.checkpoint, 'checkpoint', 'training writes them as .pth files')
+        check_file(
+            args.checkpoint,
+            'checkpoint',
+            'training writes them as .pth files, and weights/ holds .safetensors files',
+        )
         check_data(cfg, ['test'])
         set_run(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False

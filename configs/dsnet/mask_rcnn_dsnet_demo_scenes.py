@@ -37,7 +37,9 @@ model = dict(
         anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=width, finest_scale=16),
+        bbox_roi_extractor=dict(
+            out_channels=width, finest_scale=16, roi_layer=dict(sampling_ratio=1)
+        ),
         bbox_head=dict(
             type='ConvFCBBoxHead',
             num_shared_convs=2,
@@ -48,7 +50,7 @@ model = dict(
             num_classes=4,
             norm_cfg=norm_cfg,
         ),
-        mask_roi_extractor=dict(out_channels=width),
+        mask_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(
             num_convs=2,
             in_channels=width,
@@ -61,7 +63,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
-        rcnn=dict(sampler=dict(num=48)),
+        rcnn=dict(sampler=dict(num=32)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=20)),
 )
@@ -121,7 +123,7 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 
 max_iters = 1000
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

@@ -116,13 +116,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def load_checkpoint(model: nn.Module, path: str) -> dict[str, Any]:
-    """Loads a checkpoint of MMEngine that fits a model exactly.
+    """Loads a checkpoint that fits a model exactly.
 
     Only counters of batch norms (``num_batches_tracked``) may be missing.
 
     Args:
         model: The model, wrapped or not, see :func:`unwrap`.
-        path: Checkpoint file, or an address that MMEngine knows.
+        path: Checkpoint file, ``.pth`` or ``.safetensors``, or an address that
+            MMEngine knows.
 
     Returns:
         The whole checkpoint, on the CPU.
@@ -132,7 +133,11 @@ def load_checkpoint(model: nn.Module, path: str) -> dict[str, Any]:
         ValueError: If it is no checkpoint, not safe to load, or one of another
             model.
     """
-    check_file(path, 'checkpoint', 'give the path of a .pth file that training wrote')
+    check_file(
+        path,
+        'checkpoint',
+        'give a .pth file that training wrote, or .safetensors weights',
+    )
     checkpoint = read_checkpoint(path)
     state = checkpoint.get('state_dict', checkpoint)
     consume_prefix_in_state_dict_if_present(state, 'module.')

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,6 +42,11 @@ def peak_here(row: Row, panel: Panel, settings: Settings) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_of(call)
+
+
+def peak_of(call: Callable[[], object]) -> float:
+    """Returns by how many MiB this process grows at most during a call."""
 
     def mib(field: str) -> float:
         status = Path('/proc/self/status').read_text()

@@ -1,0 +1,4 @@
+# The FFN is wider, so that the multiply-adds are those of DS-Net*.
+_base_ = '_base_/cifar10.py'
+
+model = dict(backbone=dict(isa=False, alpha=0.25, mlp_ratio=5.0))

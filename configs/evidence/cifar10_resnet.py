@@ -1,0 +1,12 @@
+_base_ = '_base_/cifar10.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='ResNet',
+        depth=18,
+        stem_channels=12,
+        base_channels=16,
+    ),
+    head=dict(in_channels=128),
+)

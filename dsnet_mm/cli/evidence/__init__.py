@@ -1,0 +1,1 @@
+"""Measured tables: their rows, their runs, and the page that shows them."""

@@ -1,0 +1,246 @@
+"""The tables and their rows. Each row is a configuration in configs/evidence."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        name: Name of the row, and of its results.
+        label: How the page calls it.
+        config: File in ``configs/evidence``, without suffix.
+        seeds: Number of trainings, with the seeds 0, 1 and so on.
+        options: Values of the configuration that the row sets, by dotted name.
+    """
+
+    name: str
+    label: str
+    config: str
+    seeds: int = 3
+    options: Mapping[str, Any] = {}
+
+
+class Table(NamedTuple):
+    """A table.
+
+    Attributes:
+        title: Title on the page.
+        rows: Its rows. Differences are those from the first one.
+        metrics: Metrics of the page and their column titles. The first one is
+            compared and plotted.
+        tolerance: Largest difference from the recorded first metric that passes as
+            reproduced. Threads, libraries and processors change it from run to run.
+        data: Where the data comes from.
+        licence: Licence of the data.
+        limits: What weights of this table are not good for.
+        size: Side of the square picture for which multiply-adds are counted.
+        comparable: Rows whose backbones need the same multiply-adds within 5 %.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    metrics: Mapping[str, str]
+    tolerance: float
+    data: str
+    licence: str
+    limits: str
+    size: int
+    comparable: bool = True
+
+    def row(self, name: str) -> Row:
+        """Returns a row by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+COCO = {
+    'coco/segm_mAP': 'mask AP',
+    'coco/segm_mAP_50': 'AP50',
+    'coco/segm_mAP_75': 'AP75',
+    'coco/segm_mAP_s': 'small',
+    'coco/segm_mAP_m': 'medium',
+    'coco/bbox_mAP': 'box AP',
+    'coco/bbox_mAP_50': 'AP50',
+    'coco/bbox_mAP_75': 'AP75',
+    'coco/bbox_mAP_s': 'small',
+    'coco/bbox_mAP_m': 'medium',
+}
+NUCLEI_DATA = (
+    'the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted by '
+    'tools/dataset_converters/nuclei_to_coco.py into data/nuclei'
+)
+NUCLEI_LIMITS = (
+    'one class, pictures like those of the set (nuclei stained for light or '
+    'fluorescence microscopy, 256 to 696 pixels, enlarged twice); small training set, '
+    'no use in diagnosis'
+)
+CIFAR_LIMITS = (
+    'ten classes, pictures of 32 pixels enlarged to 64; trained for minutes, far from '
+    'what long training reaches'
+)
+CIFAR_LICENCE = 'CIFAR-10 is published without a licence, for research'
+CIFAR_DATA = (
+    'CIFAR-10 as a folder of pictures, written by '
+    'tools/dataset_converters/cifar10_to_folders.py into data/cifar10'
+)
+DETECTORS = {
+    'dsnet_dsfpn': 'DS-Net + DS-FPN',
+    'dsnet_fpn': 'DS-Net + FPN',
+    'resnet_fpn': 'ResNet + FPN',
+    'swin_fpn': 'Swin + FPN',
+    'convnext_fpn': 'ConvNeXt + FPN',
+}
+CLASSIFIERS = {
+    'dsnet': 'DS-Net*',
+    'dsnet_alpha0': 'DS-Net, alpha 0 (local stream alone)',
+    'dsnet_alpha1': 'DS-Net, alpha 1 (global stream alone)',
+    'resnet': 'ResNet',
+    'deit': 'DeiT',
+    'swin': 'Swin',
+    'convnext': 'ConvNeXt',
+    'dsnet_no_isa': 'DS-Net, no ISA (alpha 0.5)',
+    'dsnet_alpha25': 'DS-Net, alpha 0.25',
+    'dsnet_alpha75': 'DS-Net, alpha 0.75',
+    'dsnet_global_to_local': 'DS-Net*, global to local only',
+    'dsnet_local_to_global': 'DS-Net*, local to global only',
+}
+THREE_SEEDS = ('dsnet', 'dsnet_alpha0', 'dsnet_alpha1', 'resnet', 'deit')
+RATES = (1e-3, 2e-3, 4e-3)
+
+TABLES = {
+    'nuclei': Table(
+        'Nuclei, Mask R-CNN from random weights',
+        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items()),
+        COCO,
+        tolerance=1.5,
+        data=NUCLEI_DATA,
+        licence='the pictures are CC0',
+        limits=NUCLEI_LIMITS,
+        size=256,
+    ),
+    'scenes': Table(
+        'Drawn scenes, Mask R-CNN',
+        (
+            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
+            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
+        ),
+        COCO,
+        tolerance=3.0,
+        data='the first two commands of `make demo`: the pictures and the warm-up of '
+        'the backbone',
+        licence='the pictures are drawn by this repository',
+        limits='drawn pictures only',
+        size=128,
+    ),
+    'cifar10': Table(
+        'CIFAR-10 at 64 pixels',
+        tuple(
+            Row(name, label, f'cifar10_{name}', 3 if name in THREE_SEEDS else 1)
+            for name, label in CLASSIFIERS.items()
+        ),
+        {'accuracy/top1': 'accuracy'},
+        tolerance=1.0,
+        data=CIFAR_DATA,
+        licence=CIFAR_LICENCE,
+        limits=CIFAR_LIMITS,
+        size=64,
+    ),
+}
+# Learning rates. Those of the nuclei are judged by the validation pictures: there are
+# few of them. The rate of 0.002 is in the table itself.
+TABLES['nuclei_rates'] = TABLES['nuclei']._replace(
+    title='Nuclei, other learning rates',
+    rows=tuple(
+        Row(
+            f'{name}_{rate:g}',
+            f'{label}, {rate:g}',
+            f'nuclei_{name}',
+            1,
+            {'optim_wrapper.optimizer.lr': rate},
+        )
+        for name, label in DETECTORS.items()
+        for rate in RATES
+        if rate != 2e-3
+    ),
+)
+# Three epochs, judged by a tenth of the training pictures.
+SHORT = {
+    'train_cfg.max_epochs': 3,
+    'param_scheduler.1.T_max': 3,
+    'test_dataloader.dataset.ann_file': 'val.txt',
+    'test_dataloader.dataset.data_prefix': 'train',
+}
+TABLES['cifar10_rates'] = TABLES['cifar10']._replace(
+    title='CIFAR-10, learning rates',
+    rows=tuple(
+        Row(
+            f'{name}_{rate:g}',
+            f'{CLASSIFIERS[name]}, {rate:g}',
+            f'cifar10_{name}',
+            1,
+            {**SHORT, 'optim_wrapper.optimizer.lr': rate},
+        )
+        for name in ('dsnet', 'resnet', 'deit', 'swin', 'convnext')
+        for rate in RATES
+    ),
+    tolerance=1.5,
+)
+CHOICES = {
+    'default': ('DS-Net*', {}),
+    'global_small': (
+        'global stream of 4, 2, 2, 2 rows',
+        {'model.backbone.global_factors': (4, 4, 2, 1)},
+    ),
+    'global_full': (
+        'global stream at full resolution',
+        {'model.backbone.global_factors': (1, 1, 1, 1)},
+    ),
+    'drop_path': ('drop path 0.1', {'model.backbone.drop_path_rate': 0.1}),
+    'decay_all': (
+        'weight decay of norms and biases too',
+        {
+            'optim_wrapper.paramwise_cfg.norm_decay_mult': 1.0,
+            'optim_wrapper.paramwise_cfg.bias_decay_mult': 1.0,
+        },
+    ),
+    'small_init': (
+        'all weights from a normal of 0.02',
+        {
+            'model.backbone.init_cfg.type': 'TruncNormal',
+            'model.backbone.init_cfg.layer': ('Linear', 'Conv2d'),
+            'model.backbone.init_cfg.std': 0.02,
+        },
+    ),
+}
+TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
+    title='CIFAR-10, choices of DS-Net*',
+    rows=tuple(
+        Row(name, label, 'cifar10_dsnet', 1, {**SHORT, **options})
+        for name, (label, options) in CHOICES.items()
+    ),
+    comparable=False,
+)
+# The weights in weights/ are from these rows.
+TABLES['nuclei_long'] = TABLES['nuclei']._replace(
+    title='Nuclei, the detector of configs/dsnet/mask_rcnn_dsnet_nuclei.py',
+    rows=(Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),),
+)
+TABLES['cifar10_long'] = TABLES['cifar10']._replace(
+    title='CIFAR-10, a longer training',
+    rows=(Row('dsnet', CLASSIFIERS['dsnet'], 'cifar10_long', 1),),
+)
+# The order of `reproduce.py all`: learning rates are chosen before they are used.
+TABLES = {
+    name: TABLES[name]
+    for name in (
+        'nuclei',
+        'nuclei_long',
+        'scenes',
+        'cifar10_rates',
+        'cifar10',
+        'cifar10_choices',
+        'nuclei_rates',
+        'cifar10_long',
+    )
+}

@@ -1,0 +1,201 @@
+"""Convert the nuclei of the 2018 Data Science Bowl to the layout of COCO.
+
+python tools/dataset_converters/nuclei_to_coco.py stage1_train data/nuclei
+
+The source is BBBC038 of the Broad Bioimage Benchmark Collection (CC0). It has one
+folder for each picture, with ID/images/ID.png and one file for each nucleus in
+ID/masks. Large pictures are left out. The split depends on the picture's name only.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from hashlib import sha1
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+from rich.progress import track
+
+from dsnet_mm.demo.folders import replacing
+
+SPLITS = {'train': range(62), 'val': range(62, 81), 'test': range(81, 100)}
+"""Remainders of the SHA-1 of a picture's name, divided by 100."""
+
+
+def split_of(name: str) -> str:
+    """Returns the split of a picture.
+
+    Args:
+        name: The picture's name, without its suffix.
+
+    Returns:
+        ``'train'``, ``'val'`` or ``'test'``.
+    """
+    remainder = int(sha1(name.encode()).hexdigest(), 16) % 100
+    return next(split for split, part in SPLITS.items() if remainder in part)
+
+
+def read(path: Path, mode: int) -> np.ndarray:
+    """Reads a picture.
+
+    Raises:
+        ValueError: If it cannot be decoded.
+    """
+    picture = cv2.imread(str(path), mode)
+    if picture is None:
+        raise ValueError(f'{path} cannot be read as a picture; unpack the set again')
+    return picture
+
+
+def find_pictures(source: Path) -> list[tuple[Path, list[Path]]]:
+    """Finds the pictures of the set and the masks of each.
+
+    Args:
+        source: Folder with one folder for each picture.
+
+    Returns:
+        Pictures and the files of their masks, sorted by name.
+
+    Raises:
+        FileNotFoundError: If the folder, or a picture or its masks, are missing.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f'there is no folder {source}; unpack stage1_train.zip of BBBC038 into it '
+            f'(Broad Bioimage Benchmark Collection, accession number BBBC038)'
+        )
+    found = []
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        pictures = sorted((folder / 'images').glob('*.png'))
+        masks = sorted((folder / 'masks').glob('*.png'))
+        if len(pictures) != 1 or not masks:
+            raise FileNotFoundError(
+                f'{folder} holds {len(pictures)} pictures in images/ and {len(masks)} '
+                f'masks in masks/; one picture and at least one mask are expected'
+            )
+        found.append((pictures[0], masks))
+    if not found:
+        raise FileNotFoundError(
+            f'{source} holds no folders ID/images and ID/masks; give the folder into '
+            f'which stage1_train.zip was unpacked'
+        )
+    return found
+
+
+def read_mask(path: Path, shape: tuple[int, int]) -> dict | None:
+    """Reads the mask of a nucleus.
+
+    Args:
+        path: Picture in which the nucleus is not black.
+        shape: Height and width of the picture.
+
+    Returns:
+        Box, area and run-length code, or None if the mask is empty.
+
+    Raises:
+        ValueError: If the mask has another size than its picture.
+    """
+    mask = read(path, cv2.IMREAD_GRAYSCALE)
+    if mask.shape != shape:
+        raise ValueError(f'{path} has the shape {mask.shape}, its picture has {shape}')
+    if not mask.any():
+        return None
+    code = coco_mask.encode(np.asfortranarray(mask > 0, np.uint8))
+    area, box = coco_mask.area(code), coco_mask.toBbox(code)
+    code['counts'] = code['counts'].decode()
+    return dict(segmentation=code, area=float(area), bbox=box.tolist())
+
+
+def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, int]]:
+    """Writes pictures and annotations of all splits.
+
+    The folder appears only when it is complete.
+
+    Args:
+        source: Folder with one folder for each picture.
+        out: Folder to make.
+        max_pixels: Pictures with more pixels are left out.
+
+    Returns:
+        The number of pictures and of nuclei in each split.
+
+    Raises:
+        FileExistsError: If ``out`` exists.
+        FileNotFoundError: If files are missing.
+        ValueError: If a file cannot be read or masks do not fit.
+    """
+    if out.exists():
+        raise FileExistsError(f'{out} exists and is left alone; choose another folder')
+    pictures = find_pictures(source)
+    sets = {split: dict(images=[], annotations=[]) for split in SPLITS}
+    with replacing(out.resolve()) as fresh:
+        for split in SPLITS:
+            (fresh / split).mkdir()
+        (fresh / 'annotations').mkdir()
+        for picture, masks in track(pictures, 'pictures'):
+            shape = read(picture, cv2.IMREAD_COLOR).shape[:2]
+            if shape[0] * shape[1] > max_pixels:
+                continue
+            split = split_of(picture.stem)
+            images, annotations = sets[split].values()
+            number = len(images) + 1
+            name = f'{number:04}.png'
+            images.append(
+                dict(
+                    id=number,
+                    file_name=name,
+                    width=shape[1],
+                    height=shape[0],
+                    source=picture.stem,
+                )
+            )
+            nuclei = [read_mask(mask, shape) for mask in masks]
+            for nucleus in filter(None, nuclei):
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=number,
+                        category_id=1,
+                        iscrowd=0,
+                        **nucleus,
+                    )
+                )
+            shutil.copyfile(picture, fresh / split / name)
+        for split, content in sets.items():
+            content['categories'] = [dict(id=1, name='nucleus')]
+            path = fresh / 'annotations' / f'instances_{split}.json'
+            path.write_text(json.dumps(content))
+    return {k: (len(v['images']), len(v['annotations'])) for k, v in sets.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('source', type=Path, help='folder of the unpacked set')
+    parser.add_argument('out', type=Path, help='folder to make')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=400_000,
+        help='leave out pictures with more pixels (default: 400000)',
+    )
+    args = parser.parse_args(argv)
+    try:
+        counts = convert(args.source, args.out, args.max_pixels)
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        sys.exit(f'nuclei_to_coco: {error}')
+    for split, (images, nuclei) in counts.items():
+        print(f'{split}: {images} pictures, {nuclei} nuclei')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,38 @@
+"""Write the weights of a recorded run to weights/, with a card.
+
+python tools/model_converters/publish_weights.py nuclei_long dsnet_dsfpn NAME
+"""
+
+import argparse
+from pathlib import Path
+
+from dsnet_mm.cli.arguments import user_errors
+from dsnet_mm.cli.evidence.publish import publish
+from dsnet_mm.cli.evidence.runs import Run
+from dsnet_mm.cli.evidence.tables import TABLES
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('table', choices=TABLES)
+    parser.add_argument('row')
+    parser.add_argument('name', help='name of the files in weights/')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/evidence'))
+    args = parser.parse_args(argv)
+    with user_errors(parser):
+        row = TABLES[args.table].row(args.row)
+        run = Run(args.table, row, args.seed, args.work_dir.resolve(), None)
+        entry = publish(run, args.name)
+    print(f'Written to weights/. The entry for configs/dsnet/metafile.yml:\n{entry}')
+
+
+if __name__ == '__main__':
+    main()
