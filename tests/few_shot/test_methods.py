@@ -128,7 +128,7 @@ def test_epochs_and_iterations_exclude_each_other(data):
 @pytest.mark.parametrize(
     ('option', 'sentence'),
     [
-        (dict(iterations=-5), 'at least one step of training, got -5'),
+        (dict(iterations=-5), 'number of steps must be at least 0, got -5'),
         (dict(batch_size=0), 'batch_size must be None or at least 1, got 0'),
         (dict(batch_size=1, text_batches=True), 'at least 2, got 1'),
         (dict(optimizer='Lion'), 'optimizer must be one of'),

@@ -105,8 +105,8 @@ def train(
     size = min(size, count)
     steps = -(-count // size)  # of an epoch
     total = num_epochs(epochs, data.shots) * steps if iterations is None else iterations
-    if total < 1:
-        raise ValueError(f'there must be at least one step of training, got {total}.')
+    if total < 0:
+        raise ValueError(f'the number of steps must be at least 0, got {total}.')
     parameters = [
         {'params': [p], 'lr_factor': getattr(p, 'lr_factor', 1.0)}
         for p in model.parameters()
