@@ -97,6 +97,8 @@ def test_a_run_goes_on_and_is_recorded_and_published(
     # tests/test_checkpoints.py tests such weights by tools/test.py.
     monkeypatch.setattr(run, 'test', lambda *_: (result['metrics'], 0.0))
     (entry,) = yaml.safe_load(publish.publish(run, 'small'))
+    with pytest.raises(FileExistsError, match=r'small\.safetensors exists'):
+        publish.publish(run, 'small')
     assert entry['Results'][0]['Metrics'].keys() == {'accuracy'}
     with safe_open(str(table / entry['Weights']), 'pt') as file:
         assert file.metadata()['seed'] == '1'

@@ -78,8 +78,8 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turns FileNotFoundError and ValueError into a sentence and exit code 2."""
+    """Turns errors of files and values into a sentence and exit code 2."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))

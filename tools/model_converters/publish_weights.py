@@ -26,11 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('name', help='name of the files in weights/')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/evidence'))
+    parser.add_argument('--overwrite', action='store_true', help='replace the files')
     args = parser.parse_args(argv)
     with user_errors(parser):
         row = TABLES[args.table].row(args.row)
         run = Run(args.table, row, args.seed, args.work_dir.resolve(), None)
-        entry = publish(run, args.name)
+        entry = publish(run, args.name, args.overwrite)
     print(f'Written to weights/. The entry for configs/dsnet/metafile.yml:\n{entry}')
 
 

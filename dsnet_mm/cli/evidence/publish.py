@@ -7,7 +7,7 @@ import yaml
 
 from dsnet_mm.checkpoint import read_checkpoint, write_safetensors
 from dsnet_mm.cli.checkpoints import find_checkpoint_to_resume
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import check_new, write_atomic
 
 from .runs import ROOT, Run
 from .tables import TABLES
@@ -15,7 +15,7 @@ from .tables import TABLES
 WEIGHTS = ROOT / 'weights'
 
 
-def publish(run: Run, name: str) -> str:
+def publish(run: Run, name: str, overwrite: bool = False) -> str:
     """Writes ``weights/NAME.safetensors`` and the card ``weights/NAME.md``.
 
     The card has the metrics of the training's result and those of the written file.
@@ -23,13 +23,19 @@ def publish(run: Run, name: str) -> str:
     Args:
         run: A finished run.
         name: Name of the files.
+        overwrite: Whether to replace files of that name.
 
     Returns:
         The entry of ``configs/dsnet/metafile.yml``.
 
     Raises:
+        FileExistsError: If a file exists and ``overwrite`` is False.
         FileNotFoundError: If the run is not recorded, or its checkpoint is missing.
     """
+    weights, card = WEIGHTS / f'{name}.safetensors', WEIGHTS / f'{name}.md'
+    if not overwrite:
+        check_new(weights)
+        check_new(card)
     checkpoint = find_checkpoint_to_resume(str(run.work_dir))
     if not (run.file.is_file() and checkpoint):
         raise FileNotFoundError(
@@ -37,7 +43,6 @@ def publish(run: Run, name: str) -> str:
             f'python tools/reproduce.py {run.table} {run.row.name} --seed {run.seed}'
         )
     result = json.loads(run.file.read_text())
-    weights, card = WEIGHTS / f'{name}.safetensors', WEIGHTS / f'{name}.md'
     meta = dict(
         configuration=str(run.config), seed=str(run.seed), commit=result['commit']
     )
