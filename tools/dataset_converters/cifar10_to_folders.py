@@ -9,7 +9,6 @@ left out of training: train.txt has 45,000 of them, val.txt 5,000, test.txt 10,0
 """
 
 import argparse
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 from rich.progress import track
 
+from dsnet_mm.cli.arguments import user_errors
 from dsnet_mm.demo.folders import replacing
 
 SUFFIXES = ('.jpg', '.png')
@@ -120,10 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('source', type=Path, help='archive or folder')
     parser.add_argument('out', type=Path, help='folder to make')
     args = parser.parse_args(argv)
-    try:
+    with user_errors(parser):
         counts = convert(args.source, args.out)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
-        sys.exit(f'cifar10_to_folders: {error}')
     print(', '.join(f'{name}: {count} pictures' for name, count in counts.items()))
 
 

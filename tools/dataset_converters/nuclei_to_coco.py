@@ -10,7 +10,6 @@ ID/masks. Large pictures are left out. The split depends on the picture's name o
 import argparse
 import json
 import shutil
-import sys
 from hashlib import sha1
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
+from dsnet_mm.cli.arguments import user_errors
 from dsnet_mm.demo.folders import replacing
 
 SPLITS = {'train': range(62), 'val': range(62, 81), 'test': range(81, 100)}
@@ -189,10 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         help='leave out pictures with more pixels (default: 400000)',
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors(parser):
         counts = convert(args.source, args.out, args.max_pixels)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
-        sys.exit(f'nuclei_to_coco: {error}')
     for split, (images, nuclei) in counts.items():
         print(f'{split}: {images} pictures, {nuclei} nuclei')
 
