@@ -36,6 +36,12 @@ THEME = gr.themes.Soft(
     neutral_hue='slate',
     font=['system-ui', 'sans-serif'],
     font_mono=['ui-monospace', 'monospace'],
+).set(
+    block_title_background_fill='none',
+    block_title_text_color='*neutral_600',
+    block_title_padding='0',
+    block_label_text_color='*neutral_600',
+    block_label_background_fill='*neutral_50',
 )
 CSS = '.gradio-container { max-width: 1240px !important; margin: 0 auto !important }'
 
@@ -168,7 +174,7 @@ class Page:
             with gr.Column(scale=2, min_width=280):
                 picture = drop_zone(label='Picture', height=300, elem_id='picture')
                 if self.example:
-                    gr.Button('Take the example', elem_id='example').click(
+                    gr.Button('Take the example', size='sm', elem_id='example').click(
                         lambda: str(self.example), None, picture
                     )
                 score = gr.Slider(
@@ -177,9 +183,9 @@ class Page:
                 gr.Markdown(f'Model: {detector.name}.')
             with gr.Column(scale=3, min_width=320):
                 drawn = gr.Image(
-                    label='Objects: click a place to see what it attends to',
+                    show_label=False,
                     interactive=False,
-                    height=420,
+                    height=430,
                     buttons=['download', 'fullscreen'],
                     elem_id='drawn',
                 )
@@ -187,7 +193,7 @@ class Page:
         table = gr.Dataframe(
             headers=list(OBJECTS),
             datatype='auto',  # with a list gradio 6.17 hangs in the browser
-            label='Objects, in pixels: click one to see what raises its score',
+            label='Objects, in pixels',
             interactive=False,
             max_height=260,
             elem_id='objects',
@@ -227,7 +233,8 @@ class Page:
             gr.Markdown(
                 'Upper row: the local stream of a block. Lower row: its global stream. '
                 'Both before and after they are aligned, and where they attend to '
-                'each other.'
+                'each other. **Click the picture above** to move the cross, and **a '
+                'row of the table** to explain the score of another object.'
             )
             block = gr.Dropdown(
                 detector.blocks,
@@ -236,10 +243,7 @@ class Page:
                 elem_id='block',
             )
             streams = gr.Image(
-                show_label=False,
-                interactive=False,
-                buttons=['download', 'fullscreen'],
-                elem_id='streams',
+                show_label=False, interactive=False, buttons=[], elem_id='streams'
             )
 
         @in_a_sentence
@@ -287,6 +291,7 @@ class Page:
                 examples = gr.Button(
                     'Fill in drawn examples',
                     visible=self.is_demo_clip,
+                    size='sm',
                     scale=1,
                     elem_id='examples',
                 )
@@ -393,7 +398,7 @@ class Page:
                 return None
             return classify(classifier, path)
 
-        blocks.load(describe, None, [about, train, form], **kept)
+        blocks.load(describe, None, [about, train, form], show_progress='hidden')
         train.click(train_clip, None, [about, train, form], **kept)
         count.change(
             lambda count: [
