@@ -2,7 +2,7 @@
 
 import argparse
 
-from dsnet_mm.environment import require
+from dsnet_mm.environment import install_command
 
 try:
     from mmengine.config import Config, DictAction
@@ -42,11 +42,15 @@ def read_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
         names: Those that are options and were added to ``add_data_arguments``.
 
     Raises:
+        ImportError: If they need mmengine, which is not installed.
         ValueError: If the file has no ``few_shot``.
     """
     options: dict = {}
-    if args.config is not None or args.cfg_options:
-        require('mmengine', user='A configuration file, or --cfg-options,')
+    if Config is None and (args.config is not None or args.cfg_options):
+        raise ImportError(
+            f'a configuration file, or --cfg-options, needs mmengine; '
+            f'{install_command("mmengine")}'
+        )
     if args.config is not None:
         found = Config.fromfile(args.config).get('few_shot')
         if found is None:
