@@ -39,7 +39,7 @@ MAX_PICTURES = 64
 LEAST_SCORE = 0.05
 """Objects of lower scores are not kept."""
 
-DRAWN_CLASSES = ('gridded heart', 'zigzag disc', 'zigzag diamond')
+DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
 """Drawn examples: the demo CLIP has seen no picture and no caption of them."""
 
 
