@@ -5,6 +5,7 @@ It is on this machine only, unless --host says otherwise. Stop it by Ctrl+C.
 
 import argparse
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,6 +112,8 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     args = parse_args(argv)
+    # As Ctrl+C does: uploads are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with TemporaryDirectory(prefix='dsnet_mm_page_') as folder:
         blocks, address = launch(args, Path(folder))
         print(f'The page is at {address}; stop it by Ctrl+C.', flush=True)
