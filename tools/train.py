@@ -6,7 +6,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner
 
 from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
 from dsnet_mm.cli.arguments import (
@@ -65,6 +66,30 @@ def set_ema(cfg: Config) -> None:
         )
     ema = dict(type='EMAHook', momentum=2e-4, update_buffers=True)
     cfg.custom_hooks = [*hooks, ema]
+
+
+def set_fsdp(cfg: Config, launcher: str) -> None:
+    """Splits weights, gradients and optimizer state over the processes.
+
+    Args:
+        cfg: Configuration, changed in place.
+        launcher: What started the processes.
+
+    Raises:
+        ValueError: If there is one process, or if a hook does not work with it.
+    """
+    if launcher == 'none':
+        raise ValueError(
+            '--fsdp splits the model over the processes of a distributed run; start '
+            'them by tools/dist_train.sh or torchrun, with --launcher pytorch'
+        )
+    if any('EMAHook' in str(hook['type']) for hook in cfg.get('custom_hooks') or []):
+        raise ValueError(
+            '--fsdp leaves each process a part of the weights, and an EMAHook averages '
+            'whole ones; leave the hook out, as by --cfg-options custom_hooks=[]'
+        )
+    cfg.runner_type = 'FlexibleRunner'
+    cfg.strategy = dict(type='dsnet_mm.FSDPStrategy')
 
 
 def set_auto_scale_lr(cfg: Config) -> None:
@@ -181,6 +206,11 @@ def main(argv: list[str] | None = None) -> None:
         '--ema', action='store_true', help='keep and evaluate an average of the weights'
     )
     parser.add_argument(
+        '--fsdp',
+        action='store_true',
+        help='split weights, gradients and optimizer state over the processes',
+    )
+    parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate while training'
     )
     parser.add_argument(
@@ -214,6 +244,8 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             set_amp(cfg)
         if args.ema:
             set_ema(cfg)
+        if args.fsdp:
+            set_fsdp(cfg, args.launcher)
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
         set_seeds(cfg)
@@ -222,7 +254,9 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         set_run(cfg, args)
         set_start(cfg, args.resume)
         set_guards(cfg, args.skip_unreadable)
-        runner = Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg)  # of the type runner_type
+        if isinstance(runner, FlexibleRunner):  # builds the model when it trains
+            runner.model = runner.strategy.build_model(runner.model)
         for module in runner.model.modules():
             if isinstance(module, DSNet):
                 module.check_checkpoint()
