@@ -4,6 +4,7 @@ The source folder of Sphinx is the root of the repository. Pages keep their plac
 so relative links work on the site, in the repository and in a source distribution.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -33,28 +34,57 @@ napoleon_numpy_docstring = False
 # Captions of the navigation and their pages.
 NAVIGATION = {
     'Using it': [
+        'docs/demo',
         'docs/training',
         'docs/inference',
-        'docs/streams',
         'docs/clip_adapter',
         'docs/open_clip_models',
         'docs/export',
         'docs/ops',
     ],
-    'Understanding it': ['docs/ds_net', 'docs/ds_fpn', 'docs/speed', 'docs/results'],
-    'Reference': ['docs/configurations', 'docs/api'],
+    'Understanding it': ['docs/ds_net', 'docs/ds_fpn', 'docs/streams', 'docs/speed'],
+    'Results': ['docs/results', 'weights/mask_rcnn_dsnet_nuclei'],
+    'Reference': [
+        'docs/tools',
+        'docs/configurations',
+        'configs/dsnet/README',
+        'configs/clip_adapter/README',
+        'configs/evidence/README',
+        'docs/api',
+    ],
     'Development': ['docs/contributing', 'CHANGELOG'],
 }
 
 
-def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
-    """Adds the navigation to the first page. README.md itself does without it."""
+def navigation() -> str:
+    """Returns the navigation, which is hidden in the first page."""
+    trees = (
+        f':hidden:\n:caption: {caption}\n\n' + '\n'.join(f'/{page}' for page in pages)
+        for caption, pages in NAVIGATION.items()
+    )
+    return ''.join(f'\n```{{toctree}}\n{tree}\n```\n' for tree in trees)
+
+
+def configurations() -> str:
+    """Returns a table of all configurations, from the comments at their heads."""
+    lines = []
+    for folder in sorted(REPO.glob('configs/*/')):
+        lines += ['', f'## {folder.name}', '', '| name | what it is |', '|---|---|']
+        for path in sorted(folder.glob('*.py')):
+            comment = re.match(r'(# .*\n)+', path.read_text())
+            if not comment:
+                raise ValueError(f'{path} does not begin with a comment')
+            text = ' '.join(comment[0].replace('# ', '').splitlines())
+            link = f'../configs/{folder.name}/{path.name}'
+            lines.append(f'| [{path.stem}]({link}) | {text.replace("*", "&ast;")} |')
+    return '\n'.join(lines)
+
+
+def add_generated(app: Sphinx, page: str, source: list[str]) -> None:
+    """Adds to pages what the repository does without."""
     if page == root_doc:
-        for caption, pages in NAVIGATION.items():
-            entries = '\n'.join(f'/{name}' for name in pages)
-            source[0] += (
-                f'\n\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n'
-            )
+        source[0] += navigation()
+    source[0] = source[0].replace('<!-- configurations -->', configurations())
 
 
 def add_index(app: Sphinx, error: Exception | None) -> None:
@@ -64,5 +94,5 @@ def add_index(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    app.connect('source-read', add_navigation)
+    app.connect('source-read', add_generated)
     app.connect('build-finished', add_index)
