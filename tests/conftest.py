@@ -203,6 +203,43 @@ def pictures(height: int = 72, width: int = 104) -> Tensor:
     return torch.randn(2, 3, height, width, dtype=torch.float64)
 
 
+# ------------------------------------------------------------------------- CLIP
+
+TINY_CLIP = {
+    'embed_dim': 16,
+    'vision_cfg': {
+        'image_size': 32,
+        'layers': 1,
+        'width': 32,
+        'head_width': 16,
+        'patch_size': 16,
+    },
+    'text_cfg': {
+        'context_length': 24,
+        'vocab_size': 49408,
+        'width': 16,
+        'heads': 2,
+        'layers': 1,
+    },
+}
+
+
+@pytest.fixture(scope='session')
+def tiny_clip(tmp_path_factory):
+    """Arguments of OpenCLIPEncoder for a tiny model with stored weights."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp('clip')
+    config = folder / 'dsnet_mm_tiny.json'
+    config.write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    model = open_clip.create_model('dsnet_mm_tiny')
+    weights = folder / 'tiny.pt'
+    torch.save(model.state_dict(), weights)
+    return {'model': str(config), 'pretrained': str(weights)}
+
+
 # ------------------------------------------------------------------------ tools
 
 TOOLS = Path(__file__).parents[1] / 'tools'

@@ -85,7 +85,7 @@ if ! mmcv_works; then
 fi
 
 say 'mmdet, mmpretrain, open_clip, this package'
-pip install -q --no-build-isolation -e '.[onedl,clip,export,parquet,test,lint]'
+pip install -q --no-build-isolation -e '.[onedl,clip,export,parquet,test,docs,lint]'
 
 # The dependencies install both opencv-python and opencv-python-headless. The two write
 # the same files. opencv-python needs libGL, which many machines do not have, so only the
