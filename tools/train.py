@@ -1,6 +1,7 @@
 """Train a detector or a classifier from its configuration."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config
@@ -90,6 +91,32 @@ def set_fsdp(cfg: Config, launcher: str) -> None:
         )
     cfg.runner_type = 'FlexibleRunner'
     cfg.strategy = dict(type='dsnet_mm.FSDPStrategy')
+
+
+def set_loggers(cfg: Config, tensorboard: bool, wandb: str | None) -> None:
+    """Writes losses, learning rates and metrics for TensorBoard and W&B too.
+
+    Args:
+        cfg: Configuration with its working directory, changed in place.
+        tensorboard: Whether to write files of TensorBoard, beside the log.
+        wandb: Project of Weights & Biases, None for no run there.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    backends = {}
+    if tensorboard:
+        backends['tensorboard'] = dict(type='TensorboardVisBackend')
+    if wandb is not None:
+        init = dict(project=wandb, name=Path(cfg.work_dir).name)
+        backends['wandb'] = dict(type='WandbVisBackend', init_kwargs=init)
+    for package, backend in backends.items():
+        if find_spec(package) is None:
+            raise ValueError(
+                f'--{package} takes the package {package}, which is not installed; '
+                f'install it by pip install {package}'
+            )
+        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, backend]
 
 
 def set_auto_scale_lr(cfg: Config) -> None:
@@ -214,6 +241,12 @@ def main(argv: list[str] | None = None) -> None:
         '--no-validate', action='store_true', help='do not evaluate while training'
     )
     parser.add_argument(
+        '--tensorboard', action='store_true', help='log for TensorBoard too'
+    )
+    parser.add_argument(
+        '--wandb', metavar='PROJECT', help='log to this project of Weights & Biases too'
+    )
+    parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate with the batch size of all GPUs together',
@@ -253,6 +286,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
+        set_loggers(cfg, args.tensorboard, args.wandb)
         set_guards(cfg, args.skip_unreadable)
         runner = RUNNERS.build(cfg)  # of the type runner_type
         if isinstance(runner, FlexibleRunner):  # builds the model when it trains
