@@ -29,7 +29,6 @@ autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
-# suppress_warnings = ['myst.xref_missing']  # TODO
 
 # Captions of the navigation and their pages.
 NAVIGATION = {
