@@ -77,7 +77,7 @@ test-gpu: setup
 		--out $(GPU_TIMES) --overwrite
 
 docs: setup
-	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . build/site
 	@echo 'The first page is build/site/index.html.'
 
 lint: setup
