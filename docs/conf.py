@@ -29,27 +29,31 @@ autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
-# suppress_warnings = ['myst.xref_missing']  # TODO
 
-# Captions of the navigation and their pages.
+# Captions of the navigation and their pages, some with a title other than their own.
 NAVIGATION = {
     'Using it': [
         'docs/demo',
         'docs/training',
         'docs/inference',
-        'docs/clip_adapter',
+        'Few-shot classification <docs/clip_adapter>',
         'docs/open_clip_models',
         'docs/export',
         'docs/ops',
     ],
-    'Understanding it': ['docs/ds_net', 'docs/ds_fpn', 'docs/streams', 'docs/speed'],
-    'Results': ['docs/results', 'weights/mask_rcnn_dsnet_nuclei'],
+    'Understanding it': [
+        'docs/ds_net',
+        'DS-FPN <docs/ds_fpn>',
+        'docs/streams',
+        'docs/speed',
+    ],
+    'Results': ['docs/results', 'Weights for nuclei <weights/mask_rcnn_dsnet_nuclei>'],
     'Reference': [
         'docs/tools',
         'docs/configurations',
-        'configs/dsnet/README',
-        'configs/clip_adapter/README',
-        'configs/evidence/README',
+        'Configurations of DS-Net <configs/dsnet/README>',
+        'Configurations of CLIP-Adapter <configs/clip_adapter/README>',
+        'Configurations of the results <configs/evidence/README>',
         'docs/api',
     ],
     'Development': ['docs/contributing', 'CHANGELOG'],
@@ -59,7 +63,7 @@ NAVIGATION = {
 def navigation() -> str:
     """Returns the navigation, which is hidden in the first page."""
     trees = (
-        f':hidden:\n:caption: {caption}\n\n' + '\n'.join(f'/{page}' for page in pages)
+        f':hidden:\n:caption: {caption}\n\n' + '\n'.join(pages)
         for caption, pages in NAVIGATION.items()
     )
     return ''.join(f'\n```{{toctree}}\n{tree}\n```\n' for tree in trees)
@@ -93,6 +97,18 @@ def add_index(app: Sphinx, error: Exception | None) -> None:
         shutil.copy(Path(app.outdir, 'README.html'), Path(app.outdir, 'index.html'))
 
 
+def shorten(app: Sphinx, *args) -> tuple[str | None, str | None]:
+    """Leaves out module names where Sphinx cannot parse a signature.
+
+    It cannot parse ``<factory>``, the default of a field of a data class.
+    """
+    *_, signature, returned = args
+    if signature and '<' in signature:
+        signature = re.sub(r'~[\w.]*\.', '', signature)
+    return signature, returned
+
+
 def setup(app: Sphinx) -> None:
+    app.connect('autodoc-process-signature', shorten)
     app.connect('source-read', add_generated)
     app.connect('build-finished', add_index)

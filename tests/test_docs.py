@@ -25,7 +25,7 @@ PAGES = [
     for pattern in ('README.md', 'docs/*.md', 'configs/*/README.md')
     for path in sorted(REPO.glob(pattern))
 ]
-LANGUAGES = ('bash', 'python', 'text')
+LANGUAGES = ('bash', 'python', 'text', '{eval-rst}')
 FENCE = re.compile(
     r'(?:^<!-- (?P<mark>not run|run with): (?P<note>.+?) -->\n)?'
     r'^```(?P<language>.*)\n(?P<code>[\s\S]*?)^```$',
@@ -154,7 +154,7 @@ def test_snippets_run(
     namespace = {'__name__': '__main__'}
     for block in blocks_of(page):
         assert block.language in LANGUAGES, f'{page}:{block.line}: {block.language!r}'
-        if block.mark == 'not run' or block.language == 'text':
+        if block.mark == 'not run' or block.language in ('text', '{eval-rst}'):
             continue
         try:
             if block.language == 'python':
@@ -241,3 +241,20 @@ def test_site_builds(tmp_path: Path) -> None:
     assert 'href="docs/api.html"' in page
     # Nothing of a page comes from elsewhere.
     assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page)
+
+
+def test_messages_of_the_ops_guide_are_in_the_code() -> None:
+    code = ''.join(
+        path.read_text()
+        for pattern in ('dsnet_mm/**/*.py', 'tools/**/*.py', 'tools/*.sh', 'setup.py')
+        for path in sorted(REPO.glob(pattern))
+    )
+    # A string that goes on in the next line is one string.
+    code = re.sub(r"""['"]\s*\\?\n\s*f?r?['"]""", '', code)
+    page = (REPO / 'docs/ops.md').read_text()
+    lines = re.findall(r'^- (`.+`):\n', page, re.M)
+    assert len(lines) > 20
+    for message in re.findall(r'`(.+?)`', ' '.join(lines)):
+        parts = [re.escape(part) for part in message.split('...')]
+        found = re.search(r'.{,200}?'.join(parts), code, re.S)
+        assert found, f'docs/ops.md: no code says {message!r}'
