@@ -34,7 +34,11 @@ napoleon_numpy_docstring = False
 NAVIGATION = {
     'Using it': [
         'docs/demo',
+        'docs/tutorial_detection',
+        'docs/tutorial_few_shot',
         'docs/training',
+        'docs/cluster',
+        'docs/analysis',
         'docs/inference',
         'Few-shot classification <docs/clip_adapter>',
         'docs/open_clip_models',

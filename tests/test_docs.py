@@ -90,6 +90,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
     cv2.imwrite(str(tmp_path / 'picture.jpg'), draw(rng, 0)[0])
     for split in ('train', 'val'):
         write_coco(tmp_path / 'data' / 'coco', split, 4)
+    (tmp_path / 'data' / 'mine').symlink_to('coco')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PYTHONPATH', str(REPO))
     binaries = Path(sys.executable).parent

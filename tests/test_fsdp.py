@@ -42,6 +42,7 @@ def _train(rank: int, port: int, args: list[str]) -> None:
         MASTER_PORT=str(port),
     )
     args = [*args, 'env_cfg.dist_cfg.backend=gloo', 'train_dataloader.batch_size=2']
+    args += ['model.backbone.with_cp=True']  # it must not change anything
     tool('train.py').main(['fsdp.py', '--launcher=pytorch', '--fsdp', *args])
 
 
@@ -120,16 +121,17 @@ def test_checkpoint_predicts_the_same_in_one_process(one: Path, two: Path) -> No
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        ([], 'splits the model over the processes of a distributed run'),
-        (['--launcher=pytorch', '--ema'], 'an EMAHook averages whole ones'),
+        (['--fsdp'], 'splits the model over the processes of a distributed run'),
+        (['--fsdp', '--launcher=pytorch', '--ema'], 'an EMAHook averages whole ones'),
+        (['--resume=two/epoch_2.pth'], 'comes from a training with --fsdp'),
     ],
-    ids=['one process', 'EMA'],
+    ids=['one process', 'EMA', 'resume'],
 )
 def test_what_fsdp_cannot_do(
-    args: list[str], message: str, capsys: pytest.CaptureFixture
+    args: list[str], message: str, two: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):
         tool('train.py').main(
-            ['fsdp.py', '--fsdp', *args, '--work-dir=none', '--cfg-options', FOLDERS]
+            ['fsdp.py', *args, '--work-dir=none', '--cfg-options', FOLDERS]
         )
     assert message in ' '.join(capsys.readouterr().err.split())
