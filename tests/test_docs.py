@@ -256,6 +256,5 @@ def test_messages_of_the_ops_guide_are_in_the_code() -> None:
     lines = re.findall(r'^- (`.+`):\n', page, re.M)
     assert len(lines) > 20
     for message in re.findall(r'`(.+?)`', ' '.join(lines)):
-        parts = [re.escape(part) for part in message.split('...')]
-        found = re.search(r'.{,200}?'.join(parts), code, re.S)
-        assert found, f'docs/ops.md: no code says {message!r}'
+        for part in message.split('...'):
+            assert part in code, f'docs/ops.md: no code says {message!r}'
