@@ -88,8 +88,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
                 image = draw(rng, kind)[0]
                 cv2.imwrite(str(tmp_path / root / name / f'{i}.png'), image)
     cv2.imwrite(str(tmp_path / 'picture.jpg'), draw(rng, 0)[0])
-    for split in ('train', 'val'):
-        write_coco(tmp_path / 'data' / 'coco', split, 4)
+    for split, num in (('train', 4), ('val', 2)):
+        write_coco(tmp_path / 'data' / 'coco', split, num)
     (tmp_path / 'data' / 'mine').symlink_to('coco')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PYTHONPATH', str(REPO))
