@@ -225,6 +225,7 @@ def test_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ['--work-dir=weights_and_biases', '--wandb=dsnet']
     tool('train.py').main(['classifier.py', *args, '--cfg-options', FOLDERS])
     assert wandb.run is None  # the run has ended
+    wandb.teardown()  # its process writes the rest
     (run,) = Path('weights_and_biases').glob('*/vis_data/wandb/offline-run-*/*.wandb')
     assert b'accuracy/top1' in run.read_bytes()
 
