@@ -115,8 +115,8 @@ def run_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def run_shell(code: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs commands, those of Python with extra arguments."""
     for command in commands_of(code):
-        variable, equals, value = command.partition('=')
-        if equals and variable.isidentifier() and ' ' not in command:
+        variable, equals, value = command.removeprefix('export ').partition('=')
+        if equals and variable.isidentifier() and ' ' not in value:
             monkeypatch.setenv(variable, value)
             continue
         words = shlex.split(os.path.expandvars(command), comments=True)
