@@ -137,7 +137,7 @@ def set_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def set_start(cfg: Config, resume: str | None, fsdp: bool) -> None:
+def set_start(cfg: Config, resume: str | None) -> None:
     """Sets where training starts: anew, from weights, or from a checkpoint.
 
     A resumed training takes the seed of its checkpoint.
@@ -147,7 +147,6 @@ def set_start(cfg: Config, resume: str | None, fsdp: bool) -> None:
         resume: Checkpoint to resume from, ``'auto'`` for the latest of the
             working directory (if there is none, training starts anew), or None
             for what the configuration says.
-        fsdp: Whether this training uses FSDP.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
@@ -172,7 +171,7 @@ def set_start(cfg: Config, resume: str | None, fsdp: bool) -> None:
         # With FSDP the optimizer has parameters by name.
         groups = checkpoint['optimizer'].get('param_groups', [])
         by_name = any(isinstance(p, str) for group in groups for p in group['params'])
-        if by_name != fsdp:
+        if by_name != ('FSDP' in str(cfg.get('strategy'))):
             raise ValueError(
                 f'{resume} comes from a training {"with" if by_name else "without"} '
                 f'--fsdp, and goes on only so; start from its weights by --cfg-options '
@@ -296,7 +295,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         check_data(cfg, ('train', 'val'))
         check_pretrained(cfg)
         set_run(cfg, args)
-        set_start(cfg, args.resume, args.fsdp)
+        set_start(cfg, args.resume)
         set_loggers(cfg, args.tensorboard, args.wandb)
         set_guards(cfg, args.skip_unreadable)
         runner = RUNNERS.build(cfg)  # of the type runner_type
