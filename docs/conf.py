@@ -34,6 +34,7 @@ napoleon_numpy_docstring = False
 NAVIGATION = {
     'Using it': [
         'docs/demo',
+        'docs/page',
         'docs/training',
         'docs/inference',
         'Few-shot classification <docs/clip_adapter>',
