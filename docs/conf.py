@@ -35,7 +35,11 @@ NAVIGATION = {
     'Using it': [
         'docs/demo',
         'docs/page',
+        'docs/tutorial_detection',
+        'docs/tutorial_few_shot',
         'docs/training',
+        'docs/cluster',
+        'docs/analysis',
         'docs/inference',
         'Few-shot classification <docs/clip_adapter>',
         'docs/open_clip_models',

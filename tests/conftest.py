@@ -415,13 +415,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tool(name: str) -> ModuleType:
-    """Imports a tool for calls of its ``main``, which are quicker than processes.
+def clear_visualizers() -> None:
+    """Forgets the visualizers of earlier calls.
 
-    It also clears the visualizers of earlier calls. MMEngine keeps them for the life of
-    the process, and mmdet gives all of its own the same name.
+    MMEngine keeps those of each class for the life of the process, and mmdet gives all
+    of its own the same name.
     """
-    Visualizer._instance_dict.clear()
+    for kind in (Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+
+
+def tool(name: str) -> ModuleType:
+    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    clear_visualizers()
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.visualization import Visualizer
 
-from .conftest import REPO, draw, write_coco
+from .conftest import REPO, clear_visualizers, draw, write_coco
 
 PAGES = [
     path.relative_to(REPO).as_posix()
@@ -89,8 +88,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
                 image = draw(rng, kind)[0]
                 cv2.imwrite(str(tmp_path / root / name / f'{i}.png'), image)
     cv2.imwrite(str(tmp_path / 'picture.jpg'), draw(rng, 0)[0])
-    for split in ('train', 'val'):
-        write_coco(tmp_path / 'data' / 'coco', split, 4)
+    for split, num in (('train', 4), ('val', 2)):
+        write_coco(tmp_path / 'data' / 'coco', split, num)
+    (tmp_path / 'data' / 'mine').symlink_to('coco')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PYTHONPATH', str(REPO))
     binaries = Path(sys.executable).parent
@@ -100,7 +100,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
 
 def run_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a tool or a module in this process, which is quicker than another one."""
-    Visualizer._instance_dict.clear()  # MMEngine keeps them for the life of a process
+    clear_visualizers()
     module = words[0] == '-m'
     monkeypatch.setattr(sys, 'argv', words[module:])
     try:
