@@ -34,6 +34,7 @@ napoleon_numpy_docstring = False
 NAVIGATION = {
     'Using it': [
         'docs/demo',
+        'docs/page',
         'docs/tutorial_detection',
         'docs/tutorial_few_shot',
         'docs/training',
