@@ -250,6 +250,8 @@ def test_page_by_requests(server, nuclei, colours, tmp_path):
     done = call(server, 'explain', None, 'backbone.stages.2.0')
     assert done['success'] and done['output']['data'][0]['path']
 
+    assert call(server, 'take_example')['success']
+
     classes, further = colours
     names = [name for name, _ in classes] + [''] * 8
     pictures = [

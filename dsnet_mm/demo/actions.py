@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dsnet_mm.cli.streams import draw_streams, find_blocks
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, save_classifier
 from dsnet_mm.few_shot.deployment import DeployedClassifier
@@ -22,7 +23,6 @@ from dsnet_mm.few_shot.methods import FewShotData
 from dsnet_mm.few_shot.selection import select
 from dsnet_mm.inference import DetectedObject, Prediction, Predictor
 from dsnet_mm.inference.drawing import draw
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.tasks.prompts import check_class_names, resolve_prompts
 
 from .clip import SIZE, random_scene
@@ -39,7 +39,7 @@ MAX_PICTURES = 64
 LEAST_SCORE = 0.05
 """Objects of lower scores are not kept."""
 
-DRAWN_CLASSES = ('gridded heart', 'zigzag disc', 'zigzag diamond')
+DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
 """Drawn examples: the demo CLIP has seen no picture and no caption of them."""
 
 

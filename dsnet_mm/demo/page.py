@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -13,8 +14,8 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 from .actions import (
     LEAST_SCORE,
@@ -174,9 +175,8 @@ class Page:
             with gr.Column(scale=2, min_width=280):
                 picture = drop_zone(label='Picture', height=300, elem_id='picture')
                 if self.example:
-                    gr.Button('Take the example', size='sm', elem_id='example').click(
-                        lambda: str(self.example), None, picture
-                    )
+                    take = gr.Button('Take the example', size='sm', elem_id='example')
+                    take.click(self.take_example, None, picture)
                 score = gr.Slider(
                     LEAST_SCORE, 1, 0.5, step=0.05, label='Least score of an object'
                 )
@@ -416,6 +416,10 @@ class Page:
             **kept,
         ).success(predict, [picture, classifier], probabilities, **kept)
         picture.change(predict, [picture, classifier], probabilities, **kept)
+
+    def take_example(self) -> str:
+        """Returns a copy of the example, which Gradio may serve."""
+        return str(shutil.copy(self.example, self.new_folder()))
 
     def new_folder(self) -> Path:
         """Returns a new folder for files of one event."""
