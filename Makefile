@@ -6,6 +6,7 @@
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   runs the tests on the GPU and writes a table of times
+# make docs       writes the documentation into build/site
 # make lint       checks style and formatting
 # make format     corrects style and formatting
 # make doctor     reports the installed packages, the compiled ops and any problem
@@ -35,7 +36,7 @@ GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 # the program ten times slower. A smaller count lets the threads sleep sooner.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip page test test-asan test-gpu lint format doctor clean
+.PHONY: setup demo demo-clip page test test-asan test-gpu docs lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -78,6 +79,10 @@ test-gpu: setup
 	$(BIN)/python -m pytest tests/test_gpu.py
 	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
 		--out $(GPU_TIMES) --overwrite
+
+docs: setup
+	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . build/site
+	@echo 'The first page is build/site/index.html.'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -203,6 +203,43 @@ def pictures(height: int = 72, width: int = 104) -> Tensor:
     return torch.randn(2, 3, height, width, dtype=torch.float64)
 
 
+# ------------------------------------------------------------------------- CLIP
+
+TINY_CLIP = {
+    'embed_dim': 16,
+    'vision_cfg': {
+        'image_size': 32,
+        'layers': 1,
+        'width': 32,
+        'head_width': 16,
+        'patch_size': 16,
+    },
+    'text_cfg': {
+        'context_length': 24,
+        'vocab_size': 49408,
+        'width': 16,
+        'heads': 2,
+        'layers': 1,
+    },
+}
+
+
+@pytest.fixture(scope='session')
+def tiny_clip(tmp_path_factory):
+    """Arguments of OpenCLIPEncoder for a tiny model with stored weights."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp('clip')
+    config = folder / 'dsnet_mm_tiny.json'
+    config.write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    model = open_clip.create_model('dsnet_mm_tiny')
+    weights = folder / 'tiny.pt'
+    torch.save(model.state_dict(), weights)
+    return {'model': str(config), 'pretrained': str(weights)}
+
+
 # ------------------------------------------------------------------------ tools
 
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -378,13 +415,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tool(name: str) -> ModuleType:
-    """Imports a tool for calls of its ``main``, which are quicker than processes.
+def clear_visualizers() -> None:
+    """Forgets the visualizers of earlier calls.
 
-    It also clears the visualizers of earlier calls. MMEngine keeps them for the life of
-    the process, and mmdet gives all of its own the same name.
+    MMEngine keeps those of each class for the life of the process, and mmdet gives all
+    of its own the same name.
     """
-    Visualizer._instance_dict.clear()
+    for kind in (Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+
+
+def tool(name: str) -> ModuleType:
+    """Imports a tool for calls of its ``main``, which are quicker than processes."""
+    clear_visualizers()
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,12 +1,14 @@
 """Train a detector or a classifier from its configuration."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner
 
 from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
 from dsnet_mm.cli.arguments import (
@@ -67,6 +69,56 @@ def set_ema(cfg: Config) -> None:
     cfg.custom_hooks = [*hooks, ema]
 
 
+def set_fsdp(cfg: Config, launcher: str) -> None:
+    """Splits weights, gradients and optimizer state over the processes.
+
+    Args:
+        cfg: Configuration, changed in place.
+        launcher: What started the processes.
+
+    Raises:
+        ValueError: If there is one process, or if a hook does not work with it.
+    """
+    if launcher == 'none':
+        raise ValueError(
+            '--fsdp splits the model over the processes of a distributed run; start '
+            'them by tools/dist_train.sh or torchrun, with --launcher pytorch'
+        )
+    if any('EMAHook' in str(hook['type']) for hook in cfg.get('custom_hooks') or []):
+        raise ValueError(
+            '--fsdp leaves each process a part of the weights, and an EMAHook averages '
+            'whole ones; leave the hook out, as by --cfg-options custom_hooks=[]'
+        )
+    cfg.runner_type = 'FlexibleRunner'
+    cfg.strategy = dict(type='dsnet_mm.FSDPStrategy')
+
+
+def set_loggers(cfg: Config, tensorboard: bool, wandb: str | None) -> None:
+    """Writes losses, learning rates and metrics for TensorBoard and W&B too.
+
+    Args:
+        cfg: Configuration with its working directory, changed in place.
+        tensorboard: Whether to write files of TensorBoard, beside the log.
+        wandb: Project of Weights & Biases, None for no run there.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    backends = {}
+    if tensorboard:
+        backends['tensorboard'] = dict(type='TensorboardVisBackend')
+    if wandb is not None:
+        init = dict(project=wandb, name=Path(cfg.work_dir).name)
+        backends['wandb'] = dict(type='WandbVisBackend', init_kwargs=init)
+    for package, backend in backends.items():
+        if find_spec(package) is None:
+            raise ValueError(
+                f'--{package} takes the package {package}, which is not installed; '
+                f'install it by pip install {package}'
+            )
+        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, backend]
+
+
 def set_auto_scale_lr(cfg: Config) -> None:
     """Scales the learning rate with the total batch size.
 
@@ -115,7 +167,17 @@ def set_start(cfg: Config, resume: str | None) -> None:
     cfg.resume = resume is not None
     if cfg.resume:
         cfg.load_from = resume
-        seed = read_training_state(resume)['meta'].get('seed')
+        checkpoint = read_training_state(resume)
+        # With FSDP the optimizer has parameters by name.
+        groups = checkpoint['optimizer'].get('param_groups', [])
+        by_name = any(isinstance(p, str) for group in groups for p in group['params'])
+        if by_name != ('FSDP' in str(cfg.get('strategy'))):
+            raise ValueError(
+                f'{resume} comes from a training {"with" if by_name else "without"} '
+                f'--fsdp, and goes on only so; start from its weights by --cfg-options '
+                f'load_from={resume}'
+            )
+        seed = checkpoint['meta'].get('seed')
         cfg.merge_from_dict({'randomness.seed': seed})
     elif cfg.get('load_from'):
         check_file(
@@ -181,7 +243,18 @@ def main(argv: list[str] | None = None) -> None:
         '--ema', action='store_true', help='keep and evaluate an average of the weights'
     )
     parser.add_argument(
+        '--fsdp',
+        action='store_true',
+        help='split weights, gradients and optimizer state over the processes',
+    )
+    parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate while training'
+    )
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='log for TensorBoard too'
+    )
+    parser.add_argument(
+        '--wandb', metavar='PROJECT', help='log to this project of Weights & Biases too'
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -214,6 +287,8 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             set_amp(cfg)
         if args.ema:
             set_ema(cfg)
+        if args.fsdp:
+            set_fsdp(cfg, args.launcher)
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
         set_seeds(cfg)
@@ -221,8 +296,11 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
+        set_loggers(cfg, args.tensorboard, args.wandb)
         set_guards(cfg, args.skip_unreadable)
-        runner = Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg)  # of the type runner_type
+        if isinstance(runner, FlexibleRunner):  # builds the model when it trains
+            runner.model = runner.strategy.build_model(runner.model)
         for module in runner.model.modules():
             if isinstance(module, DSNet):
                 module.check_checkpoint()

@@ -1,3 +1,4 @@
+# CLIP-Adapter, CLIP's RN50, ImageNet, 16 shots, on cached features.
 _base_ = '_base_/clip-adapter_rn50.py'
 
 task = dict(dataset='imagenet')

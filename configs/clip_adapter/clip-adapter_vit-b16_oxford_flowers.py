@@ -1,3 +1,4 @@
+# CLIP-Adapter, CLIP's ViT-B/16, Flowers102, 16 shots, on cached features.
 _base_ = '_base_/clip-adapter_vit-b16.py'
 
 task = dict(dataset='oxford_flowers')

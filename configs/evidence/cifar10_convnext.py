@@ -1,3 +1,4 @@
+# CIFAR-10, ConvNeXt.
 _base_ = '_base_/cifar10.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# DeiT has no pyramid: 64 patches of 8 x 8 pixels.
+# CIFAR-10, DeiT. DeiT has no pyramid: 64 patches of 8 x 8 pixels.
 _base_ = '_base_/cifar10.py'
 
 model = dict(

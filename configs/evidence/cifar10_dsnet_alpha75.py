@@ -1,4 +1,5 @@
-# The FFN is wider, so that the multiply-adds are those of DS-Net*.
+# CIFAR-10, DS-Net, alpha 0.75. The FFN is wider, so that the multiply-adds are those of
+# DS-Net*.
 _base_ = '_base_/cifar10.py'
 
 model = dict(backbone=dict(isa=False, alpha=0.75, mlp_ratio=5.0))

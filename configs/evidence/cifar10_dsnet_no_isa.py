@@ -1,4 +1,5 @@
-# The FFN is wider, so that the multiply-adds are those of DS-Net*.
+# CIFAR-10, DS-Net, no ISA. The FFN is wider, so that the multiply-adds are those of
+# DS-Net*.
 _base_ = '_base_/cifar10.py'
 
 model = dict(backbone=dict(isa=False, mlp_ratio=5.0))

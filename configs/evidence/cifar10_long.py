@@ -1,3 +1,4 @@
+# CIFAR-10, DS-Net*, 15 epochs.
 _base_ = '_base_/cifar10.py'
 
 max_epochs = 15

@@ -1,3 +1,4 @@
+# CIFAR-10, Swin.
 _base_ = '_base_/cifar10.py'
 
 model = dict(

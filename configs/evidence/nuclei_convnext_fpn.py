@@ -1,3 +1,4 @@
+# Nuclei, Mask R-CNN, ConvNeXt with FPN.
 _base_ = 'nuclei_dsnet_fpn.py'
 
 model = dict(

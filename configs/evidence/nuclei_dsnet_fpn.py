@@ -1,3 +1,4 @@
+# Nuclei, Mask R-CNN, DS-Net with FPN.
 _base_ = '_base_/nuclei.py'
 
 model = dict(

@@ -1,4 +1,5 @@
-# The detector of weights/. It has 200 iterations more than that of configs/dsnet.
+# Nuclei, Mask R-CNN, DS-Net with DS-FPN: the detector of weights/. It has 200
+# iterations more than that of configs/dsnet.
 _base_ = '_base_/nuclei.py'
 
 max_iters = 2400

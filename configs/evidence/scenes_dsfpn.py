@@ -1,3 +1,4 @@
+# Drawn scenes, Mask R-CNN, DS-Net with DS-FPN.
 _base_ = '../dsnet/mask_rcnn_dsnet_demo_scenes.py'
 
 default_hooks = dict(

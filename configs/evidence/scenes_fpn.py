@@ -1,3 +1,4 @@
+# Drawn scenes, Mask R-CNN, DS-Net with FPN.
 _base_ = 'scenes_dsfpn.py'
 
 model = dict(

@@ -1,45 +1,8 @@
-"""Fixtures: a tiny CLIP model with random weights, and pictures."""
-
-import json
+"""Fixtures: the encoder of a tiny CLIP model, and pictures."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-TINY = {
-    'embed_dim': 16,
-    'vision_cfg': {
-        'image_size': 32,
-        'layers': 1,
-        'width': 32,
-        'head_width': 16,
-        'patch_size': 16,
-    },
-    'text_cfg': {
-        'context_length': 24,
-        'vocab_size': 49408,
-        'width': 16,
-        'heads': 2,
-        'layers': 1,
-    },
-}
-
-
-@pytest.fixture(scope='session')
-def tiny_clip(tmp_path_factory):
-    """Arguments of OpenCLIPEncoder for a tiny model with stored weights."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp('clip')
-    config = folder / 'dsnet_mm_tiny.json'
-    config.write_text(json.dumps(TINY))
-    open_clip.add_model_config(config)
-    torch.manual_seed(0)
-    model = open_clip.create_model('dsnet_mm_tiny')
-    weights = folder / 'tiny.pt'
-    torch.save(model.state_dict(), weights)
-    return {'model': str(config), 'pretrained': str(weights)}
 
 
 @pytest.fixture(scope='session')

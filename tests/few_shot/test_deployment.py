@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -463,30 +462,3 @@ def test_pyarrow_is_optional(tmp_path, monkeypatch):
     (tmp_path / 'all.parquet').write_bytes(b'x')
     with pytest.raises(ImportError, match=r'all\.parquet needs pyarrow: pip install'):
         load_task('all.parquet')
-
-
-# --- README -----------------------------------------------------------------------
-
-
-def test_commands_and_code_of_the_readme(
-    tool, tiny_clip, tmp_path, monkeypatch, capsys
-):
-    text = (ROOT / 'README.md').read_text()
-    assert '--dataset my_pictures' in text
-    (snippet,) = re.findall(r'```python\n(from [^`]*load_classifier.*?)```', text, re.S)
-    monkeypatch.chdir(tmp_path)
-    for colour in ('red', 'blue'):
-        for i in range(40):
-            Path('my_pictures', colour).mkdir(parents=True, exist_ok=True)
-            Image.new('RGB', (32, 32 + i), colour).save(f'my_pictures/{colour}/{i}.png')
-    Image.new('RGB', (40, 40), 'red').save('picture.jpg')
-    tool(
-        *('run', '--dataset', 'my_pictures', '--model', tiny_clip['model']),
-        *('--pretrained', tiny_clip['pretrained'], '--shots', 16, '--seeds', 1),
-        *('--methods', 'clip_adapter', '--selection', 'fixed'),
-        *('--cfg-options', 'views=0'),
-    )
-    capsys.readouterr()
-    exec(snippet, {})
-    name, probability = capsys.readouterr().out.split()
-    assert name in ('red', 'blue') and 0.5 <= float(probability) <= 1

@@ -393,7 +393,7 @@ def tool(monkeypatch):
 def test_command_line_and_code_of_the_docs(
     tool, config, picture_folder, tmp_path, capsys, monkeypatch
 ):
-    """The paths in README and docs are those that the command above them writes."""
+    """The paths in the docs are those that the command above them writes."""
     monkeypatch.chdir(tmp_path)
     Path('my_pictures').symlink_to(picture_folder)
     Path('picture.jpg').symlink_to(picture_folder / 'red' / '0.png')
@@ -419,15 +419,14 @@ def test_command_line_and_code_of_the_docs(
     classifier = load_classifier(f'{file}.safetensors')
     (probabilities,) = classifier(['picture.jpg'])
     best = classifier.class_names[probabilities.argmax()]
-    for name in ('README.md', 'docs/clip_adapter.md'):
-        text = (ROOT / name).read_text()
-        pattern = r'--shots 1 4 16\n.*?```python\n(from [^`]*load_classifier.*?)```'
-        (snippet,) = re.findall(pattern, text, re.S)
-        assert len(snippet.strip().splitlines()) <= 10
-        capsys.readouterr()
-        exec(snippet.replace('16shot', '4shot'), {})
-        printed = capsys.readouterr().out
-        assert printed == f'{best} {round(probabilities.max().item(), 3)}\n'
+    text = (ROOT / 'docs/clip_adapter.md').read_text()
+    pattern = r'--shots 1 4 16\n.*?```python\n(from [^`]*load_classifier.*?)```'
+    (snippet,) = re.findall(pattern, text, re.S)
+    assert len(snippet.strip().splitlines()) <= 10
+    capsys.readouterr()
+    exec(snippet.replace('16shot', '4shot'), {})
+    printed = capsys.readouterr().out
+    assert printed == f'{best} {round(probabilities.max().item(), 3)}\n'
 
 
 def test_doctor_command(tool, picture_folder, tmp_path):

@@ -165,7 +165,8 @@ def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, in
                 )
             shutil.copyfile(picture, fresh / split / name)
         for split, content in sets.items():
-            content['categories'] = [dict(id=1, name='nucleus')]
+            category = dict(id=1, name='nucleus', supercategory='cell')
+            content['categories'] = [category]
             path = fresh / 'annotations' / f'instances_{split}.json'
             path.write_text(json.dumps(content))
     return {k: (len(v['images']), len(v['annotations'])) for k, v in sets.items()}
