@@ -106,12 +106,17 @@ class _LoadingSeeds:
         endless = hasattr(loader.sampler, 'skip')
         self.batches_per_epoch = None if endless else len(loader)
         self._key = key
+        self._sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
         self._init_worker, self._collate = loader.worker_init_fn, loader.collate_fn
 
     def start_worker(self, worker: int) -> None:
         """Seeds the first batch of a worker; its ``worker_init_fn``."""
         if self._init_worker:
             self._init_worker(worker)
+        if self.batches_per_epoch:
+            # A loop by iteration that skips epochs does not call the hook between them.
+            epoch = getattr(self._sampler, 'epoch', 0)
+            self.next_batch = max(self.next_batch, epoch * self.batches_per_epoch)
         self.next_batch += worker
         _seed(*self._key, LOADING, self.next_batch)
 
