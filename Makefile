@@ -25,6 +25,9 @@ ASAN_TESTS := tests/test_ops.py tests/test_inference_ops.py \
 	tests/test_feed_forward.py tests/test_memory_bounds.py
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
+# Processes that run tests, and the threads of each. A file of tests stays in one process.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 
 # Waiting OpenMP threads spin by default. If other processes need the cores, this makes
@@ -51,7 +54,7 @@ demo-clip: setup
 	$(BIN)/python tools/demo_clip.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-asan: setup
 	rm -rf $(ASAN_COPY)/dsnet_mm $(ASAN_COPY)/tests
@@ -64,7 +67,7 @@ test-asan: setup
 		ASAN_OPTIONS=detect_leaks=0 && \
 		$(abspath $(BIN))/python -c \
 		'from dsnet_mm.ops import native; exit(native.WHY_NOT)' && \
-		$(abspath $(BIN))/python -m pytest $(ASAN_TESTS)
+		$(PYTEST) $(ASAN_TESTS)
 
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'

@@ -21,6 +21,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -135,6 +136,13 @@ def ops() -> dict:
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildOps))
 
 
+if int(setuptools.__version__.split('.')[0]) < 77:
+    # Older versions do not read pyproject.toml in full. They install a package with
+    # the name UNKNOWN.
+    sys.exit(
+        f'setuptools {setuptools.__version__} is too old to build dsnet_mm; '
+        f"install another one: pip install 'setuptools>=77,<82'"
+    )
 arguments = ops()
 arguments.setdefault('cmdclass', {})['build_py'] = BuildPy
 setup(**arguments)

@@ -96,10 +96,11 @@ def existing_device(name: str) -> str:
         ValueError: If this machine does not have it.
     """
     import torch
-    from mmengine.device import get_device
 
     if name == 'auto':
-        return get_device()
+        if not torch.accelerator.is_available():
+            return 'cpu'
+        return torch.accelerator.current_accelerator().type
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

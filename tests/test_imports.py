@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'dsnet_mm'
-LAYERS = ('ops', 'tasks', 'models', 'datasets', 'few_shot')
+LAYERS = ('ops', 'tasks', 'clip', 'models', 'datasets', 'few_shot')
 FILES = [file for layer in LAYERS for file in (PACKAGE / layer).rglob('*.py')]
 
 

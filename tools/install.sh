@@ -3,19 +3,32 @@
 # of the OpenMMLab packages are those pinned in pyproject.toml. Packages that are
 # already installed are not installed again.
 #
-# Usage: [PYTHON=python3.11] bash tools/install.sh [.venv]
+# Usage: [PYTHON=python3.11] [FAMILY=onedl] [TORCH=torch==2.6.0] bash tools/install.sh [.venv]
+#
+# FAMILY: which OpenMMLab packages: onedl (maintained), openmmlab (official) or none.
+# TORCH: which PyTorch, as a requirement. The default is the range of pyproject.toml.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${1:-.venv}
 python=${PYTHON:-python3}
+family=${FAMILY:-onedl}
 log=$venv/mmcv-build.log
 
 say() { printf '== %s\n' "$*"; }
 stop() { printf 'Error: %s\n' "$*" >&2; exit 1; }
 run() { "$venv/bin/python" "$@"; }
 pip() { run -m pip --disable-pip-version-check "$@"; }
-pin() { sed -n "s/^ *\"\($1==[^\"]*\)\",*$/\1/p" pyproject.toml; }
+pinned_mmcv() {
+    sed -n "/^$family = \[/,/^\]/s/^ *\"\(.*mmcv==[^\"]*\)\",*$/\1/p" pyproject.toml
+}
+pinned_torch() { sed -n 's/^dependencies = .*"\(torch[^"]*\)".*/\1/p' pyproject.toml; }
+
+case $family in
+    onedl | openmmlab) extras=$family,clip,export,parquet,test,lint ;;
+    none) extras=clip,export,parquet,test,lint ;;
+    *) stop "FAMILY is '$family'; onedl, openmmlab or none are accepted." ;;
+esac
 
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
     stop "Python 3.10 to 3.12 is required, but $python is $("$python" -V 2>&1);" \
@@ -30,7 +43,7 @@ pip install -q 'setuptools>=77,<82' wheel ninja packaging
 
 say 'PyTorch'
 run -c 'import torch, torchvision' 2>/dev/null ||
-    pip install 'torch>=2.6,<2.14' torchvision
+    pip install "${TORCH:-$(pinned_torch)}" torchvision
 
 # mmcv is built with CUDA ops if there are a GPU and an nvcc of torch's CUDA version.
 cuda=$(run - <<'PY'
@@ -65,7 +78,7 @@ PY
 install_mmcv() {
     # Without --no-build-isolation the build does not find torch and leaves out the ops.
     CFLAGS='-g0 -O2' MAX_JOBS=${MAX_JOBS:-$(nproc)} MMCV_WITH_OPS=1 \
-        pip install -v --no-build-isolation "$@" "$(pin onedl-mmcv)" 2>&1 |
+        pip install -v --no-build-isolation "$@" "$(pinned_mmcv)" 2>&1 |
         tee "$log" | awk '
             match($0, /\[[0-9]+\/[0-9]+\]/) {
                 split(substr($0, RSTART + 1, RLENGTH - 2), n, "/")
@@ -76,16 +89,17 @@ install_mmcv() {
         { tail -n 30 "$log" >&2; stop "building mmcv failed; see $log"; }
 }
 
-say 'mmcv with its ops (about 5 minutes on two cores if no wheel is cached)'
-if ! mmcv_works; then
+[ "$family" = none ] ||
+    say 'mmcv with its ops (about 5 minutes on two cores if no wheel is cached)'
+if [ "$family" != none ] && ! mmcv_works; then
     install_mmcv
     # A cached wheel may lack the ops, or its ops may be built for another torch.
     mmcv_works || install_mmcv --force-reinstall --no-deps --no-cache-dir
     mmcv_works || stop "mmcv was built, but its ops do not load; see $log"
 fi
 
-say 'mmdet, mmpretrain, open_clip, this package'
-pip install -q --no-build-isolation -e '.[onedl,clip,export,parquet,test,lint]'
+say "This package with $extras"
+pip install -q --no-build-isolation -e ".[$extras]"
 
 # The dependencies install both opencv-python and opencv-python-headless. The two write
 # the same files. opencv-python needs libGL, which many machines do not have, so only the
@@ -97,4 +111,5 @@ if pip show -q opencv-python 2>/dev/null; then
     pip install -q --no-deps "opencv-python-headless==$opencv"
 fi
 
-run -m dsnet_mm
+# The report fails if something is missing, as mmengine is without a family.
+[ "$family" = none ] || run -m dsnet_mm

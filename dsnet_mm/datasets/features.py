@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.files import write_atomic
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.progress import progress_bar
 from dsnet_mm.tasks import Item
 

@@ -7,7 +7,7 @@ import torch
 from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 
-from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.registry import DATASETS
 from dsnet_mm.tasks import load_task
 

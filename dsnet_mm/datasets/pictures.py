@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.clip import OpenCLIPEncoder
 
 PREPROCESSINGS = ('clip', 'warp')
 """Ways to resize a picture. ``'clip'``: that of the model in open_clip's configuration.

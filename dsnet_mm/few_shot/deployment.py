@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.datasets.pictures import (
     PREPROCESSINGS,
     build_transform,
@@ -18,8 +19,6 @@ from dsnet_mm.datasets.pictures import (
     upright_rgb,
 )
 from dsnet_mm.files import write_atomic
-from dsnet_mm.models.backbones import OpenCLIPEncoder
-from dsnet_mm.models.heads import CLIPAdapter
 
 from .methods.linear_adapter import LinearAdapter
 from .methods.linear_probe import LinearClassifier

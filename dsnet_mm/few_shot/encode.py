@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import FeatureCache, picture_keys
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.tasks import FewShotTask, load_task
 
 from .config import FewShotConfig

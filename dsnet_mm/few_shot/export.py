@@ -10,14 +10,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
+from dsnet_mm.environment import require
 from dsnet_mm.files import check_new, write_atomic
-from dsnet_mm.models.backbones import OpenCLIPEncoder
-from dsnet_mm.models.heads import CLIPAdapter
 
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
 from .methods.linear_adapter import LinearAdapter
@@ -252,7 +250,13 @@ def convert_checkpoint(
         FileNotFoundError: If a file is missing.
         ValueError: If the checkpoint has no adapter, or none with text features, or the
             class names are unknown.
+        ImportError: If mmengine is not installed.
     """
+    require('mmengine', user='A checkpoint of MMEngine')
+    from mmengine.config import Config
+
+    from dsnet_mm.checkpoint import read_checkpoint
+
     check_new(path)
     if not Path(config).is_file():
         raise FileNotFoundError(f'there is no configuration {config}.')

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets import sample_few_shot
 from dsnet_mm.datasets.doctor import describe_copies, find_copies
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import FeatureCache, Features, picture_keys
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 from dsnet_mm.tasks import PUBLIC_DATASETS, FewShotTask, Item, load_task
 
 from .config import FewShotConfig

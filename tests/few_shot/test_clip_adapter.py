@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsnet_mm.clip.adapter import PRESETS, zero_shot_logits
 from dsnet_mm.models import CLIPAdapter, OpenCLIPEncoder
-from dsnet_mm.models.heads.clip_adapter import PRESETS, zero_shot_logits
 
 TEXT = F.normalize(torch.randn(7, 32, generator=torch.Generator().manual_seed(0)))
 IMAGES = 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))

@@ -138,18 +138,18 @@ def test_classifier_of_a_folder_model(other_encoder, tmp_path, monkeypatch):
 
 def test_file_has_the_preprocessing_of_the_tags(tmp_path, encoder, monkeypatch):
     """All of open_clip's weights of a SigLIP are squashed; a file does not say so."""
-    from dsnet_mm.models.backbones import clip_loading
+    from dsnet_mm.clip import loading
 
-    found = clip_loading._preprocessing_of_tags('ViT-B-16-SigLIP')
+    found = loading._preprocessing_of_tags('ViT-B-16-SigLIP')
     assert found['resize_mode'] == 'squash' and found['mean'] == (0.5, 0.5, 0.5)
-    assert clip_loading._preprocessing_of_tags('RN50')['resize_mode'] == 'shortest'
-    assert clip_loading._preprocessing_of_tags('ViT-L-14') is None, 'they differ'
+    assert loading._preprocessing_of_tags('RN50')['resize_mode'] == 'shortest'
+    assert loading._preprocessing_of_tags('ViT-L-14') is None, 'they differ'
 
 
 def test_refused_pairs_name_a_model_that_has_the_weights():
     import open_clip
 
-    from dsnet_mm.models.backbones.open_clip_encoder import check_model
+    from dsnet_mm.clip.encoder import check_model
 
     check_model('roberta-ViT-B-32', 'laion2b_s12b_b32k')
     refused = 0

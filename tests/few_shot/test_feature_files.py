@@ -17,6 +17,7 @@ from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, run
 from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.sources import FeatureSource
 from dsnet_mm.tasks import load_task
+from tests.conftest import run_python
 from tests.conftest import tool as load_tool
 
 NAMES = ['cat', 'dog', 'emu']
@@ -286,3 +287,21 @@ def test_encoded_shots(tool, tiny_clip, picture_folder, tmp_path):
     assert file.class_names == ('blue', 'green sea', 'red')
     assert len(file.val) == 12 and len(file.test) == 24
     assert set(file.about) >= {'model', 'pretrained', 'identity', 'preprocessing'}
+
+
+def test_run_without_openmmlab(file, tmp_path):
+    """Features to classifier in a process that has neither mmengine nor mmcv."""
+    work_dir = tmp_path / 'run'
+    done = run_python(
+        'import runpy, sys\n'
+        'for name in ("mmengine", "mmcv", "mmdet", "mmpretrain", "cv2"):\n'
+        '    sys.modules[name] = None\n'
+        f'sys.argv = ["few_shot.py", "run", "--features", {str(file)!r},\n'
+        f'    "--work-dir", {str(work_dir)!r}, "--methods", "gda", "--shots", "1"]\n'
+        'runpy.run_path("tools/few_shot.py", run_name="__main__")\n'
+        'sys.argv += ["--cfg-options", "views=0"]\n'
+        'runpy.run_path("tools/few_shot.py", run_name="__main__")\n'
+    )
+    assert (work_dir / 'classifiers' / 'gda_1shot_seed1.safetensors').is_file()
+    assert done.returncode == 1, done.stderr
+    assert 'configuration file, or --cfg-options, needs mmengine' in done.stderr

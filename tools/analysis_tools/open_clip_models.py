@@ -14,10 +14,10 @@ from pathlib import Path
 import open_clip
 import torch
 
+from dsnet_mm.clip.encoder import check_model
+from dsnet_mm.clip.loading import fetching
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import OpenCLIPEncoder
-from dsnet_mm.models.backbones.clip_loading import fetching
-from dsnet_mm.models.backbones.open_clip_encoder import check_model
 
 FAMILIES = {
     'CLIP, ResNet': 'RN50-quickgelu',

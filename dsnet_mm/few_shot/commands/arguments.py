@@ -2,7 +2,12 @@
 
 import argparse
 
-from mmengine.config import Config, DictAction
+from dsnet_mm.environment import install_command
+
+try:
+    from mmengine.config import Config, DictAction
+except ImportError:  # These commands need mmengine for the two options below only.
+    Config, DictAction = None, 'store'
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +42,15 @@ def read_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
         names: Those that are options and were added to ``add_data_arguments``.
 
     Raises:
+        ImportError: If they need mmengine, which is not installed.
         ValueError: If the file has no ``few_shot``.
     """
     options: dict = {}
+    if Config is None and (args.config is not None or args.cfg_options):
+        raise ImportError(
+            f'a configuration file, or --cfg-options, needs mmengine; '
+            f'{install_command("mmengine")}'
+        )
     if args.config is not None:
         found = Config.fromfile(args.config).get('few_shot')
         if found is None:
@@ -56,6 +67,8 @@ def read_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
     ):
         if getattr(args, key) is not None:
             options[key] = getattr(args, key)
-    nested = Config(options)
-    nested.merge_from_dict(args.cfg_options)
-    return nested.to_dict()
+    if args.cfg_options:
+        nested = Config(options)
+        nested.merge_from_dict(args.cfg_options)
+        options = nested.to_dict()
+    return options

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.features import Features
-from dsnet_mm.models.backbones import OpenCLIPEncoder
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet_mm.models.heads import CLIPAdapter
-from dsnet_mm.models.heads.clip_adapter import zero_shot_logits
+from dsnet_mm.clip import CLIPAdapter
+from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData
 from .training import train

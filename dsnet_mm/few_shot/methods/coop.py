@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet_mm.models.backbones import OpenCLIPEncoder
+from dsnet_mm.clip import OpenCLIPEncoder
 
 from .base import FewShotData
 from .training import train

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet_mm.models.heads.clip_adapter import zero_shot_logits
+from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData, mean_features
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dsnet_mm.models.heads.clip_adapter import zero_shot_logits
+from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData, num_learnt
 

@@ -1,4 +1,8 @@
+from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.registry import MODELS
+
 from .ds_net import DSNet
-from .open_clip_encoder import OpenCLIPEncoder
+
+MODELS.register_module(module=OpenCLIPEncoder)
 
 __all__ = ['DSNet', 'OpenCLIPEncoder']

@@ -1,8 +1,7 @@
 """Heads of classifiers. mmpretrain is imported when CLIPAdapterHead is built."""
 
+from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.registry import MODELS
-
-from .clip_adapter import CLIPAdapter
 
 __all__ = ['CLIPAdapter']
 

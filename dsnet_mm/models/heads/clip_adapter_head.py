@@ -7,15 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsnet_mm.models.backbones.open_clip_encoder import OpenCLIPEncoder, feature_width
+from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
+from dsnet_mm.clip.encoder import feature_width
 from dsnet_mm.tasks import (
     PUBLIC_DATASETS,
     check_class_names,
     load_task,
     resolve_prompts,
 )
-
-from .clip_adapter import CLIPAdapter
 
 try:
     from mmpretrain.models.heads import ClsHead

@@ -11,13 +11,11 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsnet_mm.registry import MODELS
 from dsnet_mm.tasks.prompts import resolve_prompts
 
-from .clip_loading import import_open_clip, load_towers
+from .loading import import_open_clip, load_towers
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
@@ -31,8 +29,7 @@ _TOKENIZER_PROBES = (
 same tokens of all of them are taken to be the same."""
 
 
-@MODELS.register_module()
-class OpenCLIPEncoder(BaseModule):
+class OpenCLIPEncoder(nn.Module):
     """Image and text tower of an open_clip model.
 
     Both towers are frozen and stay in eval mode. As the backbone of an mmpretrain
