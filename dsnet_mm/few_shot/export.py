@@ -20,7 +20,6 @@ from dsnet_mm.files import check_new, write_atomic
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
 from .methods.linear_adapter import LinearAdapter
 
-
 MOST_IN_ONE_FILE = 1.5e9
 """Bytes of weights in an ONNX file, which cannot have more than 2 GiB in all."""
 

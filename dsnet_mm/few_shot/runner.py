@@ -22,7 +22,7 @@ from .evaluation import evaluate
 from .methods import METHODS, FewShotData, num_learnt
 from .selection import Fit, select
 from .sources import Drawn, FeatureSource, PictureSource, Source
-from .work_dir import claim_work_dir, read_json
+from .work_dir import claim_work_dir, describe_software, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class _Runner:
     ) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.bar = bar
+        self.made_with = describe_software()
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def drawn(self, shots: int, seed: int) -> Drawn:
@@ -200,6 +201,7 @@ class _Runner:
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
             'redrawn': drawn.redrawn,
+            'made_with': self.made_with,
         }
         save_classifier(
             self.work_dir / 'classifiers' / f'{job.name}.safetensors',
@@ -221,7 +223,8 @@ class _Runner:
         if drawn is None:
             return found
         accuracy, loss, val = fit.val_accuracy, fit.val_loss, drawn.val
-        if self.config.selection == 'cv':  # all folds together are the training pictures
+        if self.config.selection == 'cv':
+            # All folds together are the training pictures.
             val = drawn.train if drawn.plain is None else drawn.plain
         elif val is not None:
             score = evaluate(fit.classifier, val)
@@ -281,6 +284,7 @@ class _Runner:
             'shots': shots,
             'seed': chosen['seed'],
             'pictures': len(train),
+            'made_with': self.made_with,
         }
         save_classifier(
             self.work_dir / 'classifiers' / 'final.safetensors',
