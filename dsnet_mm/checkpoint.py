@@ -25,7 +25,10 @@ from torch import Tensor
 
 from dsnet_mm.files import write_atomic
 
-_multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+try:  # NumPy 2, and NumPy 1.26 for pickles of NumPy 2
+    from numpy._core import multiarray as _multiarray
+except ImportError:
+    from numpy.core import multiarray as _multiarray
 
 
 def _get_statistic(owner: Any, name: str) -> Callable:
