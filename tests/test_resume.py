@@ -50,6 +50,12 @@ default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5))
 BY_ITER_IN_EPOCHS = BY_ITER.replace('InfiniteSampler', 'DefaultSampler')
 
 
+needs_skip = pytest.mark.skipif(
+    not hasattr(InfiniteSampler, 'skip'),
+    reason='the data loader of this MMEngine cannot skip batches',
+)
+
+
 class Stopped(Exception):
     pass
 
@@ -123,13 +129,7 @@ def uninterrupted(
     'name',
     [
         'by_epoch',
-        pytest.param(
-            'by_iter',
-            marks=pytest.mark.skipif(
-                not hasattr(InfiniteSampler, 'skip'),
-                reason='the data loader of this MMEngine cannot skip batches',
-            ),
-        ),
+        pytest.param('by_iter', marks=needs_skip),
     ],
 )
 def test_resumed_weights_are_equal(
@@ -158,6 +158,7 @@ def test_workers_that_do_not_persist(
         assert torch.equal(value, expected[key]), key
 
 
+@needs_skip
 def test_a_loop_by_iteration_resumes_in_a_later_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,8 +34,9 @@ class IterationSeedHook(Hook):
     the seed of the run. The resumed training needs the same
     ``randomness.seed``; ``tools/train.py --resume`` takes it from the
     checkpoint. It also needs the same batch size and number of processes. In
-    iteration-based training the sampler must be able to skip batches, as
-    InfiniteSampler does in MMEngine 0.10.12 and does not in 0.10.7.
+    iteration-based training MMEngine must be able to skip batches, as 0.10.12
+    is, with a sampler that skips (InfiniteSampler) or by the steps of one that
+    has epochs (DefaultSampler). 0.10.7 is not.
     """
 
     priority = 'LOWEST'
