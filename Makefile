@@ -2,6 +2,7 @@
 #
 # make demo       trains and evaluates a small Mask R-CNN, and plots its predictions
 # make demo-clip  trains a small CLIP model and compares few-shot methods with it
+# make page       starts a page to play with, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   runs the tests on the GPU and writes a table of times
@@ -34,7 +35,7 @@ GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 # the program ten times slower. A smaller count lets the threads sleep sooner.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip test test-asan test-gpu lint format doctor clean
+.PHONY: setup demo demo-clip page test test-asan test-gpu lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +53,9 @@ demo: setup
 
 demo-clip: setup
 	$(BIN)/python tools/demo_clip.py
+
+page: setup
+	$(BIN)/python -m dsnet_mm.demo
 
 test: setup
 	$(PYTEST)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from dsnet_mm.demo.clip import (
+    FOLDER,
+    STEPS,
     cifar_pairs,
     pretrain,
     scene_pairs,
@@ -32,9 +34,9 @@ METHODS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo_clip'))
+    parser.add_argument('--work-dir', type=Path, default=FOLDER)
     parser.add_argument(
-        '--steps', type=int, default=1000, help='optimizer steps of the pre-training'
+        '--steps', type=int, default=STEPS, help='optimizer steps of the pre-training'
     )
     parser.add_argument(
         '--cifar10',

@@ -25,7 +25,7 @@ pinned_mmcv() {
 pinned_torch() { sed -n 's/^dependencies = .*"\(torch[^"]*\)".*/\1/p' pyproject.toml; }
 
 case $family in
-    onedl | openmmlab) extras=$family,clip,export,parquet,test,lint ;;
+    onedl | openmmlab) extras=$family,clip,demo,export,parquet,test,lint ;;
     none) extras=clip,export,parquet,test,lint ;;
     *) stop "FAMILY is '$family'; onedl, openmmlab or none are accepted." ;;
 esac

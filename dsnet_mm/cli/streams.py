@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -13,6 +12,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dsnet_mm.inference import Predictor
+from dsnet_mm.inference.predictor import make_view
+from dsnet_mm.inference.tiling import Tile
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import split_heads
 from dsnet_mm.ops.reference import attention_weights
@@ -41,6 +43,17 @@ class Streams(NamedTuple):
     output: Tensor
 
 
+def find_blocks(model: nn.Module) -> dict[str, DSBlock]:
+    """Returns the blocks of a model that align both streams, by name."""
+    return {
+        key: block
+        for key, block in model.named_modules()
+        if isinstance(block, DSBlock)
+        and block.isa is not None
+        and block.isa.direction == 'both'
+    }
+
+
 def find_block(model: nn.Module, name: str) -> DSBlock:
     """Finds a block that aligns both streams.
 
@@ -51,13 +64,7 @@ def find_block(model: nn.Module, name: str) -> DSBlock:
     Raises:
         ValueError: If there is no such block. The message names those there are.
     """
-    blocks = {
-        key: block
-        for key, block in model.named_modules()
-        if isinstance(block, DSBlock)
-        and block.isa is not None
-        and block.isa.direction == 'both'
-    }
+    blocks = find_blocks(model)
     if name not in blocks:
         raise ValueError(
             f'there is no block {name!r} with Inter-Scale Alignment both ways; this '
@@ -103,8 +110,9 @@ def captured(block: DSBlock) -> Iterator[Callable[[], Streams]]:
         local_qkv = kept['local_qkv'][1].flatten(2).transpose(1, 2)
         q_l, k_l, _ = split_heads(local_qkv, block.num_heads, 3)
         q_g, k_g, _ = split_heads(kept['global_qkv'][1], block.num_heads, 3)
-        local_weights = attention_weights(q_l, k_g)[0]
-        global_weights = attention_weights(q_g, k_l)[0]
+        with torch.no_grad():
+            local_weights = attention_weights(q_l, k_g)[0]
+            global_weights = attention_weights(q_g, k_l)[0]
 
         def to_map(tokens: Tensor) -> Tensor:
             return tokens[0].t().unflatten(1, global_size).detach()
@@ -114,8 +122,8 @@ def captured(block: DSBlock) -> Iterator[Callable[[], Streams]]:
             to_map(global_),
             aligned_local[0].detach(),
             to_map(aligned_global),
-            local_weights.detach().unflatten(1, size).unflatten(-1, global_size),
-            global_weights.detach().unflatten(1, global_size).unflatten(-1, size),
+            local_weights.unflatten(1, size).unflatten(-1, global_size),
+            global_weights.unflatten(1, global_size).unflatten(-1, size),
             output,
         )
 
@@ -144,6 +152,92 @@ def grad_cam(score: Tensor, activation: Tensor, pooled: bool) -> Tensor:
     if pooled:
         weights = weights.mean((2, 3), keepdim=True)
     return (weights * activation).sum(1).relu()[0].detach()
+
+
+def draw_streams(
+    predictor: Predictor,
+    image: np.ndarray,
+    block: str,
+    point: tuple[float, float] | None = None,
+    target: int | None = None,
+) -> Figure:
+    """Draws the streams of a block for a picture, and what raises a score.
+
+    Args:
+        predictor: A detector or a classifier with its weights, not fused.
+        image: BGR picture of shape (H, W, 3).
+        block: Name of the block, see :func:`find_block`.
+        point: The place whose attention is drawn, as fractions of width and height.
+            None is the middle of the detection, or of the picture.
+        target: What Grad-CAM explains: the number of a class, or the rank of a
+            detection, from 0. None is the best.
+
+    Returns:
+        The figure of :func:`plot_streams`.
+
+    Raises:
+        ValueError: If there is no such block, class or detection.
+    """
+    model = predictor.model
+    height, width = image.shape[:2]
+    view = make_view(image, Tile(0, 0, width, height))
+    (data,) = predictor.prepare([view.image])
+    data = model.data_preprocessor(data, False)
+    with captured(find_block(model, block)) as streams_of:
+        (sample,) = model(**data, mode='predict')
+        streams = streams_of()
+    inputs = data['inputs'][0]
+    height, width = inputs.shape[1:]
+    cam, title, box = None, '', None
+    if predictor.detects:
+        found = sample.pred_instances
+        rank = target or 0
+        if rank < len(found):
+            order = found.scores.argsort(descending=True)[rank]
+            score, label = found.scores[order], found.labels[order].item()
+            scale = sample.scale_factor
+            x = found.bboxes[order].detach().cpu() * torch.tensor([*scale, *scale])
+            box = tuple(x.tolist())
+            middle = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+            point = point or middle
+        elif target is not None:
+            raise ValueError(
+                f'the target is {target}, and {len(found)} objects are detected'
+            )
+    else:
+        label = sample.pred_score.argmax().item() if target is None else target
+        if not 0 <= label < len(sample.pred_score):
+            raise ValueError(
+                f'the target is a class from 0 to {len(sample.pred_score) - 1}, '
+                f'got {label}'
+            )
+        score = sample.pred_score[label]
+    if not predictor.detects or box is not None:
+        cam = grad_cam(score, streams.output, pooled=not predictor.detects)
+        names = predictor.class_names
+        name = names[label] if names else f'class {label}'
+        title = f'what raises {name}, {score.item():.2f}'
+    picture = to_picture(inputs, model.data_preprocessor)
+    return plot_streams(picture, streams, point or (0.5, 0.5), cam, title, box)
+
+
+def to_picture(inputs: Tensor, preprocessor: nn.Module) -> np.ndarray:
+    """Undoes the normalisation of an input (3, H, W).
+
+    Args:
+        inputs: The input of the network.
+        preprocessor: The data preprocessor that made it.
+
+    Returns:
+        The picture of shape (H, W, 3) in [0, 1].
+    """
+    if preprocessor._enable_normalize:
+        inputs = inputs * preprocessor.std + preprocessor.mean
+    # Pictures are loaded as BGR; mmdet and mmpretrain name the conversion differently.
+    converted = getattr(preprocessor, '_channel_conversion', False)
+    if not (converted or getattr(preprocessor, 'to_rgb', False)):
+        inputs = inputs.flip(0)
+    return (inputs / 255).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
 def plot_streams(
@@ -180,9 +274,9 @@ def plot_streams(
     local_size, global_size = streams.local.shape[1:], streams.global_.shape[1:]
     place, token = cell(local_size), cell(global_size)
     aspect = height / width
-    figure, axes = plt.subplots(
-        2, 4, figsize=(10, 4.6 * aspect + 0.6), layout='constrained'
-    )
+    # Without pyplot, which keeps figures and is not for threads.
+    figure = Figure(figsize=(10, 4.6 * aspect + 0.6), layout='constrained')
+    axes = figure.subplots(2, 4)
 
     def show(ax: Axes, title: str, background: bool = True) -> None:
         if background:

@@ -18,6 +18,7 @@ import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
 
 from dsnet_mm.cli.checkpoints import load_checkpoint
 from dsnet_mm.cli.config import load_config
@@ -183,12 +184,27 @@ class Predictor:
                     name, image.shape[:2], parts, list(islice(found, len(parts)))
                 )
 
+    @property
+    def model(self) -> nn.Module:
+        """The network, in eval mode."""
+        return self._inferencer.model
+
     def read(self, path: str) -> np.ndarray | None:
         """Reads a picture as the test pipeline does, None if it cannot be read."""
         try:
             return self._load(dict(img_path=path))['img']
         except (OSError, AssertionError, ValueError, cv2.error):
             return None
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
+        """Yields batches of pictures as the test pipeline makes them.
+
+        Args:
+            images: BGR arrays of shape (H, W, 3).
+        """
+        for data in self._inferencer.preprocess(images, batch_size=len(images)):
+            # mmdet adds the inputs.
+            yield data[1] if self.detects else data
 
     def _read(self, pictures: list[Picture]) -> Iterator[tuple[str, np.ndarray]]:
         for i, picture in enumerate(pictures):
@@ -223,10 +239,7 @@ class Predictor:
         chunks = [views[i : i + size] for i in range(0, len(views), size)]
         found = []
         for chunk in track(chunks):
-            images = [view.image for view in chunk]
-            for data in self._inferencer.preprocess(images, batch_size=size):
-                # mmdet adds the inputs.
-                data = data[1] if self.detects else data
+            for data in self.prepare([view.image for view in chunk]):
                 samples = self._inferencer.forward(data)
                 if self.detects:
                     found += map(self._objects, chunk, samples)

@@ -14,14 +14,16 @@ from .drawn import (
     scene_pairs,
     write_pictures,
 )
-from .pretraining import SIZE, pretrain
+from .pretraining import FOLDER, SIZE, STEPS, pretrain
 
 __all__ = [
     'CIFAR_HELD_OUT',
+    'FOLDER',
     'HELD_OUT',
     'NEW_SHAPES',
     'NEW_TEXTURES',
     'SIZE',
+    'STEPS',
     'cifar_pairs',
     'pretrain',
     'random_scene',

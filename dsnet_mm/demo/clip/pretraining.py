@@ -35,6 +35,12 @@ MODEL = {
 }
 """Configuration of the model, for open_clip."""
 
+FOLDER = Path('work_dirs/demo_clip')
+"""Folder of the demo, also of the page's encoder."""
+
+STEPS = 1000
+"""Optimizer steps of the demo."""
+
 Batch = tuple[Tensor, list[str]]
 """Pictures (N, 3, H, W), from 0 to 255, and their N captions."""
 
