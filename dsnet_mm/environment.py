@@ -1,11 +1,15 @@
 """Checks packages, compiled ops and devices, for ``python -m dsnet_mm`` and others."""
 
 import importlib
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from packaging.version import Version
@@ -204,3 +208,40 @@ def nvcc_version() -> str:
 def python_version() -> str:
     """Returns the version of the running Python."""
     return '.'.join(map(str, sys.version_info[:3]))
+
+
+def commit() -> str:
+    """Returns the commit of the source code, with a + if files are changed.
+
+    It is 'unknown' if the package is not in a repository.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ['git', '-C', str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:  # no git
+            return ''
+        return done.stdout.strip()
+
+    # Stored results do not count as a change.
+    others = (':(top)', ':(top,exclude)results')
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', *others)
+    return (git('rev-parse', '--short=10', 'HEAD') or 'unknown') + '+' * bool(changed)
+
+
+def machine() -> dict[str, str | int | None]:
+    """Returns the processor, its instructions and the number of threads."""
+    import torch
+
+    try:
+        text = Path('/proc/cpuinfo').read_text()
+        name = re.search(r'model name\s*: (.*)', text)[1]
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    return dict(
+        processor=name,
+        cores=os.cpu_count(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        threads=int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())),
+    )

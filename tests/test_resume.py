@@ -46,6 +46,14 @@ train_dataloader.update(
 param_scheduler = dict(type='CosineAnnealingLR', by_epoch=False, T_max=11)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5))
 """
+# The order is that of epochs, of four iterations here.
+BY_ITER_IN_EPOCHS = BY_ITER.replace('InfiniteSampler', 'DefaultSampler')
+
+
+needs_skip = pytest.mark.skipif(
+    not hasattr(InfiniteSampler, 'skip'),
+    reason='the data loader of this MMEngine cannot skip batches',
+)
 
 
 class Stopped(Exception):
@@ -66,7 +74,11 @@ class StopHook(Hook):
 
 @pytest.fixture(scope='module')
 def configs(folder: Path) -> None:
-    for name, text in (('epoch', BY_EPOCH), ('iter', BY_ITER)):
+    for name, text in (
+        ('epoch', BY_EPOCH),
+        ('iter', BY_ITER),
+        ('iter_in_epochs', BY_ITER_IN_EPOCHS),
+    ):
         (folder / f'by_{name}.py').write_text(RANDOM + text)
 
 
@@ -92,7 +104,7 @@ def train(name: str, work_dir: Path, *args: str) -> None:
 
 
 def weights(work_dir: Path, name: str) -> dict[str, torch.Tensor]:
-    path = work_dir / {'by_epoch': 'epoch_3.pth', 'by_iter': 'iter_11.pth'}[name]
+    path = work_dir / ('epoch_3.pth' if name == 'by_epoch' else 'iter_11.pth')
     return torch.load(path, weights_only=False)['state_dict']
 
 
@@ -117,13 +129,7 @@ def uninterrupted(
     'name',
     [
         'by_epoch',
-        pytest.param(
-            'by_iter',
-            marks=pytest.mark.skipif(
-                not hasattr(InfiniteSampler, 'skip'),
-                reason='the data loader of this MMEngine cannot skip batches',
-            ),
-        ),
+        pytest.param('by_iter', marks=needs_skip),
     ],
 )
 def test_resumed_weights_are_equal(
@@ -149,6 +155,27 @@ def test_workers_that_do_not_persist(
     train('by_epoch', tmp_path, *options)
     expected = weights(uninterrupted['by_epoch'], 'by_epoch')
     for key, value in weights(tmp_path, 'by_epoch').items():
+        assert torch.equal(value, expected[key]), key
+
+
+@needs_skip
+def test_a_loop_by_iteration_resumes_in_a_later_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that do not persist are started again for each epoch that is skipped."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    name, options = 'by_iter_in_epochs', ['train_dataloader.num_workers=2']
+    options += ['train_dataloader.persistent_workers=False']
+    train(name, tmp_path / 'whole', 'randomness.seed=3')
+    with pytest.raises(Stopped):
+        train(
+            name,
+            tmp_path / 'stopped',
+            *(*options, 'randomness.seed=3', 'custom_hooks.0.before=7'),
+        )
+    train(name, tmp_path / 'stopped', '--resume', *options)
+    expected = weights(tmp_path / 'whole', name)
+    for key, value in weights(tmp_path / 'stopped', name).items():
         assert torch.equal(value, expected[key]), key
 
 

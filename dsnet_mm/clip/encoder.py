@@ -374,9 +374,10 @@ def check_model(name: str, pretrained: str | None) -> None:
     else:
         tags = [open_clip.get_pretrained_cfg(c, pretrained) for c in (name, other)]
         if not any(tags):
+            known = open_clip.list_pretrained_tags_by_model(name)
+            has = f'its tags are {", ".join(known)}' if known else 'it has no tags'
             raise ValueError(
-                f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
-                f'{", ".join(open_clip.list_pretrained_tags_by_model(name))}.'
+                f'{pretrained!r} is neither a file nor a tag of {name!r}; {has}.'
             )
         if other not in open_clip.list_models():
             # roberta-ViT-B-32 and its only weights were published together, and the

@@ -79,7 +79,9 @@ def load_towers(
             f"'dsnet_mm[clip]', or timm for the towers of timm."
         ) from error
     except Exception as error:  # unpicklers and state dicts raise errors of many types
-        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        # torch.load goes on with advice for those who trust the file.
+        text = str(error).partition(' In PyTorch 2.6')[0]
+        reason = ' '.join(text.split())[:300] or type(error).__name__
         if file is not None and what.startswith('the weights'):
             problem = (
                 'is empty'

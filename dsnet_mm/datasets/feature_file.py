@@ -35,6 +35,9 @@ class FeatureFile:
             so on. Part ``train``, key None, has all training pictures.
         val: Validation pictures, part ``val``, if there are any.
         test: Test pictures, part ``test``.
+        plain: Features of training pictures without augmentation, (1, N, D), by number
+            of shots, in the order of ``train``. In a file: ``<part>_plain`` (N, D).
+            Cross-validation needs them if ``train`` has augmented views.
         about: Other metadata. ``model`` and, if they are known, ``pretrained``,
             ``identity``, ``preprocessing`` and ``prompts`` describe the encoder.
     """
@@ -45,16 +48,16 @@ class FeatureFile:
     train: Mapping[int | None, Features]
     val: Features | None
     test: Features
+    plain: Mapping[int | None, Features] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
         """Writes the file, atomically."""
-        parts = {
-            'train' if shots is None else f'train_{shots}': part
-            for shots, part in self.train.items()
-        }
+        parts = {_train_part(shots): part for shots, part in self.train.items()}
         parts |= {'test': self.test} | ({} if self.val is None else {'val': self.val})
         tensors = {'text_features': self.text_features}
+        for shots, part in self.plain.items():
+            tensors[f'{_train_part(shots)}_plain'] = part.features[0]
         for name, part in parts.items():
             one_view = len(part.features) == 1
             tensors[f'{name}_features'] = (
@@ -68,6 +71,10 @@ class FeatureFile:
         }
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomic(path, save(tensors, metadata))
+
+
+def _train_part(shots: int | None) -> str:
+    return 'train' if shots is None else f'train_{shots}'
 
 
 def read_feature_file(path: str | Path) -> FeatureFile:
@@ -152,10 +159,17 @@ def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
                 f'train_{shots}_labels has {int(count[label])} rows of the class '
                 f'{class_names[label]!r}, and must have {shots}'
             )
+    plain = {
+        shots: _check_plain(f'{_train_part(shots)}_plain', tensors, part)
+        for shots, part in train.items()
+        if f'{_train_part(shots)}_plain' in tensors
+    }
     norm = text_features.norm(dim=-1, keepdim=True)
     if (norm - 1).abs().max() > 1e-3:
         text_features = text_features / norm
-    return FeatureFile(text_features, class_names, logit_scale, train, val, test, about)
+    return FeatureFile(
+        text_features, class_names, logit_scale, train, val, test, plain, about
+    )
 
 
 def _metadata(text: str, name: str, kind: type) -> object:
@@ -199,3 +213,13 @@ def _check_part(
     if not features.isfinite().all():
         raise ValueError(f'{part}_features has values that are not finite')
     return Features(features, labels)
+
+
+def _check_plain(name: str, tensors: Mapping[str, Tensor], train: Features) -> Features:
+    features, shape = tensors[name].float(), train.features.shape[1:]
+    if features.shape != shape or not features.isfinite().all():
+        raise ValueError(
+            f'{name} must be {tuple(shape)}, as the training features are, and finite, '
+            f'got {tuple(features.shape)}'
+        )
+    return Features(features[None], train.labels)

@@ -285,8 +285,10 @@ class _Shards:
             try:
                 with safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
-                logger.warning('rebuilding the damaged cache file %s (%s)', path, error)
+            except FileNotFoundError:  # another process has just removed it
+                continue
+            except (SafetensorError, KeyError, ValueError) as error:
+                _remove_damaged(path, str(error))
             self._seen.add(path)
 
     def write(self, pictures: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
@@ -435,12 +437,18 @@ def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        logger.warning('rebuilding the damaged cache file %s (%s)', path, error)
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        _remove_damaged(path, str(error))
         return None
     if metadata.get('key') != key or metadata.get('sha256') != _checksum(tensors):
-        logger.warning(
-            'rebuilding the cache file %s: its key or checksum is wrong', path
-        )
+        _remove_damaged(path, 'its key or checksum is wrong')
         return None
     return tensors
+
+
+def _remove_damaged(path: Path, why: str) -> None:
+    """Removes a damaged cache file, so that it is named once."""
+    logger.warning('removing the damaged cache file %s (%s)', path, why)
+    path.unlink(missing_ok=True)

@@ -34,8 +34,9 @@ class IterationSeedHook(Hook):
     the seed of the run. The resumed training needs the same
     ``randomness.seed``; ``tools/train.py --resume`` takes it from the
     checkpoint. It also needs the same batch size and number of processes. In
-    iteration-based training the sampler must be able to skip batches, as
-    InfiniteSampler does in MMEngine 0.10.12 and does not in 0.10.7.
+    iteration-based training MMEngine must be able to skip batches, as 0.10.12
+    is, with a sampler that skips (InfiniteSampler) or by the steps of one that
+    has epochs (DefaultSampler). 0.10.7 is not.
     """
 
     priority = 'LOWEST'
@@ -106,12 +107,17 @@ class _LoadingSeeds:
         endless = hasattr(loader.sampler, 'skip')
         self.batches_per_epoch = None if endless else len(loader)
         self._key = key
+        self._sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
         self._init_worker, self._collate = loader.worker_init_fn, loader.collate_fn
 
     def start_worker(self, worker: int) -> None:
         """Seeds the first batch of a worker; its ``worker_init_fn``."""
         if self._init_worker:
             self._init_worker(worker)
+        if self.batches_per_epoch:
+            # A loop by iteration that skips epochs does not call the hook between them.
+            epoch = getattr(self._sampler, 'epoch', 0)
+            self.next_batch = max(self.next_batch, epoch * self.batches_per_epoch)
         self.next_batch += worker
         _seed(*self._key, LOADING, self.next_batch)
 

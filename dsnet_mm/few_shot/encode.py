@@ -85,11 +85,13 @@ def encode(
             )
         return 0
     parts = {'train': train, 'val': val, 'test': task.split['test']}
-    encode_parts(cache, parts, views, share)
+    plain = views > 0  # for cross-validation
+    encode_parts(cache, parts, views, share, plain)
     missing = sum(
         cache.count_missing(items, views if name == 'train' else 0)
         for name, items in parts.items()
     )
+    missing += cache.count_missing(train) if plain else 0
     if missing:
         return missing
     refuse_copies(task, cache, {'train': train, 'val': val}, views)
@@ -110,6 +112,7 @@ def encode(
         drawn,
         cache.images(val) if val else None,
         cache.images(task.split['test']),
+        {k: cache.images(items) for k, items in draws.items()} if plain else {},
         about,
     ).write(out)
     return 0

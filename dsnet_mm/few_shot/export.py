@@ -20,6 +20,9 @@ from dsnet_mm.files import check_new, write_atomic
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
 from .methods.linear_adapter import LinearAdapter
 
+MOST_IN_ONE_FILE = 1.5e9
+"""Bytes of weights in an ONNX file, which cannot have more than 2 GiB in all."""
+
 
 class PictureClassifier(nn.Module):
     """Image tower and classifier as one network, for export.
@@ -65,7 +68,7 @@ def export_onnx(
 
     Raises:
         ImportError: If onnx, onnxscript or onnxruntime is not installed.
-        FileExistsError: If the file exists.
+        FileExistsError: If one of the files exists.
         ValueError: If the network cannot be exported, or the file computes something
             else.
     """
@@ -77,9 +80,11 @@ def export_onnx(
             f'exporting to ONNX needs a library ({error}): '
             f"pip install 'dsnet_mm[export]'."
         ) from error
+    path = Path(path)
     check_new(path)
+    check_new(path.with_name(f'{path.name}.data'))
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
-    path, model = Path(path), PictureClassifier(deployed).eval()
+    model = PictureClassifier(deployed).eval()
     size = deployed.encoder.image_size
     pixels = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     weights = sum(p.numel() * p.element_size() for p in model.clip.visual.parameters())
@@ -108,7 +113,7 @@ def export_onnx(
                     {'resize': deployed.preprocessing, **deployed.encoder.preprocess}
                 ),
             )
-            program.save(str(file), external_data=weights > 1.5e9)
+            program.save(str(file), external_data=weights > MOST_IN_ONE_FILE)
             session = onnxruntime.InferenceSession(
                 str(file), providers=['CPUExecutionProvider']
             )

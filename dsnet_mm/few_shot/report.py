@@ -191,8 +191,17 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
             f'draw: all seeds have the same training pictures, and the intervals are '
             f'only those of initialisation, order and validation pictures.'
         )
+    if overrides := about['config']['overrides']:
+        options = (
+            f'{METHODS[name].title} {key}={value}'
+            for name, values in overrides.items()
+            for key, value in values.items()
+        )
+        notes.append(f'Set, not selected: {", ".join(options)}.')
     if any('(oracle)' in cell.label for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
+    software = dict.fromkeys(record['made_with'] for record in records)
+    notes.append(f'Made with {"; and with ".join(software)}.')
     return notes
 
 

@@ -22,7 +22,7 @@ from .evaluation import evaluate
 from .methods import METHODS, FewShotData, num_learnt
 from .selection import Fit, select
 from .sources import Drawn, FeatureSource, PictureSource, Source
-from .work_dir import claim_work_dir, read_json
+from .work_dir import claim_work_dir, describe_software, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class _Runner:
     ) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.bar = bar
+        self.made_with = describe_software()
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def drawn(self, shots: int, seed: int) -> Drawn:
@@ -194,12 +195,13 @@ class _Runner:
             'seed': job.seed,
             'selection': 'oracle' if job.oracle else fit.selection,
             'options': fit.options,
-            **self.validate(fit, None if job.oracle else drawn.val),
+            **self.validate(fit, None if job.oracle else drawn),
             'tried': fit.tried,
             'fit_seconds': fit.fit_seconds,
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
             'redrawn': drawn.redrawn,
+            'made_with': self.made_with,
         }
         save_classifier(
             self.work_dir / 'classifiers' / f'{job.name}.safetensors',
@@ -215,18 +217,26 @@ class _Runner:
         )
         self.bar.update()
 
-    def validate(self, fit: Fit, val: Features | None) -> dict[str, float | None]:
-        """Returns what :func:`choose` compares."""
-        if val is None:
-            accuracy = fit.val_accuracy if fit.selection == 'cv' else None
-            return {'val_accuracy': accuracy, 'val_loss': None, 'val_zero_shot': None}
-        score = evaluate(fit.classifier, val)
-        zero_shot = METHODS['zero_shot'].fit(self.data(val, 0, 0))
-        return {
-            'val_accuracy': score.accuracy,
-            'val_loss': score.loss,
-            'val_zero_shot': evaluate(zero_shot, val).accuracy,
-        }
+    def validate(self, fit: Fit, drawn: Drawn | None) -> dict[str, float | None]:
+        """Returns what :func:`choose` compares: nothing of oracles (None)."""
+        found = dict.fromkeys(('val_accuracy', 'val_loss', 'val_zero_shot'))
+        if drawn is None:
+            return found
+        accuracy, loss, val = fit.val_accuracy, fit.val_loss, drawn.val
+        if self.config.selection == 'cv':
+            # All folds together are the training pictures.
+            val = drawn.train if drawn.plain is None else drawn.plain
+        elif val is not None:
+            score = evaluate(fit.classifier, val)
+            accuracy, loss = score.accuracy, score.loss
+        if accuracy is not None:
+            zero_shot = METHODS['zero_shot'].fit(self.data(val, 0, 0))
+            found = {
+                'val_accuracy': accuracy,
+                'val_loss': loss,
+                'val_zero_shot': evaluate(zero_shot, val).accuracy,
+            }
+        return found
 
     def test(self, jobs: list[_Job]) -> list[dict]:
         """Opens the test split and tests the classifiers that are not tested yet."""
@@ -274,6 +284,7 @@ class _Runner:
             'shots': shots,
             'seed': chosen['seed'],
             'pictures': len(train),
+            'made_with': self.made_with,
         }
         save_classifier(
             self.work_dir / 'classifiers' / 'final.safetensors',

@@ -29,7 +29,9 @@ class Fit:
         options: Its hyper-parameters.
         selection: How the hyper-parameters were chosen: one of ``SELECTIONS``, or
             ``'oracle'``.
-        val_accuracy: Validation accuracy they were chosen by, in percent, or None.
+        val_accuracy: Validation accuracy in percent, or None. It is also known of a
+            method with nothing to search, to compare it with others.
+        val_loss: The same for the cross-entropy.
         tried: Number of combinations tried.
         fit_seconds: Time of the final fit alone.
         select_seconds: Time of selection and fit.
@@ -39,6 +41,7 @@ class Fit:
     options: dict
     selection: str
     val_accuracy: float | None
+    val_loss: float | None
     tried: int
     fit_seconds: float
     select_seconds: float
@@ -56,7 +59,8 @@ def select(
     The values with the best validation accuracy are selected, and of equal ones those
     with the lowest loss. No classifier is validated on pictures that it was fitted to.
     Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the
-    defaults of the method are used, and the selection of the result is ``'fixed'``.
+    defaults of the method are used. Then, and if there is nothing to search, the
+    selection of the result is ``'fixed'``.
 
     Args:
         method: The method.
@@ -86,14 +90,15 @@ def select(
         )
     )
     folds = min(data.shots, 4)
-    if len(early) * len(late) == 1:
-        selection = 'fixed'
     if selection == 'cv' and folds > 1:
         rounds = list(_folds(data, folds))
     elif selection in ('val', 'oracle') and val is not None and len(val):
         rounds = [(data, val)]
     else:
-        selection, rounds = 'fixed', []
+        rounds = []
+    refit = selection == 'cv'
+    if not rounds or len(early) * len(late) == 1:
+        selection = 'fixed'
 
     kept: dict[int, tuple[nn.Module, float]] = {}
     scores: dict[tuple[int, int], tuple[float, float]] = {}
@@ -101,7 +106,7 @@ def select(
         for part, held_out in rounds:
             begun = time.perf_counter()
             classifier = method.fit(part, **{**defaults, **options})
-            if selection != 'cv':
+            if not refit:
                 kept[i] = classifier, time.perf_counter() - begun
             for j, attributes in enumerate(late):
                 score = evaluate(_with(classifier, attributes), held_out)
@@ -110,10 +115,10 @@ def select(
                     accuracy + score.accuracy / len(rounds),
                     loss - score.loss / len(rounds),
                 )
-    options, attributes, val_accuracy = {}, {}, None
+    options, attributes, score = {}, {}, None
     if scores:
         i, j = max(scores, key=lambda key: (round(scores[key][0], 6), scores[key][1]))
-        options, attributes, val_accuracy = early[i], late[j], scores[i, j][0]
+        options, attributes, score = early[i], late[j], scores[i, j]
     if scores and i in kept:
         classifier, fit_seconds = kept[i]
     else:
@@ -124,7 +129,8 @@ def select(
         _with(classifier, attributes),
         {**defaults, **options, **attributes},
         selection,
-        val_accuracy,
+        score and score[0],
+        score and -score[1],
         max(len(scores), 1),
         fit_seconds,
         time.perf_counter() - started,

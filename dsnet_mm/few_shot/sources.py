@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets import sample_few_shot
 from dsnet_mm.datasets.doctor import describe_copies, find_copies
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
-from dsnet_mm.datasets.features import FeatureCache, Features
+from dsnet_mm.datasets.features import FeatureCache, Features, picture_keys
 from dsnet_mm.tasks import PUBLIC_DATASETS, FewShotTask, Item, load_task
 
 from .config import FewShotConfig
@@ -102,7 +101,7 @@ class PictureSource:
         self.logit_scale = self.encoder.logit_scale
         self.text_features = self.cache.texts(self.class_names, self.prompts)
         self.fingerprint = {
-            'split': _hash_split(self.task),
+            'pictures': _hash_split(self.task),
             'class names': _hash(self.class_names),
             'weights': self.encoder.digest(),
             'model': _hash({**self.encoder.identity(), 'weights': None}),
@@ -121,9 +120,8 @@ class PictureSource:
         """
         train, val = collect_draws(self.task.split, draws)
         views, test = self.config.views, self.task.split['test']
-        encode_parts(self.cache, {'train': train, 'val': val, 'test': test}, views)
-        if plain and views:
-            self.cache.encode(train, 0, 'encoding train, plain')
+        parts = {'train': train, 'val': val, 'test': test}
+        encode_parts(self.cache, parts, views, plain=plain and views > 0)
         refuse_copies(self.task, self.cache, {'train': train, 'val': val}, views)
         if self.config.on_bad_image == 'skip':
             for shots, seed in draws:  # raises before the fits
@@ -184,6 +182,13 @@ class FeatureSource:
         }
         self.has_val = self.file.val is not None
         self.shots = self._shots()
+        if config.selection == 'cv' and self._pool() not in self.file.plain:
+            views = len(self.file.train[self._pool()].features)
+            which = 'only view' if views == 1 else f'first of {views} views'
+            self.notes.append(
+                f'Selection by `cv` validates on the {which} of the training pictures, '
+                f'because the file has no features of them as test pictures are.'
+            )
 
     def prepare(self) -> None:
         """Hashes the file."""
@@ -230,11 +235,14 @@ class FeatureSource:
             part: torch.tensor([int(item[0]) for item in items], dtype=torch.long)
             for part, items in sample_few_shot(split, shots, seed).items()
         }
-        as_it_is = seed == 1 and shots in self.file.train
-        train = self.file.train[shots] if as_it_is else pool.take(drawn['train'])
+        if seed == 1 and shots in self.file.train:
+            train, kept = self.file.train[shots], self.file.plain.get(shots)
+        else:
+            train, kept = pool.take(drawn['train']), self.file.plain.get(pool_shots)
+            kept = kept and kept.take(drawn['train'])
         return Drawn(
             train,
-            None,
+            kept if plain else None,
             None if val is None else _first_view(val.take(drawn['val'])),
             pool_shots != shots,
         )
@@ -306,13 +314,19 @@ def encode_parts(
     parts: dict[str, list[Item]],
     views: int,
     share: tuple[int, int] = (0, 1),
+    plain: bool = False,
 ) -> None:
-    """Encodes training pictures with augmented views, and others as they are."""
+    """Encodes training pictures with augmented views, and others as they are.
+
+    ``plain`` also encodes the training pictures as they are.
+    """
     for name, items in parts.items():
         if items:
             cache.encode(
                 items, views if name == 'train' else 0, f'encoding {name}', share
             )
+    if plain:
+        cache.encode(parts['train'], 0, 'encoding train, plain', share)
 
 
 def refuse_copies(
@@ -359,11 +373,14 @@ def _first_view(part: Features) -> Features:
 
 
 def _hash_split(task: FewShotTask) -> str:
-    """Hashes paths and labels, and the sizes of the files of a user's own data set."""
+    """Hashes paths and labels, and the files of a user's own data set.
+
+    A file is known by what the feature cache knows it by: path, size and modification
+    time.
+    """
     items = [[part, *item] for part, items in task.split.items() for item in items]
     if task.name not in PUBLIC_DATASETS:
-        for item in items:
-            item.append(os.path.getsize(item[1]) if os.path.isfile(item[1]) else None)
+        items += picture_keys([item[1:] for item in items])
     return _hash(items)
 
 

@@ -141,13 +141,15 @@ def table(result: Transfer) -> str:
         '| class | pictures | right | accuracy, % | most often taken for |',
         '|---|--:|--:|--:|---|',
     ]
-    for label, name in enumerate(result.class_names):
+    # A | would end the cell.
+    names = [name.replace('|', r'\|') for name in result.class_names]
+    for label, name in enumerate(names):
         row = result.confusion[label]
         total, right = int(row.sum()), int(row[label])
         wrong = row.clone()
         wrong[label] = 0
         other = int(wrong.argmax())
-        taken = f'{result.class_names[other]} ({wrong[other]})' if wrong.any() else '-'
+        taken = f'{names[other]} ({wrong[other]})' if wrong.any() else '-'
         share = f'{100 * right / total:.1f}' if total else '-'
         lines.append(f'| {name} | {total} | {right} | {share} | {taken} |')
     return '\n'.join(lines) + '\n'

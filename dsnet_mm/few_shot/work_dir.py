@@ -1,15 +1,14 @@
 """The folder of a run, and its description in ``run.json``."""
 
 import json
-import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dsnet_mm import __version__
+from dsnet_mm.environment import commit, machine, python_version
 from dsnet_mm.files import write_atomic
+from dsnet_mm.version import __version__
 
 from .config import FewShotConfig
 from .methods import METHODS
@@ -43,7 +42,7 @@ def claim_work_dir(
     """Prepares the folder of a new run, or checks that of a run to be continued.
 
     ``run.json`` describes the run: options, class names, prompts, recipes of the
-    methods, versions, and hashes of the data and weights. Methods, shots and seeds are
+    methods, and hashes of the data and weights. Methods, shots and seeds are
     added to those of the run.
 
     Args:
@@ -76,12 +75,6 @@ def claim_work_dir(
         'class_names': list(source.class_names),
         'prompts': list(source.prompts),
         'recipes': _recipes(wanted),
-        'versions': {
-            'dsnet_mm': __version__,
-            'commit': _commit(),
-            'torch': torch.__version__,
-            'python': platform.python_version(),
-        },
     }
     write_atomic(about, json.dumps(description, indent=2))
     return FewShotConfig(**wanted)
@@ -141,16 +134,11 @@ def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
     return merged
 
 
-def _commit() -> str | None:
-    """Returns the commit of the source code, or None if it is not in a repository."""
-    try:
-        done = subprocess.run(
-            ['git', 'rev-parse', 'HEAD'],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def describe_software() -> str:
+    """Returns commit, versions, processor and threads, for tables of results."""
+    on, with_ = machine(), f'torch {torch.__version__}, Python {python_version()}'
+    threads = f'{on["threads"]} thread{"s" * (on["threads"] > 1)}'
+    return (
+        f'dsnet_mm {__version__} at commit {commit()}, {with_}; {on["processor"]} '
+        f'({on["instructions"]}), {threads}'
+    )

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,8 @@ def test_table_and_picture_of_many_classes(tmp_path):
     assert '| 5 | 5 | 3 | 60.0 | 7 (2) |' in text
     assert '| 9 | 0 | 0 | - | - |' in text
     assert '359 pictures of 120 classes' in text
+    names = ('a|b', *result.class_names[1:])
+    assert '| a\\|b | ' in table(replace(result, class_names=names))
     assert plot_confusion(result).startswith(b'\x89PNG')
     (tmp_path / 'thesis.tex').touch()
     with pytest.raises(FileExistsError, match='not empty and not a test'):
@@ -242,6 +245,7 @@ def test_onnx(tool, encoder, elsewhere, picture_folder, tmp_path, monkeypatch, c
     import onnx
     import onnxruntime
 
+    from dsnet_mm.few_shot import export
     from dsnet_mm.few_shot.export import export_onnx
 
     programs = []
@@ -271,6 +275,18 @@ def test_onnx(tool, encoder, elsewhere, picture_folder, tmp_path, monkeypatch, c
     assert json.loads(about['class_names']) == list(NAMES)
     with pytest.raises(SystemExit, match=r'it\.onnx exists'):
         tool('export', file, out)
+
+    monkeypatch.setattr(export, 'MOST_IN_ONE_FILE', 0)
+    large = tmp_path / 'large' / 'it.onnx'
+    export_onnx(deployed, large)
+    assert {p.name for p in large.parent.iterdir()} == {'it.onnx', 'it.onnx.data'}
+    assert large.stat().st_size < out.stat().st_size
+    session = onnxruntime.InferenceSession(str(large))
+    (same,) = session.run(None, {'pixels': (pixels * std + mean).numpy()})
+    assert (same == found).all()
+    large.unlink()
+    with pytest.raises(FileExistsError, match=r'it\.onnx\.data exists'):
+        export_onnx(deployed, large)
 
 
 @pytest.mark.parametrize('name', ['cosine', 'linear', 'text_adapter'])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,26 @@ def test_default_shots_of_a_file_with_few_pictures(tmp_path):
     assert 'there are no 8, 16 shots' in write_report(tmp_path / 'run', records)
 
 
+def test_cross_validation_in_a_file_without_plain_features(file, tmp_path):
+    config = FewShotConfig(
+        features=str(file), methods=('gda',), shots=(4,), seeds=(1,), selection='cv'
+    )
+    text = write_report(tmp_path / 'run', run(config, tmp_path / 'run', quiet=True))
+    assert '`cv` validates on the only view of the training pictures' in text
+    tensors = load_file(file)
+    plain = tensors['train_4_features'].float()
+    save_file({**tensors, 'train_4_plain': plain[:3]}, file, METADATA)
+    with pytest.raises(ValueError, match=r'train_4_plain must be \(12, 16\)'):
+        read_feature_file(file)
+    save_file({**tensors, 'train_4_plain': -plain}, file, METADATA)
+    source = FeatureSource(config)
+    assert not source.notes
+    assert torch.equal(source.draw(4, 1, True).plain.features[0], -plain)
+    drawn = source.draw(2, 2, True)
+    assert torch.equal(drawn.plain.features, -drawn.train.features)
+    assert source.draw(4, 1, False).plain is None
+
+
 def test_file_without_validation_pictures(tmp_path):
     save_file(made_tensors(val=False), tmp_path / 'x.safetensors', METADATA)
     config = dict(features=str(tmp_path / 'x.safetensors'), methods=('tip_adapter',))
@@ -242,13 +263,16 @@ def test_encoded_file_gives_the_results_of_the_pictures(
         **common,
     )
     expected = run(pictures, tmp_path / 'pictures', quiet=True)
-    found = run(
-        FewShotConfig(features=str(out), **common), tmp_path / 'features', quiet=True
-    )
+    features = FewShotConfig(features=str(out), **common)
+    found = run(features, tmp_path / 'features', quiet=True)
+    cv = dict(shots=(4,), seeds=(2,), selection='cv')
+    expected += run(replace(pictures, **cv), tmp_path / 'pictures_cv', quiet=True)
+    found += run(replace(features, **cv), tmp_path / 'features_cv', quiet=True)
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
         for key in ('name', 'selection', 'options', 'parameters', 'redrawn'):
             assert a[key] == b[key]
+        assert a['selection'] != 'cv' or a['val_accuracy'] is not None
         for record in (a, b):
             record['test']['val'] = record['val_accuracy'] or 0
         assert a['test'] == pytest.approx(b['test'], rel=1e-4)

@@ -134,8 +134,11 @@ def test_damaged_file_is_rebuilt(tmp_path, encoder, items, damage, caplog, opene
     with caplog.at_level(logging.WARNING):
         rebuilt = FeatureCache(tmp_path, encoder).images(items)
     assert len(opened) == len(items)
-    assert 'rebuilding' in caplog.text
+    assert 'removing the damaged cache file' in caplog.text
     assert torch.equal(rebuilt.features, good.features)
+    caplog.clear()
+    FeatureCache(tmp_path, encoder).images(items)
+    assert len(opened) == len(items) and not caplog.text
 
 
 def test_changed_picture_is_encoded_again(tmp_path, encoder):

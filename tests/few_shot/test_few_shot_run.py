@@ -79,6 +79,10 @@ def test_run_opens_the_test_split_once_and_last(config, tmp_path, monkeypatch):
     assert 'Tip-Adapter (oracle)' in text and 'not a result' in text
     assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d f \|', text)
     assert 'f: nothing was selected' in text, 'all options are set by overrides'
+    assert 'Set, not selected: CLIP-Adapter keep=1.0, CLIP-Adapter lr=0.01' in text
+    assert re.search(
+        r'Made with dsnet_mm .* at commit \w+\+?, torch .*, 1 thread', text
+    )
     assert '"1 shot" is two labels a class' in text
     assert '24 test pictures, seeds 1, 2, 3' in text
     about = json.loads((work_dir / 'run.json').read_text())
@@ -188,7 +192,7 @@ def test_folder_of_another_run(config, tmp_path, monkeypatch):
         run(small, tmp_path / 'other', quiet=True)
 
 
-@pytest.mark.parametrize('change', ['picture', 'class', 'weights'])
+@pytest.mark.parametrize('change', ['picture', 'replaced', 'class', 'weights'])
 def test_run_is_not_continued_with_other_data(
     config, tmp_path, picture_folder, tiny_clip, change
 ):
@@ -200,6 +204,10 @@ def test_run_is_not_continued_with_other_data(
     run(small, tmp_path / 'run', quiet=True)
     if change == 'picture':
         Image.new('RGB', (40, 40), 'red').save(pictures / 'red' / 'new.png')
+    elif change == 'replaced':  # by a picture of the same size in bytes
+        old, new = (pictures / 'red' / f'{i}.png' for i in (0, 1))
+        content = new.read_bytes()[: old.stat().st_size]
+        old.write_bytes(content.ljust(old.stat().st_size, b'\0'))
     elif change == 'class':
         (pictures / 'white').mkdir()
         for i in range(6):
@@ -209,8 +217,9 @@ def test_run_is_not_continued_with_other_data(
         state = torch.load(weights)
         torch.save({k: v + 1 if 'ln' in k else v for k, v in state.items()}, weights)
     what = {
-        'picture': 'split changed',
-        'class': 'split, class names',
+        'picture': 'pictures changed',
+        'replaced': 'pictures changed',
+        'class': 'pictures, class names',
         'weights': 'weights',
     }
     with pytest.raises(FileExistsError, match=f'other data: {what[change]}'):
@@ -303,15 +312,27 @@ def test_what_selection_is_given(config, encoder, tmp_path, monkeypatch):
     )
     config = replace(
         config,
-        methods=('tip_adapter',),
+        methods=('tip_adapter', 'lp++'),
         oracle=(),
         shots=(4,),
         seeds=(3, 5),
         selection='cv',
     )
     records = run(config, tmp_path / 'run', quiet=True)
-    assert [r['selection'] for r in records] == ['fixed', 'cv', 'cv']
-    _, third, fifth = (data for _, data, *_ in given)
+    assert [r['selection'] for r in records] == ['fixed', *2 * ['cv', 'fixed']]
+    # Methods with nothing to search are compared with the others and with zero-shot.
+    for key in ('val_accuracy', 'val_loss', 'val_zero_shot'):
+        assert all(r[key] is not None for r in records[1:])
+    assert (
+        'highest mean validation accuracy'
+        in choose(
+            [
+                {**r, 'val_accuracy': 100.0} if r['method'] == 'lp++' else r
+                for r in records
+            ]
+        ).why
+    )
+    _, third, _, fifth, _ = (data for _, data, *_ in given)
     assert (third.seed, fifth.seed) == (3, 5)
     items = sample_few_shot(load_task(config.dataset).split, 4, 5)['train']
     plain = FeatureCache(config.cache_dir, encoder).images(items)

@@ -163,6 +163,11 @@ def test_cross_validation_fits_to_all_pictures_at_the_end(data):
     assert (fit.selection, fit.tried) == ('cv', 4)
     again = METHODS['linear_probe'].fit(data, weight_decay=fit.options['weight_decay'])
     assert torch.equal(fit.classifier.weight, again.weight)
+    overrides = dict(weight_decay=fit.options['weight_decay'])
+    same = select(METHODS['linear_probe'], data, None, 'cv', overrides)
+    assert (same.selection, same.tried) == ('fixed', 1)
+    assert same.val_accuracy == fit.val_accuracy
+    assert torch.equal(same.classifier.weight, again.weight)
 
 
 def test_cross_validation_folds_are_balanced(data, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +19,7 @@ from dsnet_mm.cli.checkpoints import find_checkpoint_to_resume
 from dsnet_mm.cli.complexity import count_complexity
 from dsnet_mm.cli.config import load_config
 from dsnet_mm.cli.data import check_data
-from dsnet_mm.environment import find_installed, python_version
+from dsnet_mm.environment import commit, find_installed, machine, python_version
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 
@@ -244,18 +242,6 @@ def write(run: Run, result: dict[str, Any]) -> None:
     write_atomic(run.file, json.dumps(result, indent=1, sort_keys=True) + '\n')
 
 
-def commit() -> str:
-    """Returns the commit of the repository, with a + if files are changed."""
-
-    def git(*arguments: str) -> str:
-        command = ['git', '-C', str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    # The results themselves do not count as a change.
-    changed = git('status', '--porcelain', '--untracked-files=no', '--', ':!results')
-    return (git('rev-parse', '--short=10', 'HEAD') or 'unknown') + '+' * bool(changed)
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that matter."""
     found = {name: find_installed(name) for name in PACKAGES}
@@ -263,21 +249,6 @@ def versions() -> dict[str, str]:
         python=python_version(),
         dsnet_mm=__version__,
         **{name: installed.version for name, installed in found.items() if installed},
-    )
-
-
-def machine() -> dict[str, Any]:
-    """Returns the processor and the number of threads."""
-    try:
-        text = Path('/proc/cpuinfo').read_text()
-        name = re.search(r'model name\s*: (.*)', text)[1]
-    except (OSError, TypeError):
-        name = platform.processor() or platform.machine()
-    return dict(
-        processor=name,
-        cores=os.cpu_count(),
-        instructions=torch.backends.cpu.get_cpu_capability(),
-        threads=int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())),
     )
 
 

@@ -86,7 +86,9 @@ def pretrain(
     mean, std = (
         255 * torch.tensor(preprocess[key]).view(3, 1, 1) for key in ('mean', 'std')
     )
-    optim = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.05)
+    optim = torch.optim.AdamW(
+        model.parameters(), lr, (0.9, 0.98), weight_decay=0.05, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, steps, pct_start=0.1)
     model.train()
     with progress_bar(steps, 'training a small CLIP', 'steps', quiet) as bar:

@@ -71,6 +71,8 @@ def call(args: argparse.Namespace) -> None:
         raise ValueError(f'unknown option: {error}.') from error
     name = Path(args.config or config.features or config.dataset).absolute().stem
     prefix = '' if args.config else 'few_shot_'
+    if not args.config and config.features:
+        prefix = 'features_'  # the run on the pictures has the same name
     work_dir = Path(args.work_dir or Path('work_dirs') / f'{prefix}{name}')
     records = run(config, work_dir, final=args.final)
     Console().print(Markdown(write_report(work_dir, records)))
