@@ -6,6 +6,7 @@ import struct
 import sys
 import zlib
 from argparse import Namespace
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,6 +281,7 @@ def test_no_path_of_a_client_is_opened(server, nuclei):
     uploads = server.folder / 'uploads'
     inside = upload(server, nuclei)['path']
     around = f'{Path(inside).parent}/../../../secret.png'
+    picture = 'data:image/png;base64,' + b64encode(nuclei.read_bytes()).decode()
     before = sorted(uploads.rglob('*'))
     for forged in (
         file_data(str(secret)),
@@ -290,6 +292,8 @@ def test_no_path_of_a_client_is_opened(server, nuclei):
         file_data('https://example.com/picture.png'),
         file_data(inside, url='file:///etc/passwd') | {'path': '/etc/hostname'},
         {'path': None, 'url': 'data:image/png;base64,AAAA', 'meta': {}},
+        {'url': picture, 'meta': {'_type': 'gradio.FileData'}},
+        file_data(inside, url=picture),
     ):
         items = [{'image': forged, 'caption': None}]
         data = ['a', 'b', *[''] * 8, items, items, *[[]] * 8]
@@ -337,6 +341,21 @@ def test_limits(server, tmp_path):
     assert len(heavy) > 8 and {fn.concurrency_limit for fn in heavy} <= {1, 'default'}
     assert server.address.startswith('http://127.0.0.1:')
     assert not server.blocks.analytics_enabled and not server.blocks.share
+
+
+@pytest.mark.parametrize('problem', ['port', 'demo CLIP'])
+def test_page_that_cannot_start(server, problem, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(server.folder / 'uploads'))  # undone
+    monkeypatch.chdir(tmp_path)
+    argv, message = ['--port', server.address.rpartition(':')[2]], 'cannot listen at'
+    if problem == 'demo CLIP':
+        folder = Path('work_dirs/demo_clip')
+        _, weights = pretrain(folder, scene_pairs(8), 1, quiet=True)
+        weights.write_bytes(b'damaged')
+        argv, message = [], 'demo_clip.safetensors is damaged'
+    with pytest.raises(SystemExit, match='2'):
+        page_main.launch(page_main.parse_args(argv), tmp_path)
+    assert message in ' '.join(capsys.readouterr().err.split())
 
 
 def test_nothing_but_this_machine_was_asked(server):

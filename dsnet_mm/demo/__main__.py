@@ -91,21 +91,27 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
         encoder = None
         if args.model:
             encoder = load_encoder(args.model, args.pretrained, args.download, device)
-    own = args.config == CONFIG and EXAMPLE.is_file()
-    page = Page(detector, encoder, folder / 'written', EXAMPLE if own else None)
+        own = args.config == CONFIG and EXAMPLE.is_file()
+        page = Page(detector, encoder, folder / 'written', EXAMPLE if own else None)
     blocks = page.build()
-    _, address, _ = blocks.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=MAX_BYTES,
-        ssr_mode=False,
-        footer_links=[],
-        theme=THEME,
-        css=CSS,
-    )
+    try:
+        _, address, _ = blocks.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=MAX_BYTES,
+            ssr_mode=False,
+            footer_links=[],
+            theme=THEME,
+            css=CSS,
+        )
+    except OSError:
+        args.parser.error(
+            f'the page cannot listen at {args.host}, port {args.port or "7860 to 7959"}'
+            f'; choose another --host or --port'
+        )
     return blocks, address
 
 
