@@ -5,7 +5,7 @@ features::
 
     python tools/few_shot.py run configs/clip_adapter/clip-adapter_rn50_eurosat.py
     python tools/few_shot.py run --dataset my_pictures --model RN50-quickgelu \
-        --pretrained openai --shots 1 4 16
+        --pretrained openai --download --shots 1 4 16
     torchrun --nproc-per-node 4 tools/few_shot.py encode --dataset my_pictures \
         --model RN50-quickgelu --pretrained openai --out features.safetensors
     python tools/few_shot.py run --features features.safetensors

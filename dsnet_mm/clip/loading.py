@@ -92,7 +92,11 @@ def load_towers(
                 f'{file} {problem}; it must hold the weights of {name!r}.'
             ) from error
         if isinstance(error, OSError) or 'ownload' in reason:
-            why = 'cannot be downloaded' if download else 'was not to be fetched'
+            why = (
+                'cannot be downloaded'
+                if download
+                else 'is not fetched without --download (download=True)'
+            )
             advice = (
                 'get it elsewhere and give its file as pretrained'
                 if what.startswith('the weights')

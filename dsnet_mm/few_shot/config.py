@@ -18,6 +18,7 @@ class FewShotConfig:
         dataset: Name, folder or CSV file, see :func:`dsnet_mm.tasks.load_task`.
         model: Model of open_clip, see :class:`OpenCLIPEncoder`.
         pretrained: Weights of the model.
+        download: Whether weights that are not on this machine may be fetched.
         features: File of features, see :class:`FeatureFile`. The options of pictures
             and encoder then have no effect, and methods that need the encoder are left
             out.
@@ -50,6 +51,7 @@ class FewShotConfig:
     dataset: str | None = None
     model: str | None = None
     pretrained: str | None = None
+    download: bool = False
     features: str | None = None
     data_root: str = 'data'
     prompts: str | list[str] | None = None

@@ -55,7 +55,11 @@ def encode(
     if shots is not None:
         train, _ = collect_draws(task.split, [(k, SEED) for k in shots])
     encoder = OpenCLIPEncoder.shared(
-        config.model, config.pretrained, amp=config.amp, device=config.device
+        config.model,
+        config.pretrained,
+        amp=config.amp,
+        device=config.device,
+        download=config.download,
     )
     cache = FeatureCache(
         config.cache_dir,

@@ -86,7 +86,11 @@ class PictureSource:
         """
         config = self.config
         self.encoder = OpenCLIPEncoder.shared(
-            config.model, config.pretrained, amp=config.amp, device=config.device
+            config.model,
+            config.pretrained,
+            amp=config.amp,
+            device=config.device,
+            download=config.download,
         )
         self.cache = FeatureCache(
             config.cache_dir,

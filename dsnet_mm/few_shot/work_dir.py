@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict:
         ) from error
 
 
-FREE = ('device', 'workers', 'cache_dir', 'on_bad_image')
+FREE = ('device', 'workers', 'cache_dir', 'on_bad_image', 'download')
 """Options that may change when a run is continued: they change no result."""
 
 GROWING = ('methods', 'oracle', 'shots', 'seeds')

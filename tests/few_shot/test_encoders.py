@@ -2,14 +2,17 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from dsnet_mm.datasets.pictures import build_transform
-from dsnet_mm.few_shot import load_classifier, save_classifier
+from dsnet_mm.few_shot import FewShotConfig, load_classifier, run, save_classifier
+from dsnet_mm.few_shot.encode import encode
 from dsnet_mm.few_shot.methods.coop import PromptLearner
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.models import OpenCLIPEncoder
@@ -163,7 +166,7 @@ def test_refused_pairs_name_a_model_that_has_the_weights():
     assert refused > 20
 
 
-def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
+def test_nothing_is_fetched_unless_asked(tmp_path, picture_folder, monkeypatch):
     class AskedError(BaseException):
         """No library catches it."""
 
@@ -171,6 +174,9 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
         raise AskedError
 
     monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    # Weights that earlier programs have fetched are not seen.
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     file = tmp_path / 'classifier.safetensors'
     classifier = CosineClassifier(torch.eye(2, 16), 10.0)
     for model, pretrained in (
@@ -184,6 +190,18 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
             load_classifier(file)
     with pytest.raises(AskedError):
         load_classifier(file, download=True)
+    config = FewShotConfig(
+        dataset=str(picture_folder),
+        model='RN50-quickgelu',
+        pretrained='openai',
+        shots=(1,),
+        cache_dir=str(tmp_path / 'cache'),
+    )
+    for command in (run, encode):
+        with pytest.raises(FileNotFoundError, match='not fetched without --download'):
+            command(config, tmp_path / 'out')
+        with pytest.raises(AskedError):
+            command(replace(config, download=True), tmp_path / 'out')
 
 
 def test_folder_that_is_not_there(tmp_path):

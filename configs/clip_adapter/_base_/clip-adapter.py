@@ -25,7 +25,8 @@ draw = dict(
 loader = dict(batch_size=256, num_workers=0, collate_fn=dict(type='default_collate'))
 train_dataloader = dict(
     **loader,
-    # MMEngine sleeps for two seconds at the end of each epoch of other samplers.
+    # MMEngine sleeps for two seconds at the end of each epoch of other samplers. With
+    # this one a batch goes on with the next epoch.
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(part='train', views=10, **draw),
 )

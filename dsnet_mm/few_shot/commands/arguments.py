@@ -16,6 +16,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dataset', help='name, folder or CSV file')
     parser.add_argument('--model', help='model of open_clip, or a JSON file')
     parser.add_argument('--pretrained', help='tag or file of its weights')
+    parser.add_argument(
+        '--download',
+        action='store_true',
+        default=None,
+        help='fetch weights that are not here',
+    )
     parser.add_argument('--data-root', help='folder of the public data sets')
     parser.add_argument(
         '--device', help='device of the encoder (default: auto, a GPU if there is one)'
@@ -60,6 +66,7 @@ def read_options(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
         'dataset',
         'model',
         'pretrained',
+        'download',
         'data_root',
         'device',
         'shots',
