@@ -213,7 +213,7 @@ def python_version() -> str:
 def commit() -> str:
     """Returns the commit of the source code, with a + if files are changed.
 
-    It is 'unknown' if the package is not in a repository.
+    It is 'unknown' if the package is not in its repository.
     """
 
     def git(*arguments: str) -> str:
@@ -224,10 +224,12 @@ def commit() -> str:
             return ''
         return done.stdout.strip()
 
+    if not git('ls-files', Path(__file__).name):
+        return 'unknown'  # installed into an environment in the repository of others
     # Stored results do not count as a change.
     others = (':(top)', ':(top,exclude)results')
     changed = git('status', '--porcelain', '--untracked-files=no', '--', *others)
-    return (git('rev-parse', '--short=10', 'HEAD') or 'unknown') + '+' * bool(changed)
+    return git('rev-parse', '--short=10', 'HEAD') + '+' * bool(changed)
 
 
 def machine() -> dict[str, str | int | None]:
@@ -243,5 +245,5 @@ def machine() -> dict[str, str | int | None]:
         processor=name,
         cores=os.cpu_count(),
         instructions=torch.backends.cpu.get_cpu_capability(),
-        threads=int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())),
+        threads=torch.get_num_threads(),
     )

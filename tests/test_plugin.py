@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 DETECTOR = """
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
@@ -160,6 +162,31 @@ def test_report_of_a_missing_optional_package(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'pip install --no-build-isolation onedl-mmdetection==3.5.1' in out
     assert 'needs mmdet' not in out
+
+
+@pytest.mark.skipif(shutil.which('git') is None, reason='git is missing')
+def test_commit_is_not_that_of_another_repository(monkeypatch, tmp_path):
+    """As of a package in an environment that is in the repository of its user."""
+    from dsnet_mm import environment
+
+    (tmp_path / 'site').mkdir()
+    (tmp_path / 'site' / 'environment.py').touch()
+    author = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+    for args in (['init', '-q'], ['commit', '-qm', 'x', '--allow-empty']):
+        subprocess.run(['git', *author, *args], cwd=tmp_path, check=True)
+    file = tmp_path / 'site' / 'environment.py'
+    monkeypatch.setattr(environment, '__file__', str(file))
+    assert environment.commit() == 'unknown'
+    subprocess.run(['git', 'add', '.'], cwd=tmp_path, check=True)
+    assert re.fullmatch(r'[0-9a-f]{10}\+', environment.commit())
+
+
+def test_machine_has_the_threads_of_torch(monkeypatch):
+    """``OMP_NUM_THREADS`` may be a list."""
+    from dsnet_mm import environment
+
+    monkeypatch.setenv('OMP_NUM_THREADS', '3,2')
+    assert environment.machine()['threads'] == torch.get_num_threads()
 
 
 def test_pinned_versions_are_those_of_pyproject():
