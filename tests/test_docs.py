@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,6 +237,10 @@ def test_commands_that_do_not_run_exist(
 # ------------------------------------------------------------------------- the site
 
 
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ('furo', 'myst_parser', 'sphinx')),
+    reason="Sphinx is missing: pip install '.[docs]'",
+)
 def test_site_builds(tmp_path: Path) -> None:
     """No broken link, no page outside the navigation, no docstring in bad form."""
     arguments = ['-W', '--keep-going', '-q', '-c', 'docs', '.', str(tmp_path / 'site')]

@@ -95,6 +95,7 @@ def test_figure(folder: Path, tmp_path: Path, capsys, config: str, registry) -> 
         (['--overwrite', '--point', '2', '0'], 'fractions from 0 to 1'),
         (['--overwrite', '--block', 'neck'], "there is no block 'neck'"),
         (['--overwrite', '--target', '1000'], 'the target is'),
+        (['--overwrite', '--target=-1'], 'the target is'),
     ):
         with pytest.raises(SystemExit, match='2'):
             main([*args, *more])

@@ -192,7 +192,7 @@ def draw_streams(
     if predictor.detects:
         found = sample.pred_instances
         rank = target or 0
-        if rank < len(found):
+        if 0 <= rank < len(found):
             order = found.scores.argsort(descending=True)[rank]
             score, label = found.scores[order], found.labels[order].item()
             scale = sample.scale_factor
@@ -202,7 +202,8 @@ def draw_streams(
             point = point or middle
         elif target is not None:
             raise ValueError(
-                f'the target is {target}, and {len(found)} objects are detected'
+                f'the target is {target}, and {len(found)} objects are detected; take '
+                f'their ranks, from 0'
             )
     else:
         label = sample.pred_score.argmax().item() if target is None else target

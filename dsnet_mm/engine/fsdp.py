@@ -18,8 +18,9 @@ class FSDPStrategy(MMEngineFSDPStrategy):
     """MMEngine's FSDPStrategy for models with DS-blocks.
 
     Each DS-block is gathered as a whole, because it reads the weights of its layers
-    directly. Checkpoints are those of a training without FSDP: one file, with whole
-    tensors.
+    directly. The weights in a checkpoint are those of a training without FSDP: one
+    file, with whole tensors. The state of the optimizer has parameters by name, so such
+    a training goes on only with FSDP.
 
     It also corrects these faults of MMEngine's strategy (0.10.7 and onedl 0.10.12):
 
