@@ -282,6 +282,7 @@ class _Shards:
     def scan(self) -> None:
         """Reads the lists of pictures of files that are new."""
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
+            _check_no_folder(path)
             try:
                 with safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
@@ -421,10 +422,7 @@ def _write_verified(
     tensors: Mapping[str, Tensor],
     about: Mapping[str, str] | None = None,
 ) -> None:
-    if path.is_dir():
-        raise FileExistsError(
-            f'{path} is a folder and should be a file of the cache; remove it.'
-        )
+    _check_no_folder(path)
     metadata = {'key': key, 'sha256': _checksum(tensors), **(about or {})}
     write_atomic(path, save(dict(tensors), metadata))
 
@@ -446,6 +444,13 @@ def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
         _remove_damaged(path, 'its key or checksum is wrong')
         return None
     return tensors
+
+
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise FileExistsError(
+            f'{path} is a folder and should be a file of the cache; remove it.'
+        )
 
 
 def _remove_damaged(path: Path, why: str) -> None:

@@ -200,7 +200,9 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any('(oracle)' in cell.label for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
-    software = dict.fromkeys(record['made_with'] for record in records)
+    software = dict.fromkeys(
+        record.get('made_with', 'an older version') for record in records
+    )
     notes.append(f'Made with {"; and with ".join(software)}.')
     return notes
 
