@@ -80,7 +80,7 @@ model = dict(
     ),
 )
 
-max_epochs = 6
+max_epochs = 4
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
