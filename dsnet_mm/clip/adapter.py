@@ -216,26 +216,39 @@ class CLIPAdapter(nn.Module):
             w = F.normalize(_blend(self.text_adapter, w, self.beta), dim=-1)
         return f, w
 
-    def logits_and_distance(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+    def logits_and_distance(
+        self, image_features: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Returns the logits (N, K), and the distance from zero-shot CLIP.
 
         ::
 
-            distance = mean |f* - f|^2 + mean |W* - W|^2
+            distance = mean k (|f* - f|^2 + |W*_y - W_y|^2)
+            k = max(0, p - 1 / K) / (1 - 1 / K)
 
-        f and W have unit norm. ``keep`` times the distance is the second term of the
-        loss of :class:`CLIPAdapterHead` and of the method ``clip_adapter``.
+        f and W have unit norm, y is the label, and p its probability by zero-shot CLIP.
+        A picture has no part in the distance if zero-shot CLIP does no better than
+        chance on it. ``keep`` times the distance is the second term of the loss of
+        :class:`CLIPAdapterHead` and of the method ``clip_adapter``.
 
         Args:
             image_features: Features of the image tower (N, D), not normalised.
+            labels: Labels (N,).
 
         Raises:
             ValueError: If the features have another width than the text features.
         """
-        f, w = self.adapt(image_features)
-        moved_f = (f - F.normalize(image_features, dim=-1)).square().sum(-1).mean()
-        moved_w = (w - self.text_features).square().sum(-1).mean()
-        return self.logit_scale * f @ w.t(), moved_f + moved_w
+        f_star, w_star = self.adapt(image_features)
+        w, count = self.text_features, len(self.text_features)
+        with torch.no_grad():
+            f = F.normalize(image_features, dim=-1)
+            p = (self.logit_scale * f @ w.t()).softmax(-1)
+            p = p.gather(1, labels[:, None])[:, 0]
+            k = (count * p - 1).clamp(min=0) / max(count - 1, 1)
+        moved = (f_star - f).square().sum(-1)
+        if self.text_adapter is not None:
+            moved = moved + (w_star - w)[labels].square().sum(-1)
+        return self.logit_scale * f_star @ w_star.t(), (k * moved).mean()
 
     def extra_repr(self) -> str:
         return (

@@ -33,6 +33,25 @@ def test_paper_equations():
     assert sum(p.numel() for p in adapter.parameters()) == 4 * 32 * 8
 
 
+def test_distance_from_zero_shot_counts_where_zero_shot_is_right():
+    adapter, labels = CLIPAdapter(TEXT, 10.0, text=True), torch.tensor([3, 0, 0, 6, 2])
+    logits, distance = adapter.logits_and_distance(IMAGES, labels)
+    assert torch.equal(logits, adapter(IMAGES))
+    f_star, w_star = adapter.adapt(IMAGES)
+    probability = zero_shot_logits(IMAGES, TEXT, 10.0).softmax(1)
+    total = 0.0
+    for i, y in enumerate(labels):
+        right = max(0.0, probability[i, y].item() - 1 / 7) / (1 - 1 / 7)
+        moved = (f_star[i] - F.normalize(IMAGES[i], dim=0)).square().sum()
+        total += right * (moved + (w_star[y] - TEXT[y]).square().sum())
+    torch.testing.assert_close(distance, total / 5)
+
+    worst = probability.argmin(1)  # below chance
+    assert adapter.logits_and_distance(IMAGES, worst)[1] == 0
+    one_class = CLIPAdapter(TEXT[:1], 10.0)
+    assert one_class.logits_and_distance(IMAGES, 0 * labels)[1] == 0
+
+
 def test_number_of_parameters_of_the_paper():
     text = F.normalize(torch.randn(3, 1024), dim=-1)
     adapter = CLIPAdapter(text, 100.0)

@@ -213,9 +213,13 @@ def test_default_clip_adapter():
     f, t = data.train.features[0].double(), data.text_features.double()
     mixed = 0.2 * (f @ w1.t()).relu() @ w2.t() + 0.8 * f
     unit = mixed / mixed.norm(dim=1, keepdim=True)
-    moved = (unit - f / f.norm(dim=1, keepdim=True)).square().sum(1).mean()
-    loss = F.cross_entropy(SCALE * unit @ t.t(), data.train.labels)
-    (loss + method.defaults['keep'] * moved).backward()
+    zero_shot = f / f.norm(dim=1, keepdim=True)
+    moved = (unit - zero_shot).square().sum(1)
+    y, count = data.train.labels, len(t)
+    right = (SCALE * zero_shot @ t.t()).softmax(1)[torch.arange(len(y)), y]
+    weight = ((right - 1 / count) / (1 - 1 / count)).clamp(min=0)
+    loss = F.cross_entropy(SCALE * unit @ t.t(), y)
+    (loss + method.defaults['keep'] * (weight * moved).mean()).backward()
     step = method.fit(data, **{**options, 'iterations': 1}).double()
     for i, w in ((0, w1), (2, w2)):
         expected = -1e-3 * (w.grad / (w.grad.abs() + 1e-8) + 0.01 * w)

@@ -9,7 +9,7 @@ model = dict(
     head=dict(
         type='dsnet_mm.CLIPAdapterHead',
         adapter=dict(preset='paper', alpha=0.2),
-        keep=3.0,
+        keep=5.0,
     ),
 )
 

@@ -58,7 +58,7 @@ def fit_clip_adapter(
 
 
 class KeptAdapter(nn.Module):
-    """An adapter that is kept close to zero-shot CLIP on the training pictures.
+    """An adapter that is kept close to zero-shot CLIP where that is right.
 
     ::
 
@@ -77,7 +77,7 @@ class KeptAdapter(nn.Module):
 
     def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) and labels (N,)."""
-        logits, distance = self.adapter.logits_and_distance(image_features)
+        logits, distance = self.adapter.logits_and_distance(image_features, labels)
         return F.cross_entropy(logits, labels) + self.keep * distance
 
 

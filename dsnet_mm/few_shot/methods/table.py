@@ -31,8 +31,8 @@ _CLAP = dict(
     warmup_epochs=1,
     decay_by='epoch',
 )
-_OURS = dict(alpha=0.2, keep=3.0, optimizer='AdamW', lr=1e-3, iterations=200)
-_OURS_GRID = dict(keep=(1.0, 3.0, 10.0))
+_OURS = dict(alpha=0.2, keep=5.0, optimizer='AdamW', lr=1e-3, iterations=200)
+_OURS_GRID = dict(keep=(1.0, 5.0, 20.0))
 _PROLIP = dict(
     optimizer='Adam', eps=1e-4, epochs=300, batch_size=None, weight_decay=0.0
 )

@@ -47,8 +47,8 @@ class CLIPAdapterHead(ClsHead):
         text_features: Instead of ``encoder`` and ``class_names``: a safetensors file
             with ``text_features`` (K, D) and ``logit_scale``.
         adapter: Arguments of :class:`CLIPAdapter`.
-        keep: Weight of ``loss_keep``, the distance from zero-shot CLIP on the training
-            pictures, see :meth:`CLIPAdapter.logits_and_distance`.
+        keep: Weight of ``loss_keep``, the distance from zero-shot CLIP where that is
+            right, see :meth:`CLIPAdapter.logits_and_distance`.
         **kwargs: Arguments of ``ClsHead``.
 
     Raises:
@@ -65,7 +65,7 @@ class CLIPAdapterHead(ClsHead):
         prompts: str | Sequence[str] | None = None,
         text_features: str | None = None,
         adapter: dict = dict(preset='paper'),
-        keep: float = 3.0,
+        keep: float = 5.0,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -135,7 +135,12 @@ class CLIPAdapterHead(ClsHead):
         """Losses of the last feature (N, D) of the tuple: ``loss``, ``loss_keep``."""
         if not self._has_text_features:
             self.encode_class_names()
-        logits, distance = self.adapter.logits_and_distance(self.pre_logits(feats))
+        if 'gt_score' in data_samples[0]:  # of mixed pictures
+            labels = torch.stack([s.gt_score for s in data_samples]).argmax(1)
+        else:
+            labels = torch.cat([s.gt_label for s in data_samples])
+        features = self.pre_logits(feats)
+        logits, distance = self.adapter.logits_and_distance(features, labels)
         losses = self._get_loss(logits, data_samples, **kwargs)
         return {**losses, 'loss_keep': self.keep * distance}
 
