@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -41,6 +43,19 @@ def test_counts_by_hand():
     assert counts.multiply_adds == tokens * (27 * 8 + 2 * tokens * 8 + 8 * 5)
     assert counts.elementwise == tokens * 8 * (1 + 5 + 1)
     assert counts.uncounted == ()
+
+
+def test_attention_counts_in_a_process_that_has_not_loaded_our_ops():
+    code = (
+        'import torch\n'
+        'from dsnet_mm.cli.complexity import count_complexity\n'
+        'class Net(torch.nn.Module):\n'
+        '    def forward(self, x):\n'
+        '        return torch.nn.functional.scaled_dot_product_attention(x, x, x)\n'
+        'print(count_complexity(Net(), torch.zeros(1, 1, 6, 8)).multiply_adds)\n'
+    )
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.split() == [str(2 * 6 * 6 * 8)], out.stderr
 
 
 def test_operators_without_formula_are_listed():

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import dsnet_mm.ops  # noqa: F401  # registers the formula of attention on the CPU
+
 aten = torch.ops.aten
 
 # PyTorch's own namespaces. Their operators without a formula count as zero.
