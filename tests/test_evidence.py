@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from dsnet_mm.cli.config import load_config
 from dsnet_mm.cli.evidence import publish, report, runs, timing
 from dsnet_mm.cli.evidence.tables import TABLES, Row
 from dsnet_mm.files import write_atomic
@@ -173,6 +174,30 @@ def test_page_is_made_from_the_results():
     assert report.fill(page, sections) == page, 'run tools/reproduce.py --report'
     for path in re.findall(r'\]\((images/\S+)\)', page):
         assert (report.PAGE.parent / path).is_file()
+
+
+def test_recorded_results_are_of_the_rows_as_they_are_now():
+    """A configuration that has changed needs another run."""
+    recorded = 0
+    for run in (
+        runs.Run(name, row, seed, Path('runs'), None)
+        for name, table in TABLES.items()
+        for row in table.rows
+        for seed in range(row.seeds)
+    ):
+        if not run.file.is_file():
+            continue
+        result = json.loads(run.file.read_text())
+        cfg = load_config(str(runs.ROOT / run.config), run.options)
+        now = json.loads(json.dumps(cfg.to_dict(), default=str))
+        for key in ('model', 'train_dataloader', 'test_dataloader', 'optim_wrapper'):
+            assert result['config'][key] == now[key], (run.file, key)
+        for key in ('train_cfg', 'param_scheduler', 'randomness'):
+            assert result['config'][key] == now[key], (run.file, key)
+        assert result['model'] == runs.count(cfg, TABLES[run.table].size), run.file
+        recorded += 1
+    files = [f for f in runs.RESULTS.glob('*/*.json') if f.name != 'timing.json']
+    assert recorded == len(files) > 0
 
 
 def test_weights_are_small_and_have_cards_and_entries():
