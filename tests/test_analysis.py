@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,10 +245,16 @@ def test_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b'accuracy/top1' in run.read_bytes()
 
 
-def test_wandb_gets_project_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('visualizer', [True, False])
+def test_wandb_gets_project_and_name(
+    visualizer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = tool('train.py')
-    monkeypatch.setattr(train, 'find_spec', lambda package: package)
+    found = SimpleNamespace(origin='__init__.py')
+    monkeypatch.setattr(train, 'find_spec', lambda package: found)
     cfg = Config.fromfile('classifier.py')
+    if not visualizer:
+        cfg.pop('visualizer')
     cfg.work_dir = 'runs/first'
     train.set_loggers(cfg, tensorboard=False, wandb='dsnet')
     local, wandb = cfg.visualizer.vis_backends
@@ -257,11 +264,16 @@ def test_wandb_gets_project_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize('option', ['--tensorboard', '--wandb=dsnet'])
+@pytest.mark.parametrize('spec', [None, SimpleNamespace(origin=None)])
 def test_missing_logger(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    option: str,
+    spec: SimpleNamespace | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    """Nothing of that name, or only a folder, such as W&B writes."""
     train = tool('train.py')
-    monkeypatch.setattr(train, 'find_spec', lambda package: None)
+    monkeypatch.setattr(train, 'find_spec', lambda package: spec)
     with pytest.raises(SystemExit):
         args = ['classifier.py', '--work-dir=no_logger', option]
         train.main([*args, '--cfg-options', FOLDERS])

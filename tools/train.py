@@ -111,11 +111,14 @@ def set_loggers(cfg: Config, tensorboard: bool, wandb: str | None) -> None:
         init = dict(project=wandb, name=Path(cfg.work_dir).name)
         backends['wandb'] = dict(type='WandbVisBackend', init_kwargs=init)
     for package, backend in backends.items():
-        if find_spec(package) is None:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:  # a folder of that name has no origin
             raise ValueError(
                 f'--{package} takes the package {package}, which is not installed; '
                 f'install it by pip install {package}'
             )
+        local = dict(type='LocalVisBackend')  # as in a Runner without a visualizer
+        cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[local]))
         cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, backend]
 
 
