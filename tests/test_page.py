@@ -409,6 +409,7 @@ def test_page_in_a_browser(server, browser, nuclei, colours, tmp_path):
     page.goto(server.address)
     page.set_default_timeout(60_000)
 
+    page.get_by_text('It knows: nucleus.').wait_for()
     page.set_input_files('#picture input[type=file]', nuclei)
     page.wait_for_selector('#drawn img')
     page.get_by_text('objects with a score of at least').wait_for()

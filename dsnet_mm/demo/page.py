@@ -182,7 +182,9 @@ class Page:
                 score = gr.Slider(
                     LEAST_SCORE, 1, 0.5, step=0.05, label='Least score of an object'
                 )
-                gr.Markdown(f'Model: {detector.name}.')
+                names = detector.predictor.class_names
+                known = f' It knows: {", ".join(names)}.' if names else ''
+                gr.Markdown(f'Model: {detector.name}.{known}')
             with gr.Column(scale=3, min_width=320):
                 drawn = gr.Image(
                     show_label=False,
