@@ -55,6 +55,7 @@ def test_all_are_listed():
     others = {p.name for p in CONFIGS.glob('*.py')} - set(DETECTION)
     assert others - {p.name for p in CLASSIFICATION} == {
         'dsnet-demo_scenes.py',
+        'dsnet_cifar10.py',
         'mask_rcnn_dsnet_demo_coco8.py',
         'mask_rcnn_dsnet_demo_scenes.py',
         'mask_rcnn_dsnet_nuclei.py',
@@ -116,11 +117,12 @@ def test_small_detection(name):
     model.eval().test_step(data)
 
 
-def test_demo_classification():
+@pytest.mark.parametrize('name', ['dsnet-demo_scenes.py', 'dsnet_cifar10.py'])
+def test_small_classification(name):
     pytest.importorskip('mmpretrain')
     from mmpretrain.structures import DataSample
 
-    cfg = Config.fromfile(CONFIGS / 'dsnet-demo_scenes.py')
+    cfg = Config.fromfile(CONFIGS / name)
     init_default_scope('mmpretrain')
     model = MODELS.build(cfg.model)
     data = dict(
