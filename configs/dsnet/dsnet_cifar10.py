@@ -1,5 +1,5 @@
-# A small DS-Net for the ten classes of CIFAR-10. It learns from scratch on two CPU cores.
-# The data: tools/dataset_converters/cifar10_to_folders.py.
+# A small DS-Net for the ten classes of CIFAR-10. It learns from scratch on two CPU
+# cores. The data: tools/dataset_converters/cifar10_to_folders.py.
 _base_ = '../evidence/cifar10_dsnet.py'
 
 max_epochs = 15
