@@ -213,11 +213,19 @@ CHOICES = {
         },
     ),
 }
+STEMS = {
+    'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
+    'resnet': 'ResNet',
+    'resnet_patches': 'ResNet behind patches of 4x4 pixels',
+}
 TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
-    title='CIFAR-10, choices of DS-Net*',
+    title='CIFAR-10, choices of DS-Net*, and stems',
     rows=tuple(
         Row(name, label, 'cifar10_dsnet', 1, {**SHORT, **options})
         for name, (label, options) in CHOICES.items()
+    )
+    + tuple(
+        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in STEMS.items()
     ),
     comparable=False,
 )
