@@ -11,3 +11,4 @@ model = dict(
     ),
     head=dict(in_channels=128),
 )
+optim_wrapper = dict(optimizer=dict(lr=1.6e-2))
