@@ -207,6 +207,7 @@ def plot_accuracy(epochs: Axes, seconds: Axes, runs: Mapping, style: dict) -> No
         times = [run['train_cpu_seconds'] * step / steps[-1] for step in steps]
         epochs.plot(steps, accuracies, '.-', alpha=0.7, color=style['color'])
         seconds.plot(times, accuracies, '.-', alpha=0.7, color=style['color'])
+    epochs.xaxis.get_major_locator().set_params(integer=True)
     epochs.set(xlabel='epochs', ylabel='accuracy on pictures left out, %')
     seconds.set(xlabel='processor seconds', ylabel='accuracy on pictures left out, %')
 
