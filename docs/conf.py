@@ -52,7 +52,11 @@ NAVIGATION = {
         'docs/streams',
         'docs/speed',
     ],
-    'Results': ['docs/results', 'Weights for nuclei <weights/mask_rcnn_dsnet_nuclei>'],
+    'Results': [
+        'docs/results',
+        'Weights for nuclei <weights/mask_rcnn_dsnet_nuclei>',
+        'Weights for CIFAR-10 <weights/dsnet_cifar10>',
+    ],
     'Reference': [
         'docs/tools',
         'docs/configurations',
