@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
         'CLIP-Adapter',
         fit_clip_adapter,
         _OURS,
-        _OURS_GRID,
+        dict(alpha=(0.2, 0.5), **_OURS_GRID),
         source='adapter of the paper, with our recipe for cached features',
     ),
     'clip_adapter_hoso': Method(
