@@ -79,7 +79,7 @@ def test_run_opens_the_test_split_once_and_last(config, tmp_path, monkeypatch):
     assert 'Tip-Adapter (oracle)' in text and 'not a result' in text
     assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d f \|', text)
     assert 'f: nothing was selected' in text, 'all options are set by overrides'
-    assert 'Set, not selected: CLIP-Adapter keep=1.0, CLIP-Adapter lr=0.01' in text
+    assert 'Set, not selected: CLIP-Adapter alpha=0.2, CLIP-Adapter keep=1.0' in text
     assert re.search(
         r'Made with dsnet_mm .* at commit \w+\+?, torch .*, 1 thread', text
     )
