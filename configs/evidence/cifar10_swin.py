@@ -13,3 +13,4 @@ model = dict(
     ),
     head=dict(in_channels=176),
 )
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
