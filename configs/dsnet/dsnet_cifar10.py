@@ -2,18 +2,9 @@
 # cores. The data: tools/dataset_converters/cifar10_to_folders.py.
 _base_ = '../evidence/cifar10_dsnet.py'
 
-max_epochs = 15
-train_cfg = dict(max_epochs=max_epochs)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=150),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-5,
-        by_epoch=True,
-        T_max=max_epochs,
-        convert_to_iter_based=True,
-    ),
-]
+train_cfg = dict(max_epochs=15)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].T_max = 15
 # Inference without the data takes the names from here.
 classes = (
     *('airplane', 'automobile', 'bird', 'cat', 'deer'),
