@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import Registry, init_default_scope
+from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from mmengine.visualization import Visualizer
 from torch import Tensor, nn
@@ -415,19 +415,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def clear_visualizers() -> None:
-    """Forgets the visualizers of earlier calls.
+def clear_instances() -> None:
+    """Forgets the visualizers and the default scopes of earlier calls.
 
-    MMEngine keeps those of each class for the life of the process, and mmdet gives all
-    of its own the same name.
+    MMEngine keeps them for the life of the process. mmdet gives all its visualizers the
+    same name. The default scope of a runner is named by its configuration and by the
+    second: a runner of the same name in the same second does not set its scope again.
     """
-    for kind in (Visualizer, *Visualizer.__subclasses__()):
+    for kind in (DefaultScope, Visualizer, *Visualizer.__subclasses__()):
         kind._instance_dict.clear()
 
 
 def tool(name: str) -> ModuleType:
     """Imports a tool for calls of its ``main``, which are quicker than processes."""
-    clear_visualizers()
+    clear_instances()
     spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

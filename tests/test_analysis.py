@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from dsnet_mm import find_config
 
-from .conftest import COCO, FOLDERS, clear_visualizers, tool
+from .conftest import COCO, FOLDERS, clear_instances, tool
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -82,7 +82,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def run(package: str, name: str, *args: str) -> None:
         path = path_of(package, name)
-        clear_visualizers()
+        clear_instances()
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
         runpy.run_path(str(path), run_name='__main__')
 

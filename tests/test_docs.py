@@ -19,7 +19,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from .conftest import REPO, clear_visualizers, draw, write_coco
+from .conftest import REPO, clear_instances, draw, write_coco
 
 PAGES = [
     path.relative_to(REPO).as_posix()
@@ -101,7 +101,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
 
 def run_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a tool or a module in this process, which is quicker than another one."""
-    clear_visualizers()
+    clear_instances()
     module = words[0] == '-m'
     monkeypatch.setattr(sys, 'argv', words[module:])
     try:
