@@ -377,7 +377,7 @@ def test_page_without_models(monkeypatch, tmp_path):
     (describe,) = (fn.fn for fn in blocks.fns.values() if fn.api_name == 'describe')
     text, train, form = describe()
     assert 'There is no image encoder here yet' in text
-    assert train['visible'] and not form['visible']
+    assert train['visible'] and 'visible' not in form
     pretrain(Path('work_dirs/demo_clip'), scene_pairs(8), 2, quiet=True)
     assert Page(page_main.NO_WEIGHTS, None, tmp_path).encoder.embed_dims == 128
 
@@ -443,3 +443,30 @@ def test_page_in_a_browser(server, browser, nuclei, colours, tmp_path):
     assert asked - {server.address.split('/')[2], ''} == set()
     assert not errors
     page.close()
+
+
+def test_demo_clip_trained_in_a_browser(detector, browser, monkeypatch, tmp_path):
+    """The form appears once there is an encoder, without a reload."""
+    pytest.importorskip('gradio', reason="gradio is missing: pip install '.[demo]'")
+    for name in ('GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
+        monkeypatch.setenv(name, '')  # what the page sets is undone
+    from dsnet_mm.demo import page as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(actions, 'Detector', lambda *args: detector)
+    monkeypatch.setattr(module, 'STEPS', 2)
+    monkeypatch.setattr(module, 'scene_pairs', lambda: scene_pairs(8))
+    blocks, address = page_main.launch(page_main.parse_args([]), tmp_path / 'files')
+    page = browser.new_page()
+    page.goto(address)
+    page.get_by_role('tab', name='Learn classes').click()
+    page.get_by_text('There is no image encoder here yet').wait_for()
+    assert not page.locator('#learn').is_visible()
+    page.click('#train')
+    page.click('#examples', timeout=60_000)
+    page.wait_for_selector('#pictures-2 img')
+    assert not page.locator('#train').is_visible()
+    page.click('#learn')
+    page.wait_for_selector('#learned:has-text("3 classes from 24 pictures")')
+    page.close()
+    blocks.close(verbose=False)

@@ -352,7 +352,9 @@ class Page:
             else:
                 text = NO_CLIP if self.encoder is None else DEMO_CLIP
             here = self.encoder is not None
-            return [text, gr.update(visible=not here), gr.update(visible=here)]
+            # Told to stay hidden, the column would not appear later (Gradio 6.17).
+            shown = gr.update(visible=True) if here else gr.skip()
+            return [text, gr.update(visible=not here), shown]
 
         @in_a_sentence
         def train_clip(progress=gr.Progress(track_tqdm=True)) -> list:
