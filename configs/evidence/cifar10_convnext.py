@@ -12,4 +12,4 @@ model = dict(
     neck=None,
     head=dict(in_channels=224),
 )
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
