@@ -26,8 +26,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 
-# PyTorch's compiler takes bilinear resizing apart. For the backward of its parts, torch
-# 2.13 writes code that reads memory after it was released. In a compiled training step
+# PyTorch's compiler takes bilinear resizing apart. It may run the parts of its backward
+# in a wrong order on the CPU (torch 2.13, docs/export.md). In a compiled training step
 # resizing is therefore one operator.
 
 

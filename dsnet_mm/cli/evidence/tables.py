@@ -209,7 +209,7 @@ CHOICES = {
         'all weights from a normal of 0.02',
         {
             'model.backbone.init_cfg.type': 'TruncNormal',
-            'model.backbone.init_cfg.layer': ('Linear', 'Conv2d'),
+            'model.backbone.init_cfg.layer': ['Linear', 'Conv2d'],
             'model.backbone.init_cfg.std': 0.02,
         },
     ),
