@@ -8,6 +8,7 @@ import zlib
 from argparse import Namespace
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -192,23 +193,31 @@ def _record(event: str, args: tuple) -> None:
         _connections.append((args[0],))
 
 
-@pytest.fixture(scope='module')
-def server(tmp_path_factory, small_clip, colours, detector) -> Iterator[Namespace]:
-    """The running page, and the addresses that this process has connected to."""
+@contextmanager
+def launched(
+    argv: list[str], folder: Path, detector: actions.Detector
+) -> Iterator[Namespace]:
+    """The running page, and its address."""
     pytest.importorskip('gradio', reason="gradio is missing: pip install '.[demo]'")
-    folder = tmp_path_factory.mktemp('page')
-    model, pretrained = small_clip
     with pytest.MonkeyPatch.context() as patch:
         for name in ('GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
             patch.setenv(name, '')  # what the page sets is undone
-        sys.addaudithook(_record)  # for the life of the process
         from dsnet_mm.demo import page  # noqa: F401
 
         patch.setattr(actions, 'Detector', lambda *args: detector)
-        argv = ['--model', model, '--pretrained', pretrained, '--device', 'cpu']
         blocks, address = page_main.launch(page_main.parse_args(argv), folder)
         yield Namespace(blocks=blocks, address=address.rstrip('/'), folder=folder)
         blocks.close(verbose=False)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory, small_clip, detector) -> Iterator[Namespace]:
+    """The page with a CLIP of two steps. What this process connects to is recorded."""
+    sys.addaudithook(_record)  # for the life of the process
+    model, pretrained = small_clip
+    argv = ['--model', model, '--pretrained', pretrained, '--device', 'cpu']
+    with launched(argv, tmp_path_factory.mktemp('page'), detector) as server:
+        yield server
 
 
 def upload(server: Namespace, path: Path) -> dict:
@@ -447,26 +456,19 @@ def test_page_in_a_browser(server, browser, nuclei, colours, tmp_path):
 
 def test_demo_clip_trained_in_a_browser(detector, browser, monkeypatch, tmp_path):
     """The form appears once there is an encoder, without a reload."""
-    pytest.importorskip('gradio', reason="gradio is missing: pip install '.[demo]'")
-    for name in ('GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
-        monkeypatch.setenv(name, '')  # what the page sets is undone
-    from dsnet_mm.demo import page as module
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(actions, 'Detector', lambda *args: detector)
-    monkeypatch.setattr(module, 'STEPS', 2)
-    monkeypatch.setattr(module, 'scene_pairs', lambda: scene_pairs(8))
-    blocks, address = page_main.launch(page_main.parse_args([]), tmp_path / 'files')
-    page = browser.new_page()
-    page.goto(address)
-    page.get_by_role('tab', name='Learn classes').click()
-    page.get_by_text('There is no image encoder here yet').wait_for()
-    assert not page.locator('#learn').is_visible()
-    page.click('#train')
-    page.click('#examples', timeout=60_000)
-    page.wait_for_selector('#pictures-2 img')
-    assert not page.locator('#train').is_visible()
-    page.click('#learn')
-    page.wait_for_selector('#learned:has-text("3 classes from 24 pictures")')
-    page.close()
-    blocks.close(verbose=False)
+    with launched([], tmp_path / 'files', detector) as server:
+        monkeypatch.setattr('dsnet_mm.demo.page.STEPS', 2)
+        monkeypatch.setattr('dsnet_mm.demo.page.scene_pairs', lambda: scene_pairs(8))
+        page = browser.new_page()
+        page.goto(server.address)
+        page.get_by_role('tab', name='Learn classes').click()
+        page.get_by_text('There is no image encoder here yet').wait_for()
+        assert not page.locator('#learn').is_visible()
+        page.click('#train')
+        page.click('#examples', timeout=60_000)
+        page.wait_for_selector('#pictures-2 img')
+        assert not page.locator('#train').is_visible()
+        page.click('#learn')
+        page.wait_for_selector('#learned:has-text("3 classes from 24 pictures")')
+        page.close()
