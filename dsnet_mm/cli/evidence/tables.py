@@ -91,6 +91,18 @@ DETECTORS = {
     'swin_fpn': 'Swin + FPN',
     'convnext_fpn': 'ConvNeXt + FPN',
 }
+# Why DS-FPN is below FPN: initial weights, ISA, and the levels with DS-Blocks.
+NECKS = {
+    'dsfpn_init': (
+        "DS-FPN, PyTorch's initial weights in the convolutions of the blocks",
+        {'init_cfg': dict(type='TruncNormal', layer='Linear', std=0.02)},
+    ),
+    'dsfpn_no_isa': ('DS-FPN, no ISA', {'isa': False}),
+    'dsfpn_coarse': (
+        'DS-FPN, blocks at strides 16 and 32 only',
+        {'num_plain_levels': 2},
+    ),
+}
 CLASSIFIERS = {
     'dsnet': 'DS-Net*',
     'dsnet_alpha0': 'DS-Net, alpha 0 (local stream alone)',
@@ -113,7 +125,17 @@ MORE_RATES = {'resnet': (1.6e-2,), 'convnext': (5e-4,)}
 TABLES = {
     'nuclei': Table(
         'Nuclei, Mask R-CNN from random weights',
-        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items()),
+        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items())
+        + tuple(
+            Row(
+                name,
+                f'DS-Net + {label}',
+                'nuclei_dsnet_dsfpn',
+                1,
+                {f'model.neck.{key}': value for key, value in options.items()},
+            )
+            for name, (label, options) in NECKS.items()
+        ),
         COCO,
         tolerance=1.5,
         data=NUCLEI_DATA,
