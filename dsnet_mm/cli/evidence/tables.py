@@ -95,7 +95,11 @@ DETECTORS = {
 NECKS = {
     'dsfpn_init': (
         "DS-FPN, PyTorch's initial weights in the convolutions of the blocks",
-        {'init_cfg': dict(type='TruncNormal', layer='Linear', std=0.02)},
+        {
+            'init_cfg.type': 'TruncNormal',
+            'init_cfg.layer': 'Linear',
+            'init_cfg.std': 0.02,
+        },
     ),
     'dsfpn_no_isa': ('DS-FPN, no ISA', {'isa': False}),
     'dsfpn_coarse': (
@@ -233,6 +237,13 @@ CHOICES = {
             'model.backbone.init_cfg.type': 'TruncNormal',
             'model.backbone.init_cfg.layer': ['Linear', 'Conv2d'],
             'model.backbone.init_cfg.std': 0.02,
+        },
+    ),
+    'no_output_norm': (
+        'no norm of the output',
+        {
+            'custom_imports.imports': ['dsnet_mm.cli.evidence.norms'],
+            'model.backbone.type': 'DSNetWithoutOutputNorm',
         },
     ),
 }
