@@ -1,7 +1,11 @@
 """The measured tables: rows, runs, report, and the weights that come of them."""
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,15 @@ def test_a_run_goes_on_and_is_recorded_and_published(
         assert file.metadata()['seed'] == '1'
         assert file.get_tensor('head.fc.weight').dtype == torch.float16
     assert 'seed 1, commit' in (table / 'weights' / 'small.md').read_text()
+
+
+def test_a_tool_stops_with_its_caller():
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        runs._call(['-c', 'import time; time.sleep(60)'])
+    assert time.perf_counter() - start < 30
 
 
 def test_rows_are_timed_in_turns(table: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ fails if it differs by more than the tolerance of its table.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -160,4 +161,6 @@ def report() -> None:
 
 
 if __name__ == '__main__':
+    # As with Ctrl-C, the training stops with this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()
