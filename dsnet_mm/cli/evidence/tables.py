@@ -263,11 +263,19 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
     ),
     comparable=False,
 )
+LONG_NUCLEI = {
+    'train_cfg.max_iters': 2400,
+    'train_cfg.val_interval': 2400,
+    'param_scheduler.1.T_max': 2400,
+}
 LONG = {'train_cfg.max_epochs': 15, 'param_scheduler.1.T_max': 15}
 # The weights in weights/ are from the first row of these tables.
 TABLES['nuclei_long'] = TABLES['nuclei']._replace(
-    title='Nuclei, the detector of configs/dsnet/mask_rcnn_dsnet_nuclei.py',
-    rows=(Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),),
+    title='Nuclei, a longer training',
+    rows=(
+        Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),
+        Row('dsnet_fpn', DETECTORS['dsnet_fpn'], 'nuclei_dsnet_fpn', 1, LONG_NUCLEI),
+    ),
 )
 TABLES['cifar10_long'] = TABLES['cifar10']._replace(
     title='CIFAR-10, a longer training',
