@@ -121,8 +121,11 @@ def test_a_tool_stops_with_its_caller():
 
 
 def test_rows_are_timed_in_turns(table: Path, monkeypatch: pytest.MonkeyPatch):
-    mib = timing.peak_in_child('train', str(table / 'ours.py'), 64, None)
+    config = str(table / 'ours.py')
+    mib = timing.peak_in_child('train', config, {}, 64, None)
     assert 0.1 < mib < 500
+    options = {'train_dataloader.batch_size': 2}
+    assert timing.peak_in_child('train', config, options, 64, None) < mib
     monkeypatch.setattr(timing, 'peak_in_child', lambda *_: mib)
     rows = timing.time_rows('small', 2, None)['rows']
     assert rows['ours']['train']['ratio'] == 1

@@ -24,12 +24,13 @@ from .tables import TABLES
 
 
 def prepare(
-    config: str, size: int, data_root: str | None
+    config: str, options: dict[str, Any], size: int, data_root: str | None
 ) -> dict[str, Callable[[], object]]:
     """Builds a model with random weights and the calls that are measured.
 
     Args:
         config: Configuration file.
+        options: Values of the configuration that the row sets, by dotted name.
         size: Side of the picture.
         data_root: Folder of the data, or None for that of the configuration.
 
@@ -38,7 +39,7 @@ def prepare(
         backbone and neck on one picture.
     """
     root = {'data_root': data_root} if data_root else {}
-    cfg = load_config(config, root)
+    cfg = load_config(config, options | root)
     cfg.experiment_name = f'timing_{Path(config).stem}'
     cfg.work_dir = 'work_dirs/evidence/timing'
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -79,7 +80,12 @@ def time_rows(name: str, turns: int, data_root: str | None) -> dict[str, Any]:
     """
     table = TABLES[name]
     settings = {
-        row.name: (str(ROOT / CONFIGS / f'{row.config}.py'), table.size, data_root)
+        row.name: (
+            str(ROOT / CONFIGS / f'{row.config}.py'),
+            dict(row.options),
+            table.size,
+            data_root,
+        )
         for row in table.rows
     }
     calls = {row: prepare(*setting) for row, setting in settings.items()}
@@ -112,7 +118,7 @@ def time_rows(name: str, turns: int, data_root: str | None) -> dict[str, Any]:
     )
 
 
-def peak_in_child(kind: str, *settings: str | int | None) -> float:
+def peak_in_child(kind: str, *settings: Any) -> float:
     """Measures the memory of a call in a process of its own.
 
     Args:
