@@ -101,6 +101,14 @@ NECKS = {
             'init_cfg.std': 0.02,
         },
     ),
+    'dsfpn_small_init': (
+        'DS-FPN, initial weights from a normal of 0.02',
+        {
+            'init_cfg.type': 'TruncNormal',
+            'init_cfg.layer': ['Linear', 'Conv2d'],
+            'init_cfg.std': 0.02,
+        },
+    ),
     'dsfpn_no_isa': ('DS-FPN, no ISA', {'isa': False}),
     'dsfpn_coarse': (
         'DS-FPN, blocks at strides 16 and 32 only',
