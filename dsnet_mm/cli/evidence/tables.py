@@ -247,15 +247,10 @@ CHOICES = {
             'model.backbone.init_cfg.std': 0.02,
         },
     ),
-    'no_output_norm': (
-        'no norm of the output',
-        {
-            'custom_imports.imports': ['dsnet_mm.cli.evidence.norms'],
-            'model.backbone.type': 'DSNetWithoutOutputNorm',
-        },
-    ),
 }
-STEMS = {
+# Choices that need a network, and a configuration, of their own.
+NETWORKS = {
+    'dsnet_no_output_norm': 'DS-Net* without the norm of its output',
     'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
     'resnet': 'ResNet',
     'resnet_patches': 'ResNet behind patches of 4x4 pixels',
@@ -267,7 +262,7 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
         for name, (label, options) in CHOICES.items()
     )
     + tuple(
-        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in STEMS.items()
+        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in NETWORKS.items()
     ),
     comparable=False,
 )
