@@ -128,8 +128,16 @@ CLASSIFIERS = {
     'dsnet_alpha75': 'DS-Net, alpha 0.75',
     'dsnet_global_to_local': 'DS-Net*, global to local only',
     'dsnet_local_to_global': 'DS-Net*, local to global only',
+    'dsnet_no_output_norm': 'DS-Net* without the norm of its output',
 }
-THREE_SEEDS = ('dsnet', 'dsnet_alpha0', 'dsnet_alpha1', 'resnet', 'deit')
+THREE_SEEDS = (
+    'dsnet',
+    'dsnet_alpha0',
+    'dsnet_alpha1',
+    'resnet',
+    'deit',
+    'dsnet_no_output_norm',
+)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # The best of the four was the largest, or the smallest.
 MORE_RATES = {'resnet': (1.6e-2,), 'convnext': (5e-4,)}
@@ -147,6 +155,14 @@ TABLES = {
                 {f'model.neck.{key}': value for key, value in options.items()},
             )
             for name, (label, options) in NECKS.items()
+        )
+        + (
+            Row(
+                'dsnet_no_output_norms',
+                'DS-Net without the norms of its outputs + DS-FPN',
+                'nuclei_dsnet_no_output_norms',
+                1,
+            ),
         ),
         COCO,
         tolerance=1.5,
@@ -250,7 +266,7 @@ CHOICES = {
 }
 # Choices that need a network, and a configuration, of their own.
 NETWORKS = {
-    'dsnet_no_output_norm': 'DS-Net* without the norm of its output',
+    'dsnet_no_output_norm': CLASSIFIERS['dsnet_no_output_norm'],
     'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
     'resnet': 'ResNet',
     'resnet_patches': 'ResNet behind patches of 4x4 pixels',
