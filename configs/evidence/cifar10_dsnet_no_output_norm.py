@@ -1,5 +1,4 @@
 # CIFAR-10, DS-Net* without the norm of its output.
 _base_ = '_base_/cifar10.py'
 
-custom_imports = dict(imports=['dsnet_mm.cli.evidence.norms'])
-model = dict(backbone=dict(type='DSNetWithoutOutputNorm'))
+model = dict(backbone=dict(output_norm=False))

@@ -91,28 +91,32 @@ DETECTORS = {
     'swin_fpn': 'Swin + FPN',
     'convnext_fpn': 'ConvNeXt + FPN',
 }
-# Why DS-FPN is below FPN: initial weights, ISA, and the levels with DS-Blocks.
-NECKS = {
+# Choices of DS-Net and DS-FPN.
+DETECTOR_CHOICES = {
     'dsfpn_init': (
-        "DS-FPN, PyTorch's initial weights in the convolutions of the blocks",
+        "DS-Net + DS-FPN, PyTorch's initial weights in the convolutions of the blocks",
         {
-            'init_cfg.type': 'TruncNormal',
-            'init_cfg.layer': 'Linear',
-            'init_cfg.std': 0.02,
+            'neck.init_cfg.type': 'TruncNormal',
+            'neck.init_cfg.layer': 'Linear',
+            'neck.init_cfg.std': 0.02,
         },
     ),
     'dsfpn_small_init': (
-        'DS-FPN, initial weights from a normal of 0.02',
+        'DS-Net + DS-FPN, initial weights of the neck from a normal of 0.02',
         {
-            'init_cfg.type': 'TruncNormal',
-            'init_cfg.layer': ['Linear', 'Conv2d'],
-            'init_cfg.std': 0.02,
+            'neck.init_cfg.type': 'TruncNormal',
+            'neck.init_cfg.layer': ['Linear', 'Conv2d'],
+            'neck.init_cfg.std': 0.02,
         },
     ),
-    'dsfpn_no_isa': ('DS-FPN, no ISA', {'isa': False}),
+    'dsfpn_no_isa': ('DS-Net + DS-FPN, no ISA in the neck', {'neck.isa': False}),
     'dsfpn_coarse': (
-        'DS-FPN, blocks at strides 16 and 32 only',
-        {'num_plain_levels': 2},
+        'DS-Net + DS-FPN, blocks at strides 16 and 32 only',
+        {'neck.num_plain_levels': 2},
+    ),
+    'no_output_norm': (
+        'DS-Net without the norms of its outputs + DS-FPN',
+        {'backbone.output_norm': False},
     ),
 }
 CLASSIFIERS = {
@@ -149,21 +153,13 @@ TABLES = {
         + tuple(
             Row(
                 name,
-                f'DS-Net + {label}',
+                label,
                 'nuclei_dsnet_dsfpn',
                 1,
-                {f'model.neck.{key}': value for key, value in options.items()},
+                {f'model.{key}': value for key, value in options.items()},
             )
-            for name, (label, options) in NECKS.items()
+            for name, (label, options) in DETECTOR_CHOICES.items()
         )
-        + (
-            Row(
-                'dsnet_no_output_norms',
-                'DS-Net without the norms of its outputs + DS-FPN',
-                'nuclei_dsnet_no_output_norms',
-                1,
-            ),
-        ),
         COCO,
         tolerance=1.5,
         data=NUCLEI_DATA,
@@ -263,10 +259,12 @@ CHOICES = {
             'model.backbone.init_cfg.std': 0.02,
         },
     ),
+    'no_output_norm': (
+        'no norm of the output',
+        {'model.backbone.output_norm': False},
+    ),
 }
-# Choices that need a network, and a configuration, of their own.
-NETWORKS = {
-    'dsnet_no_output_norm': CLASSIFIERS['dsnet_no_output_norm'],
+STEMS = {
     'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
     'resnet': 'ResNet',
     'resnet_patches': 'ResNet behind patches of 4x4 pixels',
@@ -278,7 +276,7 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
         for name, (label, options) in CHOICES.items()
     )
     + tuple(
-        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in NETWORKS.items()
+        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in STEMS.items()
     ),
     comparable=False,
 )

@@ -36,7 +36,8 @@ class DSNet(BaseModule):
     are residual and pre-normalised, so their feature maps grow with depth. The norms
     make the levels comparable for a neck. ``norm3`` is the final batch norm of the
     public classifier, so an ImageNet checkpoint contains it. In classification,
-    ``out_indices=(3,)``, it is the only output norm.
+    ``out_indices=(3,)``, it is the only output norm. ``output_norm=False`` leaves the
+    norms out.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
@@ -66,6 +67,7 @@ class DSNet(BaseModule):
             frozen, because a classification checkpoint only has the last one.
         norm_eval: Whether the batch norms of the stages use their running statistics
             in training. This excludes the output norms.
+        output_norm: Whether outputs have norms. Public checkpoints need True.
         norm_cfg: Norm of feature maps. Tokens have LayerNorm.
         act_cfg: Activation of the FFNs.
         with_cp: Whether gradient checkpointing is used for each block. It saves
@@ -109,6 +111,7 @@ class DSNet(BaseModule):
         out_indices: Sequence[int] = (3,),
         frozen_stages: int = -1,
         norm_eval: bool = False,
+        output_norm: bool = True,
         norm_cfg: dict = dict(type='BN'),
         act_cfg: dict = dict(type='GELU'),
         with_cp: bool = False,
@@ -167,7 +170,8 @@ class DSNet(BaseModule):
                 )
             )
             if i in self.out_indices:
-                self.add_module(f'norm{i}', build_norm_layer(norm_cfg, channels)[1])
+                norm = build_norm_layer(norm_cfg, channels)[1]
+                self.add_module(f'norm{i}', norm if output_norm else nn.Identity())
             in_channels = channels
         self._freeze_stages()
 
