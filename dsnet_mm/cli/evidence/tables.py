@@ -159,7 +159,7 @@ TABLES = {
                 {f'model.{key}': value for key, value in options.items()},
             )
             for name, (label, options) in DETECTOR_CHOICES.items()
-        )
+        ),
         COCO,
         tolerance=1.5,
         data=NUCLEI_DATA,
