@@ -174,6 +174,16 @@ def test_output_norms_follow_out_indices():
         assert (out.std((0, 2, 3), correction=0) - 1).abs().max() < 0.01
 
 
+def test_outputs_without_norms_are_those_of_the_last_blocks():
+    net = DSNet(TINY, out_indices=(0, 3), output_norm=False)
+    assert not any(name.startswith('norm') for name in net.state_dict())
+    for i, out in zip((0, 3), net(torch.randn(2, 3, 64, 64)), strict=True):
+        assert out.shape[1] == TINY['embed_dims'][i]
+    blocks = []
+    net.stages[3][-1].register_forward_hook(lambda *args: blocks.append(args[2]))
+    torch.testing.assert_close(net(torch.randn(2, 3, 64, 64))[1], blocks[0])
+
+
 def test_gradient_checkpointing_does_not_change_gradients():
     torch.manual_seed(0)
     net = DSNet(TINY, out_indices=(0, 1, 2, 3))

@@ -59,7 +59,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    'options', [*VARIANTS, dict(norm_cfg=dict(type='SyncBN'))], ids=str
+    'options',
+    [*VARIANTS, dict(norm_cfg=dict(type='SyncBN')), dict(output_norm=False)],
+    ids=str,
 )
 def test_fused_network_equals_the_network(options: dict) -> None:
     net = build(options)
