@@ -266,6 +266,7 @@ CHOICES = {
 }
 STEMS = {
     'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
+    'dsnet_resnet_stem_no_output_norm': 'both: this stem, no norm of the output',
     'resnet': 'ResNet',
     'resnet_patches': 'ResNet behind patches of 4x4 pixels',
 }
