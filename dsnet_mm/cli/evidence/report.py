@@ -167,7 +167,7 @@ def plot(name: str, results: Results) -> bytes:
     panels = 3 if curves else 2
     metric, title = next(iter(table.metrics.items()))
     colors = plt.get_cmap('tab10' if len(results) <= 10 else 'tab20').colors
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.8))
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.8))
     for i, row in enumerate(row for row in table.rows if row.name in results):
         style = dict(color=colors[i % len(colors)], label=row.label)
         runs = results[row.name]
@@ -185,7 +185,7 @@ def plot(name: str, results: Results) -> bytes:
     else:
         axes[-1].set(xlabel=f'{title}, % (a point for each seed)')
         axes[-1].invert_yaxis()
-        axes[0].legend(fontsize=7)
+        axes[-1].tick_params(axis='y', labelsize=8)
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
@@ -220,7 +220,7 @@ def plot_loss(ax: Axes, runs: Mapping, style: dict) -> None:
             if 'loss' in point:
                 steps.setdefault(point['step'], []).append(point['loss'])
     ax.plot(sorted(steps), [mean(steps[s]) for s in sorted(steps)], **style)
-    ax.set(xlabel='iteration', ylabel='training loss', yscale='log')
+    ax.set(xlabel='iteration', ylabel='training loss')
 
 
 def fill(page: str, sections: Mapping[str, str]) -> str:

@@ -94,7 +94,7 @@ DETECTORS = {
 # Choices of DS-Net and DS-FPN.
 DETECTOR_CHOICES = {
     'dsfpn_init': (
-        "DS-Net + DS-FPN, PyTorch's initial weights in the convolutions of the blocks",
+        "DS-FPN, PyTorch's initial convolutions",
         {
             'neck.init_cfg.type': 'TruncNormal',
             'neck.init_cfg.layer': 'Linear',
@@ -102,20 +102,20 @@ DETECTOR_CHOICES = {
         },
     ),
     'dsfpn_small_init': (
-        'DS-Net + DS-FPN, initial weights of the neck from a normal of 0.02',
+        'DS-FPN, initial weights of 0.02',
         {
             'neck.init_cfg.type': 'TruncNormal',
             'neck.init_cfg.layer': ['Linear', 'Conv2d'],
             'neck.init_cfg.std': 0.02,
         },
     ),
-    'dsfpn_no_isa': ('DS-Net + DS-FPN, no ISA in the neck', {'neck.isa': False}),
+    'dsfpn_no_isa': ('DS-FPN without ISA', {'neck.isa': False}),
     'dsfpn_coarse': (
-        'DS-Net + DS-FPN, blocks at strides 16 and 32 only',
+        'DS-FPN, blocks at strides 16 and 32 only',
         {'neck.num_plain_levels': 2},
     ),
     'no_output_norm': (
-        'DS-Net without the norms of its outputs + DS-FPN',
+        'DS-FPN, no norms of the outputs of DS-Net',
         {'backbone.output_norm': False},
     ),
 }
