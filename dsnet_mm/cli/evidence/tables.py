@@ -281,6 +281,7 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
     ),
     comparable=False,
 )
+# The schedule of configs/evidence/nuclei_long.py.
 LONG_NUCLEI = {
     'train_cfg.max_iters': 2400,
     'train_cfg.val_interval': 2400,
