@@ -281,26 +281,39 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
     ),
     comparable=False,
 )
-# The schedule of configs/evidence/nuclei_long.py.
-LONG_NUCLEI = {
-    'train_cfg.max_iters': 2400,
-    'train_cfg.val_interval': 2400,
-    'param_scheduler.1.T_max': 2400,
-}
+
+
+def iterations(number: int) -> dict[str, Any]:
+    """Returns the options of a detector's training of so many iterations."""
+    return {
+        'train_cfg.max_iters': number,
+        'train_cfg.val_interval': number,
+        'param_scheduler.1.T_max': number,
+    }
+
+
 LONG = {'train_cfg.max_epochs': 15, 'param_scheduler.1.T_max': 15}
-# The weights in weights/ are from the first row of these tables.
 TABLES['nuclei_long'] = TABLES['nuclei']._replace(
     title='Nuclei, a longer training',
     rows=(
         Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),
-        Row('dsnet_fpn', DETECTORS['dsnet_fpn'], 'nuclei_dsnet_fpn', 1, LONG_NUCLEI),
+        Row(
+            'dsnet_fpn', DETECTORS['dsnet_fpn'], 'nuclei_dsnet_fpn', 1, iterations(2400)
+        ),
+        Row(
+            'dsnet_dsfpn_2200',
+            'DS-Net + DS-FPN, 2,200 iterations',
+            'nuclei_dsnet_dsfpn',
+            1,
+            iterations(2200),
+        ),
     ),
 )
 TABLES['cifar10_long'] = TABLES['cifar10']._replace(
     title='CIFAR-10, a longer training',
     rows=tuple(
         Row(name, CLASSIFIERS[name], f'cifar10_{name}', 1, LONG)
-        for name in ('dsnet', 'resnet')
+        for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
     ),
 )
 # The order of `reproduce.py all`: learning rates are chosen before they are used.
