@@ -142,6 +142,7 @@ THREE_SEEDS = (
     'deit',
     'dsnet_no_output_norm',
 )
+RATED = ('dsnet', 'resnet', 'deit', 'swin', 'convnext', 'dsnet_no_output_norm')
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # The best of the four was the largest, or the smallest.
 MORE_RATES = {'resnet': (1.6e-2,), 'convnext': (5e-4,)}
@@ -228,7 +229,7 @@ TABLES['cifar10_rates'] = TABLES['cifar10']._replace(
             1,
             {**SHORT, 'optim_wrapper.optimizer.lr': rate},
         )
-        for name in ('dsnet', 'resnet', 'deit', 'swin', 'convnext')
+        for name in RATED
         for rate in RATES + MORE_RATES.get(name, ())
     ),
     tolerance=1.5,
