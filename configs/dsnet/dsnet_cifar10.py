@@ -1,5 +1,6 @@
 # A small DS-Net for the ten classes of CIFAR-10. It learns from scratch on two CPU
-# cores. The data: tools/dataset_converters/cifar10_to_folders.py.
+# cores, better without the norm of its output (docs/results.md). The data:
+# tools/dataset_converters/cifar10_to_folders.py.
 _base_ = '../evidence/cifar10_dsnet_no_output_norm.py'
 
 train_cfg = dict(max_epochs=15)

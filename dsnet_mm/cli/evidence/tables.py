@@ -141,6 +141,7 @@ THREE_SEEDS = (
     'resnet',
     'deit',
     'dsnet_no_output_norm',
+    'dsfpn_coarse',
 )
 RATES = {
     'dsnet': (1e-3, 2e-3, 4e-3, 8e-3),
@@ -161,7 +162,7 @@ TABLES = {
                 name,
                 label,
                 'nuclei_dsnet_dsfpn',
-                3 if name == 'dsfpn_coarse' else 1,
+                3 if name in THREE_SEEDS else 1,
                 {f'model.{key}': value for key, value in options.items()},
             )
             for name, (label, options) in DETECTOR_CHOICES.items()
