@@ -3,9 +3,9 @@
 # tools/dataset_converters/cifar10_to_folders.py.
 _base_ = '../evidence/cifar10_dsnet_no_output_norm.py'
 
-train_cfg = dict(max_epochs=15)
+train_cfg = dict(max_epochs=8)
 param_scheduler = _base_.param_scheduler
-param_scheduler[1].T_max = 15
+param_scheduler[1].T_max = 8
 # Inference without the data takes the names from here.
 classes = (
     *('airplane', 'automobile', 'bird', 'cat', 'deer'),

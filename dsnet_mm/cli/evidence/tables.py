@@ -299,27 +299,18 @@ def iterations(number: int) -> dict[str, Any]:
     }
 
 
-LONG = {'train_cfg.max_epochs': 15, 'param_scheduler.1.T_max': 15}
 TABLES['nuclei_long'] = TABLES['nuclei']._replace(
     title='Nuclei, a longer training',
-    rows=(
-        Row('dsnet_dsfpn', DETECTORS['dsnet_dsfpn'], 'nuclei_long', 1),
-        Row(
-            'dsnet_fpn', DETECTORS['dsnet_fpn'], 'nuclei_dsnet_fpn', 1, iterations(2400)
-        ),
-        Row(
-            'dsnet_dsfpn_2200',
-            'DS-Net + DS-FPN, 2,200 iterations',
-            'nuclei_dsnet_dsfpn',
-            1,
-            iterations(2200),
-        ),
+    rows=tuple(
+        Row(name, DETECTORS[name], f'nuclei_{name}', 3, iterations(1600))
+        for name in ('dsnet_dsfpn', 'dsnet_fpn')
     ),
 )
+LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}
 TABLES['cifar10_long'] = TABLES['cifar10']._replace(
     title='CIFAR-10, a longer training',
     rows=tuple(
-        Row(name, CLASSIFIERS[name], f'cifar10_{name}', 1, LONG)
+        Row(name, CLASSIFIERS[name], f'cifar10_{name}', 3, LONG)
         for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
     ),
 )
