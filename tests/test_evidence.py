@@ -140,6 +140,12 @@ def test_missing_data_says_where_to_get_it(table: Path, capsys: pytest.CaptureFi
     assert 'cifar10_to_folders.py' in capsys.readouterr().err
 
 
+def test_timings_are_those_of_all_rows(table: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        tool('reproduce.py').main(['small', 'ours', '--time'])
+    assert "leave out ['ours']" in capsys.readouterr().err
+
+
 def test_what_is_missing_runs_first_seeds_first(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -92,6 +92,10 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f'{args.table} has no rows {sorted(unknown)}; it has {known}'
             )
+        if args.time and args.rows:
+            raise ValueError(
+                f'--time times all rows of a table in turns; leave out {args.rows}'
+            )
         for name in names:
             if TABLES[name].comparable and '_rates' not in name:
                 check_cost(name)
