@@ -105,6 +105,10 @@ def test_a_run_goes_on_and_is_recorded_and_published(
     with pytest.raises(FileExistsError, match=r'small\.safetensors exists'):
         publish.publish(run, 'small')
     assert entry['Results'][0]['Metrics'].keys() == {'accuracy'}
+    other = table / 'other.py'
+    other.write_text((table / 'ours.py').read_text() + 'train_cfg["max_epochs"] = 3\n')
+    with pytest.raises(ValueError, match=r'other\.py has another train_cfg than'):
+        publish.publish(run, 'small', other, overwrite=True)
     with safe_open(str(table / entry['Weights']), 'pt') as file:
         assert file.metadata()['seed'] == '1'
         assert file.get_tensor('head.fc.weight').dtype == torch.float16
@@ -211,11 +215,9 @@ def test_recorded_results_are_of_the_rows_as_they_are_now():
             continue
         result = json.loads(run.file.read_text())
         cfg = load_config(str(runs.ROOT / run.config), run.options)
-        now = json.loads(json.dumps(cfg.to_dict(), default=str))
-        for key in ('model', 'train_dataloader', 'test_dataloader', 'optim_wrapper'):
-            assert result['config'][key] == now[key], (run.file, key)
-        for key in ('train_cfg', 'param_scheduler', 'randomness'):
-            assert result['config'][key] == now[key], (run.file, key)
+        now = runs.as_json(cfg)
+        for key in (*publish.TRAINING, 'test_dataloader', 'randomness'):
+            assert result['config'].get(key) == now.get(key), (run.file, key)
         assert result['model'] == runs.count(cfg, TABLES[run.table].size), run.file
         recorded += 1
     files = [f for f in runs.RESULTS.glob('*/*.json') if f.name != 'timing.json']
@@ -239,6 +241,10 @@ def test_weights_are_small_and_have_cards_and_entries():
         with safe_open(str(path), 'pt') as file:
             meta = file.metadata()
         assert meta['configuration'] in card and meta['commit'] in card
+        assert meta['configuration'] == entry['Config']
+        run = re.search(r'reproduce\.py (\S+) (\S+) --seed (\d+)', card).groups()
+        result = runs.RESULTS / run[0] / f'{run[1]}-seed{run[2]}.json'
+        publish.check_training(Path(entry['Config']), json.loads(result.read_text()))
         measured = re.findall(r'\| .* \| (\S+) \|\n', card)
         for value in entry['Results'][0]['Metrics'].values():
             assert str(value) in measured, 'the figure of the file itself'

@@ -24,6 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('table', choices=TABLES)
     parser.add_argument('row')
     parser.add_argument('name', help='name of the files in weights/')
+    parser.add_argument(
+        '--config',
+        type=Path,
+        help='configuration that the card names; default: that of the row',
+    )
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/evidence'))
     parser.add_argument('--overwrite', action='store_true', help='replace the files')
@@ -31,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(parser):
         row = TABLES[args.table].row(args.row)
         run = Run(args.table, row, args.seed, args.work_dir.resolve(), None)
-        entry = publish(run, args.name, args.overwrite)
+        entry = publish(run, args.name, args.config, args.overwrite)
     print(f'Written to weights/. The entry for configs/dsnet/metafile.yml:\n{entry}')
 
 

@@ -1,21 +1,33 @@
 """Writes the weights of a recorded run to share, with a card."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dsnet_mm.checkpoint import read_checkpoint, write_safetensors
 from dsnet_mm.cli.checkpoints import find_checkpoint_to_resume
+from dsnet_mm.cli.config import load_config
 from dsnet_mm.files import check_new, write_atomic
 
-from .runs import ROOT, Run
+from .runs import ROOT, Run, as_json
 from .tables import TABLES
 
 WEIGHTS = ROOT / 'weights'
+# What makes weights what they are: the network and its training.
+TRAINING = (
+    'model',
+    'train_dataloader',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+)
 
 
-def publish(run: Run, name: str, overwrite: bool = False) -> str:
+def publish(
+    run: Run, name: str, config: Path | None = None, overwrite: bool = False
+) -> str:
     """Writes ``weights/NAME.safetensors`` and the card ``weights/NAME.md``.
 
     The card has the metrics of the training's result and those of the written file.
@@ -23,6 +35,8 @@ def publish(run: Run, name: str, overwrite: bool = False) -> str:
     Args:
         run: A finished run.
         name: Name of the files.
+        config: Configuration for those who use the weights, relative to the root of
+            the repository, or None for that of the run. Both have the same training.
         overwrite: Whether to replace files of that name.
 
     Returns:
@@ -31,6 +45,7 @@ def publish(run: Run, name: str, overwrite: bool = False) -> str:
     Raises:
         FileExistsError: If a file exists and ``overwrite`` is False.
         FileNotFoundError: If the run is not recorded, or its checkpoint is missing.
+        ValueError: If the training of ``config`` is another one.
     """
     weights, card = WEIGHTS / f'{name}.safetensors', WEIGHTS / f'{name}.md'
     if not overwrite:
@@ -43,6 +58,9 @@ def publish(run: Run, name: str, overwrite: bool = False) -> str:
             f'python tools/reproduce.py {run.table} {run.row.name} --seed {run.seed}'
         )
     result = json.loads(run.file.read_text())
+    if config is not None:
+        check_training(config, result)
+        run.config = config
     meta = dict(
         configuration=str(run.config), seed=str(run.seed), commit=result['commit']
     )
@@ -50,6 +68,25 @@ def publish(run: Run, name: str, overwrite: bool = False) -> str:
     metrics, _ = run.test(str(weights), run.work_dir / 'weights')
     write_atomic(card, make_card(run, name, result, metrics))
     return make_entry(run, name, result, metrics)
+
+
+def check_training(config: Path, result: dict[str, Any]) -> None:
+    """Checks that a configuration is that of a recorded training.
+
+    Args:
+        config: Configuration, relative to the root of the repository.
+        result: Result of the run.
+
+    Raises:
+        ValueError: If it has another model, other data or another schedule.
+    """
+    now = as_json(load_config(str(ROOT / config), {}))
+    others = [key for key in TRAINING if now.get(key) != result['config'].get(key)]
+    if others:
+        raise ValueError(
+            f'{config} has another {" and ".join(others)} than the run '
+            f'`{result["command"]}`; give the configuration that trains these weights'
+        )
 
 
 def make_entry(

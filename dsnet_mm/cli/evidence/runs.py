@@ -114,7 +114,7 @@ class Run:
             test_cpu_seconds=seconds,
             model=count(cfg, TABLES[self.table].size),
             command=shlex.join([*command, '--seed', str(self.seed)]),
-            config=json.loads(json.dumps(plain.to_dict(), default=str)),
+            config=as_json(plain),
             commit=started_at,
             versions=versions(),
             machine=machine(),
@@ -179,6 +179,11 @@ def read_log(work_dir: Path) -> list[dict[str, float]]:
             point = {key: entry[key] for key in keys if key in entry}
             points[entry['step'], 'loss' in entry] = point
     return [points[key] for key in sorted(points)]
+
+
+def as_json(cfg: Config) -> dict[str, Any]:
+    """Returns a configuration as a result records it."""
+    return json.loads(json.dumps(cfg.to_dict(), default=str))
 
 
 def count(cfg: Config, size: int) -> dict[str, int]:
