@@ -2,6 +2,15 @@
 # differ in backbone and neck, and all weights start at random.
 _base_ = '../../dsnet/mask_rcnn_dsnet_nuclei.py'
 
+# More samples and proposals than the longer training has, which take more time.
+model = dict(
+    roi_head=dict(
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),
+        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=300)),
+)
+
 max_iters = 800
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [

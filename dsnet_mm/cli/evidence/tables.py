@@ -290,19 +290,20 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
 )
 
 
-def iterations(number: int) -> dict[str, Any]:
-    """Returns the options of a detector's training of so many iterations."""
-    return {
-        'train_cfg.max_iters': number,
-        'train_cfg.val_interval': number,
-        'param_scheduler.1.T_max': number,
-    }
-
-
+# What configs/dsnet/mask_rcnn_dsnet_nuclei.py has.
+LONG_DETECTOR = {
+    'train_cfg.max_iters': 1600,
+    'train_cfg.val_interval': 1600,
+    'param_scheduler.1.T_max': 1600,
+    'model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.train_cfg.rpn_proposal.nms_pre': 300,
+    'model.train_cfg.rpn_proposal.max_per_img': 200,
+}
 TABLES['nuclei_long'] = TABLES['nuclei']._replace(
     title='Nuclei, a longer training',
     rows=tuple(
-        Row(name, DETECTORS[name], f'nuclei_{name}', 3, iterations(1600))
+        Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
         for name in ('dsnet_dsfpn', 'dsnet_fpn')
     ),
 )
