@@ -31,7 +31,7 @@ model = dict(
         anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        # One sample a bin: for nuclei of 38 pixels, 7 x 7 bins have 1.4 cells a side.
+        # One sample a bin: half of the nuclei have less than 10 x 10 cells of stride 4.
         bbox_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(
             type='ConvFCBBoxHead',

@@ -2,7 +2,7 @@
 # differ in backbone and neck, and all weights start at random.
 _base_ = '../../dsnet/mask_rcnn_dsnet_nuclei.py'
 
-# More samples and proposals than the longer training has, which take more time.
+# Adaptive sampling in RoIAlign and more proposals: slower than the longer training.
 model = dict(
     roi_head=dict(
         bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),

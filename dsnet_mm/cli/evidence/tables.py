@@ -290,7 +290,7 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
 )
 
 
-# What configs/dsnet/mask_rcnn_dsnet_nuclei.py has.
+# As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
 LONG_DETECTOR = {
     'train_cfg.max_iters': 1600,
     'train_cfg.val_interval': 1600,
