@@ -71,9 +71,9 @@ class Run:
             ) from error
         return cfg
 
-    def arguments(self, tool: str, *others: str) -> list[str]:
+    def arguments(self, tool: str, *others: str, **options: Any) -> list[str]:
         """Returns the arguments of a tool, relative to the root of the repository."""
-        options = self.options | self.data_root
+        options = self.options | self.data_root | options
         return [
             f'tools/{tool}',
             str(self.config),
@@ -93,12 +93,10 @@ class Run:
             RuntimeError: If a tool fails.
         """
         cfg, started_at = self.load_config(), commit()
-        work_dir = ['--work-dir', str(self.work_dir)]
         last = cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs')
         checkpoint = find_checkpoint_to_resume(str(self.work_dir))
         if not (checkpoint and Path(checkpoint).stem.endswith(f'_{last}')):
-            others = [] if cfg.default_scope == 'mmpretrain' else ['--no-validate']
-            _call(self.arguments('train.py', *work_dir, '--resume', *others))
+            self.train(cfg)
             checkpoint = find_checkpoint_to_resume(str(self.work_dir))
         metrics, seconds = self.test(checkpoint, self.work_dir / 'test')
         history = read_checkpoint(checkpoint)['message_hub']['log_scalars']
@@ -117,8 +115,35 @@ class Run:
             config=as_json(plain),
             commit=started_at,
             versions=versions(),
-            machine=machine(),
+            machine=machine()
+            | dict(
+                processes=TABLES[self.table].processes,
+                threads=TABLES[self.table].threads,
+            ),
         )
+
+    def train(self, cfg: Config) -> None:
+        """Trains with ``tools/train.py``, in the processes of the table.
+
+        Args:
+            cfg: The configuration of this run.
+
+        Raises:
+            RuntimeError: If it fails.
+        """
+        table = TABLES[self.table]
+        others, options = ['--work-dir', str(self.work_dir), '--resume'], {}
+        if cfg.default_scope == 'mmdet':
+            others.append('--no-validate')
+        if table.processes > 1:
+            others += ['--launcher', 'pytorch']
+            options = {
+                'env_cfg.dist_cfg.backend': 'gloo',
+                'train_dataloader.batch_size': cfg.train_dataloader.batch_size
+                // table.processes,
+            }
+        arguments = self.arguments('train.py', *others, **options)
+        _call(arguments, table.threads, table.processes)
 
     def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:
         """Evaluates a checkpoint with ``tools/test.py``.
@@ -131,7 +156,8 @@ class Run:
             The metrics and the processor seconds.
         """
         work_dir = ['--work-dir', str(folder)]
-        seconds = _call(self.arguments('test.py', checkpoint, *work_dir))
+        arguments = self.arguments('test.py', checkpoint, *work_dir)
+        seconds = _call(arguments, TABLES[self.table].threads)
         files = folder.glob('*/metrics.json')
         latest = max(files, key=lambda path: path.stat().st_mtime)
         return json.loads(latest.read_text()), seconds
@@ -257,11 +283,16 @@ def versions() -> dict[str, str]:
     )
 
 
-def _call(arguments: list[str]) -> float:
+def _call(arguments: list[str], threads: int = 1, processes: int = 1) -> float:
     """Runs a tool, with its output on the screen.
 
+    Args:
+        arguments: Its file and its arguments.
+        threads: Threads of each process.
+        processes: Processes; if there are several, torchrun starts them.
+
     Returns:
-        Its processor seconds.
+        Processor seconds of the tool.
 
     Raises:
         RuntimeError: If it fails.
@@ -270,9 +301,15 @@ def _call(arguments: list[str]) -> float:
         # Threads that wait for others would otherwise keep their cores busy.
         'GOMP_SPINCOUNT': '10000',
         **os.environ,
+        'OMP_NUM_THREADS': str(threads),
+        'MKL_NUM_THREADS': str(threads),
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
     }
-    child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env)
+    python = [sys.executable]
+    if processes > 1:
+        python += ['-m', 'torch.distributed.run', '--standalone']
+        python += ['--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
+    child = subprocess.Popen([*python, *arguments], cwd=ROOT, env=env)
     try:
         _, status, usage = os.wait4(child.pid, 0)
     except BaseException:
