@@ -55,7 +55,7 @@ def record(folder: Path, row: str, seed: int, accuracy: float) -> dict:
         curve=[{'step': 1, 'accuracy/top1': accuracy, 'loss': 1.0}],
         train_cpu_seconds=10.0,
         model=dict(backbone_params=2_000_000, backbone_multiply_adds=3_000_000),
-        machine=dict(processor='P'),
+        machine=dict(processor='P', threads=3),
         versions=dict(torch='2'),
         commit='c0ffee',
     )
@@ -118,6 +118,16 @@ def test_a_run_goes_on_and_is_recorded_and_published(
         assert file.metadata()['seed'] == '1'
         assert file.get_tensor('head.fc.weight').dtype == torch.float16
     assert 'seed 1, commit' in (table / 'weights' / 'small.md').read_text()
+
+
+def test_a_check_has_the_processes_and_threads_of_the_record(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(TABLES, 'small', TABLE._replace(processes=2))
+    record(table, 'ours', 0, 50)  # with three threads
+    seeds = [runs.Run('small', ROWS[0], seed, table, None) for seed in range(2)]
+    assert seeds[0].workers == dict(processes=1, threads=3)
+    assert seeds[1].workers == dict(processes=2, threads=1)
 
 
 @pytest.mark.parametrize('processes', [1, 2])

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,11 +49,25 @@ class Run:
         self.config = CONFIGS / f'{row.config}.py'
         self.options = {**row.options, 'randomness.seed': seed}
         self.data_root = {'data_root': data_root} if data_root else {}
+        self.workers = self.read_workers()
 
     @property
     def file(self) -> Path:
         """The recorded result."""
         return RESULTS / self.table / f'{self.row.name}-seed{self.seed}.json'
+
+    def read_workers(self) -> dict[str, int]:
+        """Returns the processes and threads: recorded ones, or those of the table.
+
+        Other numbers make another training: rounding differs, and grows in training.
+        """
+        if self.file.is_file():
+            machine = json.loads(self.file.read_text())['machine']
+            return dict(
+                processes=machine.get('processes', 1), threads=machine['threads']
+            )
+        table = TABLES[self.table]
+        return dict(processes=table.processes, threads=table.threads)
 
     def load_config(self) -> Config:
         """Loads the configuration of this run.
@@ -115,15 +128,11 @@ class Run:
             config=as_json(plain),
             commit=started_at,
             versions=versions(),
-            machine=machine()
-            | dict(
-                processes=TABLES[self.table].processes,
-                threads=TABLES[self.table].threads,
-            ),
+            machine=machine() | self.workers,
         )
 
     def train(self, cfg: Config) -> None:
-        """Trains with ``tools/train.py``, in the processes of the table.
+        """Trains with ``tools/train.py``.
 
         Args:
             cfg: The configuration of this run.
@@ -131,19 +140,18 @@ class Run:
         Raises:
             RuntimeError: If it fails.
         """
-        table = TABLES[self.table]
+        processes = self.workers['processes']
         others, options = ['--work-dir', str(self.work_dir), '--resume'], {}
         if cfg.default_scope == 'mmdet':
             others.append('--no-validate')
-        if table.processes > 1:
+        if processes > 1:
             others += ['--launcher', 'pytorch']
             options = {
                 'env_cfg.dist_cfg.backend': 'gloo',
                 'train_dataloader.batch_size': cfg.train_dataloader.batch_size
-                // table.processes,
+                // processes,
             }
-        arguments = self.arguments('train.py', *others, **options)
-        _call(arguments, table.threads, table.processes)
+        _call(self.arguments('train.py', *others, **options), **self.workers)
 
     def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:
         """Evaluates a checkpoint with ``tools/test.py``.
@@ -157,7 +165,7 @@ class Run:
         """
         work_dir = ['--work-dir', str(folder)]
         arguments = self.arguments('test.py', checkpoint, *work_dir)
-        seconds = _call(arguments, TABLES[self.table].threads)
+        seconds = _call(arguments, threads=self.workers['threads'])
         files = folder.glob('*/metrics.json')
         latest = max(files, key=lambda path: path.stat().st_mtime)
         return json.loads(latest.read_text()), seconds
@@ -283,13 +291,13 @@ def versions() -> dict[str, str]:
     )
 
 
-def _call(arguments: list[str], threads: int = 1, processes: int = 1) -> float:
+def _call(arguments: list[str], processes: int = 1, threads: int = 1) -> float:
     """Runs a tool, with its output on the screen.
 
     Args:
         arguments: Its file and its arguments.
-        threads: Threads of each process.
         processes: Processes; if there are several, torchrun starts them.
+        threads: Threads of each process.
 
     Returns:
         Processor seconds of the tool.
@@ -313,7 +321,7 @@ def _call(arguments: list[str], threads: int = 1, processes: int = 1) -> float:
     try:
         _, status, usage = os.wait4(child.pid, 0)
     except BaseException:
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         child.wait()
         raise
     if status:

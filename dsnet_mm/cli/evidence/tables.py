@@ -38,8 +38,7 @@ class Table(NamedTuple):
         size: Side of the square picture for which multiply-adds are counted.
         comparable: Rows whose backbones need the same multiply-adds within 5 %.
         processes: Processes of a training. Each takes its part of every batch.
-        threads: Threads of a process. As with ``processes``, another number is another
-            training: rounding differs, and a detector amplifies that.
+        threads: Threads of each process.
     """
 
     title: str
