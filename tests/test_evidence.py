@@ -190,8 +190,9 @@ def test_what_is_missing_runs_first_seeds_first(
     reproduce = tool('reproduce.py')
     monkeypatch.setattr(reproduce, 'RESULTS', table / 'results')
     monkeypatch.setattr(reproduce, 'report', lambda: None)
+    result = dict(machine=dict(threads=1))
     monkeypatch.setattr(
-        runs.Run, 'execute', lambda run: done.append((run.row.name, run.seed)) or {}
+        runs.Run, 'execute', lambda run: done.append((run.row.name, run.seed)) or result
     )
     record(table, 'theirs', 0, 50)
     reproduce.main(['small'])
