@@ -79,11 +79,9 @@ def test_unequal_backbones_are_told(table: Path):
         runs.check_cost('small')
 
 
-@pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_goes_on_and_is_recorded_and_published(
-    processes: int, table: Path, monkeypatch: pytest.MonkeyPatch
+    table: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(TABLES, 'small', TABLE._replace(processes=processes))
     run = runs.Run('small', ROWS[0], 1, table / 'runs', None)
     # A training that ended after its first epoch.
     train = tool('train.py')
@@ -97,9 +95,6 @@ def test_a_run_goes_on_and_is_recorded_and_published(
     epochs = [point['step'] for point in result['curve'] if 'loss' not in point]
     assert epochs == [1, 2]
     assert 0 < result['train_cpu_seconds'] < 100
-    assert result['machine']['processes'] == processes
-    assert result['machine']['threads'] == 1, 'not those of this process'
-    assert result['config']['train_dataloader']['batch_size'] == 4, 'of all processes'
     assert result['model']['backbone_multiply_adds'] > 1e5
     runs.write(run, result)
     assert json.loads(run.file.read_text()) == result
@@ -120,41 +115,32 @@ def test_a_run_goes_on_and_is_recorded_and_published(
     assert 'seed 1, commit' in (table / 'weights' / 'small.md').read_text()
 
 
-def test_a_check_has_the_processes_and_threads_of_the_record(
+def test_a_check_has_the_threads_of_the_record(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(TABLES, 'small', TABLE._replace(processes=2))
     record(table, 'ours', 0, 50)  # with three threads
-    seeds = [runs.Run('small', ROWS[0], seed, table, None) for seed in range(2)]
-    assert seeds[0].workers == dict(processes=1, threads=3)
-    assert seeds[1].workers == dict(processes=2, threads=1)
+    first, second = (runs.Run('small', ROWS[0], seed, table, None) for seed in (0, 1))
+    assert (first.threads, second.threads) == (3, torch.get_num_threads())
+    script = 'import torch; assert torch.get_num_threads() == 3'
+    runs._call(['-c', script], 3)
+
+    def call(arguments: list[str], threads: int) -> None:
+        raise RuntimeError(f'{arguments[0]} with {threads} threads')
+
+    monkeypatch.setattr(runs, '_call', call)
+    with pytest.raises(RuntimeError, match=r'train\.py with 3 threads'):
+        first.execute()
+    with pytest.raises(RuntimeError, match=r'test\.py with 3 threads'):
+        first.test('weights.safetensors', table)
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_tool_stops_with_its_caller(processes: int, tmp_path: Path):
-    """The second process stops, too, though torchrun has started it."""
-    script = tmp_path / 'tool.py'
-    script.write_text(
-        'import os, pathlib, time\n'
-        'name = "started" + os.environ.get("RANK", "0")\n'
-        'pathlib.Path(__file__).with_name(name).write_text(str(os.getpid()))\n'
-        'time.sleep(600)\n'
-    )
-    files = [tmp_path / f'started{rank}' for rank in range(processes)]
-
-    def interrupt() -> None:
-        while not all(file.is_file() and file.read_text() for file in files):
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
+def test_a_tool_stops_with_its_caller():
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        runs._call([str(script)], processes=processes)
-    assert time.perf_counter() - start < 60
-    for file in files:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
+        runs._call(['-c', 'import time; time.sleep(60)'], 1)
+    assert time.perf_counter() - start < 30
 
 
 def test_rows_are_timed_in_turns(table: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -14,8 +12,8 @@ from dsnet_mm.registry import HOOKS
 class CpuTimeHook(Hook):
     """Logs the processor seconds of each training iteration, ``train/cpu_time``.
 
-    They are those of all threads and processes of the training, and contain the loading
-    of data without workers. Other programs change them far less than the wall time.
+    They are those of all threads of this process and contain the loading of data
+    without workers. Other programs change them far less than the wall time.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -31,9 +29,7 @@ class CpuTimeHook(Hook):
     ) -> None:
         """Logs the seconds since the last iteration."""
         now = time.process_time()
-        seconds = torch.tensor(now - self._start)
-        all_reduce(seconds)
-        runner.message_hub.update_scalar('train/cpu_time', seconds.item())
+        runner.message_hub.update_scalar('train/cpu_time', now - self._start)
         self._start = now
 
     def after_val(self, runner: Runner) -> None:

@@ -155,8 +155,7 @@ def make_card(
             f'- Licence: that of this repository; {table.licence}',
             f'- Trained by `{result["command"]}`: seed {run.seed}, commit '
             f'{result["commit"]}, {result["train_cpu_seconds"]:.0f} processor seconds',
-            f'- Machine: {machine["processor"]}; processes: '
-            f'{machine.get("processes", 1)}, threads of each: {machine["threads"]}; '
+            f'- Machine: {machine["processor"]}, {machine["threads"]} threads; '
             f'{versions}',
             f'- Limits: {table.limits}',
             '',

@@ -49,25 +49,21 @@ class Run:
         self.config = CONFIGS / f'{row.config}.py'
         self.options = {**row.options, 'randomness.seed': seed}
         self.data_root = {'data_root': data_root} if data_root else {}
-        self.workers = self.read_workers()
+        self.threads = self.read_threads()
 
     @property
     def file(self) -> Path:
         """The recorded result."""
         return RESULTS / self.table / f'{self.row.name}-seed{self.seed}.json'
 
-    def read_workers(self) -> dict[str, int]:
-        """Returns the processes and threads: recorded ones, or those of the table.
+    def read_threads(self) -> int:
+        """Returns the number of threads: the recorded one, or PyTorch's default.
 
-        Other numbers make another training: rounding differs, and grows in training.
+        Another number makes another training: rounding differs, and grows.
         """
         if self.file.is_file():
-            machine = json.loads(self.file.read_text())['machine']
-            return dict(
-                processes=machine.get('processes', 1), threads=machine['threads']
-            )
-        table = TABLES[self.table]
-        return dict(processes=table.processes, threads=table.threads)
+            return json.loads(self.file.read_text())['machine']['threads']
+        return torch.get_num_threads()
 
     def load_config(self) -> Config:
         """Loads the configuration of this run.
@@ -84,9 +80,9 @@ class Run:
             ) from error
         return cfg
 
-    def arguments(self, tool: str, *others: str, **options: Any) -> list[str]:
+    def arguments(self, tool: str, *others: str) -> list[str]:
         """Returns the arguments of a tool, relative to the root of the repository."""
-        options = self.options | self.data_root | options
+        options = self.options | self.data_root
         return [
             f'tools/{tool}',
             str(self.config),
@@ -106,10 +102,13 @@ class Run:
             RuntimeError: If a tool fails.
         """
         cfg, started_at = self.load_config(), commit()
+        work_dir = ['--work-dir', str(self.work_dir)]
         last = cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs')
         checkpoint = find_checkpoint_to_resume(str(self.work_dir))
         if not (checkpoint and Path(checkpoint).stem.endswith(f'_{last}')):
-            self.train(cfg)
+            others = [] if cfg.default_scope == 'mmpretrain' else ['--no-validate']
+            training = self.arguments('train.py', *work_dir, '--resume', *others)
+            _call(training, self.threads)
             checkpoint = find_checkpoint_to_resume(str(self.work_dir))
         metrics, seconds = self.test(checkpoint, self.work_dir / 'test')
         history = read_checkpoint(checkpoint)['message_hub']['log_scalars']
@@ -128,30 +127,8 @@ class Run:
             config=as_json(plain),
             commit=started_at,
             versions=versions(),
-            machine=machine() | self.workers,
+            machine=machine() | {'threads': self.threads},
         )
-
-    def train(self, cfg: Config) -> None:
-        """Trains with ``tools/train.py``.
-
-        Args:
-            cfg: The configuration of this run.
-
-        Raises:
-            RuntimeError: If it fails.
-        """
-        processes = self.workers['processes']
-        others, options = ['--work-dir', str(self.work_dir), '--resume'], {}
-        if cfg.default_scope == 'mmdet':
-            others.append('--no-validate')
-        if processes > 1:
-            others += ['--launcher', 'pytorch']
-            options = {
-                'env_cfg.dist_cfg.backend': 'gloo',
-                'train_dataloader.batch_size': cfg.train_dataloader.batch_size
-                // processes,
-            }
-        _call(self.arguments('train.py', *others, **options), **self.workers)
 
     def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:
         """Evaluates a checkpoint with ``tools/test.py``.
@@ -164,8 +141,8 @@ class Run:
             The metrics and the processor seconds.
         """
         work_dir = ['--work-dir', str(folder)]
-        arguments = self.arguments('test.py', checkpoint, *work_dir)
-        seconds = _call(arguments, threads=self.workers['threads'])
+        testing = self.arguments('test.py', checkpoint, *work_dir)
+        seconds = _call(testing, self.threads)
         files = folder.glob('*/metrics.json')
         latest = max(files, key=lambda path: path.stat().st_mtime)
         return json.loads(latest.read_text()), seconds
@@ -291,16 +268,15 @@ def versions() -> dict[str, str]:
     )
 
 
-def _call(arguments: list[str], processes: int = 1, threads: int = 1) -> float:
+def _call(arguments: list[str], threads: int) -> float:
     """Runs a tool, with its output on the screen.
 
     Args:
         arguments: Its file and its arguments.
-        processes: Processes; if there are several, torchrun starts them.
-        threads: Threads of each process.
+        threads: Number of its threads.
 
     Returns:
-        Processor seconds of the tool.
+        Its processor seconds.
 
     Raises:
         RuntimeError: If it fails.
@@ -313,11 +289,7 @@ def _call(arguments: list[str], processes: int = 1, threads: int = 1) -> float:
         'MKL_NUM_THREADS': str(threads),
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
     }
-    python = [sys.executable]
-    if processes > 1:
-        python += ['-m', 'torch.distributed.run', '--standalone']
-        python += ['--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
-    child = subprocess.Popen([*python, *arguments], cwd=ROOT, env=env)
+    child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env)
     try:
         _, status, usage = os.wait4(child.pid, 0)
     except BaseException:

@@ -37,8 +37,6 @@ class Table(NamedTuple):
         limits: What weights of this table are not good for.
         size: Side of the square picture for which multiply-adds are counted.
         comparable: Rows whose backbones need the same multiply-adds within 5 %.
-        processes: Processes of a training. Each takes its part of every batch.
-        threads: Threads of each process.
     """
 
     title: str
@@ -50,8 +48,6 @@ class Table(NamedTuple):
     limits: str
     size: int
     comparable: bool = True
-    processes: int = 1
-    threads: int = 1
 
     def row(self, name: str) -> Row:
         """Returns a row by its name."""
@@ -310,7 +306,6 @@ TABLES['nuclei_long'] = TABLES['nuclei']._replace(
         Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
         for name in ('dsnet_dsfpn', 'dsnet_fpn')
     ),
-    processes=2,
 )
 LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}
 TABLES['cifar10_long'] = TABLES['cifar10']._replace(
@@ -319,7 +314,6 @@ TABLES['cifar10_long'] = TABLES['cifar10']._replace(
         Row(name, CLASSIFIERS[name], f'cifar10_{name}', 3, LONG)
         for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
     ),
-    threads=2,
 )
 # The order of `reproduce.py all`: learning rates are chosen before they are used.
 TABLES = {
