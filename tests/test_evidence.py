@@ -55,7 +55,7 @@ def record(folder: Path, row: str, seed: int, accuracy: float) -> dict:
         curve=[{'step': 1, 'accuracy/top1': accuracy, 'loss': 1.0}],
         train_cpu_seconds=10.0,
         model=dict(backbone_params=2_000_000, backbone_multiply_adds=3_000_000),
-        machine=dict(processor='P', threads=3),
+        machine=dict(processor='P', threads=1),
         versions=dict(torch='2'),
         commit='c0ffee',
     )
@@ -118,19 +118,19 @@ def test_a_run_goes_on_and_is_recorded_and_published(
 def test_a_check_has_the_threads_of_the_record(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    record(table, 'ours', 0, 50)  # with three threads
+    record(table, 'ours', 0, 50)  # with one thread
     first, second = (runs.Run('small', ROWS[0], seed, table, None) for seed in (0, 1))
-    assert (first.threads, second.threads) == (3, torch.get_num_threads())
-    script = 'import torch; assert torch.get_num_threads() == 3'
-    runs._call(['-c', script], 3)
+    assert (first.threads, second.threads) == (1, torch.get_num_threads())
+    script = 'import torch; assert torch.get_num_threads() == 1'
+    runs._call(['-c', script], 1)
 
     def call(arguments: list[str], threads: int) -> None:
         raise RuntimeError(f'{arguments[0]} with {threads} threads')
 
     monkeypatch.setattr(runs, '_call', call)
-    with pytest.raises(RuntimeError, match=r'train\.py with 3 threads'):
+    with pytest.raises(RuntimeError, match=r'train\.py with 1 threads'):
         first.execute()
-    with pytest.raises(RuntimeError, match=r'test\.py with 3 threads'):
+    with pytest.raises(RuntimeError, match=r'test\.py with 1 threads'):
         first.test('weights.safetensors', table)
 
 

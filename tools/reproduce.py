@@ -8,8 +8,8 @@ python tools/reproduce.py nuclei --time           # on an idle machine
 python tools/reproduce.py --report                # tables and plots, no run
 
 A run that is killed goes on where it was when the command is given again. Each finished
-run is a file in results/. With --check a run that is recorded already is run again, with
-as many threads, and fails if it differs by more than the tolerance of its table.
+run is a file in results/. With --check a run that is recorded already is run again,
+with as many threads, and fails if it differs by more than the tolerance of its table.
 """
 
 import argparse
