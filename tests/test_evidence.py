@@ -136,7 +136,7 @@ def test_a_check_has_the_threads_of_the_record(
 
 def test_a_tool_stops_with_its_caller():
     """Also if it ignores SIGINT, as what a shell starts in the background does."""
-    script = 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)'
+    script = 'import time, signal as s; s.signal(s.SIGINT, s.SIG_IGN); time.sleep(60)'
     timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     start = time.perf_counter()
@@ -178,9 +178,8 @@ def test_what_is_missing_runs_first_seeds_first(
     reproduce = tool('reproduce.py')
     monkeypatch.setattr(reproduce, 'RESULTS', table / 'results')
     monkeypatch.setattr(reproduce, 'report', lambda: None)
-    result = dict(machine=dict(threads=1))
     monkeypatch.setattr(
-        runs.Run, 'execute', lambda run: done.append((run.row.name, run.seed)) or result
+        runs.Run, 'execute', lambda run: done.append((run.row.name, run.seed)) or {}
     )
     record(table, 'theirs', 0, 50)
     reproduce.main(['small'])

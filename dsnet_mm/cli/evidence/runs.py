@@ -49,15 +49,15 @@ class Run:
         self.config = CONFIGS / f'{row.config}.py'
         self.options = {**row.options, 'randomness.seed': seed}
         self.data_root = {'data_root': data_root} if data_root else {}
-        self.threads = self.read_threads()
 
     @property
     def file(self) -> Path:
         """The recorded result."""
         return RESULTS / self.table / f'{self.row.name}-seed{self.seed}.json'
 
-    def read_threads(self) -> int:
-        """Returns the number of threads: the recorded one, or PyTorch's default.
+    @property
+    def threads(self) -> int:
+        """The recorded number of threads, or PyTorch's default if there is no record.
 
         Another number makes another training: rounding differs, and grows.
         """
@@ -127,7 +127,7 @@ class Run:
             config=as_json(plain),
             commit=started_at,
             versions=versions(),
-            machine=machine() | {'threads': self.threads},
+            machine=machine(),
         )
 
     def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:

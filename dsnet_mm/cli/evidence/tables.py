@@ -31,7 +31,7 @@ class Table(NamedTuple):
         metrics: Metrics of the page and their column titles. The first one is
             compared and plotted.
         tolerance: Largest difference from the recorded first metric that passes as
-            reproduced. Libraries and processors change it from run to run.
+            reproduced. Other libraries and processors change the metric.
         data: Where the data comes from.
         licence: Licence of the data.
         limits: What weights of this table are not good for.
