@@ -2,8 +2,10 @@
 # differ in backbone and neck, and all weights start at random.
 _base_ = '../../dsnet/mask_rcnn_dsnet_nuclei.py'
 
-# Adaptive sampling in RoIAlign and more proposals: slower than the longer training.
+# Adaptive sampling in RoIAlign and more proposals: slower than the longer training. The
+# norm of the backbone is that of the paper.
 model = dict(
+    backbone=dict(norm_cfg=dict(_delete_=True, type='BN')),
     roi_head=dict(
         bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),
         mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),

@@ -292,9 +292,11 @@ TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
 
 # As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
 LONG_DETECTOR = {
-    'train_cfg.max_iters': 1600,
-    'train_cfg.val_interval': 1600,
-    'param_scheduler.1.T_max': 1600,
+    'train_cfg.max_iters': 1400,
+    'train_cfg.val_interval': 1400,
+    'param_scheduler.1.T_max': 1400,
+    'model.backbone.norm_cfg.type': 'GN',
+    'model.backbone.norm_cfg.num_groups': 8,
     'model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio': 1,
     'model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 1,
     'model.train_cfg.rpn_proposal.nms_pre': 300,
