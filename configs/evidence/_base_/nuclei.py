@@ -3,9 +3,15 @@
 _base_ = '../../dsnet/mask_rcnn_dsnet_nuclei.py'
 
 # Adaptive sampling in RoIAlign and more proposals: slower than the longer training. The
-# norm of the backbone is that of the paper.
+# backbone has the batch norm of the paper, its default.
 model = dict(
-    backbone=dict(norm_cfg=dict(_delete_=True, type='BN')),
+    backbone=dict(
+        _delete_=True,
+        type='dsnet_mm.DSNet',
+        arch={{_base_.model.backbone.arch}},
+        global_factors={{_base_.model.backbone.global_factors}},
+        out_indices={{_base_.model.backbone.out_indices}},
+    ),
     roi_head=dict(
         bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),
         mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=0)),
