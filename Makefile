@@ -3,7 +3,7 @@
 # make demo       draws nuclei with the weights of this repository, then trains and
 #                 evaluates a small Mask R-CNN, and plots its predictions
 # make demo-clip  trains a small CLIP model and compares few-shot methods with it
-# make page       starts a page to play with, on this machine only
+# make page       starts the interactive demo in a browser, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   runs the tests on the GPU and writes a table of times
