@@ -111,7 +111,9 @@ class FewShotConfig:
             for key, value in options.items():
                 default = METHODS[name].defaults[key]
                 if isinstance(value, str) and not isinstance(default, str):
-                    raise ValueError(f'{key} of {name} must be a number, got {value!r}.')
+                    raise ValueError(
+                        f'{key} of {name} must be a number, got {value!r}.'
+                    )
         if self.selection is not None and self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '

@@ -244,9 +244,9 @@ def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, cap
         pytest.importorskip(library, reason='an optional library')
     import onnx
     import onnxruntime
+    from dsnet_mm.few_shot.export import export_onnx
 
     from dsnet_mm.few_shot import export
-    from dsnet_mm.few_shot.export import export_onnx
 
     programs = []
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dsnet_mm.few_shot.methods.table import method_table
 
 from dsnet_mm.datasets.features import Features
 from dsnet_mm.few_shot import METHODS, load_classifier, save_classifier
 from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
 from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
 from dsnet_mm.few_shot.methods.coop import PromptLearner
-from dsnet_mm.few_shot.methods.table import method_table
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.training import num_epochs
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
