@@ -210,8 +210,8 @@ def read_few_shot(path: str, task: str | None) -> tuple[dict, str]:
         cfg = read_config(path, task)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f'{error}; a data set is a folder, a CSV file, a parquet file or one of '
-            f'{", ".join(PUBLIC_DATASETS)}.'
+            f'{error}; a data set is a folder, a CSV or parquet file, or a name such '
+            f'as eurosat.'
         ) from error
     if 'few_shot' not in cfg:
         raise ValueError(f'{path} has no few_shot=dict(...).')

@@ -57,7 +57,7 @@ def export_matrix(
         ValueError: If the classifier is not linear.
     """
     check_new(path)
-    weight, bias = linear_weights(classifier, feature_width_of(classifier.state_dict()))
+    weight, bias = linear_weights(classifier, feature_width_of(classifier))
     about = {
         'class_names': json.dumps(class_names),
         'logits': 'normalise(f) @ weight.T + bias',
