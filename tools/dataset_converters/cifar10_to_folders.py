@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 
 from dsnet_mm.cli.arguments import user_errors
-from dsnet_mm.demo.folders import replacing
+from dsnet_mm.files import replacing
 
 SUFFIXES = ('.jpg', '.png')
 
