@@ -351,19 +351,16 @@ def _write_png(path: Path, image: np.ndarray) -> None:
 
 
 def _draw_tile(
-    image: np.ndarray, objects: list[SceneObject], masks: np.ndarray
+    image: np.ndarray, shown: list[tuple[SceneObject, np.ndarray]]
 ) -> Image.Image:
-    """Returns an image, 384 pixels high, with its objects outlined and named."""
+    """Returns an image, 384 pixels high, with objects outlined by masks and named."""
     tile = Image.fromarray(image).resize((384, 384), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(tile)
-    for obj, mask in zip(objects, masks, strict=True):
-        if obj.name in DETECTION_CLASSES:
-            large = Image.fromarray(np.uint8(255 * mask)).resize(tile.size, 0)
-            draw.bitmap((0, 0), large.filter(ImageFilter.FIND_EDGES), (255, 212, 0))
-            x, y = np.clip(np.multiply(obj.centre, 384 / len(image)), 40, 344)
-            draw.text(
-                (x, y), obj.name, 'white', anchor='mm', stroke_width=2, stroke_fill=0
-            )
+    for obj, mask in shown:
+        large = Image.fromarray(np.uint8(255 * mask)).resize(tile.size, 0)
+        draw.bitmap((0, 0), large.filter(ImageFilter.FIND_EDGES), (255, 212, 0))
+        at = np.clip(np.multiply(obj.centre, 384 / len(image)), 40, 344).tolist()
+        draw.text(at, obj.name, 'white', anchor='mm', stroke_width=2, stroke_fill=0)
     return tile
 
 
@@ -386,32 +383,32 @@ def _write_detection(out: Path, settings: SceneSettings) -> int:
             name, number = f'{index + 1:06d}.png', index + 1
             _write_png(out / split / name, image)
             images.append(dict(id=number, file_name=name, height=size, width=size))
-            for obj, mask in zip(objects, masks, strict=True):
-                if obj.name in DETECTION_CLASSES:
-                    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-                    counts = rle['counts'].decode()
-                    annotations.append(
-                        dict(
-                            id=len(annotations) + 1,
-                            image_id=number,
-                            category_id=DETECTION_CLASSES.index(obj.name) + 1,
-                            segmentation=dict(size=[size, size], counts=counts),
-                            area=int(mask.sum()),
-                            bbox=coco_mask.toBbox(rle).tolist(),
-                            iscrowd=0,
-                        )
-                    )
+            pairs = zip(objects, masks, strict=True)
+            shown = [pair for pair in pairs if pair[0].name in DETECTION_CLASSES]
+            for obj, mask in shown:
+                rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+                item = dict(
+                    id=len(annotations) + 1,
+                    image_id=number,
+                    category_id=DETECTION_CLASSES.index(obj.name) + 1,
+                    segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+                    area=int(mask.sum()),
+                    bbox=coco_mask.toBbox(rle).tolist(),
+                    iscrowd=0,
+                )
+                annotations.append(item)
             if split == 'val' and index < 12:
-                tile = _draw_tile(image, objects, masks)
-                sheet.paste(tile, (index % 4 * 388 + 2, index // 4 * 388 + 2))
-        info = dict(
-            description='Drawn scenes of DS-Net for OpenMMLab',
-            version=GENERATOR['version'],
-            seed=settings.seed,
-        )
-        categories = [dict(id=i, name=n) for i, n in enumerate(DETECTION_CLASSES, 1)]
+                at = (index % 4 * 388 + 2, index // 4 * 388 + 2)
+                sheet.paste(_draw_tile(image, shown), at)
         content = dict(
-            info=info, categories=categories, images=images, annotations=annotations
+            info=dict(
+                description='Drawn scenes of DS-Net for OpenMMLab',
+                version=GENERATOR['version'],
+                seed=settings.seed,
+            ),
+            categories=[dict(id=i, name=n) for i, n in enumerate(DETECTION_CLASSES, 1)],
+            images=images,
+            annotations=annotations,
         )
         path = out / 'annotations' / f'instances_{split}.json'
         path.write_text(json.dumps(content), encoding='utf-8')
