@@ -5,11 +5,11 @@ class, and on its place in their common part of the image. This also holds for a
 that is longer than the overlap: each tile sees a part of it, and the parts agree where
 both tiles look.
 
-The measure of agreement is the intersection over union (IoU) of objects that are whole.
-An edge of a tile can cut an object, and what is left of it may be a narrow strip. Of a
-whole and a cut object it is the intersection over the area of the cut one. A small whole
-object inside a large cut one therefore stays. Of two cut objects it is the intersection
-over the smaller area (IoS), as in SAHI (arXiv 2202.06934).
+Whole objects agree by their intersection over union (IoU). An edge of a tile can cut an
+object, and what is left of it may be a narrow strip. A whole and a cut object agree by
+the intersection over the area of the cut one. A small whole object inside a large cut
+one therefore stays. Two cut objects agree by the intersection over the smaller area
+(IoS), as in SAHI (arXiv 2202.06934).
 """
 
 from __future__ import annotations
