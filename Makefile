@@ -23,8 +23,8 @@ DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
-ASAN_TESTS := tests/test_ops.py tests/test_inference_ops.py \
-	tests/test_feed_forward.py tests/test_memory_bounds.py
+ASAN_TESTS := tests/ops/test_ops.py tests/ops/test_inference_ops.py \
+	tests/ops/test_feed_forward.py tests/ops/test_memory_bounds.py
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 # Processes that run tests, and the threads of each. A file of tests stays in one process.
@@ -76,7 +76,7 @@ test-asan: setup
 
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'
-	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m pytest tests/ops/test_gpu.py
 	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
 		--out $(GPU_TIMES) --overwrite
 

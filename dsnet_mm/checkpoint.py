@@ -1,4 +1,4 @@
-"""Reads checkpoints without running what is in them, and writes weights to share.
+"""Checkpoints: reads them without running what is in them, loads and writes weights.
 
 A checkpoint is a pickle, and a pickle can name any function to be called.
 Whatever MMEngine does to read one ends in ``torch.load``, so that is replaced
@@ -10,6 +10,7 @@ place of a checkpoint wherever :func:`restricted_loading` is active.
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import check_file, write_atomic
 
 try:  # NumPy 2, and NumPy 1.26 for pickles of NumPy 2
     from numpy._core import multiarray as _multiarray
@@ -212,3 +215,129 @@ def _load_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> An
 
 def _damage(file: Any) -> str:
     return f'{file} cannot be read as a checkpoint; it is damaged or something else'
+
+
+def find_checkpoint_to_resume(work_dir: str) -> str | None:
+    """Finds the latest checkpoint of a working directory that is not damaged.
+
+    A training that is killed while it writes leaves a part of a file. The
+    newest other checkpoint with the state of a training is then taken, with a
+    warning.
+
+    Args:
+        work_dir: Working directory.
+
+    Returns:
+        The checkpoint, or None if there are none.
+
+    Raises:
+        FileNotFoundError: If the latest one is missing.
+        ValueError: If the file that names it is missing, or if no checkpoint
+            can be read.
+    """
+    files = sorted(
+        Path(work_dir).glob('*.pth'),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    named = Path(work_dir, 'last_checkpoint').is_file()
+    if not files and not named:
+        return None
+    latest = find_latest_checkpoint(work_dir) if named else None
+    if not latest:
+        raise ValueError(
+            f'{work_dir} holds checkpoints but no file last_checkpoint that names the '
+            f'latest; name it by --resume CHECKPOINT'
+        )
+    try:
+        read_training_state(latest)
+        return latest
+    except DamagedCheckpointError as error:
+        for path in files:
+            try:
+                read_training_state(str(path))
+            except ValueError:
+                continue
+            warnings.warn(f'{error}; training goes on from {path}.', stacklevel=2)
+            return str(path)
+        raise
+
+
+def read_training_state(path: str) -> dict[str, Any]:
+    """Reads a checkpoint that training can be resumed from.
+
+    Args:
+        path: Checkpoint file, or an address that MMEngine knows.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or holds weights only.
+    """
+    check_file(path, 'checkpoint', 'name one by --resume CHECKPOINT')
+    checkpoint = read_checkpoint(path)
+    if not {'message_hub', 'optimizer'} <= checkpoint.keys():
+        raise ValueError(
+            f'{path} holds weights and no state of a training; start from it by '
+            f'--cfg-options load_from={path}'
+        )
+    return checkpoint
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model inside wrappers for several GPUs and flipped images."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def load_checkpoint(model: nn.Module, path: str) -> dict[str, Any]:
+    """Loads a checkpoint that fits a model exactly.
+
+    Only counters of batch norms (``num_batches_tracked``) may be missing.
+
+    Args:
+        model: The model, wrapped or not, see :func:`unwrap`.
+        path: Checkpoint file, ``.pth`` or ``.safetensors``, or an address that
+            MMEngine knows.
+
+    Returns:
+        The whole checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, not safe to load, or one of another
+            model.
+    """
+    check_file(
+        path,
+        'checkpoint',
+        'give a .pth file that training wrote, or .safetensors weights',
+    )
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get('state_dict', checkpoint)
+    consume_prefix_in_state_dict_if_present(state, 'module.')
+    differing = []
+    try:
+        missing, unexpected = unwrap(model).load_state_dict(state, strict=False)
+    except RuntimeError as error:  # the shapes; PyTorch names them in lines
+        missing, unexpected = [], []
+        differing = [line.strip() for line in str(error).splitlines()[1:]]
+    missing = [key for key in missing if not key.endswith('num_batches_tracked')]
+    problems = [
+        f'{len(keys)} tensors {what}, for example {keys[0]}'
+        for keys, what in (
+            (differing, 'have another shape'),
+            (missing, 'are missing'),
+            (unexpected, 'are unknown to the model'),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f'{path} does not fit the model of this configuration: '
+            f'{"; ".join(problems)}; use the configuration it was trained with'
+        )
+    return checkpoint

@@ -1,9 +1,9 @@
 """Check the data that a configuration reads, in one pass.
 
-Pictures: missing, unreadable or cut off, of another size than the annotations say, the
+Images: missing, unreadable or cut off, of another size than the annotations say, the
 same twice (also in another split), rotated by EXIF, grey, 16-bit, CMYK, transparent.
 Annotations in COCO's format: unknown ids, the same twice, boxes without area or outside
-the picture, polygons of fewer than three points, missing masks, classes that are empty,
+the image, polygons of fewer than three points, missing masks, classes that are empty,
 in another order, or not in the configuration. The exit status is 1 if there are errors.
 """
 
@@ -36,40 +36,39 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dsnet_mm.cli.arguments import add_config_arguments, user_errors
-from dsnet_mm.cli.config import dicts_in, load_config
-from dsnet_mm.cli.data import check_data
+from dsnet_mm.engine.config import check_data, dicts_in, load_config
+from dsnet_mm.engine.launch import OldFlag, add_config_arguments, user_errors
 from dsnet_mm.files import write_atomic
 
 SPLITS = ('train', 'val', 'test')
 ERROR, WARNING, NOTE = 'error', 'warning', 'note'
 # What was found -> how bad it is, and what mmdet and mmpretrain make of it.
 FINDINGS = {
-    'no such picture': (ERROR, 'training stops'),
-    'picture cannot be read': (ERROR, 'training stops'),
-    'picture is cut off': (ERROR, 'OpenCV fills the rest with grey, without a word'),
+    'no such image': (ERROR, 'training stops'),
+    'image cannot be read': (ERROR, 'training stops'),
+    'image is cut off': (ERROR, 'OpenCV fills the rest with grey, without a word'),
     'size differs from the annotations': (ERROR, 'boxes and masks are misplaced'),
-    'picture is too large to be checked': (WARNING, 'it is read as it is'),
+    'image is too large to be checked': (WARNING, 'it is read as it is'),
     'annotations cannot be read': (ERROR, 'training does not start'),
     'unknown image_id': (ERROR, 'the annotation is left out'),
     'unknown category_id': (ERROR, 'the annotation is left out'),
-    'id of a picture is not unique': (ERROR, 'one of the pictures is lost'),
+    'id of an image is not unique': (ERROR, 'one of the images is lost'),
     'id of an annotation is not unique': (ERROR, 'training does not start'),
     'bbox or area is missing or no number': (ERROR, 'training does not start'),
     'object without a mask': (ERROR, 'training stops'),
     'class of the configuration is not in the file': (ERROR, 'labels are shifted'),
     'classes in another order than in the file': (ERROR, 'names are mixed up'),
-    'same picture in another split': (ERROR, 'the evaluation is too good'),
+    'same image in another split': (ERROR, 'the evaluation is too good'),
     'box of less than a pixel': (WARNING, 'the object is left out'),
-    'box outside the picture': (WARNING, 'the object is left out'),
+    'box outside the image': (WARNING, 'the object is left out'),
     'polygon of fewer than three points': (WARNING, 'it is left out'),
     'annotation twice': (WARNING, 'the object counts twice'),
-    'picture listed twice': (WARNING, 'it is seen twice as often'),
-    'same picture under two names': (WARNING, 'it is seen twice as often'),
+    'image listed twice': (WARNING, 'it is seen twice as often'),
+    'same image under two names': (WARNING, 'it is seen twice as often'),
     'class without objects': (WARNING, 'it cannot be learnt, or not be measured'),
     'class of the file is not in the configuration': (NOTE, 'it is left out'),
-    'box reaches out of the picture': (NOTE, 'it is kept'),
-    'picture without objects': (NOTE, 'it is left out if filter_empty_gt is set'),
+    'box reaches out of the image': (NOTE, 'it is kept'),
+    'image without objects': (NOTE, 'it is left out if filter_empty_gt is set'),
     'rotated by EXIF': (NOTE, 'it is read upright'),
     'grey': (NOTE, 'it is read with three equal channels'),
     '16-bit': (NOTE, 'the upper 8 bits are read'),
@@ -78,8 +77,8 @@ FINDINGS = {
 }
 
 
-class Picture(NamedTuple):
-    """A picture of a split, and the size that the annotations give it."""
+class Checked(NamedTuple):
+    """An image of a split, and the size that the annotations give it."""
 
     split: str
     path: str
@@ -132,8 +131,8 @@ class Report:
 
 def check_coco(
     node: dict, split: str, needs_masks: bool, report: Report
-) -> Iterator[Picture]:
-    """Checks an annotation file in COCO's format and yields its pictures.
+) -> Iterator[Checked]:
+    """Checks an annotation file in COCO's format and yields its images.
 
     Args:
         node: Configuration of the data set.
@@ -153,14 +152,14 @@ def check_coco(
     sizes, names = {}, Counter()
     for image in images:
         if image['id'] in sizes:
-            report.add(split, 'id of a picture is not unique', f'image {image["id"]}')
+            report.add(split, 'id of an image is not unique', f'image {image["id"]}')
         size = (image.get('width'), image.get('height'))
         sizes[image['id']] = size if None not in size else None
         names[image['file_name']] += 1
         if names[image['file_name']] == 2:
-            report.add(split, 'picture listed twice', image['file_name'])
+            report.add(split, 'image listed twice', image['file_name'])
         path = os.path.join(folder, image['file_name'])
-        yield Picture(split, path, sizes[image['id']])
+        yield Checked(split, path, sizes[image['id']])
 
     with DATASETS.switch_scope_and_registry(None) as registry:
         own = registry.get(node['type']).METAINFO.get('classes')
@@ -214,7 +213,7 @@ def check_coco(
             report.add(split, 'class without objects', name)
     for image in images:
         if not counts['image', image['id']]:
-            report.add(split, 'picture without objects', image['file_name'])
+            report.add(split, 'image without objects', image['file_name'])
 
 
 def _read_coco(ann_file: str) -> tuple[list[dict], list[dict], list[dict]]:
@@ -258,10 +257,10 @@ def _check_box(
         right, bottom = left + width, top + height
         where = f'{where}: {box} in {size}'
         if left >= size[0] or top >= size[1] or right <= 0 or bottom <= 0:
-            report.add(split, 'box outside the picture', where)
+            report.add(split, 'box outside the image', where)
         # Some of COCO's own boxes go half a pixel beyond.
         elif min(left, top) < -1 or right > size[0] + 1 or bottom > size[1] + 1:
-            report.add(split, 'box reaches out of the picture', where)
+            report.add(split, 'box reaches out of the image', where)
 
 
 def _check_mask(mask: Any, split: str, where: str, report: Report) -> None:
@@ -281,8 +280,8 @@ def _check_mask(mask: Any, split: str, where: str, report: Report) -> None:
                 )
 
 
-def list_other(dataset: Any, split: str, report: Report) -> Iterator[Picture]:
-    """Yields the pictures of another data set, as it lists them itself."""
+def list_other(dataset: Any, split: str, report: Report) -> Iterator[Checked]:
+    """Yields the images of another data set, as it lists them itself."""
     counts, names = Counter(), Counter()
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
@@ -291,44 +290,44 @@ def list_other(dataset: Any, split: str, report: Report) -> Iterator[Picture]:
         if 'img_path' in info:
             names[info['img_path']] += 1
             if names[info['img_path']] == 2:
-                report.add(split, 'picture listed twice', info['img_path'])
-            yield Picture(split, info['img_path'], None)
+                report.add(split, 'image listed twice', info['img_path'])
+            yield Checked(split, info['img_path'], None)
     for label, name in enumerate(dataset.metainfo.get('classes') or []):
         if counts and not counts[label]:
             report.add(split, 'class without objects', name)
 
 
-def check_picture(picture: Picture) -> tuple[list[tuple[str, str]], str]:
-    """Reads a picture.
+def check_image(item: Checked) -> tuple[list[tuple[str, str]], str]:
+    """Reads an image.
 
     Returns:
         Findings with their places, and a hash of the file, empty if there is none.
     """
-    path, found = picture.path, []
+    path, found = item.path, []
     try:
         content = Path(path).read_bytes()
     except OSError:
-        return [('no such picture', path)], ''
+        return [('no such image', path)], ''
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
         with Image.open(path) as image:
             mode, size = image.mode, image.size
             turn = 1
-            with suppress(Exception):  # a damaged EXIF entry is not a damaged picture
+            with suppress(Exception):  # a damaged EXIF entry is not a damaged image
                 turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
     except UnidentifiedImageError:
-        return [('picture cannot be read', path)], digest
+        return [('image cannot be read', path)], digest
     except Image.DecompressionBombError:
-        return [('picture is too large to be checked', path)], digest
+        return [('image is too large to be checked', path)], digest
     except Exception as error:  # Pillow's decoders raise errors of any type
-        return [('picture is cut off', f'{path}: {error}')], digest
+        return [('image is cut off', f'{path}: {error}')], digest
     if turn in (5, 6, 7, 8):
         size = size[::-1]
     if turn != 1:
         found.append(('rotated by EXIF', path))
-    if picture.size and size != picture.size:
-        where = f'{path}: {size} and not {picture.size}'
+    if item.size and size != item.size:
+        where = f'{path}: {size} and not {item.size}'
         found.append(('size differs from the annotations', where))
     if mode.startswith(('I', 'F')):
         found.append(('16-bit', path))
@@ -341,8 +340,8 @@ def check_picture(picture: Picture) -> tuple[list[tuple[str, str]], str]:
     return found, digest
 
 
-def list_pictures(cfg: Config, split: str, report: Report) -> Iterator[Picture]:
-    """Checks the annotations of a split and yields its pictures."""
+def list_images(cfg: Config, split: str, report: Report) -> Iterator[Checked]:
+    """Checks the annotations of a split and yields its images."""
     loader = cfg.get(f'{split}_dataloader')
     for node in dicts_in(loader):
         if 'type' not in node or 'pipeline' not in node:
@@ -353,7 +352,7 @@ def list_pictures(cfg: Config, split: str, report: Report) -> Iterator[Picture]:
         else:
             dataset = deepcopy(node)
             dataset.pipeline = []
-            if 'features' in dataset:  # of FewShotDataset, made from its pictures
+            if 'features' in dataset:  # of FewShotDataset, made from its images
                 dataset.features = None
             yield from list_other(DATASETS.build(dataset), split, report)
 
@@ -373,8 +372,9 @@ def main(argv: list[str] | None = None) -> None:
         '--out', type=Path, help='write all findings to this .json file'
     )
     parser.add_argument(
-        '--no-pictures', action='store_true', help='check the annotations only'
+        '--no-images', action='store_true', help='check the annotations only'
     )
+    parser.add_argument('--no-pictures', action=OldFlag, new='--no-images')
     args = parser.parse_args(argv)
     with user_errors(parser):
         if args.out and args.out.exists():
@@ -393,16 +393,16 @@ def main(argv: list[str] | None = None) -> None:
         if loaders[split] not in [loaders[other] for other in splits[:i]]
     ]
     with user_errors(parser):  # of data sets that look for their files themselves
-        pictures = [p for split in splits for p in list_pictures(cfg, split, report)]
-    if not args.no_pictures:
-        check_pictures(pictures, report)
+        images = [p for split in splits for p in list_images(cfg, split, report)]
+    if not args.no_images:
+        check_images(images, report)
 
     console = Console()
     if report.found:
         console.print(report.table())
     errors, warned = report.severity(ERROR), report.severity(WARNING)
     print(
-        f'{len(pictures)} pictures of {", ".join(splits)}: {errors} errors, '
+        f'{len(images)} images of {", ".join(splits)}: {errors} errors, '
         f'{warned} warnings.'
     )
     if args.out:
@@ -418,30 +418,30 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def check_pictures(pictures: list[Picture], report: Report) -> None:
-    """Reads all pictures, with a bar."""
-    first: dict[str, Picture] = {}
+def check_images(images: list[Checked], report: Report) -> None:
+    """Reads all images, with a bar."""
+    first: dict[str, Checked] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(TextColumn('{task.description}'), *columns) as progress,
         warnings.catch_warnings(),
         ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
     ):
-        warnings.simplefilter('ignore')  # of metadata, and of pictures that are big
-        checked = pool.map(check_picture, pictures)
-        tracked = progress.track(checked, total=len(pictures), description='pictures')
-        for picture, (findings, digest) in zip(pictures, tracked, strict=True):
+        warnings.simplefilter('ignore')  # of metadata, and of images that are big
+        checked = pool.map(check_image, images)
+        tracked = progress.track(checked, total=len(images), description='images')
+        for image, (findings, digest) in zip(images, tracked, strict=True):
             for finding, where in findings:
-                report.add(picture.split, finding, where)
-            other = first.setdefault(digest, picture) if digest else picture
-            if other.path != picture.path:
-                same = other.split == picture.split
+                report.add(image.split, finding, where)
+            other = first.setdefault(digest, image) if digest else image
+            if other.path != image.path:
+                same = other.split == image.split
                 report.add(
-                    picture.split,
-                    'same picture under two names'
+                    image.split,
+                    'same image under two names'
                     if same
-                    else 'same picture in another split',
-                    f'{picture.path} and {other.path}',
+                    else 'same image in another split',
+                    f'{image.path} and {other.path}',
                 )
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from dsnet_mm.files import write_atomic
 
 from .features import Features
-from .pictures import PREPROCESSINGS
+from .images import PREPROCESSINGS
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features of a data set, of training, validation and test pictures.
+    """Features of a data set, of training, validation and test images.
 
     In a file the tensors are named ``text_features``, and ``<part>_features`` and
     ``<part>_labels`` for each part. Features are (N, D), or (V, N, D) with V views, of
@@ -31,11 +31,11 @@ class FeatureFile:
             are normalised when a file is read.
         class_names: Names by label. In a file: metadata ``class_names``, a JSON list.
         logit_scale: Scale of the cosine similarities. Metadata ``logit_scale``.
-        train: Training pictures by number of shots, part ``train_1``, ``train_2`` and
-            so on. Part ``train``, key None, has all training pictures.
-        val: Validation pictures, part ``val``, if there are any.
-        test: Test pictures, part ``test``.
-        plain: Features of training pictures without augmentation, (1, N, D), by number
+        train: Training images by number of shots, part ``train_1``, ``train_2`` and
+            so on. Part ``train``, key None, has all training images.
+        val: Validation images, part ``val``, if there are any.
+        test: Test images, part ``test``.
+        plain: Features of training images without augmentation, (1, N, D), by number
             of shots, in the order of ``train``. In a file: ``<part>_plain`` (N, D).
             Cross-validation needs them if ``train`` has augmented views.
         about: Other metadata. ``model`` and, if they are known, ``pretrained``,

@@ -1,4 +1,4 @@
-"""Features of pictures and class names, stored on disk."""
+"""Features of images and class names, stored on disk."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.datasets import Item
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
-from dsnet_mm.tasks import Item
 
-from .pictures import PREPROCESSINGS, build_transform, open_picture
+from .images import PREPROCESSINGS, build_transform, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ SHARD = 512
 
 @dataclass(frozen=True)
 class Features:
-    """Features of labelled pictures.
+    """Features of labelled images.
 
     Attributes:
         features: Features of each view (V, N, D), not normalised.
@@ -46,30 +46,30 @@ class Features:
         return len(self.labels)
 
     def take(self, index: Tensor) -> 'Features':
-        """Returns the features of the pictures with these indices."""
+        """Returns the features of the images with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
 
 class FeatureCache:
-    """Features of pictures and class names on disk.
+    """Features of images and class names on disk.
 
-    The features of all pictures with the same options are in one folder, in files of
-    about ``SHARD`` views. A picture is encoded once, whichever draw, seed, run or
+    The features of all images with the same options are in one folder, in files of
+    about ``SHARD`` views. An image is encoded once, whichever draw, seed, run or
     process asks for it. The name of the folder is a hash of the encoder's identity
     (weights, configuration, tokenizer, preprocessing, version of open_clip), of the
-    options below, and of the versions of Pillow and torchvision. A picture is known by
-    path, size and modification time. Each file has a checksum, and the pictures of a
+    options below, and of the versions of Pillow and torchvision. An image is known by
+    path, size and modification time. Each file has a checksum, and the images of a
     damaged one are encoded again.
 
     Args:
         folder: Folder of the cache. It is created if needed.
-        encoder: Encoder of the pictures and class names, on its device.
+        encoder: Encoder of the images and class names, on its device.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of the random crops of augmented views, as a
-            fraction of the picture. The default is CoOp's; Tip-Adapter has (0.5, 1).
+            fraction of the image. The default is CoOp's; Tip-Adapter has (0.5, 1).
         batch_size: Views encoded at once.
-        workers: Number of worker processes that load pictures.
-        on_bad_image: What to do with a picture that cannot be read: ``'error'``
+        workers: Number of worker processes that load images.
+        on_bad_image: What to do with an image that cannot be read: ``'error'``
             raises an error, ``'skip'`` logs its path and omits it.
         quiet: Whether to hide the bar of the encoding.
 
@@ -112,19 +112,19 @@ class FeatureCache:
         self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
-        """Returns the features of pictures, and encodes those that are missing.
+        """Returns the features of images, and encodes those that are missing.
 
         Args:
-            items: The pictures.
+            items: The images.
             views: Number of augmented views (random crop and flip). 0 gives one view,
-                the picture itself. The crops of a picture depend on its name and
+                the image itself. The crops of an image depend on its name and
                 folder, so they are the same in each draw.
 
         Returns:
             The features, with max(views, 1) views.
 
         Raises:
-            FileNotFoundError: If a picture is missing.
+            FileNotFoundError: If an image is missing.
             ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
         """
         good, features = self._read('features', items, views)
@@ -138,17 +138,17 @@ class FeatureCache:
         what: str = 'encoding',
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Encodes the pictures that are not in the cache yet.
+        """Encodes the images that are not in the cache yet.
 
         Args:
-            items: The pictures.
+            items: The images.
             views: See :meth:`images`.
             what: Name of the bar.
             share: Number of this process and number of processes. Each encodes its
-                share of the pictures.
+                share of the images.
 
         Raises:
-            FileNotFoundError: If a picture is missing.
+            FileNotFoundError: If an image is missing.
             ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
         """
         shards = self._shards_of(views)
@@ -156,9 +156,7 @@ class FeatureCache:
         rank, processes = share
         wanted = {
             key: item[0]
-            for i, (key, item) in enumerate(
-                zip(picture_keys(items), items, strict=True)
-            )
+            for i, (key, item) in enumerate(zip(image_keys(items), items, strict=True))
             if i // size % processes == rank
         }
         shards.scan()
@@ -166,7 +164,7 @@ class FeatureCache:
         if not missing:
             return
         keys, encoded = list(missing), []
-        with progress_bar(len(keys), what, 'pictures', self.quiet) as bar:
+        with progress_bar(len(keys), what, 'images', self.quiet) as bar:
             for batch in self._encode(list(missing.values()), views):
                 encoded += batch
                 bar.update(len(batch))
@@ -175,13 +173,13 @@ class FeatureCache:
                     keys, encoded = keys[size:], encoded[size:]
 
     def count_missing(self, items: Sequence[Item], views: int = 0) -> int:
-        """Returns the number of pictures that are not in the cache yet."""
+        """Returns the number of images that are not in the cache yet."""
         shards = self._shards_of(views)
         shards.scan()
-        return sum(key not in shards.rows for key in picture_keys(items))
+        return sum(key not in shards.rows for key in image_keys(items))
 
     def pixels(self, items: Sequence[Item], views: int = 0) -> dict[str, str]:
-        """Returns a hash of the pixels of each picture, by path.
+        """Returns a hash of the pixels of each image, by path.
 
         See :meth:`images` for the arguments and errors.
         """
@@ -211,8 +209,8 @@ class FeatureCache:
     def _read(
         self, name: str, items: Sequence[Item], views: int
     ) -> tuple[list[int], Tensor]:
-        """Returns which pictures can be read, and their rows of a tensor."""
-        keys, shards = picture_keys(items), self._shards_of(views)
+        """Returns which images can be read, and their rows of a tensor."""
+        keys, shards = image_keys(items), self._shards_of(views)
         rows = None
         while rows is None:  # a damaged file is found when it is read
             self.encode(items, views)
@@ -221,7 +219,7 @@ class FeatureCache:
                 logger.warning('skipped: %s', problem)
             good = [i for i, key in enumerate(keys) if shards.has_features(key)]
             if not good:
-                raise ValueError('none of the pictures can be read.')
+                raise ValueError('none of the images can be read.')
             rows = shards.read(name, [keys[i] for i in good])
         return good, rows
 
@@ -244,7 +242,7 @@ class FeatureCache:
         """Yields batches of features (V, D) and pixel hashes, or of error messages."""
         device = next(self.encoder.parameters()).device
         loader = DataLoader(
-            _Pictures(paths, views, self.encoder, self.preprocessing, self.crop_scale),
+            _Images(paths, views, self.encoder, self.preprocessing, self.crop_scale),
             max(1, self.batch_size // max(views, 1)),
             num_workers=self.workers,
             collate_fn=list,
@@ -254,7 +252,7 @@ class FeatureCache:
             for problem in (x for x in batch if isinstance(x, str)):
                 self._refuse(problem)
             if good:
-                stacked = torch.cat([picture for picture, _ in good]).to(device)
+                stacked = torch.cat([image for image, _ in good]).to(device)
                 features = self.encoder(stacked)[0].cpu().chunk(len(good))
                 results = iter(zip(features, (p for _, p in good), strict=True))
             yield [x if isinstance(x, str) else next(results) for x in batch]
@@ -267,11 +265,11 @@ class FeatureCache:
 
 
 class _Shards:
-    """The files of the pictures that were encoded with the same options.
+    """The files of the images that were encoded with the same options.
 
     Attributes:
         folder: Folder of the files.
-        rows: File and row of each picture, or the reason why it cannot be read.
+        rows: File and row of each image, or the reason why it cannot be read.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -280,7 +278,7 @@ class _Shards:
         self._seen: set[Path] = set()
 
     def scan(self) -> None:
-        """Reads the lists of pictures of files that are new."""
+        """Reads the lists of images of files that are new."""
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
             _check_no_folder(path)
             try:
@@ -292,22 +290,22 @@ class _Shards:
                 _remove_damaged(path, str(error))
             self._seen.add(path)
 
-    def write(self, pictures: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
+    def write(self, images: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
         """Writes a file of features and pixel hashes."""
-        good = {k: x for k, x in pictures.items() if not isinstance(x, str)}
+        good = {k: x for k, x in images.items() if not isinstance(x, str)}
         tensors = {}
         if good:
             tensors['features'] = torch.stack([f for f, _ in good.values()])
             tensors['pixels'] = torch.stack([p for _, p in good.values()])
-        bad = {k: x for k, x in pictures.items() if isinstance(x, str)}
+        bad = {k: x for k, x in images.items() if isinstance(x, str)}
         about = {'pictures': json.dumps(list(good)), 'bad': json.dumps(bad)}
-        path = self.folder / f'{_short_hash(json.dumps(list(pictures)))}.safetensors'
+        path = self.folder / f'{_short_hash(json.dumps(list(images)))}.safetensors'
         _write_verified(path, self.key, tensors, about)
         self._seen.add(path)
         self._add(path, about)
 
     def problems(self, keys: Sequence[str]) -> list[str]:
-        """Returns why pictures cannot be read."""
+        """Returns why images cannot be read."""
         rows = (self.rows.get(key) for key in keys)
         return [row for row in rows if isinstance(row, str)]
 
@@ -315,9 +313,9 @@ class _Shards:
         return isinstance(self.rows.get(key), tuple)
 
     def read(self, name: str, keys: Sequence[str]) -> Tensor | None:
-        """Returns a row of a tensor for each picture.
+        """Returns a row of a tensor for each image.
 
-        If files are damaged, it returns None, and their pictures are missing from then
+        If files are damaged, it returns None, and their images are missing from then
         on.
         """
         places: dict[Path, list[tuple[int, int]]] = {}
@@ -339,13 +337,13 @@ class _Shards:
         return None if damaged else found
 
     def _add(self, path: Path, about: Mapping[str, str]) -> None:
-        pictures = json.loads(about['pictures'])
-        self.rows.update({key: (path, row) for row, key in enumerate(pictures)})
+        images = json.loads(about['pictures'])
+        self.rows.update({key: (path, row) for row, key in enumerate(images)})
         self.rows.update(json.loads(about['bad']))
 
 
-class _Pictures(Dataset):
-    """Inputs of the encoder with pixel hashes, and messages for unreadable pictures."""
+class _Images(Dataset):
+    """Inputs of the encoder with pixel hashes, and messages for unreadable images."""
 
     def __init__(
         self,
@@ -364,7 +362,7 @@ class _Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
         try:
-            image = open_picture(self.paths[index])
+            image = open_image(self.paths[index])
         except ValueError as error:
             return str(error)
         pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
@@ -381,24 +379,24 @@ class _Pictures(Dataset):
 
 
 def hash_pixels(image: Image.Image) -> bytes:
-    """Returns a hash of size and pixels of an RGB picture, 16 bytes."""
+    """Returns a hash of size and pixels of an RGB image, 16 bytes."""
     sha = hashlib.sha256(f'{image.size}'.encode())
     sha.update(image.tobytes())
     return sha.digest()[:16]
 
 
-def picture_keys(items: Sequence[Item]) -> list[str]:
-    """Returns a hash of path, size and modification time of each picture.
+def image_keys(items: Sequence[Item]) -> list[str]:
+    """Returns a hash of path, size and modification time of each image.
 
     Raises:
-        FileNotFoundError: If a picture is missing.
+        FileNotFoundError: If an image is missing.
     """
     keys = []
     for path, *_ in items:
         try:
             stat = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f'the picture {path} is missing.') from error
+            raise FileNotFoundError(f'the image {path} is missing.') from error
         state = f'{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}'
         keys.append(_short_hash(state))
     return keys

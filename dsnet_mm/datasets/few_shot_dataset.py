@@ -1,4 +1,4 @@
-"""Few-shot data sets for MMEngine's Runner, of pictures or of cached features."""
+"""Few-shot data sets for MMEngine's Runner, of images or of cached features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakKeyDictionary
@@ -8,8 +8,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 
 from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.datasets import load_task
 from dsnet_mm.registry import DATASETS
-from dsnet_mm.tasks import load_task
 
 from .features import FeatureCache
 from .sampling import sample_few_shot
@@ -21,20 +21,20 @@ attribute, because copies of a data set and worker processes do not need it."""
 
 @DATASETS.register_module()
 class FewShotDataset(BaseDataset):
-    """A few-shot draw of a data set, or its test pictures.
+    """A few-shot draw of a data set, or its test images.
 
     A sample has ``gt_label`` and ``img_path``. With ``features`` it has ``features``
     (D,) instead of ``img_path``. They are those of a random view, drawn at each access.
 
     Args:
-        dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
+        dataset: Name, folder or file, see :func:`dsnet_mm.datasets.load_task`.
         part: ``'train'`` or ``'val'``, the parts of the draw, or ``'test'``.
-        shots: Training pictures of each class.
+        shots: Training images of each class.
         seed: Seed of the draw.
         data_root: Folder of the public data sets.
         features: Arguments of :class:`FeatureCache`. Its ``encoder`` holds the
-            arguments of ``OpenCLIPEncoder``. None gives pictures.
-        views: Number of augmented views of a training picture, with ``features``.
+            arguments of ``OpenCLIPEncoder``. None gives images.
+        views: Number of augmented views of a training image, with ``features``.
         pipeline: Transforms of a sample.
         metainfo: Meta information. ``classes`` is added if it is missing.
         filter_cfg: See ``BaseDataset``. It has no effect, because nothing is
@@ -48,7 +48,7 @@ class FewShotDataset(BaseDataset):
         max_refetch: Number of other samples to try if the pipeline returns None.
 
     Raises:
-        ValueError: If ``part`` is unknown, or the data set has no pictures of it.
+        ValueError: If ``part`` is unknown, or the data set has no images of it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FewShotDataset(BaseDataset):
         )
         if not items:
             raise ValueError(
-                f'{task.name} has no {self.part} pictures; leave out this data loader.'
+                f'{task.name} has no {self.part} images; leave out this data loader.'
             )
         if self.features is None:
             return [dict(img_path=path, gt_label=label) for path, label, _ in items]

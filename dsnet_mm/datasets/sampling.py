@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsnet_mm.tasks.splits import Item, group_by_label, read_split
+from .splits import Item, group_by_label, read_split
 
 
 def sample_few_shot(
@@ -18,7 +18,7 @@ def sample_few_shot(
 
     Args:
         split_file: Path of a ``split_zhou_*.json`` file, or a split.
-        shots: Training pictures of each class.
+        shots: Training images of each class.
         seed: Seed of the draw. The papers use 1, 2 and 3.
 
     Returns:
@@ -27,7 +27,7 @@ def sample_few_shot(
 
     Raises:
         TypeError: If ``shots`` or ``seed`` is not an integer.
-        ValueError: If ``shots`` is below 1, or a class has fewer training pictures.
+        ValueError: If ``shots`` is below 1, or a class has fewer training images.
         FileNotFoundError: If the file does not exist.
     """
     for what, value in (('shots', shots), ('seed', seed)):
@@ -40,8 +40,8 @@ def sample_few_shot(
     for items in train.values():
         if len(items) < shots:
             raise ValueError(
-                f'class {items[0][2]!r} has {len(items)} training pictures, fewer '
-                f'than the {shots} shots asked for; use fewer shots or add pictures.'
+                f'class {items[0][2]!r} has {len(items)} training images, fewer '
+                f'than the {shots} shots asked for; use fewer shots or add images.'
             )
     rng = random.Random(seed)
     return {

@@ -12,19 +12,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
-from dsnet_mm.datasets.pictures import (
+from dsnet_mm.datasets.images import (
     PREPROCESSINGS,
     build_transform,
-    open_picture,
+    open_image,
     upright_rgb,
 )
+from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
+from dsnet_mm.few_shot.methods.linear_probe import LinearClassifier
+from dsnet_mm.few_shot.methods.proker import ProKeR
+from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
+from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.files import write_atomic
-
-from .methods.linear_adapter import LinearAdapter
-from .methods.linear_probe import LinearClassifier
-from .methods.proker import ProKeR
-from .methods.tip_adapter import TipAdapter
-from .methods.zero_shot import CosineClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +64,14 @@ def save_classifier(
 
 
 class DeployedClassifier:
-    """A classifier of pictures: encoder, classifier of features and class names.
+    """A classifier of images: encoder, classifier of features and class names.
 
     Attributes:
         classifier: Image features (N, D) to logits (N, K).
         encoder: The frozen towers.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
-        transform: A picture to an input of the encoder, (3, H, W).
+        transform: An image to an input of the encoder, (3, H, W).
     """
 
     def __init__(
@@ -98,18 +97,18 @@ class DeployedClassifier:
         images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
         batch_size: int = 64,
     ) -> Tensor:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             images: Files or PIL images, or one of these.
-            batch_size: Pictures in memory at once.
+            batch_size: Images in memory at once.
 
         Returns:
             Probabilities (N, K), on the CPU.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a picture cannot be read.
+            ValueError: If an image cannot be read.
         """
         if isinstance(images, str | Path | Image.Image):
             images = [images]
@@ -123,7 +122,7 @@ class DeployedClassifier:
         """Returns the input of the encoder for a file or PIL image, (3, H, W)."""
         if isinstance(image, Image.Image):
             return self.transform(upright_rgb(image))
-        return self.transform(open_picture(image))
+        return self.transform(open_image(image))
 
     @torch.no_grad()
     def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:

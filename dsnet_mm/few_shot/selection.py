@@ -14,9 +14,9 @@ from .evaluation import evaluate
 from .methods import FewShotData, Method
 
 SELECTIONS = ('val', 'cv', 'fixed')
-"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
-``'cv'``: by cross-validation within the training pictures; those held out are prepared
-as test pictures are. ``'fixed'``: the defaults of
+"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) images a class.
+``'cv'``: by cross-validation within the training images; those held out are prepared
+as test images are. ``'fixed'``: the defaults of
 the method."""
 
 
@@ -57,8 +57,8 @@ def select(
     """Selects hyper-parameters and fits.
 
     The values with the best validation accuracy are selected, and of equal ones those
-    with the lowest loss. No classifier is validated on pictures that it was fitted to.
-    Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the
+    with the lowest loss. No classifier is validated on images that it was fitted to.
+    Without validation images (``val`` is empty, or ``'cv'`` has one shot) the
     defaults of the method are used. Then, and if there is nothing to search, the
     selection of the result is ``'fixed'``.
 

@@ -59,7 +59,7 @@ def claim_work_dir(
     """
     wanted = json.loads(json.dumps(asdict(config)))
     about = work_dir / 'run.json'
-    # A run without results, which a bad picture has stopped, is begun again.
+    # A run without results, which a bad image has stopped, is begun again.
     if about.is_file() and any((work_dir / 'runs').glob('*.json')):
         found = read_json(about)
         wanted = _merge(work_dir, found, wanted, source.fingerprint)

@@ -1,7 +1,7 @@
-"""Tiles of a large picture, and one object from its parts in several tiles.
+"""Tiles of a large image, and one object from its parts in several tiles.
 
 Neighbouring tiles overlap. Two tiles have found the same object if they agree on it in
-their common part of the picture. This also holds for an object that is longer than the
+their common part of the image. This also holds for an object that is longer than the
 overlap: each tile sees a part of it, and the parts agree where both tiles look.
 
 The measure of agreement is the intersection over union (IoU). An edge of a tile can cut
@@ -23,7 +23,7 @@ EDGE = 4  # pixels between the box of a cut object and the edge that cuts it
 
 
 class Tile(NamedTuple):
-    """A part of a picture, right and bottom exclusive."""
+    """A part of an image, right and bottom exclusive."""
 
     left: int
     top: int
@@ -32,14 +32,14 @@ class Tile(NamedTuple):
 
 
 def make_tiles(height: int, width: int, size: int, overlap: int) -> list[Tile]:
-    """Covers a picture with tiles.
+    """Covers an image with tiles.
 
     Args:
-        height: Height of the picture in pixels.
+        height: Height of the image in pixels.
         width: Its width.
-        size: Side of a tile. A smaller picture has one tile.
+        size: Side of a tile. A smaller image has one tile.
         overlap: Overlap of neighbours. The last tile of a row or column ends at the
-            edge of the picture and overlaps more.
+            edge of the image and overlaps more.
 
     Returns:
         The tiles, row by row.
@@ -70,9 +70,9 @@ def merge_tiles(
     united with the best object of each tile, step by step from tile to tile.
 
     Args:
-        found: The objects of each tile, in coordinates of the picture.
+        found: The objects of each tile, in coordinates of the image.
         tiles: The tiles.
-        height: Height of the picture in pixels.
+        height: Height of the image in pixels.
         width: Its width.
 
     Returns:
@@ -87,7 +87,7 @@ def merge_tiles(
     box = np.stack([obj.box for obj in objects])
     label = np.array([obj.label for obj in objects])
     score = np.array([obj.score for obj in objects])
-    # An edge of a tile cuts, an edge of the picture does not.
+    # An edge of a tile cuts, an edge of the image does not.
     inner = (tile > 0) & (tile < np.array([width, height, width, height]))
     cut = (inner & (abs(box - tile) < EDGE)).any(1)
 

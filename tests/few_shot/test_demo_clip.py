@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsnet_mm.datasets import load_task
 from dsnet_mm.demo import clip as demo
 from dsnet_mm.models import OpenCLIPEncoder
-from dsnet_mm.tasks import load_task
 
 
 def test_captions_do_not_name_held_out_classes():

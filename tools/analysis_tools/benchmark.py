@@ -7,8 +7,8 @@
 All rows of a table run in turns, so that a disturbance of the machine meets all of
 them. The first turn is dropped. The table shows medians.
 
-Square pictures are classified: backbone, average pooling, a linear layer. For other
-pictures only the backbone runs, and returns the maps of four stages. Weights are
+Square images are classified: backbone, average pooling, a linear layer. For other
+images only the backbone runs, and returns the maps of four stages. Weights are
 random. A training step is forward, and backward of the mean of the outputs, without
 an optimizer. In bfloat16 it runs under autocast; inference has bfloat16 weights. For
 inference the batch norms of DS-Net and ResNet-50 are folded. Peers with spatial
@@ -45,25 +45,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from dsnet_mm.cli.benchmark.against import (
-    check_checkout,
-    compare,
-    table_of_comparison,
-)
-from dsnet_mm.cli.benchmark.memory import peak_in_child
-from dsnet_mm.cli.benchmark.models import (
-    DTYPES,
-    MODELS,
-    Panel,
-    Settings,
-    rows_of,
-    timm,
-)
-from dsnet_mm.cli.benchmark.plot import draw
-from dsnet_mm.cli.benchmark.table import table_of, table_of_operators
-from dsnet_mm.cli.benchmark.timing import measure
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from measure.against import check_checkout, compare, table_of_comparison
+from measure.memory import peak_in_child
+from measure.models import DTYPES, MODELS, Panel, Settings, rows_of, timm
+from measure.plot import draw
+from measure.table import table_of, table_of_operators
+from measure.timing import measure
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from dsnet_mm.ops import native, sdpa_co_attention
 HEADS = (1, 2, 5, 8)
 WIDTH = 32  # channels of a head
 GLOBAL_FACTORS = (8, 4, 2, 2)
-INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, picture
+INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, image
 FREED_BYTES = 31 * 2**20  # just below the upper limit of glibc's mmap threshold
 DTYPES = dict(
     cpu=['float32', 'bfloat16'],

@@ -10,6 +10,7 @@ counts the published order, and beside it what is "computed here", as all else d
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from dsnet_mm.cli.complexity import Complexity, count_complexity
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.reference import reference_net
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from measure.complexity import Complexity, count_complexity
 
 # Table 4 and Table 2 of the paper: parameters in millions, multiply-adds in
 # billions. The 48.8 M of B without ISA cannot be: B* has 49.3 M, and ISA alone 7.5 M.
@@ -70,10 +74,10 @@ def published_models() -> Iterator[tuple[str, str, str, Complexity, Complexity]]
 
     They are those of the published order of operations, and of this package's.
     """
-    picture = torch.zeros(1, 3, 224, 224)
+    image = torch.zeros(1, 3, 224, 224)
     for name, (backbone, params, multiply_adds) in PAPER.items():
         model = Classifier(**backbone)
-        counts = (count_complexity(model, picture, order) for order in (True, False))
+        counts = (count_complexity(model, image, order) for order in (True, False))
         yield name, params, multiply_adds, *counts
 
 
@@ -92,7 +96,7 @@ def dsfpn_choices(height: int, width: int) -> Iterator[tuple[str, Complexity]]:
 def count_config(
     path: Path, options: dict | None, shape: tuple[int, int]
 ) -> Complexity:
-    """Counts the model of a configuration on one picture of ``shape``."""
+    """Counts the model of a configuration on one image of ``shape``."""
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -118,7 +122,7 @@ def main() -> None:
         '--shape',
         type=int,
         nargs='+',
-        help='height and width of the picture, or one number for both '
+        help='height and width of the image, or one number for both '
         '(default: 224, for detection and dsfpn 800 1344)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)

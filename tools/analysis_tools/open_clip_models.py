@@ -1,6 +1,6 @@
 """Writes a table of open_clip's models: which build here, which are refused, and why.
 
-One model of each family is built with random weights, and encodes a picture and a text.
+One model of each family is built with random weights, and encodes an image and a text.
 Nothing is fetched. All pairs of a model and a tag of its weights are checked without
 being loaded.
 """
@@ -144,7 +144,7 @@ def main() -> None:
         '',
         f'Written by `python tools/analysis_tools/open_clip_models.py` with open_clip '
         f'{open_clip.__version__}, on a machine without a network. A model of each '
-        f'family is built with random weights and encodes a picture and a text. The '
+        f'family is built with random weights and encodes an image and a text. The '
         f'encoder also needs the tokenizer. That of some families is a file of the '
         f'Hugging Face hub, which a machine with a network fetches once.',
         '',

@@ -16,15 +16,15 @@ class FewShotData:
     """Training data of a method.
 
     Attributes:
-        train: Features of the training pictures, with augmented views.
-        shots: Training pictures of each class.
+        train: Features of the training images, with augmented views.
+        shots: Training images of each class.
         text_features: Text features of the classes (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
-        plain: Features of the training pictures, prepared as test pictures are, without
+        plain: Features of the training images, prepared as test images are, without
             augmentation. None if they are not needed.
-        seed: Seed of the initialisation, the order of pictures and their views.
+        seed: Seed of the initialisation, the order of images and their views.
     """
 
     train: Features
@@ -37,7 +37,7 @@ class FewShotData:
     plain: Features | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
-        """Returns the data with a part of the training pictures."""
+        """Returns the data with a part of the training images."""
         plain = None if self.plain is None else self.plain.take(index)
         return replace(self, train=self.train.take(index), plain=plain, shots=shots)
 

@@ -66,7 +66,7 @@ def fit_clap(data: FewShotData, *, length: float, **recipe) -> nn.Module:
     """Trains CLAP: ZS-LP that is kept close to the text features.
 
     The multiplier of a class is the mean probability that zero-shot CLIP gives it on
-    its own training pictures (``init_lagrangian_multipliers`` of the source).
+    its own training images (``init_lagrangian_multipliers`` of the source).
     """
     multipliers = zero_shot_confidence(data)
     model = Prototypes(data.text_features, data.logit_scale, multipliers, length)

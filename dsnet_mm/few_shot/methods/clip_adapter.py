@@ -1,4 +1,4 @@
-"""CLIP-Adapter (arXiv 2110.04544), and its ratio from held-out pictures (HOSO)."""
+"""CLIP-Adapter (arXiv 2110.04544), and its ratio from held-out images (HOSO)."""
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +82,14 @@ class KeptAdapter(nn.Module):
 
 
 class HoldOneShotOut(nn.Module):
-    """A visual adapter, and its ratio that is learnt on other pictures.
+    """A visual adapter, and its ratio that is learnt on other images.
 
-    The adapter gets no gradient from the held-out pictures, and the ratio none from the
-    training pictures. Its learning rate is ten times that of the adapter.
+    The adapter gets no gradient from the held-out images, and the ratio none from the
+    training images. Its learning rate is ten times that of the adapter.
 
     Args:
         adapter: The adapter, with its initial ratio.
-        held_out: Features (K, D) of a picture of each class.
+        held_out: Features (K, D) of an image of each class.
         labels: Their labels (K,).
     """
 
@@ -117,7 +117,7 @@ class HoldOneShotOut(nn.Module):
 
 
 def fit_hoso(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:
-    """Trains CLIP-Adapter, with alpha learnt on one held-out picture of each class.
+    """Trains CLIP-Adapter, with alpha learnt on one held-out image of each class.
 
     After the abstract of arXiv 2603.04341 (HOSO-Adapter), which names the held-out shot
     and that both trainings are decoupled. Its code is not published. Parametrisation,

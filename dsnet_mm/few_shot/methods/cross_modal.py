@@ -28,13 +28,13 @@ class ScaledLinear(nn.Module):
 
 
 def fit_cross_modal(data: FewShotData, **recipe) -> nn.Module:
-    """Trains a linear probe on pictures and on text features as samples.
+    """Trains a linear probe on images and on text features as samples.
 
     ::
 
         logits = logit_scale w f,   w = T at the start
 
-    f is the feature of a picture or of a class name. Half of each batch are text
+    f is the feature of an image or of a class name. Half of each batch are text
     features (``text_batches`` of :func:`train`).
 
     Source: ``train.py``, ``engine/model/head.py`` and ``engine/optimizer/default.py``

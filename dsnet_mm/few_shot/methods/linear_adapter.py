@@ -51,12 +51,12 @@ def fit_linear_adapter(
     """Trains the regularised linear adapter.
 
     Source: ``methods/RegLinearAdapter.py`` of github.com/astra-vision/ProLIP. There
-    all pictures of a step have the same view. Here the views are random.
+    all images of a step have the same view. Here the views are random.
 
     Args:
         data: Training data.
         penalty: Weight of the penalty. None is 1 / shots, as in the paper without
-            validation pictures.
+            validation images.
         **recipe: Arguments of :func:`train`.
 
     Returns:

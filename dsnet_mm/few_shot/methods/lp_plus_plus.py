@@ -24,7 +24,7 @@ def fit_lp_plus_plus(
 
     Source: ``methods/linear_probe_p2.py`` of
     github.com/FereshteShakeri/FewShot-CLIP-Strong-Baseline, also for these details: all
-    pictures are one batch, and alpha moves at each tenth step by the sum of its
+    images are one batch, and alpha moves at each tenth step by the sum of its
     gradients since the start. The repository reports the test accuracy of the step
     with the best validation accuracy. Here the last step counts. b starts as 0.
 

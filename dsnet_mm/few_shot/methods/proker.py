@@ -20,7 +20,7 @@ class ProKeR(nn.Module):
     The source has the same logits without the scale.
 
     Args:
-        keys: Features of the training pictures (N, D), rows of unit norm.
+        keys: Features of the training images (N, D), rows of unit norm.
         values: Coefficients (N, K).
         text_features: Text features T (K, D), rows of unit norm.
         logit_scale: Scale of the logits.
@@ -67,7 +67,7 @@ def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> nn.Module:
 
         (k(keys, keys) / lmbda + I) values = Y - F T^T
 
-    Y are the labels as unit vectors, F the features of the training pictures. With a
+    Y are the labels as unit vectors, F the features of the training images. With a
     large lmbda the values are small, so the result is close to zero-shot CLIP.
 
     Source: ``trainers/proker.py``, the authors' code as in

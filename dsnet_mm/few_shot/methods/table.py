@@ -210,7 +210,7 @@ METHODS: dict[str, Method] = {
         _TIP,
         late_grid=_TIP_GRID,
         source='its code, where alpha and beta start at 1 to 5 by data set, the search '
-        'has 4,000 values up to 30, and crops keep half of a picture or more '
+        'has 4,000 values up to 30, and crops keep half of an image or more '
         '(crop_scale=0.5,1.0)',
     ),
     'tip_adapter_f': Method(

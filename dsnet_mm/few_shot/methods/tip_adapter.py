@@ -12,8 +12,8 @@ class TipAdapter(nn.Module):
     """Zero-shot CLIP and a key-value cache (Tip-Adapter, arXiv 2207.09519).
 
     Args:
-        keys: Features of the training pictures (N, D), rows of unit norm.
-        labels: Labels of the training pictures (N,).
+        keys: Features of the training images (N, D), rows of unit norm.
+        labels: Labels of the training images (N,).
         text_features: Text features (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
         alpha: Weight of the cache.

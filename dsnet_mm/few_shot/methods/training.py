@@ -17,7 +17,7 @@ def num_epochs(rule: int | str, shots: int) -> int:
         rule: The number, or the name of a repository whose number depends on the
             shots: ``'coop'`` (50, 100 and 200 from 1, 2 and 8 shots on; on ImageNet
             CoOp always has 50), or ``'task_res'`` (100, and 200 from 8 shots on).
-        shots: Training pictures of each class.
+        shots: Training images of each class.
 
     Raises:
         ValueError: If the rule is unknown.
@@ -52,7 +52,7 @@ def train(
 ) -> nn.Module:
     """Minimises the cross-entropy over all parameters that require a gradient.
 
-    A model with a method ``loss`` has its own loss. In each epoch each picture is used
+    A model with a method ``loss`` has its own loss. In each epoch each image is used
     once, with a random view. The learning rate decays from ``lr`` to 0 by a cosine. It
     is multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
     determines the order and views.
@@ -65,7 +65,7 @@ def train(
         lr: Learning rate.
         epochs: Number of epochs, see :func:`num_epochs`.
         iterations: Number of batches, instead of epochs. One of the two is None.
-        batch_size: Batch size, None for all pictures.
+        batch_size: Batch size, None for all images.
         text_batches: Whether the other half of each batch are text features.
         weight_decay: Weight decay.
         momentum: Momentum of SGD.
