@@ -18,8 +18,8 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 
 from .actions import (
-    MINIMUM_SCORE,
     MAX_CLASSES,
+    MINIMUM_SCORE,
     Detector,
     Found,
     check_image,
