@@ -1,6 +1,8 @@
 """Which of the implementations runs."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +12,20 @@ PATHS = ('reference', 'sdpa', 'native')
 # torch 2.6 cannot tell; there compiled graphs go the way of exported ones.
 is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 _BUILD = 'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
+
+
+@contextmanager
+def use_path(path: str) -> Iterator[None]:
+    """Forces one of ``PATHS`` for a while, as ``DSNET_MM_OPS`` does."""
+    before = os.environ.get('DSNET_MM_OPS')
+    os.environ['DSNET_MM_OPS'] = path
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ['DSNET_MM_OPS']
+        else:
+            os.environ['DSNET_MM_OPS'] = before
 
 
 def select_path(device: str) -> tuple[str, str]:
