@@ -29,7 +29,8 @@ def draw(results: list[dict], path: Path) -> None:
     facts = '{machine}, {device}, {threads} threads, torch {torch}'.format(**results[0])
     sources = 'accuracies of the papers at 224 (ResNet-50: torchvision, v1 recipe)'
     figure.suptitle(f'{facts}\n{sources}', fontsize=9)
-    names = list(dict.fromkeys(row['model'] for row in results))
+    names = [row['model'] for rows in panels.values() for row in rows]
+    names = list(dict.fromkeys(name.removesuffix(', compiled') for name in names))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, rows) in zip(axes, panels.items(), strict=True):
         for row in rows:
