@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from dsnet_mm.checkpoint import find_checkpoint_to_resume, read_checkpoint
 from dsnet_mm.engine.config import check_data, load_config
-from dsnet_mm.environment import commit, find_installed, machine, python_version
+from dsnet_mm.environment import commit, find_installed, machine
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 from measure.complexity import count_complexity
