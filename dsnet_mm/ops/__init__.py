@@ -1,3 +1,4 @@
+from . import meta as meta  # registers fake kernels and FLOP formulas
 from .co_attention import attention, co_attention, sdpa_co_attention, self_attention
 from .feed_forward import feed_forward
 from .packing import can_pack, pack, unpack
