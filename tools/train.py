@@ -11,7 +11,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner
 
 from dsnet_mm.checkpoint import (
-    check_pretrained,
     find_checkpoint_to_resume,
     load_checkpoint,
     read_checkpoint,
@@ -19,7 +18,7 @@ from dsnet_mm.checkpoint import (
     restricted_loading,
 )
 from dsnet_mm.datasets.loading import UnreadableImageError
-from dsnet_mm.engine.config import check_data, dicts_in, load_config
+from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
 from dsnet_mm.engine.hooks import NonFiniteLossError
 from dsnet_mm.engine.launch import (
     add_config_arguments,
