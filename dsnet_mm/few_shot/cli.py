@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 
 from dsnet_mm.datasets import PUBLIC_DATASETS
 from dsnet_mm.datasets.check import diagnose
+from dsnet_mm.datasets.images import find_images
 from dsnet_mm.environment import existing_device, require
 from dsnet_mm.files import check_new, write_atomic
 
@@ -27,7 +28,7 @@ from .methods import METHODS
 from .methods.training import RECIPE
 from .onnx import export_onnx
 from .other_formats import convert_checkpoint, export_matrix, export_open_clip
-from .predict import as_csv, as_json, as_table, find_images, predict
+from .predict import as_csv, as_json, as_table, predict
 from .report import write_report
 from .runner import run
 from .transfer import transfer, write_transfer

@@ -117,7 +117,7 @@ def convert_checkpoint(
 
     Args:
         checkpoint: The checkpoint.
-        config: Configuration that it was trained with.
+        config: Configuration that it was trained with, or name of one.
         path: File to write.
         pretrained: Weights of the encoder instead of those in the configuration.
         download: Whether weights that are not on this machine may be fetched.
@@ -130,14 +130,11 @@ def convert_checkpoint(
         ImportError: If mmengine is not installed.
     """
     require('mmengine', user='A checkpoint of MMEngine')
-    from mmengine.config import Config
-
     from dsnet_mm.checkpoint import read_checkpoint
+    from dsnet_mm.engine.config import read_config
 
     check_new(path)
-    if not Path(config).is_file():
-        raise FileNotFoundError(f'there is no configuration {config}.')
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     backbone = dict(cfg.get('model', {}).get('backbone', {}))
     head = cfg.get('model', {}).get('head', {})
     if 'CLIPAdapterHead' not in head.get('type', ''):
@@ -159,9 +156,9 @@ def convert_checkpoint(
             f'model.head.class_names.'
         )
     if len(names) != len(tensors['text_features']):
+        count = len(tensors['text_features'])
         raise ValueError(
-            f'{checkpoint} has {len(tensors["text_features"])} classes, but '
-            f'{len(names)} class names.'
+            f'{checkpoint} has {count} classes, but {len(names)} class names.'
         )
     adapter = CLIPAdapter(tensors['text_features'], 1.0, **head.get('adapter', {}))
     try:
