@@ -139,6 +139,8 @@ def describe_methods() -> str:
     lines = [f'methods (default: {defaults}), with their fixed settings:']
     for name, method in METHODS.items():
         lines.append(f'  {name}: {method.title}')
+        if method.source:
+            lines.append(f'      from {method.source}')
         own = [item for item in method.defaults.items() if item not in RECIPE.items()]
         if own:
             lines.append('      ' + ' '.join(f'{k}={v}' for k, v in own))
