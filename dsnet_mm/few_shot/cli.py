@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from dsnet_mm.datasets import PUBLIC_DATASETS
 from dsnet_mm.datasets.check import diagnose
 from dsnet_mm.datasets.images import find_images
-from dsnet_mm.environment import existing_device, require
+from dsnet_mm.environment import existing_device, install_command
 from dsnet_mm.files import check_new, write_atomic
 
 from .choice import choose
@@ -165,21 +165,23 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
         ImportError: If the options need mmengine, which is not installed.
         ValueError: If the configuration has no ``few_shot``, or an option is unknown.
     """
-    options: dict = {}
-    changes, source, work_dir = dict(args.cfg_options), args.source, None
-    if source is not None and is_dataset(source):
-        if args.dataset is not None:
-            raise ValueError(
-                f'name one data set, not both {source} and {args.dataset}.'
-            )
-        options['dataset'] = source
-    elif source is not None:
+    options, work_dir, source = {}, None, args.source
+    is_config = source is not None and not is_dataset(source)
+    if CfgOptions == 'store' and (is_config or args.cfg_options):
+        raise ImportError(
+            f'a configuration, or --cfg-options, needs mmengine; '
+            f'{install_command("mmengine")}'
+        )
+    changes = dict(args.cfg_options)
+    if is_config:
         options, work_dir = read_few_shot(source, changes.pop('task', None))
+    elif source is not None and args.dataset is not None:
+        raise ValueError(f'name one data set, not both {source} and {args.dataset}.')
+    elif source is not None:
+        options['dataset'] = source
     known = {field.name for field in fields(FewShotConfig)}
-    given = {k: v for k, v in vars(args).items() if k in known and v is not None}
-    options |= given
+    options |= {k: v for k, v in vars(args).items() if k in known and v is not None}
     if changes:
-        require('mmengine', user='--cfg-options')
         from mmengine.config import Config
 
         nested = Config(options)
@@ -206,7 +208,6 @@ def is_dataset(source: str) -> bool:
 
 def read_few_shot(path: str, task: str | None) -> tuple[dict, str]:
     """Returns ``few_shot`` of a configuration, and the folder of its results."""
-    require('mmengine', user=f'The configuration {path}')
     from dsnet_mm.engine.config import read_config
 
     try:
