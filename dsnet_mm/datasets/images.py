@@ -57,7 +57,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
             raise FileNotFoundError(f'there is no image or folder {path}.')
     if not found:
         sentence = (
-            f'there is no image in {", ".join(map(str, paths))}; their names end with '
+            f'no image in {", ".join(map(str, paths))}; their names end with '
             f'one of {" ".join(IMAGE_SUFFIXES)}.'
         )
         raise FileNotFoundError(' '.join([sentence, *notes]))
@@ -79,7 +79,8 @@ def count_other_files(folder: Path) -> str:
         for path in folder.rglob('*')
         if not (is_image(path) or path.name.startswith('.')) and path.is_file()
     )
-    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common())
+    ordered = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ', '.join(f'{count} {suffix}' for suffix, count in ordered)
 
 
 def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:

@@ -152,7 +152,7 @@ def test_file_has_the_preprocessing_of_the_tags(tmp_path, encoder, monkeypatch):
 def test_refused_pairs_name_a_model_that_has_the_weights():
     import open_clip
 
-    from dsnet_mm.clip.encoder import check_model
+    from dsnet_mm.clip.loading import check_model
 
     check_model('roberta-ViT-B-32', 'laion2b_s12b_b32k')
     refused = 0

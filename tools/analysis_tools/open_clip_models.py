@@ -14,8 +14,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from dsnet_mm.clip.encoder import check_model
-from dsnet_mm.clip.loading import fetching
+from dsnet_mm.clip.loading import check_model, fetching
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import OpenCLIPEncoder
 
