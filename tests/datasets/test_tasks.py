@@ -80,7 +80,7 @@ def make_folder(root, counts):
     for cls, count in counts.items():
         (root / cls).mkdir(parents=True)
         for i in range(count):
-            Image.new('RGB', (8, 8), (i, 0, 0)).save(root / cls / f'{i}.png')
+            Image.new('RGB', (8, 8), (i, ord(cls[0]), 0)).save(root / cls / f'{i}.png')
     return root
 
 
@@ -95,7 +95,7 @@ def test_folder_without_split(tmp_path):
     assert len({item[0] for items in task.split.values() for item in items}) == 14
     assert task == load_task(tmp_path / 'mine')
     make_folder(tmp_path / 'mine', {'red fox': 2})
-    with pytest.raises(ValueError, match="'red fox', 'red_fox'|'red fox'"):
+    with pytest.raises(ValueError, match="'red fox'"):
         load_task(tmp_path / 'mine')
 
 
