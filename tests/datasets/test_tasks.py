@@ -154,43 +154,31 @@ def test_check_of_a_public_data_set(tmp_path):
 
 
 def test_imagenet_layouts(tmp_path):
-    words = 'n01 tench\nn02 gold fish\n'
-    v2 = 'imagenetv2-matched-frequency-format-val'
-    layouts = {
-        'imagenet/images/train': ('n01', 'n02'),
-        'imagenet/images/val': ('n01', 'n02'),
-        f'imagenetv2/{v2}': ('0', '1'),
-        'imagenet-adversarial/imagenet-a': ('n01', 'n02'),
-        'imagenet-rendition/imagenet-r': ('n01', 'n02'),
-    }
-    for place, classes in layouts.items():
+    wnids, numbers = [f'n{i:02d}' for i in range(11)], [str(i) for i in range(11)]
+    v2 = 'imagenetv2/imagenetv2-matched-frequency-format-val'
+    for place, classes in {
+        'imagenet/images/train': wnids,
+        'imagenet/images/val': wnids,
+        v2: numbers,  # in the order of numbers
+        'imagenet-rendition/imagenet-r': wnids,
+    }.items():
         make_folder(tmp_path / place, dict.fromkeys(classes, 1))
-        (tmp_path / place.split('/')[0] / 'classnames.txt').write_text(words)
-    for name in ('imagenet', 'imagenetv2', 'imagenet_a'):
+        lines = [f'{wnid} gold fish {i}\n' for i, wnid in enumerate(wnids)]
+        names = tmp_path / place.split('/')[0] / 'classnames.txt'
+        names.write_text(''.join(lines))
+    for name in ('imagenet', 'imagenetv2', 'imagenet_r'):
         task = load_task(name, tmp_path)
-        assert task.class_names == ('tench', 'gold fish')
-        train = 2 if name == 'imagenet' else 0
-        assert sizes(task) == {'train': train, 'val': 0, 'test': 2}
+        assert task.class_names == tuple(f'gold fish {i}' for i in range(11))
+        train = 11 if name == 'imagenet' else 0
+        assert sizes(task) == {'train': train, 'val': 0, 'test': 11}
     with pytest.raises(FileNotFoundError, match='imagenet-sketch'):
         load_task('imagenet_sketch', tmp_path)
     # ImageNet has classes of the same name.
-    names = tmp_path / 'imagenet-rendition' / 'classnames.txt'
-    names.write_text('n01 missile\nn02 missile\n')
-    assert load_task('imagenet_r', tmp_path).class_names == ('missile', 'missile')
-    names.write_text('n01 missile\n')
-    with pytest.raises(ValueError, match='n02'):
+    names.write_text(''.join(f'{wnid} missile\n' for wnid in wnids))
+    assert load_task('imagenet_r', tmp_path).class_names == ('missile',) * 11
+    names.write_text('n00 missile\n')
+    with pytest.raises(ValueError, match='n01'):
         load_task('imagenet_r', tmp_path)
-
-
-def test_imagenetv2_folders_are_in_the_order_of_numbers(tmp_path):
-    place = tmp_path / 'imagenetv2'
-    labels = map(str, range(11))
-    v2 = 'imagenetv2-matched-frequency-format-val'
-    make_folder(place / v2, dict.fromkeys(labels, 1))
-    lines = [f'n{i:02d} word {i}\n' for i in range(11)]
-    (place / 'classnames.txt').write_text(''.join(lines))
-    names = load_task('imagenetv2', tmp_path).class_names
-    assert names == tuple(f'word {i}' for i in range(11))
 
 
 def test_aircraft_layout(tmp_path):
