@@ -3,10 +3,11 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from platform import python_version
 
 import torch
 
-from dsnet_mm.environment import commit, machine, python_version
+from dsnet_mm.environment import commit, machine
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 
