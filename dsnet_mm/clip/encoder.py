@@ -238,12 +238,7 @@ class OpenCLIPEncoder(nn.Module):
             'weights': self.digest(),
             'config': self.config,
             'tokenizer': hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest(),
-            'preprocessing': {
-                **self.preprocess,
-                'size': self.image_size,
-                'mean': self.mean,
-                'std': self.std,
-            },
+            'preprocessing': {**self.preprocess, 'size': self.image_size},
             'open_clip': open_clip.__version__,
         }
         return json.loads(json.dumps(identity))
