@@ -109,13 +109,11 @@ class CLIPAdapter(nn.Module):
             raise ValueError('visual=False and text=False leave nothing to learn.')
         if text and learn_classifier:
             raise ValueError(
-                'text=True and learn_classifier=True both learn the text features; '
-                'use one of them.'
+                'text=True and learn_classifier=True exclude each other: both learn W.'
             )
         if zero_init and second_relu:
             raise ValueError(
-                'zero_init=True and second_relu=True together give no gradient; use '
-                'one of them.'
+                'zero_init=True and second_relu=True exclude each other: no gradient.'
             )
         for name in ('alpha', 'beta'):
             value = self.options[name]
@@ -153,35 +151,6 @@ class CLIPAdapter(nn.Module):
                 logit = nn.Parameter(torch.logit(value).float())
                 self.register_parameter(f'{name}_logit', logit)
 
-    @property
-    def alpha(self) -> Tensor | float:
-        """Weight of the visual adapter."""
-        return self._ratio('alpha')
-
-    @property
-    def beta(self) -> Tensor | float:
-        """Weight of the text adapter."""
-        return self._ratio('beta')
-
-    def _ratio(self, name: str) -> Tensor | float:
-        logit = getattr(self, f'{name}_logit', None)
-        return float(self.options[name]) if logit is None else logit.sigmoid()
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        """Classifies image features.
-
-        Args:
-            image_features: Features of the image tower (N, D), not normalised.
-
-        Returns:
-            Logits (N, K).
-
-        Raises:
-            ValueError: If the features have another width than the text features.
-        """
-        f, w = self.adapt(image_features)
-        return self.logit_scale * f @ w.t()
-
     def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns f* (N, D) and W* (K, D), whose product :meth:`forward` scales.
 
@@ -204,10 +173,25 @@ class CLIPAdapter(nn.Module):
             f = alpha * self.visual_adapter(f) + (1 - alpha) * f
         if self.options['output_norm']:
             f = F.normalize(f, dim=-1)
-        if self.text_adapter is not None and self.options['beta'] != 0:
+        if self.text_adapter is not None and self.options['beta'] != 0:  # W*
             w = beta * self.text_adapter(w) + (1 - beta) * w
             w = F.normalize(w, dim=-1)
         return f, w
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Classifies image features.
+
+        Args:
+            image_features: Features of the image tower (N, D), not normalised.
+
+        Returns:
+            Logits (N, K).
+
+        Raises:
+            ValueError: If the features have another width than the text features.
+        """
+        f, w = self.adapt(image_features)
+        return self.logit_scale * f @ w.t()
 
     def logits_and_distance(
         self, image_features: Tensor, labels: Tensor
@@ -242,6 +226,20 @@ class CLIPAdapter(nn.Module):
         if self.text_adapter is not None:
             moved = moved + (w_star - w)[labels].square().sum(-1)
         return self.logit_scale * f_star @ w_star.t(), (k * moved).mean()
+
+    @property
+    def alpha(self) -> Tensor | float:
+        """Weight of the visual adapter."""
+        return self._ratio('alpha')
+
+    @property
+    def beta(self) -> Tensor | float:
+        """Weight of the text adapter."""
+        return self._ratio('beta')
+
+    def _ratio(self, name: str) -> Tensor | float:
+        logit = getattr(self, f'{name}_logit', None)
+        return float(self.options[name]) if logit is None else logit.sigmoid()
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={value!r}' for name, value in self.options.items())

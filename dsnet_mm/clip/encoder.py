@@ -94,54 +94,6 @@ class OpenCLIPEncoder(nn.Module):
         self._digest: dict[tuple, str] = {}
         _encoders.add(self)
 
-    @classmethod
-    def shared(
-        cls,
-        model: str | dict,
-        pretrained: str | None = None,
-        *,
-        amp: str | None = None,
-        device: str | torch.device = 'cpu',
-        download: bool = True,
-    ) -> 'OpenCLIPEncoder':
-        """Returns an encoder, with the towers of an existing one if possible.
-
-        Towers are reused if they have the same model and weights, are on the device,
-        and have not been changed since they were loaded. Otherwise they are loaded.
-        Only the encoders that use the towers keep them in memory.
-
-        Args:
-            model: See the class.
-            pretrained: See the class. A checkpoint file is identified by path, size
-                and modification time.
-            amp: See the class. It need not be that of the existing encoder.
-            device: Device of the towers.
-            download: See the class.
-
-        Returns:
-            The encoder.
-        """
-        origin = _origin(model, pretrained)
-        device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
-        for other in _encoders:
-            if (
-                other._origin == origin
-                and next(other.parameters()).device == device
-                and other._state() == other._loaded
-            ):
-                encoder = copy.copy(other)
-                encoder.amp = _checked_amp(amp)
-                _encoders.add(encoder)
-                return encoder
-        return cls(model, pretrained, amp=amp, download=download).to(device)
-
-    def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
-        """Stays in eval mode, whatever ``mode`` is."""
-        return super().train(False)
-
-    def init_weights(self) -> None:
-        """Keeps the weights that the constructor loaded."""
-
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Encodes images.
 
@@ -195,17 +147,63 @@ class OpenCLIPEncoder(nn.Module):
             other = seen.setdefault(rows.numpy().tobytes(), name)
             if other != name:
                 raise ValueError(
-                    f'the prompts of the classes {other!r} and {name!r} have the same '
-                    f'first {tokens.shape[1]} tokens, which are all that the text '
-                    f'tower reads; rename the classes or shorten their names.'
+                    f'the classes {other!r} and {name!r} have the same first '
+                    f'{tokens.shape[1]} tokens, all that the text tower reads; rename '
+                    f'or shorten them.'
                 )
         device = next(self.parameters()).device
-        features = [
-            F.normalize(self.encode_text(part.to(device)), dim=-1)
-            for part in tokens.split(256)
-        ]
-        grouped = torch.cat(features).view(len(names), len(prompts), -1)
-        return F.normalize(grouped.mean(1), dim=-1)
+        features = [self.encode_text(part.to(device)) for part in tokens.split(256)]
+        features = F.normalize(torch.cat(features), dim=-1)
+        means = features.view(len(names), len(prompts), -1).mean(1)
+        return F.normalize(means, dim=-1)
+
+    def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
+        """Stays in eval mode, whatever ``mode`` is."""
+        return super().train(False)
+
+    def init_weights(self) -> None:
+        """Keeps the weights that the constructor loaded."""
+
+    @classmethod
+    def shared(
+        cls,
+        model: str | dict,
+        pretrained: str | None = None,
+        *,
+        amp: str | None = None,
+        device: str | torch.device = 'cpu',
+        download: bool = True,
+    ) -> 'OpenCLIPEncoder':
+        """Returns an encoder, with the towers of an existing one if possible.
+
+        Towers are reused if they have the same model and weights, are on the device,
+        and have not been changed since they were loaded. Otherwise they are loaded.
+        Only the encoders that use the towers keep them in memory.
+
+        Args:
+            model: See the class.
+            pretrained: See the class. A checkpoint file is identified by path, size
+                and modification time.
+            amp: See the class. It need not be that of the existing encoder.
+            device: Device of the towers.
+            download: See the class.
+
+        Returns:
+            The encoder.
+        """
+        origin = _origin(model, pretrained)
+        device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        for other in _encoders:
+            if (
+                other._origin == origin
+                and next(other.parameters()).device == device
+                and other._state() == other._loaded
+            ):
+                encoder = copy.copy(other)
+                encoder.amp = _checked_amp(amp)
+                _encoders.add(encoder)
+                return encoder
+        return cls(model, pretrained, amp=amp, download=download).to(device)
 
     def digest(self) -> str:
         """Returns the SHA-256 of all weights."""
@@ -268,8 +266,7 @@ class OpenCLIPEncoder(nn.Module):
         on_cpu = x.device.type == 'cpu'
         if on_cpu and (self.amp == 'float16' or x.dtype == torch.float16):
             raise ValueError(
-                'float16 does not run on the CPU; use amp=None or amp="bfloat16", or '
-                'move the encoder to a GPU.'
+                'float16 does not run on the CPU; use a GPU, or amp None or bfloat16.'
             )
         return torch.autocast(
             x.device.type,
@@ -297,10 +294,7 @@ def feature_width(model: str) -> int:
 
 def _checked_amp(amp: str | None) -> str | None:
     if amp not in (None, 'float16', 'bfloat16'):
-        raise ValueError(
-            f"amp must be None, 'float16' or 'bfloat16', got {amp!r}; the weights "
-            f'stay in float32.'
-        )
+        raise ValueError(f"amp must be None, 'float16' or 'bfloat16', got {amp!r}.")
     return amp
 
 

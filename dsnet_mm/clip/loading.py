@@ -254,24 +254,18 @@ def _preprocessing_of_tags(name: str) -> dict[str, object] | None:
     """Returns the preprocessing that all tags of a model share, None if they differ."""
     open_clip = import_open_clip()
     keys = ('mean', 'std', 'interpolation', 'resize_mode')
-    found = [
-        {key: cfg[key] for key in keys if cfg.get(key) is not None}
-        for cfg in (
-            open_clip.get_pretrained_cfg(name, tag)
-            for tag in open_clip.list_pretrained_tags_by_model(name)
-        )
-    ]
-    if not found or any(other != found[0] for other in found):
-        if found:
-            logging.getLogger(__name__).warning(
-                'the weights of %s differ in their preprocessing, and a file does not '
-                "name its own: CLIP's is used; to set another, put the file into a "
-                'folder with an open_clip_config.json, and take local-dir:FOLDER as '
-                'the model.',
-                name,
-            )
-        return None
-    return found[0]
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    found = [{k: c[k] for k in keys if c.get(k) is not None} for c in configs]
+    if all(other == found[0] for other in found):
+        return found[0] if found else None
+    logging.getLogger(__name__).warning(
+        'the weights of %s differ in their preprocessing, and a file does not name its '
+        "own: CLIP's is used; to set another, put the file into a folder with an "
+        'open_clip_config.json, and take local-dir:FOLDER as the model.',
+        name,
+    )
+    return None
 
 
 @contextmanager

@@ -101,9 +101,7 @@ class FeatureCache:
             )
         self.folder = Path(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(
-                f'the cache {self.folder} is a file; choose a folder for the features.'
-            )
+            raise ValueError(f'the cache {self.folder} is a file; choose a folder.')
         self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
