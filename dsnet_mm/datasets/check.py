@@ -109,6 +109,6 @@ def describe_copies(copies: Mapping[str, str]) -> str:
     """Formats what :func:`find_copies` found as a sentence."""
     path, other = next(iter(copies.items()))
     return (
-        f'{len(copies)} test images are also training or validation images (by file '
-        f'or pixels), such as {path} and {other}; remove one of each.'
+        f'{len(copies)} test images are also training or validation images, by the '
+        f'same file or the same pixels, such as {path} and {other}; remove one of each.'
     )
