@@ -28,7 +28,7 @@ from .actions import (
     learn,
     load_encoder,
 )
-from .clip import FOLDER, STEPS, pretrain, scene_pairs
+from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
 THEME = gr.themes.Soft(

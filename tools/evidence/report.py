@@ -51,7 +51,7 @@ def values(results: Results, row: str, metric: str) -> dict[int, float]:
 
 
 def summary(numbers: list[float], sign: str = '') -> str:
-    """Formats the mean and, of two and more, the 95 % interval (Student t)."""
+    """Formats the mean and, of three and more, the 95 % interval (Student t)."""
     if not numbers:
         return '-'
     half = half_interval(numbers)
