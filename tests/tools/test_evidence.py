@@ -125,39 +125,6 @@ def test_keys_are_those_of_our_files(tmp_path: Path):
         "_base_ = ['mmdet::_base_/default_runtime.py']\n"
         "model = dict(neck=dict(type='FPN', num_outs=4), head=dict(_delete_=True, a=1))"
     )
-<<<<<<< HEAD
-    record(table, 'theirs', 0, 50)
-    reproduce.main(['small'])
-    assert done == [('ours', 0), ('ours', 1), ('theirs', 1), ('ours', 2), ('theirs', 2)]
-    done.clear()
-    reproduce.main(['small'])
-    assert not done, 'all are recorded'
-
-
-def test_report(table: Path):
-    for seed, ours, theirs in ((0, 60, 50), (1, 62, 54), (2, 61, 52)):
-        result = record(table, 'ours', seed, ours)
-        record(table, 'theirs', seed, theirs)
-    results = report.read_results('small')
-    text = report.section('small', results)
-    # Student's t for three values: 4.303 standard errors. The gaps are -10, -8, -9.
-    assert '| Ours | 3 | 3.0 | 61.0 ± 2.5 | - |' in text
-    assert '| Theirs | 3 | 3.0 | 52.0 ± 5.0 | -9.0 ± 2.5 |' in text
-    assert '6 of 6 runs' in text
-    assert report.plot('small', results)[1:4] == b'PNG'
-
-    page = 'a\n<!-- table: small -->\nold\n<!-- end -->\nb\n'
-    assert report.fill(page, {'small': 'new'}) == page.replace('old', 'new')
-    with pytest.raises(ValueError, match='table: other'):
-        report.fill(page, {'other': 'new'})
-
-    close = {**result, 'metrics': {'accuracy/top1': 61.5}}
-    compare = (TABLE.rows[0], 2, close, result)
-    assert report.compare('small', *compare).endswith('reproduced')
-    close['metrics'] = {'accuracy/top1': 59.0}
-    with pytest.raises(ValueError, match=r'59\.0, recorded 61\.0.*not reproduced'):
-        report.compare('small', *compare)
-=======
     (tmp_path / 'own.py').write_text(
         "_base_ = 'base.py'\nlr = 1\nlist_ = [dict(a=1)]\noptim = dict(lr=lr, x=dict())"
     )
@@ -167,7 +134,6 @@ def test_report(table: Path):
     one, other = {'a': {'b': [1, 2]}, 'c': 3}, {'a': {'b': [1, 5]}, 'c': 3}
     keys = {('a', 'b', '0'), ('a', 'b', '1'), ('c',), ('d', 'e')}
     assert runs.differing(one, other, keys) == ['a.b.1']
->>>>>>> tools
 
 
 def test_page_is_made_from_the_results():
