@@ -308,6 +308,7 @@ def test_report(table: Path):
     assert '| Ours | 3 | 3.0 | 61.0 ± 2.5 | - |' in text
     assert '| Theirs | 3 | 3.0 | 52.0 ± 5.0 | -9.0 ± 2.5 |' in text
     assert '6 of 6 runs' in text
+    assert report.summary([60.0, 62.0]) == '61.0', 'two values have no interval'
     assert report.plot('small', results)[1:4] == b'PNG'
 
     page = 'a\n<!-- table: small -->\nold\n<!-- end -->\nb\n'
