@@ -92,7 +92,7 @@ def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
 
     Returns:
         What is wrong and the reader's error, or None if the file is sound. Wrong is
-        ``'missing'``, ``'empty'``, ``'unreadable'`` (of no format that Pillow knows),
+        ``'missing'``, ``'empty'``, ``'unreadable'`` (forbidden, or of no known format),
         ``'too large'`` (more pixels than Pillow reads) or ``'cut off'`` (the format is
         known, and the pixels cannot be read).
     """
@@ -104,7 +104,7 @@ def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
         if decode:
             with Image.open(path) as image:
                 image.load()
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, PermissionError) as error:
         return 'unreadable', str(error)
     except Image.DecompressionBombError as error:
         return 'too large', str(error)
