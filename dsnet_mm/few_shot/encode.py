@@ -15,7 +15,6 @@ from .sources import (
     encode_parts,
     load_train_task,
     open_cache,
-    refuse_copies,
 )
 
 SEED = 1
@@ -78,16 +77,10 @@ def encode(
                 f'{out} exists, with other content; choose another file, or remove it.'
             )
         return 0
-    train, val, plain = parts['train'], parts['val'], views > 0
-    encode_parts(cache, parts, views, share, plain)  # plain is for cross-validation
-    missing = sum(
-        cache.count_missing(items, views if name == 'train' else 0)
-        for name, items in parts.items()
-    )
-    missing += cache.count_missing(train) if plain else 0
-    if missing:
+    # Plain features are for cross-validation.
+    if missing := encode_parts(task, cache, parts, views, True, share):
         return missing
-    refuse_copies(task, cache, parts, views)
+    train, val = parts['train'], parts['val']
     draws = {None: train}
     if shots is not None:
         draws = {k: collect_draws(task, [(k, SEED)])['train'] for k in shots}
@@ -105,7 +98,7 @@ def encode(
         drawn,
         cache.images(val) if val else None,
         cache.images(parts['test']),
-        {k: cache.images(items) for k, items in draws.items()} if plain else {},
+        {k: cache.images(items) for k, items in draws.items()} if views else {},
         about,
     ).write(out)
     return 0

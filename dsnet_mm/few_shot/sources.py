@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets import (
@@ -66,18 +65,8 @@ class Source(ABC):
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
     """
 
-    title: str
-    class_names: tuple[str, ...]
-    prompts: Sequence[str]
-    preprocessing: str
-    shots: tuple[int, ...]
-    has_val: bool
     notes: list[str]
-    encoder: OpenCLIPEncoder | None
-    made_by: OpenCLIPEncoder | Mapping
-    text_features: Tensor
-    logit_scale: float
-    fingerprint: dict[str, str]
+    encoder: OpenCLIPEncoder | None = None
 
     @abstractmethod
     def prepare(self) -> None:
@@ -140,9 +129,7 @@ class ImageSource(Source):
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
         parts = collect_draws(self.task, draws)
-        views = self.config.views
-        encode_parts(self.cache, parts, views, plain=plain and views > 0)
-        refuse_copies(self.task, self.cache, parts, views)
+        encode_parts(self.task, self.cache, parts, self.config.views, plain)
         if self.config.on_bad_image == 'skip':
             for shots, seed in draws:  # raises before the fits
                 self.draw(shots, seed, False)
@@ -178,8 +165,6 @@ class FeatureSource(Source):
     shots. Seed 1 takes the part ``train_k`` as it is, if the file has it. If no part
     has more than k shots, all seeds have the same training images.
     """
-
-    encoder = None
 
     def __init__(self, config: FewShotConfig) -> None:
         self.config, self.notes = config, []
@@ -344,53 +329,52 @@ def collect_draws(task: FewShotTask, draws: Sequence[Draw]) -> dict[str, list[It
 
 
 def encode_parts(
+    task: FewShotTask,
     cache: FeatureCache,
     parts: Mapping[str, Sequence[Item]],
     views: int,
+    plain: bool,
     share: tuple[int, int] = (0, 1),
-    plain: bool = False,
-) -> None:
-    """Encodes training images with augmented views, and others as they are.
-
-    ``plain`` also encodes the training images as they are.
-    """
-    for name, items in parts.items():
-        if items:
-            of_part = views if name == 'train' else 0
-            cache.encode(items, of_part, f'encoding {name}', share)
-    if plain:
-        cache.encode(parts['train'], 0, 'encoding train, plain', share)
-
-
-def refuse_copies(
-    task: FewShotTask, cache: FeatureCache, used: dict[str, list[Item]], views: int
-) -> None:
-    """Refuses test images that are also training or validation images.
-
-    The published splits of the public data sets are used as they are, with a warning.
+) -> int:
+    """Encodes the images of a task, and refuses copies when all are encoded.
 
     Args:
         task: The data set.
-        cache: The cache, which has the pixels of the encoded images.
-        used: Its images that are used, by part.
-        views: Views of the training images.
+        cache: Where the features are stored.
+        parts: Its images that are used, by part.
+        views: Augmented views of the training images. Others are encoded as they are.
+        plain: Whether the training images are also encoded as they are.
+        share: Number of this process and number of processes.
+
+    Returns:
+        Number of images that other processes have not encoded yet.
 
     Raises:
-        ValueError: If there are such images.
+        ValueError: If an image cannot be read, or a test image is also a training or
+            validation image. The published splits of the public data sets are used as
+            they are, with a warning.
     """
-    public = task.name in PUBLIC_DATASETS
-    pixels = cache.pixels(used['train'], views)
-    for part in ('val', 'test'):
-        if used[part]:
-            pixels |= cache.pixels(used[part])
-    if copies := find_copies(used if public else task.split, pixels):
-        if not public:
+    todo = [(k, items, views if k == 'train' else 0) for k, items in parts.items()]
+    if plain and views:
+        todo.append(('train, plain', parts['train'], 0))
+    todo = [(what, items, count) for what, items, count in todo if items]
+    for what, items, count in todo:
+        cache.encode(items, count, f'encoding {what}', share)
+    if missing := sum(cache.count_missing(items, count) for _, items, count in todo):
+        return missing
+    pixels: dict[str, str] = {}
+    for _, items, count in todo:
+        pixels |= cache.pixels(items, count)
+    is_public = task.name in PUBLIC_DATASETS
+    if copies := find_copies(parts if is_public else task.split, pixels):
+        if not is_public:
             raise ValueError(describe_copies(copies))
         logger.warning(
             '%d test images of the published split of %s are also training or '
             'validation images; they are used as published.',
             *(len(copies), task.name),
         )
+    return 0
 
 
 def _first_view(part: Features) -> Features:

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip('mmpretrain', reason='CLIPAdapterHead extends ClsHead')
 
-from mmengine.config import Config
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from safetensors.torch import save_file
@@ -125,63 +124,12 @@ def test_loss_of_the_head_is_that_of_the_method(tiny_clip, keep):
 # --- In the Runner ------------------------------------------------------------------
 
 
-def config(tiny_clip, image_folder, work_dir):
-    def loader(part):
-        return dict(
-            batch_size=8,
-            num_workers=0,
-            # MMEngine sleeps at the end of each epoch of other samplers.
-            sampler=dict(
-                type='InfiniteSampler' if part == 'train' else 'DefaultSampler',
-                shuffle=part == 'train',
-            ),
-            collate_fn=dict(type='default_collate'),
-            dataset=dict(
-                type='dsnet_mm.FewShotDataset',
-                dataset=str(image_folder),
-                part=part,
-                shots=8,
-                features=dict(folder=str(work_dir / 'cache'), encoder=tiny_clip),
-                views=3,
-                pipeline=[dict(type='mmpretrain.PackInputs', input_key='features')],
-            ),
-        )
-
-    return Config(
-        dict(
-            default_scope='mmpretrain',
-            work_dir=str(work_dir),
-            model=dict(
-                type='ImageClassifier',
-                data_preprocessor=dict(),
-                backbone=dict(type='dsnet_mm.OpenCLIPEncoder', **tiny_clip),
-                head=dict(
-                    type='dsnet_mm.CLIPAdapterHead',
-                    encoder=tiny_clip,
-                    class_names=str(image_folder),
-                    adapter=dict(alpha=0.8),
-                    keep=0.0,
-                ),
-            ),
-            train_dataloader=loader('train'),
-            test_dataloader=loader('test'),
-            test_evaluator=dict(type='Accuracy'),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.03)),
-            train_cfg=dict(by_epoch=False, max_iters=75),
-            default_hooks=dict(
-                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=75)
-            ),
-            test_cfg=dict(),
-            randomness=dict(seed=0),
-            log_level='WARNING',
-        )
-    )
-
-
-def test_training_loads_clip_once_and_learns(tiny_clip, image_folder, tmp_path, loads):
+def test_training_loads_clip_once_and_learns(tiny_config, tiny_clip, tmp_path, loads):
     """Trains, then tests the checkpoint with another Runner."""
     own_clip = {key: shutil.copy(path, tmp_path) for key, path in tiny_clip.items()}
-    cfg = config(own_clip, image_folder, tmp_path)
+    cfg = tiny_config(encoder=own_clip, steps=60)
+    cfg.optim_wrapper.optimizer.lr = 0.03
+    cfg.model.head.update(keep=0.0, adapter=dict(alpha=0.8))
     runner = Runner.from_cfg(cfg)
     assert loads == ['create_model']
     runner.train()
@@ -190,7 +138,7 @@ def test_training_loads_clip_once_and_learns(tiny_clip, image_folder, tmp_path, 
     assert loads.count('create_model') == 1
 
     loads.clear()
-    cfg.load_from = str(tmp_path / 'iter_75.pth')
+    cfg.load_from = str(tmp_path / 'iter_60.pth')
     cfg.experiment_name = 'again'
     cfg.model.head.class_names = 'no/such/folder'
     again = Runner.from_cfg(cfg)
@@ -198,10 +146,9 @@ def test_training_loads_clip_once_and_learns(tiny_clip, image_folder, tmp_path, 
     assert loads == ['create_model', 'read_folder'], 'the test set and its encoder'
 
 
-def test_moving_average_of_an_adapter(tiny_clip, image_folder, tmp_path):
-    cfg = config(tiny_clip, image_folder, tmp_path)
+def test_moving_average_of_an_adapter(tiny_config):
+    cfg = tiny_config()
     cfg.model.head.class_names = ['blue', 'green sea', 'red']
-    cfg.train_cfg.max_iters = 3
     cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5)]
     runner = Runner.from_cfg(cfg)
     runner.train()

@@ -109,11 +109,7 @@ class HoldOneShotOut(nn.Module):
 
     The adapter gets no gradient from the held-out images, and the ratio none from the
     training images. Its learning rate is ten times that of the adapter.
-
-    Args:
-        adapter: The adapter, with its initial ratio.
-        held_out: Features (K, D) of an image of each class.
-        labels: Their labels (K,).
+    ``held_out`` are the features (K, D) of an image of each class.
     """
 
     def __init__(self, adapter: CLIPAdapter, held_out: Tensor, labels: Tensor) -> None:
