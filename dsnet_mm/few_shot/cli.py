@@ -101,12 +101,7 @@ DATA = (
     option('--dataset', 'name, folder or CSV file'),
     option('--model', 'model of open_clip, or a JSON file'),
     option('--pretrained', 'tag or file of its weights'),
-    option(
-        '--download',
-        'fetch weights that are not here',
-        action='store_const',
-        const=True,
-    ),
+    option('--download', 'fetch weights that are not here', **FLAG, default=None),
     option('--data-root', 'folder of the public data sets'),
     option('--device', 'device of the encoder (default: auto, a GPU if there is one)'),
     option('--shots', 'training images of each class', nargs='+', type=int),
@@ -174,7 +169,8 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
         )
     changes = dict(args.cfg_options)
     if is_config:
-        options, work_dir = read_few_shot(source, changes.pop('task', None))
+        task = changes.pop('task', None)
+        options, work_dir = read_few_shot(source, task, args.dataset)
     elif source is not None and args.dataset is not None:
         raise ValueError(f'name one data set, not both {source} and {args.dataset}.')
     elif source is not None:
@@ -206,12 +202,18 @@ def is_dataset(source: str) -> bool:
     return source in PUBLIC_DATASETS or path.is_dir() or is_file
 
 
-def read_few_shot(path: str, task: str | None) -> tuple[dict, str]:
-    """Returns ``few_shot`` of a configuration, and the folder of its results."""
+def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dict, str]:
+    """Returns ``few_shot`` of a configuration, and the folder of its results.
+
+    Prompts and other options can depend on the data set, so ``--dataset`` is the task
+    of a configuration that has a choice of them.
+    """
     from dsnet_mm.engine.config import read_config
 
     try:
         cfg = read_config(path, task)
+        if task is None and dataset is not None and 'task' in cfg:
+            cfg = read_config(path, dataset)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f'{error}; a data set is a folder, a CSV or parquet file, or a name such '

@@ -383,12 +383,17 @@ def test_run_of_a_configuration(tool, config, tmp_path, monkeypatch):
         raise ValueError('stop')
 
     monkeypatch.setattr('dsnet_mm.few_shot.cli.run', stop)
-    options = ('--seeds', '4', '--cfg-options', 'task=dtd', 'views=3')
-    with pytest.raises(SystemExit, match='stop'):
-        tool('run', 'clip-adapter_rn50', *options)
-    found, work_dir = seen
-    assert (found.dataset, found.seeds, found.views) == ('dtd', (4,), 3)
-    assert work_dir == Path('work_dirs/clip-adapter_rn50_dtd')
+    for options in (
+        ('--cfg-options', 'task=dtd', 'views=3'),
+        ('--dataset', 'dtd', '--cfg-options', 'views=3'),
+    ):
+        seen.clear()
+        with pytest.raises(SystemExit, match='stop'):
+            tool('run', 'clip-adapter_rn50', '--seeds', '4', *options)
+        found, work_dir = seen
+        assert (found.dataset, found.seeds, found.views) == ('dtd', (4,), 3)
+        assert found.prompts is None, 'not those of ImageNet'
+        assert work_dir == Path('work_dirs/clip-adapter_rn50_dtd')
 
 
 def test_check_command(tool, image_folder, tmp_path, capsys):
