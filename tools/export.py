@@ -8,6 +8,7 @@ a detector are not exported (docs/export.md).
 """
 
 import argparse
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
@@ -141,11 +142,12 @@ def latencies(
         turns: Each turn runs each once. There is one turn more, which is dropped.
 
     Returns:
-        The median milliseconds of each.
+        The median milliseconds of each. A network that cannot be fused has no such one.
     """
-    fused = fuse_for_inference(deepcopy(net))
     image = torch.randn(1, 3, *shape)
-    forms = {'PyTorch, as built': net, 'PyTorch, fused': fused, 'exported': run}
+    forms = {'PyTorch, as built': net, 'exported': run}
+    with suppress(ValueError):
+        forms['PyTorch, fused'] = fuse_for_inference(deepcopy(net))
     times = {name: [] for name in forms}
     with torch.inference_mode():
         for _ in range(turns + 1):

@@ -50,7 +50,7 @@ def export_onnx(
 ) -> float:
     """Writes image tower and classifier as an ONNX file.
 
-    Its input ``pixels`` (N, 3, H, W) are RGB images after resize and crop, with
+    Its input ``images`` (N, 3, H, W) are RGB images after resize and crop, with
     values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names
     and the preprocessing are in its metadata. Above 1.5 GB the weights are in a second
     file beside it, ``path`` with ``.data`` added.
@@ -101,7 +101,7 @@ def export_onnx(
                 model,
                 (pixels[:2],),
                 dynamo=True,
-                input_names=['pixels'],
+                input_names=['images'],
                 output_names=['probabilities'],
                 dynamic_shapes=({0: torch.export.Dim('batch')},),
                 verbose=False,
@@ -119,7 +119,7 @@ def export_onnx(
             )
             gaps = []
             for batch in (pixels[:1], pixels):
-                (found,) = session.run(None, {'pixels': batch.numpy()})
+                (found,) = session.run(None, {'images': batch.numpy()})
                 gaps.append((torch.from_numpy(found) - model(batch)).abs().max().item())
         except Exception as error:  # both libraries raise errors of many types
             reason = ' '.join(str(error).split())[:200]

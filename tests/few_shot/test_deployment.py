@@ -269,7 +269,7 @@ def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, cap
     pixels = torch.stack([deployed.prepare(p) for p in images])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
     session = onnxruntime.InferenceSession(str(out))
-    (found,) = session.run(None, {'pixels': (pixels * std + mean).numpy()})
+    (found,) = session.run(None, {'images': (pixels * std + mean).numpy()})
     assert torch.allclose(torch.from_numpy(found), deployed(images), atol=1e-5)
     about = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert json.loads(about['class_names']) == list(NAMES)
@@ -282,7 +282,7 @@ def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, cap
     assert {p.name for p in large.parent.iterdir()} == {'it.onnx', 'it.onnx.data'}
     assert large.stat().st_size < out.stat().st_size
     session = onnxruntime.InferenceSession(str(large))
-    (same,) = session.run(None, {'pixels': (pixels * std + mean).numpy()})
+    (same,) = session.run(None, {'images': (pixels * std + mean).numpy()})
     assert (same == found).all()
     large.unlink()
     with pytest.raises(FileExistsError, match=r'it\.onnx\.data exists'):

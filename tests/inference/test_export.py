@@ -90,6 +90,12 @@ def test_program_of_a_detector_runs_with_its_heads(
     torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-3, atol=1e-2)
 
 
+def test_latencies_of_a_network_that_cannot_be_fused() -> None:
+    net = nn.Conv2d(3, 2, 1)
+    times = tool('export.py').latencies(net, net, (8, 8), 1)
+    assert times.keys() == {'PyTorch, as built', 'exported'}
+
+
 def test_differences_see_what_is_wrong() -> None:
     net = nn.Conv2d(3, 2, 1)
     module = nn.Sequential(net)
