@@ -2,17 +2,21 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
 from torch import nn
 
 from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.datasets.loading import LoadImageFromFile, UnreadableImageError
 from dsnet_mm.engine.hooks import FiniteLossHook, NonFiniteLossError
-from tests.conftest import FOLDERS, tool
+from tests.conftest import FOLDERS, REPO, tool
 
 # An untrained weight that is NaN from the second iteration on.
 POISON = """
@@ -65,6 +69,36 @@ def test_nan_stops_the_training(copy: Path, capsys: pytest.CaptureFixture) -> No
     ).all()
     assert f'the last good checkpoint is {copy}/out/iter_1.pth; ' in line
     assert not os.path.exists('out/iter_3.pth')
+
+
+def test_averaged_weights_are_evaluated_and_saved(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hook of the ImageNet recipe: in validation and in tools/test.py."""
+    config = 'configs/dsnet/dsnet-tiny_8xb128_in1k.py'
+    hooks = Config.fromfile(REPO / config).custom_hooks
+    (hook,) = (dict(hook, momentum=0.5) for hook in hooks)
+    (copy / 'ema.py').write_text(
+        f"_base_ = 'classifier.py'\ncustom_hooks = [{hook}]\ntrain_cfg = "
+        'dict(max_epochs=1)\n'
+    )
+    seen = []
+
+    def step(model: nn.Module, data: dict, original: Callable) -> list:
+        seen.append(model.head.fc.weight.clone())
+        return original(model, data)
+
+    for name in ('val_step', 'test_step'):
+        original = partial(step, original=getattr(BaseModel, name))
+        monkeypatch.setattr(BaseModel, name, partialmethod(original))
+    tool('train.py').main(['ema.py', '--work-dir=out', '--cfg-options', FOLDERS])
+    path = 'out/epoch_1.pth'
+    tool('test.py').main(['ema.py', path, '--work-dir=out', '--cfg-options', FOLDERS])
+    checkpoint, key = read_checkpoint(path), 'head.fc.weight'
+    averaged = checkpoint['state_dict'][key]
+    assert len(seen) == 4 and all(torch.equal(weight, averaged) for weight in seen)
+    raw = checkpoint['ema_state_dict'][f'module.{key}']
+    assert not torch.equal(averaged, raw)
 
 
 def test_overflow_in_mixed_precision_goes_on() -> None:
