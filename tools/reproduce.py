@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.environment import commit
 from dsnet_mm.files import write_atomic
-from evidence.runs import RESULTS, check_cost, commit, runs_of, write
+from evidence.runs import RESULTS, check_cost, runs_of
 from evidence.tables import TABLES
 
 
@@ -145,7 +146,7 @@ def run_rows(
                 print(error)
                 failed = True
         else:
-            write(run, result)
+            run.record(result)
             report()
     if failed:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A page to play with: objects and both streams of DS-Net, classes by CLIP-Adapter.
+"""The interactive demo: objects and both streams of DS-Net, classes by CLIP-Adapter.
 
 It is on this machine only, unless --host says otherwise. Stop it by Ctrl+C.
 """

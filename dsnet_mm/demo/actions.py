@@ -25,8 +25,8 @@ from dsnet_mm.inference import DetectedObject, Prediction, Predictor
 from dsnet_mm.inference.drawing import draw
 from dsnet_mm.inference.streams import draw_streams, find_blocks
 
-from .clip import SIZE, random_scene
 from .scenes import draw_scene
+from .tiny_clip import SIZE, random_scene
 
 MAX_PIXELS = 50_000_000
 """Pixels of an image that is opened."""
@@ -36,7 +36,7 @@ of this size take about a gigabyte, if its configuration doubles it."""
 MAX_CLASSES = 10
 MAX_IMAGES = 64
 """Images of a class."""
-LEAST_SCORE = 0.05
+MINIMUM_SCORE = 0.05
 """Objects of lower scores are not kept."""
 
 DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
@@ -81,7 +81,7 @@ class Found:
     Attributes:
         image: The image as the detector got it, BGR, (H, W, 3).
         reduced: Whether it was larger.
-        prediction: Its objects with scores of at least ``LEAST_SCORE``, the highest
+        prediction: Its objects with scores of at least ``MINIMUM_SCORE``, the highest
             first.
         seconds: Time of the detection.
         point: Place whose attention is drawn, as fractions of width and height. None is
@@ -119,7 +119,7 @@ class Detector:
 
     def __init__(self, config: str, weights: str, device: str | None = None) -> None:
         self.predictor = Predictor(
-            config, weights, device=device, score_thr=LEAST_SCORE
+            config, weights, device=device, score_thr=MINIMUM_SCORE
         )
         if not self.predictor.detects:
             raise ValueError(f'{config} is a classifier; this page takes a detector')

@@ -18,8 +18,8 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 
 from .actions import (
-    LEAST_SCORE,
     MAX_CLASSES,
+    MINIMUM_SCORE,
     Detector,
     Found,
     check_image,
@@ -28,7 +28,7 @@ from .actions import (
     learn,
     load_encoder,
 )
-from .clip import FOLDER, STEPS, pretrain, scene_pairs
+from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
 THEME = gr.themes.Soft(
@@ -180,7 +180,7 @@ class Page:
                     take = gr.Button('Take the example', size='sm', elem_id='example')
                     take.click(self.take_example, None, image)
                 score = gr.Slider(
-                    LEAST_SCORE, 1, 0.5, step=0.05, label='Least score of an object'
+                    MINIMUM_SCORE, 1, 0.5, step=0.05, label='Minimum score'
                 )
                 names = detector.predictor.class_names
                 known = f' It knows: {", ".join(names)}.' if names else ''
@@ -223,7 +223,7 @@ class Page:
                 detector.draw(result, score),
                 rows,
                 f'**{len(rows)} objects** with a score of at least {score:g}, '
-                f'{len(result.prediction.objects)} from {LEAST_SCORE:g} on; '
+                f'{len(result.prediction.objects)} from {MINIMUM_SCORE:g} on; '
                 f'{result.seconds:.1f} s; '
                 + (f'reduced to {size}.' if result.reduced else f'{size}.'),
             ]

@@ -242,8 +242,8 @@ def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
     ('args', 'sentence'),
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
-        ('CLASSIFIER a.pth none.png', 'there is no none.png; give an image'),
-        ('CLASSIFIER a.pth EMPTY', 'holds no image; their names end with'),
+        ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
+        ('CLASSIFIER a.pth EMPTY', 'there is no image in'),
         ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
         ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
     ],

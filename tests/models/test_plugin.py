@@ -111,7 +111,7 @@ assert not torch.cuda.is_initialized()
 
 
 def test_report(tmp_path):
-    from dsnet_mm.environment import co_attention_path, find_problems, ops_build
+    from dsnet_mm.__main__ import co_attention_path, find_problems, ops_build
 
     done = subprocess.run(
         [sys.executable, '-m', 'dsnet_mm'],
@@ -131,15 +131,16 @@ def test_report(tmp_path):
 
 
 def test_report_names_the_commands_that_solve_a_problem(monkeypatch):
-    from dsnet_mm import environment
+    from dsnet_mm import __main__, environment
     from dsnet_mm.environment import Installed
 
     installed = dict(
         mmengine=Installed(('mmengine', 'onedl-mmengine'), '0.10.12'),
         mmcv=Installed(('mmcv',), '1.7.0'),
     )
-    monkeypatch.setattr(environment, 'find_installed', installed.get)
-    problems = ' '.join(environment.find_problems())
+    for module in (environment, __main__):
+        monkeypatch.setattr(module, 'find_installed', installed.get)
+    problems = ' '.join(__main__.find_problems())
     assert 'mmengine and onedl-mmengine are both installed' in problems
     assert 'pip uninstall mmengine onedl-mmengine' in problems
     assert 'mmcv (>=2.0.0, <2.4), which is installed in version 1.7.0' in problems

@@ -238,7 +238,7 @@ def test_a_library_of_older_sources_is_not_taken(monkeypatch):
 def test_doctor_tells_what_the_op_is_compiled_for(
     info, why_not, sentence, tmp_path, monkeypatch
 ):
-    from dsnet_mm.environment import ops_build
+    from dsnet_mm.__main__ import ops_build
 
     (tmp_path / 'build_info.json').write_text(json.dumps(info))
     monkeypatch.setattr(native, '__file__', str(tmp_path / 'native.py'))
@@ -271,7 +271,7 @@ def test_the_build_notes_what_it_is_for(cuda, tmp_path, monkeypatch):
 
 
 def test_doctor_tells_the_path_and_why(monkeypatch):
-    from dsnet_mm.environment import co_attention_path
+    from dsnet_mm.__main__ import co_attention_path
 
     monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
     assert co_attention_path('cpu') == 'sdpa (DSNET_MM_OPS=sdpa)'

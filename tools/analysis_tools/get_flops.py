@@ -19,14 +19,14 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
 
 from dsnet_mm.models import DSFPN, DSNet
-from dsnet_mm.models.reference import reference_net
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
 
+from measure.calls import Classifier
 from measure.complexity import Complexity, count_complexity
+from measure.rows import PlainDSNet
 
 # Table 4 and Table 2 of the paper: parameters in millions, multiply-adds in
 # billions. The 48.8 M of B without ISA cannot be: B* has 49.3 M, and ISA alone 7.5 M.
@@ -56,19 +56,6 @@ DSFPN_CHOICES = {
 }
 
 
-class Classifier(nn.Module):
-    """The paper's classifier: backbone, average pooling, linear layer."""
-
-    def __init__(self, **backbone) -> None:
-        super().__init__()
-        self.backbone = DSNet(**backbone)
-        self.head = nn.Linear(self.backbone.embed_dims[-1], 1000)
-
-    def forward(self, x: torch.Tensor, published: bool) -> torch.Tensor:
-        maps = reference_net(self.backbone, x) if published else self.backbone(x)
-        return self.head(maps[-1].mean((2, 3)))
-
-
 def published_models() -> Iterator[tuple[str, str, str, Complexity, Complexity]]:
     """Yields name, published parameters and multiply-adds, and our counts.
 
@@ -76,8 +63,8 @@ def published_models() -> Iterator[tuple[str, str, str, Complexity, Complexity]]
     """
     image = torch.zeros(1, 3, 224, 224)
     for name, (backbone, params, multiply_adds) in PAPER.items():
-        model = Classifier(**backbone)
-        counts = (count_complexity(model, image, order) for order in (True, False))
+        models = (Classifier(kind(**backbone)) for kind in (PlainDSNet, DSNet))
+        counts = (count_complexity(model, image) for model in models)
         yield name, params, multiply_adds, *counts
 
 
@@ -108,6 +95,7 @@ def count_config(
 
 
 def row(counts: Complexity) -> tuple[str, str, str]:
+    """Returns the cells of a count: parameters, multiply-adds, all operations."""
     return (
         f'{counts.params / 1e6:.2f}',
         f'{counts.multiply_adds / 1e9:.3f}',
@@ -115,7 +103,12 @@ def row(counts: Complexity) -> tuple[str, str, str]:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
     parser = argparse.ArgumentParser(description='Count parameters and multiply-adds.')
     parser.add_argument('target', help='a configuration file, "dsnet" or "dsfpn"')
     parser.add_argument(
@@ -126,7 +119,7 @@ def main() -> None:
         '(default: 224, for detection and dsfpn 800 1344)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.shape and len(args.shape) > 2:
         parser.error(f'--shape takes one or two numbers, got {args.shape}.')
 

@@ -14,7 +14,7 @@ from dsnet_mm.checkpoint import (
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.files import check_new, write_atomic
 
-from .runs import ROOT, Run, as_json
+from .runs import ROOT, Run, as_json, differing, own_keys
 from .tables import TABLES
 
 WEIGHTS = ROOT / 'weights'
@@ -84,8 +84,9 @@ def check_training(config: Path, result: dict[str, Any]) -> None:
         ValueError: If it has another model, other data or another schedule.
     """
     now = as_json(load_config(str(ROOT / config), {}))
-    others = [key for key in TRAINING if now.get(key) != result['config'].get(key)]
-    if others:
+    run = Run(result['table'], TABLES[result['table']].row(result['row']), 0, ROOT, None)
+    keys = {k for k in run.keys | own_keys(ROOT / config) if k[0] in TRAINING}
+    if others := differing(result['config'], now, keys):
         raise ValueError(
             f'{config} has another {" and ".join(others)} than the run '
             f'`{result["command"]}`; give the configuration that trains these weights'

@@ -1,5 +1,6 @@
 """Runs a row with one seed and writes what was measured to a file."""
 
+import ast
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from dsnet_mm.checkpoint import find_checkpoint_to_resume, read_checkpoint
 from dsnet_mm.engine.config import check_data, load_config
-from dsnet_mm.environment import commit, find_installed, machine, python_version
+from dsnet_mm.environment import commit, find_installed, machine
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 from measure.complexity import count_complexity
@@ -52,6 +54,16 @@ class Run:
     def file(self) -> Path:
         """The recorded result."""
         return RESULTS / self.table / f'{self.row.name}-seed{self.seed}.json'
+
+    def record(self, result: dict[str, Any]) -> None:
+        """Writes the result to its file."""
+        write_atomic(self.file, json.dumps(result, indent=1, sort_keys=True) + '\n')
+
+    @property
+    def keys(self) -> set[tuple[str, ...]]:
+        """The keys that this run sets, see :func:`own_keys`."""
+        options = {tuple(key.split('.')) for key in self.options}
+        return own_keys(ROOT / self.config) | options
 
     @property
     def threads(self) -> int:
@@ -190,6 +202,55 @@ def read_log(work_dir: Path) -> list[dict[str, float]]:
     return [points[key] for key in sorted(points)]
 
 
+def own_keys(path: Path) -> set[tuple[str, ...]]:
+    """Returns the keys that a configuration and its bases in this repository set.
+
+    What only bases of mmdet and mmpretrain set is not among them: it differs between
+    their versions.
+
+    Args:
+        path: Configuration file.
+    """
+    keys = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name != '_base_':
+                keys |= {(name, *rest) for rest in _keys_in(node.value)}
+                continue
+            bases = ast.literal_eval(node.value)
+            for base in [bases] if isinstance(bases, str) else bases:
+                if '::' not in base:
+                    keys |= own_keys(path.parent / base)
+    return keys
+
+
+def _keys_in(node: ast.expr) -> set[tuple[str, ...]]:
+    """Returns the keys of nested ``dict(...)`` calls, () for any other value."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        names = [keyword.arg for keyword in node.keywords]
+        if names and None not in names and '_delete_' not in names:
+            return {(k.arg, *rest) for k in node.keywords for rest in _keys_in(k.value)}
+    return {()}
+
+
+def differing(one: dict, other: dict, keys: set[tuple[str, ...]]) -> list[str]:
+    """Returns those of the keys whose values differ between two configurations.
+
+    Args:
+        one: Configuration, as :func:`as_json` returns it.
+        other: Another one.
+        keys: The keys, as :func:`own_keys` returns them.
+    """
+    return sorted('.'.join(k) for k in keys if _value(one, k) != _value(other, k))
+
+
+def _value(node: Any, key: tuple[str, ...]) -> Any:
+    for part in key:
+        node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
+    return node
+
+
 def as_json(cfg: Config) -> dict[str, Any]:
     """Returns a configuration as a result records it."""
     return json.loads(json.dumps(cfg.to_dict(), default=str))
@@ -251,11 +312,6 @@ def check_cost(table: str) -> dict[str, float]:
     return differences
 
 
-def write(run: Run, result: dict[str, Any]) -> None:
-    """Writes a result to its file."""
-    write_atomic(run.file, json.dumps(result, indent=1, sort_keys=True) + '\n')
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that matter."""
     found = {name: find_installed(name) for name in PACKAGES}
@@ -287,15 +343,10 @@ def _call(arguments: list[str], threads: int) -> float:
         'MKL_NUM_THREADS': str(threads),
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
     }
-    child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env)
-    try:
-        _, status, usage = os.wait4(child.pid, 0)
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-    if status:
+    before = os.times()
+    if subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env).returncode:
         raise RuntimeError(
             f'{shlex.join(arguments)} failed; its messages stand above this line'
         )
-    return usage.ru_utime + usage.ru_stime
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])  # user and system, of child processes

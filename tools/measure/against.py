@@ -16,14 +16,11 @@ from statistics import median, quantiles
 
 from rich.table import Table
 
-import dsnet_mm
+from .rows import Panel
 
-from .models import Panel, Settings
-
-NEW = Path(dsnet_mm.__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parents[1]
+NEW = TOOLS.parent
 """This checkout."""
-
-WORKER = Path(__file__).with_name('calls.py')
 
 
 def check_checkout(old: Path) -> None:
@@ -50,24 +47,29 @@ class Worker:
     Args:
         checkout: Its dsnet_mm is imported.
         case: What ``calls.py`` takes.
-
-    Raises:
-        RuntimeError: If the process fails or imports another dsnet_mm.
     """
 
     def __init__(self, checkout: Path, case: dict) -> None:
         self.checkout = checkout
+        path = os.pathsep.join([str(checkout), str(TOOLS)])
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(case)],
-            env={**os.environ, 'PYTHONPATH': str(checkout)},
+            [sys.executable, '-m', 'measure.calls', json.dumps(case)],
+            cwd=checkout,
+            env={**os.environ, 'PYTHONPATH': path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def check(self) -> None:
+        """Waits until the worker is ready.
+
+        Raises:
+            RuntimeError: If the process fails or imports another dsnet_mm.
+        """
         imported = self._read()
-        if not Path(imported).is_relative_to(checkout):
-            self.stop()
-            raise RuntimeError(f'the worker of {checkout} imported {imported}.')
+        if not Path(imported).is_relative_to(self.checkout):
+            raise RuntimeError(f'the worker of {self.checkout} imported {imported}.')
 
     def time(self) -> float:
         """Returns the seconds of one call."""
@@ -93,15 +95,15 @@ class Worker:
 
 
 def compare(
-    old: Path, panels: list[Panel], settings: Settings, arch: str | dict = 'small'
+    old: Path, panels: list[Panel], turns: int, threads: int
 ) -> Iterator[dict]:
     """Times both checkouts in alternating turns.
 
     Args:
         old: The other checkout.
         panels: Modes, sizes, dtypes and batches. Inference is timed fused and not.
-        settings: Device, threads, turns and dropout. The first turn is dropped.
-        arch: As in :class:`~dsnet_mm.models.DSNet`.
+        turns: Number of turns. The first turn is dropped.
+        threads: Number of threads.
 
     Yields:
         A result for each row: its name, the median milliseconds of both checkouts,
@@ -112,26 +114,28 @@ def compare(
     """
     for panel in panels:
         for fused in (False,) if panel.training else (True, False):
-            case = panel._asdict() | settings._asdict() | dict(fused=fused, arch=arch)
+            case = panel._asdict() | dict(threads=threads, fused=fused)
             workers: list[Worker] = []
-            times: list[list[float]] = [[], []]
+            pairs = []
             try:
                 for checkout in (old, NEW):
                     workers.append(Worker(checkout, case))
-                for turn in range(settings.turns):
-                    for i in (0, 1) if turn % 2 == 0 else (1, 0):
-                        times[i].append(workers[i].time())
+                    workers[-1].check()
+                for turn in range(turns):
+                    order = workers if turn % 2 == 0 else workers[::-1]
+                    times = {worker: worker.time() for worker in order}
+                    pairs.append([times[worker] for worker in workers])
             finally:
                 for worker in workers:
                     worker.stop()
-            old_times, new_times = times[0][1:], times[1][1:]
-            ratios = [b / a for a, b in zip(old_times, new_times, strict=True)]
-            low, ratio, high = quantiles(ratios, n=4, method='inclusive')
+            low, ratio, high = quantiles(
+                [b / a for a, b in pairs[1:]], n=4, method='inclusive'
+            )
             form = '' if panel.training else ', fused' if fused else ', not fused'
             yield {
                 'row': panel.title + form,
-                'old_ms': 1e3 * median(old_times),
-                'new_ms': 1e3 * median(new_times),
+                'old_ms': 1e3 * median(a for a, _ in pairs[1:]),
+                'new_ms': 1e3 * median(b for _, b in pairs[1:]),
                 'ratio': ratio,
                 'quartiles': (low, high),
             }
@@ -143,12 +147,7 @@ def table_of_comparison(results: list[dict]) -> Table:
     for header in ('old, ms', 'new, ms', 'new / old', 'quartiles of turns'):
         table.add_column(header, justify='right')
     for result in results:
-        low, high = result['quartiles']
-        table.add_row(
-            result['row'],
-            f'{result["old_ms"]:.1f}',
-            f'{result["new_ms"]:.1f}',
-            f'{result["ratio"]:.3f}',
-            f'{low:.3f} to {high:.3f}',
-        )
+        old, new = (f'{result[key]:.1f}' for key in ('old_ms', 'new_ms'))
+        quartiles = '{:.3f} to {:.3f}'.format(*result['quartiles'])
+        table.add_row(result['row'], old, new, f'{result["ratio"]:.3f}', quartiles)
     return table

@@ -1,19 +1,19 @@
-"""The model of DS-Net, and the call that is timed.
+"""The network of DS-Net, and the call that is timed.
 
-``benchmark.py --against`` also runs this file as a program: a worker that imports
-``dsnet_mm`` from another checkout. So it uses only public names, and none of the
-other files here.
+``benchmark.py --against`` also runs this module as a program: a worker that imports
+``dsnet_mm`` from another checkout. So it uses only public names of ``dsnet_mm``.
 """
 
 import json
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from dsnet_mm.models import DSNet, fuse_for_inference
+
+from .turns import time_call
 
 
 class Classifier(nn.Module):
@@ -29,30 +29,26 @@ class Classifier(nn.Module):
 
 
 def build_ds_net(
-    classifies: bool,
-    attn_drop_rate: float,
-    arch: str | dict = 'small',
-    backbone_class: type[DSNet] = DSNet,
+    classifies: bool, attn_drop_rate: float, backbone_class: type[DSNet] = DSNet
 ) -> nn.Module:
-    """Builds a DS-Net with random weights from seed 0.
+    """Builds a DS-Net-S* with random weights from seed 0.
 
     Args:
         classifies: Whether to build a classifier, otherwise a backbone that returns
             the maps of all stages.
         attn_drop_rate: Dropout of the attention weights.
-        arch: As in :class:`~dsnet_mm.models.DSNet`.
         backbone_class: Class of the backbone.
     """
     torch.manual_seed(0)
-    out_indices = (3,) if classifies else (0, 1, 2, 3)
-    net = backbone_class(arch, attn_drop_rate=attn_drop_rate, out_indices=out_indices)
+    stages = (3,) if classifies else (0, 1, 2, 3)
+    net = backbone_class('small', attn_drop_rate=attn_drop_rate, out_indices=stages)
     return Classifier(net) if classifies else net
 
 
 def make_call(
     net: nn.Module, images: Tensor, training: bool, autocast: bool = False
 ) -> Callable[[], None]:
-    """Returns the call that is timed.
+    """Returns the call that is timed. It leaves no gradients behind.
 
     Args:
         net: The network.
@@ -67,23 +63,13 @@ def make_call(
         net(images)
 
     def train() -> None:
-        net.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
             outs = net(images)
         outs = [outs] if isinstance(outs, Tensor) else outs
         sum(out.float().mean() for out in outs).backward()
+        net.zero_grad(set_to_none=True)
 
     return train if training else infer
-
-
-def time_call(call: Callable[[], object], device: str) -> float:
-    """Returns the seconds of a call."""
-    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -98,15 +84,13 @@ def main() -> None:
     device, training = case['device'], case['mode'] == 'training'
     torch.set_num_threads(case['threads'])
     height, width = case['size']
-    net = build_ds_net(height == width, case['attn_drop_rate'], case['arch'])
-    net.train(training)
+    net = build_ds_net(height == width, case['attn_drop_rate']).train(training)
     if case['fused']:
         net = fuse_for_inference(net)
     bfloat16 = case['dtype'] == 'bfloat16'
     dtype = torch.bfloat16 if bfloat16 and not training else torch.float32
-    net = net.to(device, dtype)
     images = torch.randn(case['batch'], 3, height, width).to(device, dtype)
-    call = make_call(net, images, training, autocast=bfloat16)
+    call = make_call(net.to(device, dtype), images, training, autocast=bfloat16)
     call()
     print(dsnet_mm.__file__, flush=True)
     for _ in sys.stdin:

@@ -1,15 +1,13 @@
 """Parameters and operations of a network, counted while it runs."""
 
-import os
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import dsnet_mm.ops  # noqa: F401  # registers the formula of attention on the CPU
+from dsnet_mm.ops.paths import use_path  # also registers the formula of attention
 
 aten = torch.ops.aten
 
@@ -88,9 +86,8 @@ def count_complexity(model: nn.Module, *inputs: Any) -> Complexity:
     """
     training = model.training
     model.eval()
-    plain = patch.dict(os.environ, DSNET_MM_OPS='sdpa')
     try:
-        with plain, torch.no_grad(), _Counter() as counter:
+        with use_path('sdpa'), torch.no_grad(), _Counter() as counter:
             model(*inputs)
     finally:
         model.train(training)

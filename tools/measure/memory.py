@@ -1,72 +1,54 @@
-"""Measures the memory of a row in a process of its own.
+"""The memory of a call, measured in a process of its own."""
 
-The parent calls :func:`peak_in_child`, which runs this file as a program.
-"""
-
-import json
-import os
+import ctypes
+import multiprocessing
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .models import Panel, Row, Settings, prepare
+STATUS = Path('/proc/self/status')
 
 
-def peak_in_child(row: Row, panel: Panel, settings: Settings) -> float:
-    """Runs :func:`peak_here` in a process of its own.
+def peak_in_child(make_call: Callable[..., Callable[[], object]], *args: Any) -> float:
+    """Returns the most MiB that a call holds besides what stays between calls.
+
+    The call runs twice in a new process, and its second run is measured. The process
+    has as many threads as this one.
+
+    Args:
+        make_call: Makes the call. It is a function of a module.
+        *args: Its arguments.
 
     Raises:
-        RuntimeError: If it fails.
+        RuntimeError: If the process is killed, such as for its memory.
     """
-    command = [sys.executable, '-m', __name__, json.dumps([row, panel, settings])]
-    # Freed tensors go back to the system at once, so that each new one is counted.
-    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
-    child = subprocess.run(command, env=env, capture_output=True, text=True)
-    if child.returncode:
-        status = f'the process ended with status {child.returncode}'
-        raise RuntimeError((child.stderr.splitlines() or [status])[-1])
-    return float(child.stdout.splitlines()[-1])
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_peak, torch.get_num_threads(), make_call, *args).result()
 
 
-def peak_here(row: Row, panel: Panel, settings: Settings) -> float:
-    """Returns the most MiB that one call holds besides weights and input."""
-    net, call = prepare(row, panel, settings)
+def _peak(threads: int, make_call: Callable, *args: Any) -> float:
+    torch.set_num_threads(threads)
+    # Freed tensors go back to the system at once, so that each new one is counted:
+    # glibc's M_MMAP_THRESHOLD.
+    ctypes.CDLL(None).mallopt(-3, 65536)
+    call = make_call(*args)
     call()  # allocates what stays: kernels, threads, compiled code
-    net.zero_grad(set_to_none=True)
-    if settings.device == 'cuda':
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return peak_of(call)
-
-
-def peak_of(call: Callable[[], object]) -> float:
-    """Returns by how many MiB this process grows at most during a call."""
-
-    def mib(field: str) -> float:
-        status = Path('/proc/self/status').read_text()
-        return int(re.search(rf'{field}:\s+(\d+)', status)[1]) / 1024
-
     # Not ru_maxrss: it cannot be reset, and it starts at the parent's size.
     Path('/proc/self/clear_refs').write_text('5')
-    before = mib('VmRSS')
+    before = _mib('VmRSS')
     call()
-    return mib('VmHWM') - before
+    return _mib('VmHWM') - before
 
 
-def main() -> None:
-    row, panel, settings = json.loads(sys.argv[1])
-    mode, size, dtype, batch = panel
-    settings = Settings(*settings)
-    torch.set_num_threads(settings.threads)
-    panel = Panel(mode, tuple(size), dtype, batch)
-    print(peak_here(Row(*row), panel, settings))
-
-
-if __name__ == '__main__':
-    main()
+def _mib(field: str) -> float:
+    return int(re.search(rf'{field}:\s+(\d+)', STATUS.read_text())[1]) / 1024
