@@ -182,7 +182,7 @@ def draw_streams(
     model = predictor.model
     height, width = image.shape[:2]
     view = make_view(image, Tile(0, 0, width, height))
-    (data,) = predictor.prepare([view.image])
+    data = predictor.prepare([view.image])
     data = model.data_preprocessor(data, False)
     with captured(find_block(model, block)) as streams_of:
         (sample,) = model(**data, mode='predict')
