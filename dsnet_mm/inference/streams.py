@@ -318,11 +318,11 @@ def plot_streams(
         bar.ax.tick_params(labelsize=7)
 
     weights = streams.local_weights.mean(0)[cell(local)]
-    heat(axes[0, 3], weights, 'what + reads of the global stream')
+    heat(axes[0, 3], weights, 'attention of the marked position')
     mark(axes[0, 3])
     row, column = cell(global_)
     weights = streams.global_weights.mean(0)[row, column]
-    heat(axes[1, 3], weights, 'where the global token at + looks')
+    heat(axes[1, 3], weights, 'attention of the global token')
     high, wide = height / global_.shape[1], width / global_.shape[2]
     frame(axes[1, 3], column * wide, row * high, (column + 1) * wide, (row + 1) * high)
     return figure
