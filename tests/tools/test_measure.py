@@ -3,7 +3,8 @@
 import csv
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,19 +52,13 @@ def test_calls_take_turns():
     assert {name: len(seconds) for name, seconds in times.items()} == dict(a=2, b=2)
 
 
-def fill(mib: int, fails: bool = False) -> Callable[[], object]:
-    def call() -> None:
-        torch.ones(mib * 2**18)  # of four bytes
-        assert not fails
-
-    return call
-
-
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
 def test_memory():
-    assert peak_in_child(fill, 64) == pytest.approx(64, abs=2)
-    with pytest.raises(AssertionError):
-        peak_in_child(fill, 1, True)
+    mib = 64
+    peak = peak_in_child(partial, torch.ones, mib * 2**18)  # of four bytes
+    assert peak == pytest.approx(mib, abs=2)
+    with pytest.raises(ZeroDivisionError):
+        peak_in_child(partial, divmod, 1, 0)
 
 
 def test_outputs():
@@ -203,7 +198,7 @@ def checkout(tmp_path) -> Path:
 
 
 def test_against_another_checkout(benchmark, checkout, one_thread, capsys):
-    """The ratio is new over old. The old checkout sleeps 3 s in each call."""
+    """The ratio is new over old. The old checkout sleeps 1 s in each call."""
     slow = checkout / 'dsnet_mm' / 'models' / '__init__.py'
     slow.write_text(
         slow.read_text()
@@ -211,7 +206,7 @@ def test_against_another_checkout(benchmark, checkout, one_thread, capsys):
 import time
 _forward = DSNet.forward
 def _slow_forward(self, x):
-    time.sleep(3)
+    time.sleep(1)
     return _forward(self, x)
 DSNet.forward = _slow_forward
 """
@@ -224,10 +219,9 @@ DSNet.forward = _slow_forward
         cell.strip() for cell in line.strip('│').split('│')
     )
     assert title == 'training, 2 x 64x64, bfloat16'
-    assert float(old) > 3000
+    assert float(old) > 1000
     low, high = map(float, quartiles.split(' to '))
-    assert low <= float(ratio) <= high
-    assert float(new) < float(old)
+    assert float(new) > 0 and low <= float(ratio) <= high
 
 
 def test_workers_take_turns(monkeypatch):
