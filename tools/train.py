@@ -11,9 +11,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner
 
 from dsnet_mm.checkpoint import (
+    check_match,
     find_checkpoint_to_resume,
     load_checkpoint,
-    read_checkpoint,
     read_training_state,
     restricted_loading,
 )
@@ -28,7 +28,6 @@ from dsnet_mm.engine.launch import (
     set_run,
     user_errors,
 )
-from dsnet_mm.files import check_file
 from dsnet_mm.models import DSNet
 
 
@@ -182,13 +181,6 @@ def set_start(cfg: Config, resume: str | None) -> None:
             )
         seed = checkpoint['meta'].get('seed')
         cfg.merge_from_dict({'randomness.seed': seed})
-    elif cfg.get('load_from'):
-        check_file(
-            cfg.load_from,
-            'checkpoint',
-            'name another by --cfg-options load_from=CHECKPOINT',
-        )
-        read_checkpoint(cfg.load_from)
 
 
 def set_seeds(cfg: Config) -> None:
@@ -309,6 +301,8 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 module.check_checkpoint()
         if cfg.resume:
             load_checkpoint(runner.model, cfg.load_from)
+        elif cfg.get('load_from'):
+            check_match(runner.model, cfg.load_from)
     if args.resume and not cfg.resume:
         runner.logger.info(
             f'{cfg.work_dir} holds nothing to resume from; training starts anew.'

@@ -1,8 +1,7 @@
 """Data sets: splits, features and few-shot draws."""
 
 from .catalogue import PUBLIC_DATASETS
-from .sampling import sample_few_shot
-from .splits import Item, Split, read_split
+from .splits import Item, Split, read_split, sample_few_shot
 from .task import FewShotTask, load_task
 
 __all__ = [

@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dsnet_mm.datasets import PUBLIC_DATASETS, Split, load_task
 from dsnet_mm.progress import progress_bar
 
-from .features import hash_pixels
-from .images import open_image
+from .catalogue import PUBLIC_DATASETS
+from .images import damage_of, hash_pixels, open_image
+from .splits import Split
+from .task import load_task
 
 
 def diagnose(
@@ -25,7 +26,7 @@ def diagnose(
 
     Returns:
         One sentence for each problem. Problems are missing files, numbers of classes or
-        images that differ from the papers, missing, empty or damaged images, and
+        images that differ from the papers, damaged images (see :func:`.damage_of`), and
         test images that are also training or validation images.
     """
     try:
@@ -35,40 +36,38 @@ def diagnose(
     problems = []
     info = PUBLIC_DATASETS.get(str(dataset))
     if info is not None:
-        if len(task.class_names) != info.classes:
-            problems.append(
-                f'{info.title} has {len(task.class_names)} classes here and '
-                f'{info.classes} in the papers.'
-            )
-        for part, count in zip(('train', 'val', 'test'), info.counts, strict=True):
-            if len(task.split[part]) != count:
+        for what, here, published in (
+            ('classes', len(task.class_names), info.classes),
+            *(
+                (f'{part} images', len(task.split[part]), count)
+                for part, count in zip(task.split, info.counts, strict=True)
+            ),
+        ):
+            if here != published:
                 problems.append(
-                    f'{info.title} has {len(task.split[part])} {part} images here '
-                    f'and {count} in the papers.'
+                    f'{info.title} has {here} {what} here and {published} in the '
+                    f'papers.'
                 )
-    bad: dict[str, list[str]] = {'missing': [], 'empty': [], 'damaged': []}
+    bad: dict[str, list[str]] = {}
     pixels: dict[str, str] = {}
-    paths = {item[0] for items in task.split.values() for item in items}
+    paths = sorted({item[0] for items in task.split.values() for item in items})
     with progress_bar(len(paths), 'reading', 'images', not decode) as bar:
-        for path in sorted(paths):
+        for path in paths:
             bar.update()
-            file = Path(path)
-            if not file.is_file():
-                bad['missing'].append(path)
-            elif file.stat().st_size == 0:
-                bad['empty'].append(path)
-            elif decode:
+            damage = damage_of(path, decode=False)
+            if decode and not damage:
                 try:
-                    pixels[path] = hash_pixels(open_image(file)).hex()
-                except ValueError:
-                    bad['damaged'].append(path)
+                    pixels[path] = hash_pixels(open_image(path)).hex()
+                except ValueError as error:
+                    damage = damage_of(path) or ('unreadable', str(error))
+            if damage:
+                bad.setdefault(damage[0], []).append(path)
     for what, paths in bad.items():
-        if paths:
-            rest = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
-            problems.append(
-                f'{len(paths)} images are {what}: {", ".join(sorted(paths)[:3])}'
-                f'{rest}.' + (f' They come from {info.source}.' if info else '')
-            )
+        rest = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
+        problems.append(
+            f'{len(paths)} images are {what}: {", ".join(paths[:3])}{rest}.'
+            + (f' They come from {info.source}.' if info else '')
+        )
     if copies := find_copies(task.split, pixels):
         problems.append(describe_copies(copies))
     return problems
@@ -88,20 +87,22 @@ def find_copies(split: Split, pixels: Mapping[str, str] = {}) -> dict[str, str]:
     """
     seen = {item[0]: None for part in ('train', 'val') for item in split[part]}
     tested = {item[0]: None for item in split['test']}
-    sizes = [
-        {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-        for paths in (seen, tested)
-    ]
-    common = (set(sizes[0].values()) & set(sizes[1].values())) - {0}
-    contents: list[dict[str, str]] = [
-        {path: _hash_file(path) for path, size in group.items() if size in common}
-        for group in sizes
-    ]
-    copies = {}
-    for hashes in ((contents[0], contents[1]), (pixels, pixels)):
-        known = {hashes[0][path]: path for path in seen if path in hashes[0]}
+    sizes = {p: os.path.getsize(p) for p in seen | tested if os.path.isfile(p)}
+
+    def sizes_of(paths: Iterable[str]) -> set[int]:
+        return {sizes[path] for path in paths if path in sizes}
+
+    common = (sizes_of(seen) & sizes_of(tested)) - {0}
+    contents = {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path, size in sizes.items()
+        if size in common
+    }
+    copies: dict[str, str] = {}
+    for hashes in (contents, pixels):
+        known = {hashes[path]: path for path in seen if path in hashes}
         for path in tested:
-            if other := known.get(hashes[1].get(path)):
+            if other := known.get(hashes.get(path)):
                 copies.setdefault(path, other)
     return copies
 
@@ -114,7 +115,3 @@ def describe_copies(copies: Mapping[str, str]) -> str:
         f'the same file or the same pixels, such as {path} and {other}; remove one of '
         f'each.'
     )
-
-
-def _hash_file(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

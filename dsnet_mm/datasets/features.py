@@ -6,23 +6,23 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dsnet_mm.clip import OpenCLIPEncoder
-from dsnet_mm.datasets import Item
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 
-from .images import PREPROCESSINGS, build_transform, open_image
+from .images import PREPROCESSINGS, build_transform, hash_pixels, open_image
+from .splits import Item
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Features:
         return Features(self.features[:, index], self.labels[index])
 
 
+@dataclass(eq=False)
 class FeatureCache:
     """Features of images and class names on disk.
 
@@ -77,38 +78,31 @@ class FeatureCache:
         ValueError: If an option is unknown, or ``folder`` is a file.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        encoder: OpenCLIPEncoder,
-        *,
-        preprocessing: str = 'clip',
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        batch_size: int = 64,
-        workers: int = 0,
-        on_bad_image: str = 'error',
-        quiet: bool = False,
-    ) -> None:
-        if preprocessing not in PREPROCESSINGS:
+    folder: str | Path
+    encoder: OpenCLIPEncoder
+    _: KW_ONLY
+    preprocessing: str = 'clip'
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    batch_size: int = 64
+    workers: int = 0
+    on_bad_image: str = 'error'
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preprocessing not in PREPROCESSINGS:
             raise ValueError(
-                f'preprocessing must be one of {PREPROCESSINGS}, got {preprocessing!r}.'
+                f'preprocessing must be one of {PREPROCESSINGS}, got '
+                f'{self.preprocessing!r}.'
             )
-        if on_bad_image not in ('error', 'skip'):
+        if self.on_bad_image not in ('error', 'skip'):
             raise ValueError(
-                f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}."
+                f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}."
             )
-        self.folder = Path(folder)
+        self.folder = Path(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(
-                f'the cache {folder} is a file; choose a folder for the features.'
+                f'the cache {self.folder} is a file; choose a folder for the features.'
             )
-        self.encoder = encoder
-        self.preprocessing = preprocessing
-        self.crop_scale = tuple(crop_scale)
-        self.batch_size = batch_size
-        self.workers = workers
-        self.on_bad_image = on_bad_image
-        self.quiet = quiet
         self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
@@ -199,11 +193,11 @@ class FeatureCache:
         }
         text = json.dumps(key, sort_keys=True)
         path = self.folder / f'texts_{_short_hash(text)}.safetensors'
-        tensors = _read_verified(path, text)
+        tensors = _read_file(path) if path.is_file() else None
         if tensors is None:
             features = self.encoder.encode_classes(class_names, prompts)
             tensors = {'text_features': features.cpu()}
-            _write_verified(path, text, tensors)
+            _write_file(path, text, tensors)
         return tensors['text_features']
 
     def _read(
@@ -214,13 +208,17 @@ class FeatureCache:
         rows = None
         while rows is None:  # a damaged file is found when it is read
             self.encode(items, views)
-            for problem in shards.problems(keys):
+            found = [
+                shards.rows.get(key, f'the image {item[0]} has just been changed')
+                for key, item in zip(keys, items, strict=True)
+            ]
+            for problem in (x for x in found if isinstance(x, str)):
                 self._refuse(problem)
                 logger.warning('skipped: %s', problem)
-            good = [i for i, key in enumerate(keys) if shards.has_features(key)]
+            good = [i for i, x in enumerate(found) if not isinstance(x, str)]
             if not good:
                 raise ValueError('none of the images can be read.')
-            rows = shards.read(name, [keys[i] for i in good])
+            rows = shards.read(name, [found[i] for i in good])
         return good, rows
 
     def _shards_of(self, views: int) -> '_Shards':
@@ -230,7 +228,7 @@ class FeatureCache:
             'preprocessing': self.preprocessing,
             'libraries': {name: version(name) for name in ('pillow', 'torchvision')},
             'views': views,
-            'crop_scale': self.crop_scale if views else None,
+            'crop_scale': tuple(self.crop_scale) if views else None,
         }
         text = json.dumps(key, sort_keys=True)
         folder = self.folder / f'images_{_short_hash(text)}'
@@ -280,57 +278,41 @@ class _Shards:
     def scan(self) -> None:
         """Reads the lists of images of files that are new."""
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
-            _check_no_folder(path)
-            try:
-                with safe_open(path, 'pt') as file:
+            if path.is_file():
+                with _removing_damaged(path), safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
-            except FileNotFoundError:  # another process has just removed it
-                continue
-            except (SafetensorError, KeyError, ValueError) as error:
-                _remove_damaged(path, str(error))
-            self._seen.add(path)
 
     def write(self, images: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
         """Writes a file of features and pixel hashes."""
         good = {k: x for k, x in images.items() if not isinstance(x, str)}
+        bad = {k: x for k, x in images.items() if isinstance(x, str)}
         tensors = {}
         if good:
-            tensors['features'] = torch.stack([f for f, _ in good.values()])
-            tensors['pixels'] = torch.stack([p for _, p in good.values()])
-        bad = {k: x for k, x in images.items() if isinstance(x, str)}
+            features, pixels = zip(*good.values(), strict=True)
+            tensors = {'features': torch.stack(features), 'pixels': torch.stack(pixels)}
         about = {'pictures': json.dumps(list(good)), 'bad': json.dumps(bad)}
         path = self.folder / f'{_short_hash(json.dumps(list(images)))}.safetensors'
-        _write_verified(path, self.key, tensors, about)
-        self._seen.add(path)
+        _write_file(path, self.key, tensors, about)
         self._add(path, about)
 
-    def problems(self, keys: Sequence[str]) -> list[str]:
-        """Returns why images cannot be read."""
-        rows = (self.rows.get(key) for key in keys)
-        return [row for row in rows if isinstance(row, str)]
-
-    def has_features(self, key: str) -> bool:
-        return isinstance(self.rows.get(key), tuple)
-
-    def read(self, name: str, keys: Sequence[str]) -> Tensor | None:
-        """Returns a row of a tensor for each image.
+    def read(self, name: str, places: Sequence[tuple[Path, int]]) -> Tensor | None:
+        """Returns rows of a tensor.
 
         If files are damaged, it returns None, and their images are missing from then
         on.
         """
-        places: dict[Path, list[tuple[int, int]]] = {}
-        for i, key in enumerate(keys):
-            path, row = self.rows[key]
-            places.setdefault(path, []).append((i, row))
+        wanted: dict[Path, list[tuple[int, int]]] = {}
+        for to, (path, row) in enumerate(places):
+            wanted.setdefault(path, []).append((to, row))
         found, damaged = None, set()
-        for path, rows in places.items():
-            tensors = _read_verified(path, self.key)
+        for path, rows in wanted.items():
+            tensors = _read_file(path)
             if tensors is None:
                 damaged.add(path)
                 continue
             tensor = tensors[name]
             if found is None:
-                found = tensor.new_empty(len(keys), *tensor.shape[1:])
+                found = tensor.new_empty(len(places), *tensor.shape[1:])
             to, at = zip(*rows, strict=True)
             found[list(to)] = tensor[list(at)]
         self.rows = {k: v for k, v in self.rows.items() if v[0] not in damaged}
@@ -340,6 +322,7 @@ class _Shards:
         images = json.loads(about['pictures'])
         self.rows.update({key: (path, row) for row, key in enumerate(images)})
         self.rows.update(json.loads(about['bad']))
+        self._seen.add(path)
 
 
 class _Images(Dataset):
@@ -378,13 +361,6 @@ class _Images(Dataset):
         return torch.stack(augmented), pixels
 
 
-def hash_pixels(image: Image.Image) -> bytes:
-    """Returns a hash of size and pixels of an RGB image, 16 bytes."""
-    sha = hashlib.sha256(f'{image.size}'.encode())
-    sha.update(image.tobytes())
-    return sha.digest()[:16]
-
-
 def image_keys(items: Sequence[Item]) -> list[str]:
     """Returns a hash of path, size and modification time of each image.
 
@@ -414,44 +390,32 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _write_verified(
-    path: Path,
-    key: str,
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, str] | None = None,
+def _write_file(
+    path: Path, key: str, tensors: dict[str, Tensor], about: Mapping[str, str] = {}
 ) -> None:
-    _check_no_folder(path)
-    metadata = {'key': key, 'sha256': _checksum(tensors), **(about or {})}
-    write_atomic(path, save(dict(tensors), metadata))
+    metadata = {'key': key, 'sha256': _checksum(tensors), **about}
+    write_atomic(path, save(tensors, metadata))
 
 
-def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
+def _read_file(path: Path) -> dict[str, Tensor] | None:
     """Returns the tensors of a cache file, or None if it is missing or damaged."""
-    if not path.is_file():
-        return None
-    try:
+    with _removing_damaged(path):
         with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        return None
-    except SafetensorError as error:
-        _remove_damaged(path, str(error))
-        return None
-    if metadata.get('key') != key or metadata.get('sha256') != _checksum(tensors):
-        _remove_damaged(path, 'its key or checksum is wrong')
-        return None
-    return tensors
+            checksum = (file.metadata() or {}).get('sha256')
+        if checksum != _checksum(tensors):
+            raise ValueError('its checksum is wrong')
+        return tensors
+    return None
 
 
-def _check_no_folder(path: Path) -> None:
-    if path.is_dir():
-        raise FileExistsError(
-            f'{path} is a folder and should be a file of the cache; remove it.'
-        )
-
-
-def _remove_damaged(path: Path, why: str) -> None:
-    """Removes a damaged cache file, so that it is named once."""
-    logger.warning('removing the damaged cache file %s (%s)', path, why)
-    path.unlink(missing_ok=True)
+@contextmanager
+def _removing_damaged(path: Path) -> Iterator[None]:
+    """Removes a damaged cache file with a warning, so that it is named once."""
+    try:
+        yield
+    except FileNotFoundError:  # another process has just removed it
+        pass
+    except (SafetensorError, KeyError, ValueError) as error:
+        logger.warning('removing the damaged cache file %s (%s)', path, error)
+        path.unlink(missing_ok=True)

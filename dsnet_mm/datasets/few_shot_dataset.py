@@ -1,6 +1,6 @@
 """Few-shot data sets for MMEngine's Runner, of images or of cached features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +12,7 @@ from dsnet_mm.datasets import load_task
 from dsnet_mm.registry import DATASETS
 
 from .features import FeatureCache
-from .sampling import sample_few_shot
+from .splits import sample_few_shot
 
 _encoders: 'WeakKeyDictionary[FewShotDataset, OpenCLIPEncoder]' = WeakKeyDictionary()
 """The encoder of each data set, so that other data sets can share it. It is not an
@@ -35,17 +35,9 @@ class FewShotDataset(BaseDataset):
         features: Arguments of :class:`FeatureCache`. Its ``encoder`` holds the
             arguments of ``OpenCLIPEncoder``. None gives images.
         views: Number of augmented views of a training image, with ``features``.
-        pipeline: Transforms of a sample.
-        metainfo: Meta information. ``classes`` is added if it is missing.
-        filter_cfg: See ``BaseDataset``. It has no effect, because nothing is
-            filtered.
-        indices: Number of samples to keep, or indices of the samples to keep.
-        serialize_data: Whether worker processes share the list of samples.
-        test_mode: Whether it is an error if the pipeline returns None. Otherwise
-            another sample is taken.
-        lazy_init: Whether the data set is read at the first access instead of by the
-            constructor.
-        max_refetch: Number of other samples to try if the pipeline returns None.
+        **options: ``pipeline``, ``metainfo``, ``indices``, ``lazy_init`` and others of
+            ``BaseDataset``, except ``ann_file`` and ``data_prefix``. The classes are
+            added to ``metainfo`` if they are missing.
 
     Raises:
         ValueError: If ``part`` is unknown, or the data set has no images of it.
@@ -60,30 +52,14 @@ class FewShotDataset(BaseDataset):
         data_root: str = 'data',
         features: dict | None = None,
         views: int = 10,
-        pipeline: list[dict | Callable] = [],
-        metainfo: Mapping | None = None,
-        filter_cfg: dict | None = None,
-        indices: int | Sequence[int] | None = None,
-        serialize_data: bool = True,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-        max_refetch: int = 1000,
+        **options: Any,
     ) -> None:
         if part not in ('train', 'val', 'test'):
             raise ValueError(f"part must be 'train', 'val' or 'test', got {part!r}.")
         self.dataset, self.part, self.shots, self.seed = dataset, part, shots, seed
         self.features, self.views = features, views
-        super().__init__(
-            metainfo=metainfo,
-            data_root=data_root,
-            filter_cfg=filter_cfg,
-            indices=indices,
-            serialize_data=serialize_data,
-            pipeline=pipeline,
-            test_mode=test_mode,
-            lazy_init=lazy_init,
-            max_refetch=max_refetch,
-        )
+        # With ann_file or data_prefix in the options this is a TypeError.
+        super().__init__(ann_file='', data_prefix={}, data_root=data_root, **options)
 
     def load_data_list(self) -> list[dict]:
         """Reads the samples of the part. With ``features``, also encodes them."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from rich.progress import track
+from dsnet_mm.progress import progress_bar
 
 from .readers import PART_NAMES
 from .splits import Split, read_split
@@ -79,59 +79,61 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
         raise ImportError(
             f"reading {files[0]} needs pyarrow: pip install 'dsnet_mm[parquet]'."
         ) from error
-    rows: list[tuple[str, str, object]] = []  # part, path, label
-    names: list[str] | None = None
-    for number, file in enumerate(track(files, 'unpacking', transient=True)):
-        words = _PART.findall(f'{file.parent.name}/{file.name}'.lower())
-        part = PART_NAMES[words[-1]] if words else 'train'
-        place = folder / part
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            table = parquet.ParquetFile(file)
-            names = _label_names(table.schema_arrow) or names
-            columns = table.schema_arrow.names
-            if not {'image', 'label'} <= set(columns):
-                raise ValueError(
-                    f'{file} must have the columns image and label, found '
-                    f'{", ".join(columns)}.'
+    rows: list[tuple[str, str, int | str | None]] = []  # part, path, label
+    names: Sequence[str] = ()
+    with progress_bar(len(files), 'unpacking', 'files') as bar:
+        for number, file in enumerate(files):
+            words = _PART.findall(f'{file.parent.name}/{file.name}'.lower())
+            part = PART_NAMES[words[-1]] if words else 'train'
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            try:
+                table = parquet.ParquetFile(file)
+                names = _label_names(table.schema_arrow) or names
+                columns = table.schema_arrow.names
+                if not {'image', 'label'} <= set(columns):
+                    raise ValueError(
+                        f'{file} must have the columns image and label, found '
+                        f'{", ".join(columns)}.'
+                    )
+                found = (
+                    row
+                    for batch in table.iter_batches(64, columns=['image', 'label'])
+                    for row in batch.to_pylist()
                 )
-            count = 0
-            for batch in table.iter_batches(64, columns=['image', 'label']):
-                for row in batch.to_pylist():
-                    image, label = row['image'], row['label']
-                    content = image.get('bytes') if isinstance(image, dict) else image
-                    if not isinstance(content, bytes):
+                for count, row in enumerate(found):
+                    image = row['image']
+                    if not isinstance(image, dict):
+                        image = {'bytes': image}
+                    if not isinstance(image.get('bytes'), bytes):
                         raise ValueError(
                             f'{file}: row {count} of the column image holds no bytes '
                             f'of an image; save the data set with its images.'
                         )
-                    named = image.get('path') if isinstance(image, dict) else None
-                    suffix = Path(named or '').suffix
+                    suffix = Path(image.get('path') or '').suffix
                     path = f'{part}/{number:04d}_{count:07d}{suffix}'
-                    (folder / path).write_bytes(content)
-                    rows.append((part, path, label))
-                    count += 1
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f'{file} cannot be read as parquet ({error}).') from error
+                    (folder / path).write_bytes(image['bytes'])
+                    rows.append((part, path, row['label']))
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f'{file} cannot be read as parquet ({error}).'
+                ) from error
+            bar.update()
+    beside = f'{files[0]} and the files beside it'
     if not rows:
-        raise ValueError(f'{files[0]} and the files beside it have no rows.')
-    try:
-        labels = {label for *_, label in rows}
-    except TypeError as error:
-        raise ValueError(
-            f'{files[0]}: labels must be numbers or names, got {rows[0][2]!r}.'
-        ) from error
+        raise ValueError(f'{beside} have no rows.')
+    if not all(isinstance(label, int | float | str | None) for *_, label in rows):
+        raise ValueError(f'{beside}: labels must be numbers or names of classes.')
+    labels = {label for *_, label in rows}
     if all(isinstance(label, str) for label in labels):
         names = sorted(labels)
         index = {name: i for i, name in enumerate(names)}
     else:
-        index = {i: i for i in range(len(names or ()))}
-    unknown = sorted(map(repr, labels - index.keys()))
-    if unknown:
+        index = {i: i for i in range(len(names))}
+    if unknown := sorted(map(repr, labels - index.keys())):
         raise ValueError(
-            f'{files[0]} and the files beside it have the label {unknown[0]}, but '
-            f'{"no names of labels" if names is None else f"{len(index)} names"}; save '
-            f'the data set with a ClassLabel column, or with the names as label.'
+            f'{beside} have the label {unknown[0]}, but '
+            f'{len(names) or "no"} names of labels; save the data set with a '
+            f'ClassLabel column, or with the names as label.'
         )
     split: Split = {'train': [], 'val': [], 'test': []}
     for part, path, label in rows:

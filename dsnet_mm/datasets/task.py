@@ -8,14 +8,9 @@ from pathlib import Path
 from dsnet_mm.clip.prompts import check_class_names, resolve_prompts
 
 from .catalogue import PUBLIC_DATASETS
+from .images import IMAGE_SUFFIXES, count_other_files
 from .parquet import find_parquet, read_parquet
-from .readers import (
-    IMAGE_SUFFIXES,
-    count_other_files,
-    read_csv,
-    read_folder,
-    read_public,
-)
+from .readers import read_csv, read_folder, read_public
 from .splits import Split, split_within_classes
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from dsnet_mm.inference import DetectedObject, Prediction, Predictor
 from dsnet_mm.inference.drawing import draw
 from dsnet_mm.inference.streams import draw_streams, find_blocks
 
-from .clip import SIZE, random_scene
 from .scenes import draw_scene
+from .tiny_clip import SIZE, random_scene
 
 MAX_PIXELS = 50_000_000
 """Pixels of an image that is opened."""

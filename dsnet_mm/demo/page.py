@@ -18,8 +18,8 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 
 from .actions import (
-    MINIMUM_SCORE,
     MAX_CLASSES,
+    MINIMUM_SCORE,
     Detector,
     Found,
     check_image,
@@ -28,7 +28,7 @@ from .actions import (
     learn,
     load_encoder,
 )
-from .clip import FOLDER, STEPS, pretrain, scene_pairs
+from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
 THEME = gr.themes.Soft(

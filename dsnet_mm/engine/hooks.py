@@ -3,7 +3,6 @@
 import random
 import time
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.checkpoint import newest_first, read_checkpoint
 from dsnet_mm.models import fuse_for_inference
 from dsnet_mm.registry import HOOKS
 
@@ -108,14 +107,9 @@ def images_of(batch: Any) -> list[str]:
 
 def last_good_checkpoint(work_dir: str) -> str | None:
     """Returns the newest checkpoint of a folder whose weights are all finite."""
-    files = sorted(
-        Path(work_dir).glob('*.pth'),
-        key=lambda path: path.stat().st_mtime,
-        reverse=True,
-    )
-    for path in files:
+    for path in newest_first(work_dir):
         try:
-            state = read_checkpoint(str(path)).get('state_dict', {})
+            state = read_checkpoint(path).get('state_dict', {})
         except ValueError:
             continue
         if state and all(
@@ -123,7 +117,7 @@ def last_good_checkpoint(work_dir: str) -> str | None:
             for value in state.values()
             if isinstance(value, Tensor)
         ):
-            return str(path)
+            return path
     return None
 
 

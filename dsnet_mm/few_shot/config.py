@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from dsnet_mm.environment import existing_device
 
 from .methods import METHODS
+from .methods.clip_adapter import COPIES
 from .selection import SELECTIONS
 
 
@@ -96,27 +97,21 @@ class FewShotConfig:
             )
         self._check_types()
         for name in (*self.methods, *self.oracle, *self.overrides):
+            if name in COPIES:
+                raise ValueError(
+                    f'{name} is called clip_adapter_released now, with overrides='
+                    f'{{"clip_adapter_released": {COPIES[name]}}}.'
+                )
             if name not in METHODS:
                 raise ValueError(
                     f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
                 )
         for name, options in self.overrides.items():
-            if unknown := sorted(set(options) - METHODS[name].options):
-                raise ValueError(
-                    f'{name} has no option {", ".join(map(repr, unknown))}; it has '
-                    f'{", ".join(sorted(METHODS[name].options))}.'
-                )
-            for key, default in METHODS[name].defaults.items():
-                value = options.get(key)
-                # The number of epochs can also be the name of a rule.
-                if (
-                    isinstance(default, int | float)
-                    and isinstance(value, str)
-                    and key != 'epochs'
-                ):
-                    raise ValueError(
-                        f'{key} of {name} must be a number, got {value!r}.'
-                    )
+            METHODS[name].check(options)
+            for key, value in options.items():
+                default = METHODS[name].defaults[key]
+                if isinstance(value, str) and not isinstance(default, str):
+                    raise ValueError(f'{key} of {name} must be a number, got {value!r}.')
         if self.selection is not None and self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '

@@ -3,14 +3,13 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from dsnet_mm.datasets.readers import count_other_files, is_image
 from dsnet_mm.progress import progress_bar
 
 from .deployment import DeployedClassifier
@@ -29,37 +28,6 @@ class Prediction:
     image: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
-
-
-def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """Lists images, and those in and below folders.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        The images, and a sentence for each folder with files that are no images.
-
-    Raises:
-        FileNotFoundError: If a file or folder is missing.
-        ValueError: If there is no image.
-    """
-    found: list[Path] = []
-    notes = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(p for p in path.rglob('*') if p.is_file() and is_image(p))
-            if others := count_other_files(path):
-                notes.append(f'not read in {path}: {others}.')
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f'there is no image or folder {path}.')
-    if not found:
-        raise ValueError(
-            ' '.join([f'no image in {", ".join(map(str, paths))}.', *notes])
-        )
-    return found, notes
 
 
 def predict(

@@ -152,7 +152,7 @@ def _describe(records: list[dict], about: dict) -> str:
     config, prompts = about['config'], about['prompts']
     facts = [
         f'{len(about["class_names"])} classes, '
-        f'{records[0]["test"]["images"]} test images, seeds '
+        f'{records[0]["test"]["pictures"]} test images, seeds '
         f'{", ".join(map(str, config["seeds"]))}'
     ]
     if config['features'] is None:

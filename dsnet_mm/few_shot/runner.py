@@ -19,7 +19,8 @@ from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
 from .evaluation import evaluate
-from .methods import METHODS, FewShotData, num_learnt
+from .methods import METHODS, FewShotData
+from .methods.base import num_learnt
 from .selection import Fit, select
 from .sources import Drawn, FeatureSource, ImageSource, Source
 from .work_dir import claim_work_dir, describe_software, read_json

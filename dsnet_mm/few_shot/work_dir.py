@@ -84,7 +84,7 @@ def claim_work_dir(
 def _recipes(config: dict) -> dict[str, list]:
     """Returns the hyper-parameters of the methods of a run, and what they may be."""
     recipes = {
-        name: [dict(m.defaults), dict(m.grid), dict(m.late_grid)]
+        name: [dict(m.defaults), dict(m.grid)]
         for name in (*config['methods'], *config['oracle'])
         for m in [METHODS[name]]
     }

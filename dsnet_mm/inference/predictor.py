@@ -21,7 +21,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
 from dsnet_mm.checkpoint import load_checkpoint
-from dsnet_mm.datasets.readers import IMAGE_SUFFIXES, is_image
+from dsnet_mm.datasets.images import find_images
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.environment import existing_device, require
 from dsnet_mm.models import fuse_for_inference
@@ -338,30 +338,14 @@ def list_images(images: Image | Sequence[Image]) -> list[Image]:
         images = [images]
     listed: list[Image] = []
     for image in images:
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise ValueError(
-                    f'an array must be a BGR image of shape (H, W, 3), got '
-                    f'{image.shape}'
-                )
-            listed.append(image)
+        if not isinstance(image, np.ndarray):
+            listed += find_images([image])[0]
             continue
-        if Path(image).is_file():
-            listed.append(image)
-            continue
-        if not Path(image).is_dir():
-            raise FileNotFoundError(
-                f'there is no {image}; give an image or a folder of images'
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f'an array must be a BGR image of shape (H, W, 3), got {image.shape}'
             )
-        inside = sorted(
-            path for path in Path(image).rglob('*') if is_image(path) and path.is_file()
-        )
-        if not inside:
-            raise FileNotFoundError(
-                f'{image} holds no image; their names end with one of '
-                f'{" ".join(IMAGE_SUFFIXES)}'
-            )
-        listed += inside
+        listed.append(image)
     return listed
 
 

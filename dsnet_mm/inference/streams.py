@@ -168,7 +168,7 @@ def draw_streams(
         predictor: A detector or a classifier with its weights, not fused.
         image: BGR image of shape (H, W, 3).
         block: Name of the block, see :func:`find_block`.
-        point: The place whose attention is drawn, as fractions of width and height.
+        point: The position whose attention is drawn, as fractions of width and height.
             None is the middle of the detection, or of the image.
         target: What Grad-CAM explains: the number of a class, or the rank of a
             detection, from 0. None is the best.
@@ -218,7 +218,7 @@ def draw_streams(
         cam = grad_cam(score, streams.output, pooled=not predictor.detects)
         names = predictor.class_names
         name = names[label] if names else f'class {label}'
-        title = f'what raises {name}, {score.item():.2f}'
+        title = f'Grad-CAM: {name} ({score.item():.2f})'
     shown = to_image(inputs, model.data_preprocessor)
     return plot_streams(shown, streams, point or (0.5, 0.5), cam, title, box)
 
@@ -255,7 +255,7 @@ def plot_streams(
     Args:
         pixels: The image as the network sees it, (height, width, 3), in [0, 1].
         streams: The streams.
-        point: The place whose attention is drawn, as fractions of width and height.
+        point: The position whose attention is drawn, as fractions of width and height.
         cam: Map of :func:`grad_cam`.
         cam_title: Title of that map.
         box: Box to draw beside it: left, top, right, bottom, in pixels.
@@ -345,13 +345,13 @@ def plot_streams(
     heat(
         axes[0, 3],
         streams.local_weights.mean(0)[place],
-        'what + reads of the global stream',
+        'attention of the marked position',
     )
     mark(axes[0, 3])
     heat(
         axes[1, 3],
         streams.global_weights.mean(0)[token],
-        'where the global token at + looks',
+        'attention of the global token',
     )
     rows_of_token, columns_of_token = (
         side / count for side, count in zip((height, width), global_size, strict=True)

@@ -1,24 +1,26 @@
 """The inference form of DS-Net and DS-FPN: weights are buffers, norms are folded."""
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import fuse_conv_bn
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from dsnet_mm.models.layers import DSBlock, PatchEmbed
-from dsnet_mm.ops import can_pack, pack, select_path, unpack
+from dsnet_mm.models.layers.ds_block import has_hooks, is_plain
+from dsnet_mm.models.layers.packed_projection import PackedProjection
+from dsnet_mm.ops import select_path
+
+# Names of the convolutions and linear layers of a block end so.
+_LAYERS = ('pos_embed', '_conv', 'qkv', 'proj', 'proj_in', 'proj_out', 'fc1', 'fc2')
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
     """Replaces the blocks of DS-Net and DS-FPN by their inference form.
 
     Batch norms are folded into the layers beside them: in blocks as
-    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``. Hooks of the
-    layers inside a fused block are not called.
+    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``.
 
     Outputs change by rounding only. The weights of the replaced modules become
     buffers with other names, and the model can no longer be trained. Fuse after
@@ -33,7 +35,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         The model in evaluation mode, or the fused block if it is a block itself.
 
     Raises:
-        ValueError: If there are no DS-blocks in it, or some of a subclass.
+        ValueError: If there are no DS-blocks in it, or some whose forward is another
+            one: of a subclass, with hooks, parametrisations or LoRA.
     """
     blocks = [m for m in model.modules() if isinstance(m, DSBlock | FusedDSBlock)]
     if not blocks:
@@ -42,11 +45,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             f'{type(model).__name__} has none; mmcv.cnn.fuse_conv_bn fuses others.'
         )
     for block in blocks:
-        if type(block) not in (DSBlock, FusedDSBlock):
-            raise ValueError(
-                f'fuse_for_inference knows the forward of DSBlock, and '
-                f'{type(block).__name__} is a subclass, whose forward may differ.'
-            )
+        if isinstance(block, DSBlock):
+            _check_block(block)
     if isinstance(model, Fused):
         return model
     if isinstance(model, DSBlock):
@@ -54,6 +54,24 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     model.eval()
     _replace(model)
     return fuse_conv_bn(model).eval()
+
+
+def _check_block(block: DSBlock) -> None:
+    """Refuses a block that does more than its weights tell."""
+    if type(block) is not DSBlock:
+        raise ValueError(
+            f'fuse_for_inference knows the forward of DSBlock, and '
+            f'{type(block).__name__} is a subclass, whose forward may differ.'
+        )
+    for name, layer in block.named_modules():
+        is_other = name.endswith(_LAYERS) and not is_plain(layer)
+        if is_other or has_hooks(layer):
+            what = 'hooks' if has_hooks(layer) else f'the class {type(layer).__name__}'
+            raise ValueError(
+                f'fuse_for_inference takes the weights of a block, and '
+                f'{name or "the block"} has {what}, which would be lost; remove hooks, '
+                f'and merge parametrisations or LoRA into the weights first.'
+            )
 
 
 def _replace(model: nn.Module) -> None:
@@ -251,61 +269,3 @@ def _fold(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     conv.bias = conv.bias + conv.weight.flatten(1) @ shift
     conv.weight = conv.weight * scale[:, None, None]
     return nn.Identity()
-
-
-class PackedProjection(nn.Module):
-    """1x1 convolution of a map, or linear layer of tokens, for inference.
-
-    The weight is stored once. Where the compiled operators take its type and widths, it
-    is in the order in which they read it (:func:`dsnet_mm.ops.pack`); the buffer is
-    ``packed``. It is packed again when its type or device changes. State dicts have it
-    as ``weight``, in the shape that it was given in, so they do not depend on the
-    machine.
-
-    Args:
-        weight: Weight of shape (C_out, C_in, 1, 1) or (C_out, C_in).
-        bias: Bias of shape (C_out,).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.shape = weight.shape
-        self.register_buffer('packed', _pack(weight.flatten(1)))
-        self.register_buffer('bias', bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight in the shape that it was given in, a copy if it is packed."""
-        return _unpack(self.packed).view(self.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H, W), or (N, L, C_in) -> (N, L, C_out)."""
-        project = F.linear if len(self.shape) == 2 else F.conv2d
-        return project(x, self.weight, self.bias)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> 'PackedProjection':
-        old = self.packed
-        super()._apply(fn, recurse)
-        if (old.dtype, old.device) != (self.packed.dtype, self.packed.device):
-            self.packed = _pack(fn(_unpack(old)))
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict, prefix: str, keep_vars: bool
-    ) -> None:
-        destination[f'{prefix}weight'] = self.weight
-        destination[f'{prefix}bias'] = self.bias
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        self.packed, self._buffers['weight'] = None, self.weight
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        weight = self._buffers.pop('weight')
-        self.packed = _pack(weight.flatten(1))
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return pack(weight) if can_pack(weight) else weight
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    return packed if packed.dim() == 2 else unpack(packed)

@@ -2,7 +2,7 @@ from . import meta as meta  # registers fake kernels and FLOP formulas
 from .co_attention import attention, co_attention, sdpa_co_attention, self_attention
 from .feed_forward import feed_forward
 from .packing import can_pack, pack, unpack
-from .paths import select_path
+from .paths import select_path, use_path
 from .plain import dropout_mask, reference_co_attention, split_heads
 from .resize import resize
 
@@ -20,4 +20,5 @@ __all__ = [
     'self_attention',
     'split_heads',
     'unpack',
+    'use_path',
 ]

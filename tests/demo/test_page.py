@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsnet_mm.demo import __main__ as page_main
 from dsnet_mm.demo import actions
-from dsnet_mm.demo.clip import pretrain, scene_pairs
+from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from dsnet_mm.few_shot import load_classifier
 
 
@@ -71,7 +71,7 @@ def bomb(tmp_path_factory) -> Path:
 def small_clip(tmp_path_factory) -> tuple[str, str]:
     """Configuration and weights of a demo CLIP after two steps."""
     folder = tmp_path_factory.mktemp('clip')
-    return tuple(map(str, pretrain(folder, scene_pairs(8), 2, quiet=True)))
+    return tuple(map(str, pretrain(folder, scene_pairs(8), 2)))
 
 
 # ------------------------------------------------------- functions without Gradio
@@ -359,7 +359,7 @@ def test_page_that_cannot_start(server, problem, monkeypatch, tmp_path, capsys):
     argv, message = ['--port', server.address.rpartition(':')[2]], 'cannot listen at'
     if problem == 'demo CLIP':
         folder = Path('work_dirs/demo_clip')
-        _, weights = pretrain(folder, scene_pairs(8), 1, quiet=True)
+        _, weights = pretrain(folder, scene_pairs(8), 1)
         weights.write_bytes(b'damaged')
         argv, message = [], 'demo_clip.safetensors is damaged'
     with pytest.raises(SystemExit, match='2'):
@@ -387,7 +387,7 @@ def test_page_without_models(monkeypatch, tmp_path):
     text, train, form = describe()
     assert 'There is no image encoder here yet' in text
     assert train['visible'] and 'visible' not in form
-    pretrain(Path('work_dirs/demo_clip'), scene_pairs(8), 2, quiet=True)
+    pretrain(Path('work_dirs/demo_clip'), scene_pairs(8), 2)
     assert Page(page_main.NO_WEIGHTS, None, tmp_path).encoder.embed_dims == 128
 
 

@@ -230,6 +230,23 @@ def test_safetensors_take_the_place_of_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(net.state_dict()[key], read['state_dict'][f'backbone.{key}'])
 
 
+def test_weights_of_another_model_are_no_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without an error MMEngine trains from random weights."""
+    net = DSNet(ARCH, norm_cfg=dict(type='GN', num_groups=4))
+    alone, parts = tmp_path / 'backbone.pth', tmp_path / 'parts.pth'
+    torch.save(net.state_dict(), alone)
+    torch.save({f'module.backbone.{k}': v for k, v in net.state_dict().items()}, parts)
+    args = ['classifier.py', f'--work-dir={tmp_path}/run', '--cfg-options', FOLDERS]
+    with pytest.raises(SystemExit, match='2'):
+        tool('train.py').main([*args, f'load_from={alone}'])
+    error = capsys.readouterr().err
+    assert str(alone) in error and 'model.backbone.init_cfg' in error
+    assert not list(tmp_path.glob('run/*.pth'))
+    tool('train.py').main([*args, f'load_from={parts}', 'train_cfg.max_epochs=1'])
+
+
 def test_weights_are_checked(tmp_path: Path) -> None:
     path = tmp_path / 'a.safetensors'
     with pytest.raises(ValueError, match='1 tensors are not finite'):

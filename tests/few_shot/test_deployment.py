@@ -423,7 +423,7 @@ def test_parquet_of_the_datasets_library(tmp_path, monkeypatch):
     assert (label, name) == (1, 'red_fox')
     with Image.open(path) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
-    monkeypatch.setattr('dsnet_mm.tasks.parquet._unpack', None)
+    monkeypatch.setattr('dsnet_mm.datasets.parquet._unpack', None)
     assert load_task('set') == task, 'the images are unpacked once'
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

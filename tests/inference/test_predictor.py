@@ -242,8 +242,8 @@ def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
     ('args', 'sentence'),
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
-        ('CLASSIFIER a.pth none.png', 'there is no none.png; give an image'),
-        ('CLASSIFIER a.pth EMPTY', 'holds no image; their names end with'),
+        ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
+        ('CLASSIFIER a.pth EMPTY', 'there is no image in'),
         ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
         ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
     ],
@@ -315,7 +315,7 @@ def test_rle_of_a_large_image_needs_no_large_array() -> None:
 @pytest.mark.parametrize(
     ('height', 'width'), [(1, 1), (100, 64), (64, 300), (257, 129), (64, 65)]
 )
-def test_tiles_cover_a_image_and_overlap(height: int, width: int) -> None:
+def test_tiles_cover_an_image_and_overlap(height: int, width: int) -> None:
     tiles = make_tiles(height, width, 64, 16)
     seen = np.zeros((height, width), int)
     for tile in tiles:
@@ -408,11 +408,32 @@ def test_neighbours_are_not_joined() -> None:
     assert merge_tiles([[], []], tiles, 64, 96) == []
 
 
-def test_a_cut_object_of_another_class_is_the_same_object() -> None:
+@pytest.mark.parametrize('masks', [True, False], ids=['masks', 'boxes'])
+@pytest.mark.parametrize('classes', [(0, 1), (0, 0)], ids=['two classes', 'one class'])
+@pytest.mark.parametrize('left', [28, 40])
+def test_an_object_before_another_one(
+    left: int, classes: tuple[int, int], masks: bool
+) -> None:
+    """A person before a bus: whole in one tile or two, and the bus is cut in two."""
     tiles = [Tile(0, 0, 64, 64), Tile(32, 0, 96, 64)]
-    whole = DetectedObject(0, 0.6, np.array([20.0, 20.0, 50.0, 40.0]))
-    cut = DetectedObject(1, 0.9, np.array([32.0, 20.0, 50.0, 40.0]))
-    assert merge_tiles([[whole], [cut]], tiles, 64, 96) == [whole]
+    boxes = [left, 20, left + 10, 40], [5, 10, 95, 60]
+    shapes = [np.zeros((64, 128), bool) for _ in boxes]
+    for shape, (x0, y0, x1, y1) in zip(shapes, boxes, strict=True):
+        shape[y0:y1, x0:x1] = True
+    shapes[1] &= ~shapes[0] | (not masks)
+    found = seen_in_tiles(shapes, tiles, masks)
+    for objects in found:
+        for o, label, score in zip(objects, classes, (0.9, 0.8), strict=True):
+            o.label, o.score = label, score
+    merged = merge_tiles(found, tiles, 64, 128)
+    assert [(o.label, o.score) for o in merged] == [
+        (classes[0], 0.9),
+        (classes[1], 0.8),
+    ]
+    assert [o.box.tolist() for o in merged] == list(boxes)
+    if masks:
+        for o, shape in zip(merged, shapes, strict=True):
+            assert np.array_equal(o.mask.crop(0, 0, 128, 64), shape)
 
 
 # --- Configurations by name -------------------------------------------------------

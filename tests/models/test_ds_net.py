@@ -319,7 +319,19 @@ def test_pretrained_checkpoint(tmp_path):
     shallower = DSNet(TINY | dict(depths=(1, 1, 1, 1)), init_cfg=init_cfg)
     with pytest.raises(ValueError, match=r'tensors more, for example stages\.2\.1'):
         shallower.init_weights()
-    DSNet(TINY, init_cfg=init_cfg | dict(checkpoint=None)).init_weights()
+    # In a list too, of which MMEngine takes the others first.
+    random = dict(type='Constant', layer='Conv2d', val=0)
+    with pytest.raises(ValueError, match='does not fit'):
+        DSNet(TINY, init_cfg=[random, init_cfg | dict(prefix='')]).init_weights()
+    listed = DSNet(TINY, init_cfg=[init_cfg, random])
+    listed.init_weights()
+    key = 'stages.0.0.proj_in.weight'
+    assert torch.equal(listed.state_dict()[key], trained.state_dict()[key])
+    nowhere = init_cfg | dict(checkpoint=None)
+    DSNet(TINY, init_cfg=nowhere).init_weights()
+    random_ones = DSNet(TINY, init_cfg=[nowhere, random])
+    random_ones.init_weights()
+    assert not random_ones.state_dict()[key].any()
 
 
 def test_output_norms_get_channels_last_gradients():

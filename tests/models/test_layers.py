@@ -1,13 +1,16 @@
 """The modules of DS-Net against their plain transcription."""
 
 import operator
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from dsnet_mm.models import DSBlock, DSNet, InterScaleAlignment, fuse_for_inference
-from dsnet_mm.models.reference import reference_net
+from dsnet_mm.models.reference import reference_block, reference_net
 from dsnet_mm.ops import feed_forward, resize
 from tests.conftest import TINY, VARIANTS, WIDE, build, error, images
 
@@ -63,6 +66,99 @@ def test_names_of_the_parameters() -> None:
         for i in range(4)
         for kind in ('weight', 'bias')
     }
+
+
+# ------------------------------------------- layers that do more than their weights
+
+
+class Double(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+class LoRA(nn.Module):
+    """A layer and a product of rank 1 beside it; the weight alone is not its output."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        c_out, c_in = layer.weight.shape[:2]
+        self.down = nn.Conv2d(c_in, 1, 1, bias=False, dtype=layer.weight.dtype)
+        self.up = nn.Conv2d(1, c_out, 1, bias=False, dtype=layer.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def double_output(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def double_weight(layer: nn.Module) -> nn.Module:
+    return register_parametrization(layer, 'weight', Double())
+
+
+def results(block: DSBlock, forward: Callable = DSBlock.forward) -> list[torch.Tensor]:
+    x = images(9, 13)[:, :1].expand(-1, 16, -1, -1).cos().requires_grad_()
+    out = forward(block, x)
+    (out * out.detach().cos()).sum().backward()
+    return [out, x.grad, *(param.grad for param in block.parameters())]
+
+
+@pytest.mark.parametrize('change', [double_output, double_weight, LoRA])
+@pytest.mark.parametrize('name', ['proj_in', 'proj_out', 'ffn.fc1', 'ffn.fc2'])
+def test_hooks_and_other_layers_work(name: str, change: Callable) -> None:
+    torch.manual_seed(0)
+    options = [dict(), dict(isa=False, alpha=0.0), dict(isa=False, alpha=1.0)]
+    for option in options:
+        block = DSBlock(16, 2, global_factor=2, **option).double()
+        plain = block(images(9, 13)[:, :1].expand(-1, 16, -1, -1).cos())
+        block.set_submodule(name, change(block.get_submodule(name)))
+        # The transcription calls each layer.
+        expected, measured = results(deepcopy(block), reference_block), results(block)
+        assert error(measured, expected) < 1e-12
+        assert error(measured[:1], [plain]) > 1e-3
+        with pytest.raises(ValueError, match=name):
+            fuse_for_inference(block)
+
+
+def test_hooks_see_what_the_layers_compute() -> None:
+    """Forward and backward hooks, on all layers at once."""
+    torch.manual_seed(0)
+    block = DSBlock(16, 2).double()
+    expected = results(deepcopy(block), reference_block)
+    seen, grads = {}, set()
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.GELU):
+            layer.register_forward_hook(
+                lambda layer, args, out, name=name: seen.update({name: (args[0], out)})
+            )
+            layer.register_full_backward_hook(lambda *args, name=name: grads.add(name))
+    assert error(results(block), expected) < 1e-12
+    assert grads == seen.keys() and len(seen) == 12
+    for layer in block.modules():
+        layer._forward_hooks.clear()
+    for name, (given, out) in seen.items():  # nothing has changed it later
+        torch.testing.assert_close(block.get_submodule(name)(given), out)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_hooks_are_compiled_and_exported(strict: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = DSBlock(8, 2, global_factor=2).eval()
+    for name in ('proj_in', 'ffn.fc2'):
+        double_output(block.get_submodule(name))
+    x = torch.randn(1, 8, 6, 8)
+    with torch.no_grad():
+        expected = [block(x).double()]
+        program = torch.export.export(block, (x,), strict=strict).module()
+        assert error([program(x)], expected) < 1e-5
+        compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
+        assert error([compiled(x)], expected) < 1e-5
 
 
 @pytest.mark.parametrize('width', [16, 64])

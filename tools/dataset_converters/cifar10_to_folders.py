@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from dsnet_mm.demo.folders import replacing
 from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.files import replacing
 
 SUFFIXES = ('.jpg', '.png')
 

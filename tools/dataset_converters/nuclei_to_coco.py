@@ -18,8 +18,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
-from dsnet_mm.demo.folders import replacing
 from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.files import replacing
 
 SPLITS = {'train': range(62), 'val': range(62, 81), 'test': range(81, 100)}
 """Remainders of the SHA-1 of an image's name, divided by 100."""

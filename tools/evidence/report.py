@@ -18,10 +18,13 @@ from dsnet_mm.few_shot.report import half_interval
 from dsnet_mm.files import write_atomic
 
 from .runs import RESULTS, ROOT
-from .tables import COCO, TABLES, Row, Table
+from .tables import TABLES, Row, Table
 
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'images'
+
+SHOWN = ('coco/segm_mAP', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'accuracy/top1')
+"""Metrics of the page; results/ has all of them."""
 
 Results = Mapping[str, Mapping[int, dict[str, Any]]]
 """Results of a table by row and seed."""
@@ -57,59 +60,50 @@ def summary(numbers: list[float], sign: str = '') -> str:
 
 
 def main_table(name: str, results: Results) -> str:
-    """Returns the table of means in Markdown."""
+    """Returns the table of means in Markdown, with the paired difference."""
     table = TABLES[name]
     time = read_timing(name)
-    titles = ['row', 'seeds', 'backbone: parameters, M', 'multiply-adds, M']
-    necks = table.metrics is COCO
-    titles += ['neck: multiply-adds, M'] * necks
-    titles += list(table.metrics.values())
-    titles += ['training, processor s']
-    if time:
-        titles += ['training step', 'one image', 'MiB', 'MiB']
+    shown = {key: title for key, title in table.metrics.items() if key in SHOWN}
+    first = table.rows[0]
+    metric = next(iter(shown))
+    titles = ['row', 'seeds', 'multiply-adds, M', *shown.values()]
+    titles.append(f'difference from {first.label}')
+    titles += ['training step', 'one image'] if time else []
     lines = [line(titles), line(['---'] + ['--:'] * (len(titles) - 1))]
+    base = values(results, first.name, metric)
     for row in table.rows:
         runs = results.get(row.name)
         if not runs:
             continue
         model = next(iter(runs.values()))['model']
-        cells = [
-            row.label,
-            len(runs),
-            f'{model["backbone_params"] / 1e6:.2f}',
-            f'{model["backbone_multiply_adds"] / 1e6:.1f}',
-        ]
-        if necks:
-            cells.append(f'{model["neck_multiply_adds"] / 1e6:.1f}')
-        for metric in table.metrics:
-            cells.append(summary(list(values(results, row.name, metric).values())))
-        cells.append(f'{mean(run["train_cpu_seconds"] for run in runs.values()):.0f}')
+        cost = model['backbone_multiply_adds'] + model.get('neck_multiply_adds', 0)
+        cells = [row.label, len(runs), f'{cost / 1e6:.1f}']
+        for key in shown:
+            cells.append(summary(list(values(results, row.name, key).values())))
+        ours = values(results, row.name, metric)
+        gaps = [ours[seed] - base[seed] for seed in base if seed in ours]
+        cells.append('-' if row is first else summary(gaps, '+'))
         if time:
             measured = time['rows'][row.name]
-            kinds = ('train', 'predict')
-            cells += [f'{measured[kind]["ratio"]:.2f}' for kind in kinds]
-            cells += [f'{measured[kind]["mib"]:.0f}' for kind in kinds]
+            cells += [f'{measured[kind]["ratio"]:.2f}' for kind in ('train', 'predict')]
         lines.append(line(cells))
     return '\n'.join(lines)
 
 
-def differences(name: str, results: Results) -> str:
-    """Returns the paired differences from the first row in Markdown."""
-    table = TABLES[name]
-    first = table.rows[0]
-    titles = [f'less {first.label}', 'pairs', *table.metrics.values()]
-    lines = [line(titles), line(['---'] + ['--:'] * (len(titles) - 1))]
-    for row in table.rows[1:]:
-        cells, pairs = [], 0
-        for metric in table.metrics:
-            ours = values(results, first.name, metric)
-            theirs = values(results, row.name, metric)
-            gaps = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
-            pairs = max(pairs, len(gaps))
-            cells.append(summary(gaps, '+'))
-        if pairs:
-            lines.append(line([row.label, pairs, *cells]))
-    return '\n'.join(lines) if len(lines) > 2 else ''
+def sweep_table(name: str, results: Results) -> str:
+    """Returns a learning-rate sweep in Markdown: a row a network, a column a rate."""
+    metric, title = next(iter(TABLES[name].metrics.items()))
+    cells: dict[str, dict[float, str]] = {}
+    for row in TABLES[name].rows:
+        label, rate = row.label.rsplit(', ', 1)
+        numbers = list(values(results, row.name, metric).values())
+        cells.setdefault(label, {})[float(rate)] = summary(numbers)
+    rates = sorted({rate for found in cells.values() for rate in found})
+    titles = [f'{title} by learning rate', *(f'{rate:g}' for rate in rates)]
+    lines = [line(titles), line(['---'] + ['--:'] * len(rates))]
+    for label, found in cells.items():
+        lines.append(line([label, *(found.get(rate, '-') for rate in rates)]))
+    return '\n'.join(lines)
 
 
 def line(cells: list[Any]) -> str:
@@ -124,31 +118,28 @@ def read_timing(name: str) -> dict | None:
 
 
 def section(name: str, results: Results) -> str:
-    """Returns what the page shows of a table: plot, tables, and their origin."""
+    """Returns what the page shows of a table: table, plot and origin."""
     table = TABLES[name]
     if not results:
         return f'Not measured yet: `python tools/reproduce.py {name}`.'
     runs = [run for row in results.values() for run in row.values()]
-    parts = [f'![{table.title}](images/results_{name}.png)']
-    parts.append(main_table(name, results))
-    parts.append(differences(name, results))
+    if is_sweep(name):
+        parts = [sweep_table(name, results)]
+    else:
+        parts = [main_table(name, results)]
+        parts.append(f'![{table.title}](images/results_{name}.png)')
     wanted = sum(row.seeds for row in table.rows)
     machines = sorted({run['machine']['processor'] for run in runs})
-    commits = sorted({run['commit'] for run in runs})
-    note = (
+    parts.append(
         f'{len(runs)} of {wanted} runs; `python tools/reproduce.py {name}`; '
-        f'results/{name}/; torch {runs[0]["versions"]["torch"]}; '
-        f'{", ".join(machines)}; commits {", ".join(commits)}.'
+        f'torch {runs[0]["versions"]["torch"]}; {", ".join(machines)}.'
     )
-    if time := read_timing(name):
-        note += (
-            f' Training step (a batch) and one image (backbone and neck): medians of '
-            f'{time["turns"]} turns relative to the first row, '
-            f'{time["machine"]["threads"]} threads; MiB: the most that each holds '
-            f'besides weights and input.'
-        )
-    parts.append(note)
-    return '\n\n'.join(part for part in parts if part)
+    return '\n\n'.join(parts)
+
+
+def is_sweep(name: str) -> bool:
+    """Tells whether a table is a learning-rate sweep, which has no plot."""
+    return name.endswith('_rates')
 
 
 def plot(name: str, results: Results) -> bytes:
@@ -255,7 +246,7 @@ def write_page() -> list[Path]:
     write_atomic(PAGE, fill(PAGE.read_text(), sections))
     files = [PAGE]
     for name, found in results.items():
-        if found:
+        if found and not is_sweep(name):
             files.append(PLOTS / f'results_{name}.png')
             write_atomic(files[-1], plot(name, found))
     return files

@@ -5,11 +5,11 @@ import sys
 
 from rich.console import Console
 
+from dsnet_mm.datasets.images import find_images
 from dsnet_mm.few_shot.predict import (
     as_csv,
     as_json,
     as_table,
-    find_images,
     predict,
 )
 from dsnet_mm.files import check_new, write_atomic

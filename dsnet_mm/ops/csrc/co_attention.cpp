@@ -11,50 +11,32 @@
 
 namespace dsnet {
 
-Outputs co_attention_impl(const Tensor& local_qkv, const Tensor& global_qkv,
-                          const Tensor& seed, int64_t num_heads, double dropout_p) {
-  return DISPATCH_DEVICE_IMPL(co_attention_impl, local_qkv, global_qkv, seed, num_heads,
-                              dropout_p);
-}
-
-Gradients co_attention_backward_impl(const Tensor& grad_local,
-                                     const Tensor& grad_global, const Tensor& local_qkv,
-                                     const Tensor& global_qkv, const Tensor& local_out,
-                                     const Tensor& global_out, const Tensor& local_lse,
-                                     const Tensor& global_lse, const Tensor& seed,
-                                     int64_t num_heads, double dropout_p) {
-  return DISPATCH_DEVICE_IMPL(co_attention_backward_impl, grad_local, grad_global,
-                              local_qkv, global_qkv, local_out, global_out, local_lse,
-                              global_lse, seed, num_heads, dropout_p);
-}
-
-namespace {
-
-void check(const Tensor& local_qkv, const Tensor& global_qkv, const Tensor& seed,
-           int64_t num_heads, double dropout_p) {
+void check_attention(const char* name, const Tensor& local_qkv,
+                     const Tensor& global_qkv, const Tensor& seed, int64_t num_heads,
+                     double dropout_p) {
   TORCH_CHECK(local_qkv.dim() == 3 && global_qkv.dim() == 3 &&
                   local_qkv.size(0) == global_qkv.size(0) &&
                   local_qkv.size(2) == global_qkv.size(2) && num_heads > 0 &&
                   local_qkv.size(2) > 0 && local_qkv.size(2) % (3 * num_heads) == 0 &&
                   local_qkv.size(1) > 0 && global_qkv.size(1) > 0,
-              "co_attention takes (N, L, 3 * C) and (N, G, 3 * C) with C a multiple "
-              "of num_heads=",
-              num_heads, ", got ", local_qkv.sizes(), " and ", global_qkv.sizes());
-  TORCH_CHECK(local_qkv.scalar_type() == global_qkv.scalar_type(),
-              "co_attention takes one dtype, got ", local_qkv.scalar_type(), " and ",
+              name, " takes projections (N, L, 3 * C) and, of a second stream, ",
+              "(N, G, 3 * C) with C a multiple of num_heads=", num_heads, ", got ",
+              local_qkv.sizes(), " and ", global_qkv.sizes());
+  TORCH_CHECK(local_qkv.scalar_type() == global_qkv.scalar_type(), name,
+              " takes one dtype, got ", local_qkv.scalar_type(), " and ",
               global_qkv.scalar_type());
-  TORCH_CHECK(0 <= dropout_p && dropout_p < 1, "dropout_p lies in [0, 1), got ",
-              dropout_p);
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1,
-              "seed is one int64 number, got ", seed.scalar_type(), " of shape ",
-              seed.sizes());
+  TORCH_CHECK(0 <= dropout_p && dropout_p < 1, name,
+              " takes a dropout_p in [0, 1), got ", dropout_p);
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1, name,
+              " takes one int64 number as its seed, got ", seed.scalar_type(),
+              " of shape ", seed.sizes());
 }
 
 Outputs co_attention(const Tensor& local_qkv, const Tensor& global_qkv,
                      const Tensor& seed, int64_t num_heads, double dropout_p) {
-  check(local_qkv, global_qkv, seed, num_heads, dropout_p);
-  return co_attention_impl(with_rows(local_qkv), with_rows(global_qkv), seed, num_heads,
-                           dropout_p);
+  check_attention("co_attention", local_qkv, global_qkv, seed, num_heads, dropout_p);
+  return DISPATCH_DEVICE_IMPL(co_attention, with_rows(local_qkv), with_rows(global_qkv),
+                              seed, num_heads, dropout_p);
 }
 
 Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_global,
@@ -63,7 +45,8 @@ Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_glo
                                 const Tensor& local_lse, const Tensor& global_lse,
                                 const Tensor& seed, int64_t num_heads,
                                 double dropout_p) {
-  check(local_qkv, global_qkv, seed, num_heads, dropout_p);
+  check_attention("co_attention_backward", local_qkv, global_qkv, seed, num_heads,
+                  dropout_p);
   TORCH_CHECK(is_output(grad_local, local_qkv) && is_output(local_out, local_qkv) &&
                   is_output(grad_global, global_qkv) &&
                   is_output(global_out, global_qkv) &&
@@ -71,13 +54,12 @@ Gradients co_attention_backward(const Tensor& grad_local, const Tensor& grad_glo
                   is_lse(global_lse, global_qkv, num_heads),
               "co_attention_backward takes what co_attention returned and gradients "
               "of its first two outputs");
-  return co_attention_backward_impl(
-      with_rows(grad_local), with_rows(grad_global), with_rows(local_qkv),
-      with_rows(global_qkv), with_rows(local_out), with_rows(global_out),
-      local_lse.contiguous(), global_lse.contiguous(), seed, num_heads, dropout_p);
+  return DISPATCH_DEVICE_IMPL(co_attention_backward, with_rows(grad_local),
+                              with_rows(grad_global), with_rows(local_qkv),
+                              with_rows(global_qkv), with_rows(local_out),
+                              with_rows(global_out), local_lse.contiguous(),
+                              global_lse.contiguous(), seed, num_heads, dropout_p);
 }
-
-}  // namespace
 
 TORCH_LIBRARY(dsnet_mm, m) {
   m.def(

@@ -3,12 +3,12 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <string>
+
 namespace dsnet {
 
-template <typename Signature>
-auto find(const char* name) {
-  const auto schema = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  return schema.typed<Signature>();
+inline c10::OperatorHandle find_operator(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
 
 }  // namespace dsnet

@@ -150,7 +150,7 @@ Gradients co_attention_backward_cuda(const Tensor& grad_local,
   return {grad[0], grad[1]};
 }
 
-REGISTER_DEVICE_IMPL(co_attention_impl, CUDA, co_attention_cuda);
-REGISTER_DEVICE_IMPL(co_attention_backward_impl, CUDA, co_attention_backward_cuda);
+REGISTER_DEVICE_IMPL(co_attention, CUDA, co_attention_cuda);
+REGISTER_DEVICE_IMPL(co_attention_backward, CUDA, co_attention_backward_cuda);
 
 }  // namespace dsnet

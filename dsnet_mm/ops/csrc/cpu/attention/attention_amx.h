@@ -114,10 +114,9 @@ inline void softmax_rows(int64_t begin, int64_t cols, float scale, int64_t padde
 // queries and the accumulators lie in L2, the scores and weights of 32 queries in L1.
 inline void attend_forward(const Head<BFloat16>& head, int64_t first, int64_t count,
                            BFloat16* out, int64_t out_stride, float* lse,
-                           char* memory) {
+                           Arena& arena) {
   const int64_t width = head.width, padded = round_up(width, kTileDepth);
   const int64_t rows = round_up(count, kTwoTiles);
-  Arena arena(memory);
   BFloat16* q = arena.allocate<BFloat16>(rows * padded);
   BFloat16* k = arena.allocate<BFloat16>(kKeyBlock * padded);
   BFloat16* v = arena.allocate<BFloat16>(kKeyBlock * padded);
@@ -128,6 +127,8 @@ inline void attend_forward(const Head<BFloat16>& head, int64_t first, int64_t co
   float* accumulator = arena.allocate<float>(rows * padded);  // [query][channel]
   float* running_max = arena.allocate<float>(rows);
   float* denominator = arena.allocate<float>(rows);
+  if (arena.counts()) return;
+
   const float scale = 1.44269504088896340736 / std::sqrt(double(width));
   std::fill(running_max, running_max + rows, -std::numeric_limits<float>::infinity());
   std::fill(denominator, denominator + rows, 0.f);

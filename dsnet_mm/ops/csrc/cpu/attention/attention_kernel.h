@@ -103,30 +103,16 @@ void store(int64_t rows, int64_t cols, const T* src, int64_t src_stride, S* dst,
   }
 }
 
-// Returns rows in the type T and sets their stride. They are converted into ``buffer``,
-// or returned where they lie if S is T.
+// Returns rows of ``all_cols`` elements in the type T, and sets their stride. They are
+// the source itself if that has this type and length. Otherwise they are converted into
+// ``buffer``, with zeros beyond ``cols``.
 template <typename S, typename T>
-inline const T* convert_rows(int64_t rows, int64_t cols, const S* src, int64_t& stride,
-                             T* buffer) {
-  if constexpr (std::is_same_v<S, T>) {
-    return src;
-  } else {
-    load<S, T>(rows, cols, src, stride, buffer, rows, cols, T(1));
-    stride = cols;
-    return buffer;
-  }
-}
-
-// The same for rows that are read in whole vectors: pad<T>(cols) elements of each. Rows
-// of another length are copied into ``buffer``, with zeros at their ends.
-template <typename S, typename T>
-inline const T* pad_rows(int64_t rows, int64_t cols, const S* src, int64_t& stride,
-                         T* buffer) {
-  const int64_t padded = pad<T>(cols);
+inline const T* as_rows(int64_t rows, int64_t cols, int64_t all_cols, const S* src,
+                        int64_t& stride, T* buffer) {
   if constexpr (std::is_same_v<S, T>)
-    if (cols == padded) return src;
-  load<S, T>(rows, cols, src, stride, buffer, rows, padded, T(1));
-  stride = padded;
+    if (cols == all_cols) return src;
+  load<S, T>(rows, cols, src, stride, buffer, rows, all_cols, T(1));
+  stride = all_cols;
   return buffer;
 }
 
@@ -258,20 +244,18 @@ void attend_to_block(const QueryGroup<T>& queries, const KeyBlock<T>& keys,
   if (c < padded) multiply_values(std::integral_constant<int, 1>(), c);
 }
 
-// Outputs and lse of queries [first, first + count) of a head, at most
-// kMaxTaskQueries.
+// Outputs and lse of queries [first, first + count) of a head.
 //
 // Loop order: blocks of keys, then groups of queries. All queries of the task read a
 // block before the next one is loaded. Keys and values are read where they lie, unless
 // they are converted or padded; queries are transposed once. The queries' state lies in
 // L2, one block of keys and values as well.
-template <typename S, typename T>
+template <typename S, typename T = at::opmath_type<S>>
 void attend_forward(const Head<S>& head, int64_t first, int64_t count, S* out,
-                    int64_t out_stride, T* lse, char* memory) {
+                    int64_t out_stride, T* lse, Arena& arena) {
   constexpr int lanes = Vector<T>::lanes, group = 2 * lanes;
   const int64_t width = head.width, padded = pad<T>(width);
-  const int64_t all = ceil_div(count, group) * group;
-  Arena arena(memory);
+  const int64_t all = round_up(count, group);
   T* q = arena.allocate<T>(all * padded);
   T* accumulator = arena.allocate<T>(all * padded);
   T* running_max = arena.allocate<T>(all);
@@ -280,6 +264,8 @@ void attend_forward(const Head<S>& head, int64_t first, int64_t count, S* out,
   T* k_rows = arena.allocate<T>(kKeyBlock * padded);
   T* v_rows = arena.allocate<T>(kKeyBlock * padded);
   T* p = arena.allocate<T>(kKeyBlock * group);
+  if (arena.counts()) return;
+
   const T scale = T(1.44269504088896340736 / std::sqrt(double(width)));
   std::fill(running_max, running_max + all, -std::numeric_limits<T>::infinity());
   std::fill(denominator, denominator + all, T(0));
@@ -287,9 +273,8 @@ void attend_forward(const Head<S>& head, int64_t first, int64_t count, S* out,
   for (int64_t begin = 0; begin < head.keys; begin += kKeyBlock) {
     const int64_t n = std::min<int64_t>(kKeyBlock, head.keys - begin);
     int64_t k_stride = head.kv_stride, v_stride = head.kv_stride;
-    const T* k =
-        convert_rows<S, T>(n, width, head.k + begin * k_stride, k_stride, k_rows);
-    const T* v = pad_rows<S, T>(n, width, head.v + begin * v_stride, v_stride, v_rows);
+    const T* k = as_rows(n, width, width, head.k + begin * k_stride, k_stride, k_rows);
+    const T* v = as_rows(n, width, padded, head.v + begin * v_stride, v_stride, v_rows);
     const KeyBlock<T> keys{begin, n, k, v, k_stride, v_stride};
     const int64_t next = begin + n, left = std::min(kKeyBlock, head.keys - next);
     prefetch(left, width, head.k + next * head.kv_stride, head.kv_stride);
@@ -363,20 +348,21 @@ class TransposedBlock {
 };
 
 // Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head, as far as
-// they come from each other. Rows of the gradients have ``padded`` elements, which is
-// pad<T>(width): no more are read of pad_rows.
+// they come from each other. The rows of the gradients are ``grad_stride`` apart, which
+// is at least pad<T>(width): whole vectors are written.
 //
 // Loop order: blocks of keys, then blocks of queries, both of kBackwardBlock. Weights
 // and their gradients of a pair of blocks, p and ds, are computed again from lse; they
 // and the two blocks lie in L2. Each of the five products streams through L1.
-template <typename S, typename T, typename Block = TransposedBlock<S, T>>
+template <typename S, typename T = at::opmath_type<S>,
+          typename Block = TransposedBlock<S, T>>
 void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
-                     const S* grad_out, int64_t grad_stride, const T* lse,
+                     const S* grad_out, int64_t grad_out_stride, const T* lse,
                      int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
-                     T* grad_q, T* grad_k, T* grad_v, int64_t padded, char* memory) {
+                     T* grad_q, T* grad_k, T* grad_v, int64_t grad_stride,
+                     Arena& arena) {
   constexpr int lanes = Vector<T>::lanes;
-  const int64_t width = head.width;
-  Arena arena(memory);
+  const int64_t width = head.width, padded = pad<T>(width);
   Block block(width, arena);
   T* k_rows = arena.allocate<T>(kBackwardBlock * padded);
   T* q_rows = arena.allocate<T>(kBackwardBlock * padded);
@@ -384,6 +370,7 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
   T* p = arena.allocate<T>(kBackwardBlock * kBackwardBlock);   // [query][key]
   T* ds = arena.allocate<T>(kBackwardBlock * kBackwardBlock);  // [query][key]
   T* delta = arena.allocate<T>(q_end - q_begin);               // over sqrt(d)
+  if (arena.counts()) return;
 
   const auto iota = *reinterpret_cast<const typename Vector<T>::words*>(kIota);
   const double scale = 1 / std::sqrt(double(width));
@@ -391,7 +378,7 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
   for (int64_t i = q_begin; i < q_end; ++i) {
     T dot = 0;
     for (int64_t c = 0; c < width; ++c)
-      dot += static_cast<T>(grad_out[i * grad_stride + c]) *
+      dot += static_cast<T>(grad_out[i * grad_out_stride + c]) *
              static_cast<T>(out[i * out_stride + c]);
     delta[i - q_begin] = dot * T(scale);
   }
@@ -401,16 +388,15 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
     int64_t kv_stride = head.kv_stride;
     block.load(n, head.k + begin * kv_stride, head.v + begin * kv_stride, kv_stride);
     const T* keys =
-        pad_rows<S, T>(n, width, head.k + begin * kv_stride, kv_stride, k_rows);
+        as_rows(n, width, padded, head.k + begin * kv_stride, kv_stride, k_rows);
     for (int64_t first = q_begin; first < q_end; first += kBackwardBlock) {
       const int64_t m = std::min<int64_t>(kBackwardBlock, q_end - first);
-      int64_t q_stride = head.q_stride, g_stride = grad_stride;
-      const T* q =
-          pad_rows<S, T>(m, width, head.q + first * q_stride, q_stride, q_rows);
-      const T* g =
-          pad_rows<S, T>(m, width, grad_out + first * g_stride, g_stride, g_rows);
-      block.multiply(m, n, {head.q + first * head.q_stride, head.q_stride, q, q_stride},
-                     {grad_out + first * grad_stride, grad_stride, g, g_stride}, p, ds);
+      int64_t q_stride = head.q_stride, g_stride = grad_out_stride;
+      const S *q_src = head.q + first * q_stride, *g_src = grad_out + first * g_stride;
+      const T* q = as_rows(m, width, padded, q_src, q_stride, q_rows);
+      const T* g = as_rows(m, width, padded, g_src, g_stride, g_rows);
+      block.multiply(m, n, {q_src, head.q_stride, q, q_stride},
+                     {g_src, grad_out_stride, g, g_stride}, p, ds);
       for (int64_t r = 0; r < m; ++r) {
         const T row_lse = lse[first + r], row_delta = delta[first + r - q_begin];
         RandomWords<T> words{};
@@ -436,13 +422,13 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
           }
         }
       }
-      const int64_t at_key = (begin - k_begin) * padded;
+      const int64_t at_key = (begin - k_begin) * grad_stride;
       matmul(n, padded, m, p, int64_t(1), kBackwardBlock, g, g_stride, grad_v + at_key,
-             padded, first > q_begin);
+             grad_stride, first > q_begin);
       matmul(n, padded, m, ds, int64_t(1), kBackwardBlock, q, q_stride, grad_k + at_key,
-             padded, first > q_begin);
+             grad_stride, first > q_begin);
       matmul(m, padded, n, ds, kBackwardBlock, int64_t(1), keys, kv_stride,
-             grad_q + (first - q_begin) * padded, padded, begin > k_begin);
+             grad_q + (first - q_begin) * grad_stride, grad_stride, begin > k_begin);
     }
   }
 }

@@ -17,11 +17,13 @@
 
 #include <cstring>
 
+#include "memory.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DSNET_AMX  // The compiler knows AMX.
 #include <immintrin.h>
-#ifdef DSNET_AMX_ON_CPU  // The build of ``make test-asan``, see setup.py.
-#include "amx_on_cpu.h"
+#ifdef DSNET_EMULATE_AMX  // The build of ``make test-asan``, see setup.py.
+#include "amx_emulation.h"
 #endif
 
 // Enclose code that uses AMX. The instruction sets include the AVX-512 of each_isa.h:
@@ -37,7 +39,7 @@ namespace amx {
 
 // Whether the processor has tiles and the system lets this process use them.
 inline bool has_tiles() {
-#ifdef DSNET_AMX_ON_CPU
+#ifdef DSNET_EMULATE_AMX
   return true;
 #else
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
@@ -64,8 +66,6 @@ constexpr int64_t kTileRows = 16;   // Rows of a tile of A and C, columns of one
 constexpr int64_t kTileDepth = 32;  // Columns of a tile of A.
 constexpr int64_t kTileSize = kTileRows * kTileDepth;  // Numbers in a tile of A or B.
 constexpr int64_t kTwoTiles = 2 * kTileRows;  // Rows, and columns, of multiply_2x2.
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // While it lives, all tile registers have their full size. Nothing is restored: by the
 // ABI no caller may rely on the configuration across a call.

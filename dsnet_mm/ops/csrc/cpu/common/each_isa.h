@@ -5,9 +5,13 @@
 // macros are defined:
 //   DSNET_ISA           the namespace of the functions: avx512, avx2 or baseline
 //   DSNET_VECTOR_BYTES  the size of a vector register: 64, 32 or 16
-// DSNET_DISPATCH(kernel, args...) calls the best of them that this processor runs.
+// DSNET_BEST(kernel) is the kernel of the best of them that this processor runs.
 // ATEN_CPU_CAPABILITY limits the choice, as it does for PyTorch's own kernels.
+//
+// DSNET_FLOAT_OR_BFLOAT16(type, name, lambda) calls the lambda with scalar_t as one of
+// these types, as PyTorch's AT_DISPATCH macros do.
 
+#include <ATen/Dispatch.h>
 #include <ATen/Version.h>
 
 #include <algorithm>
@@ -16,6 +20,8 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+
+#include "memory.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DSNET_X86
@@ -43,40 +49,33 @@
 #undef DSNET_ISA
 #undef DSNET_VECTOR_BYTES
 
-#ifdef DSNET_X86
 namespace dsnet {
 
 // 2 for AVX-512, 1 for AVX2, otherwise 0.
 inline int isa_level() {
+#ifdef DSNET_X86
   static const int level = [] {
     const std::string name = at::get_cpu_capability();
     return name == "AVX512" ? 2 : name == "AVX2" ? 1 : 0;
   }();
   return level;
+#else
+  return 0;
+#endif
 }
 
 }  // namespace dsnet
-#define DSNET_DISPATCH(KERNEL, ...)  \
-  switch (isa_level()) {             \
-    case 2:                          \
-      avx512::KERNEL(__VA_ARGS__);   \
-      break;                         \
-    case 1:                          \
-      avx2::KERNEL(__VA_ARGS__);     \
-      break;                         \
-    default:                         \
-      baseline::KERNEL(__VA_ARGS__); \
-  }
+
+#ifdef DSNET_X86
+#define DSNET_BEST(...)                     \
+  (isa_level() == 2   ? avx512::__VA_ARGS__ \
+   : isa_level() == 1 ? avx2::__VA_ARGS__   \
+                      : baseline::__VA_ARGS__)
 #else
-namespace dsnet {
-inline int isa_level() { return 0; }
-}  // namespace dsnet
-#define DSNET_DISPATCH(KERNEL, ...) baseline::KERNEL(__VA_ARGS__)
+#define DSNET_BEST(...) baseline::__VA_ARGS__
 #endif
 
-namespace dsnet {
-
-// The size of a vector register in the kernels that DSNET_DISPATCH calls.
-inline int64_t vector_bytes() { return 16 << isa_level(); }
-
-}  // namespace dsnet
+#define DSNET_FLOAT_OR_BFLOAT16(TYPE, NAME, ...)               \
+  AT_DISPATCH_SWITCH(TYPE, NAME,                               \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))

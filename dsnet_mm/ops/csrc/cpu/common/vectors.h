@@ -56,8 +56,7 @@ inline void storeu(T* to, Vec<T> x) {
 // Rounds n up to a multiple of the lanes.
 template <typename T>
 constexpr int64_t pad(int64_t n) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  return (n + lanes - 1) / lanes * lanes;
+  return round_up(n, Vector<T>::lanes);
 }
 
 // The larger of a and b in each lane; b if one of them is NaN.

@@ -16,7 +16,6 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <type_traits>
 #include <vector>
 
 namespace dsnet {
@@ -39,43 +38,39 @@ namespace {
 
 using at::Tensor;
 
-// The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel]. A
-// pixel on the top edge has no tap above, and so on. ``taps`` is the weight.
-std::vector<float> offsets(int64_t channels, const std::vector<float>& taps,
-                           const std::vector<float>& bias,
-                           const std::vector<float>& shift) {
-  std::vector<float> all(16 * channels);
-  for (int edges = 0; edges < 16; ++edges) {
-    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
-    float* offset = all.data() + edges * channels;
-    std::copy(bias.begin(), bias.end(), offset);
-    for (int i = top; i < 3 - bottom; ++i)
-      for (int j = left; j < 3 - right; ++j)
-        for (int64_t c = 0; c < channels; ++c)
-          offset[c] += shift[c] * taps[(3 * i + j) * channels + c];
-  }
-  return all;
-}
-
-// The numbers of x, or ``otherwise`` for each channel if it is null.
+// The numbers of x as float, or ``otherwise`` for each channel if there is no x.
 template <typename S>
-std::vector<float> to_float(const Tensor* x, int64_t channels, float otherwise) {
-  if (!x) return std::vector<float>(channels, otherwise);
+std::vector<float> to_float(const std::optional<Tensor>& x, int64_t count,
+                            float otherwise) {
+  if (!x) return std::vector<float>(count, otherwise);
   const S* data = x->const_data_ptr<S>();
-  return std::vector<float>(data, data + channels);
+  return std::vector<float>(data, data + count);
 }
 
 template <typename S>
 void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
-              const Tensor* scale, const Tensor* shift, Tensor& out) {
+              const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+              const Tensor& out) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const S* w = weight.const_data_ptr<S>();
-  std::vector<float> taps(9 * channels);  // [tap][channel]
+  const auto b = to_float<S>(bias, channels, 0);
+  const auto factor = to_float<S>(scale, channels, 1);
+  const auto added = to_float<S>(shift, channels, 0);
+  std::vector<float> taps(9 * channels);  // [tap][channel], first without the scale
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
-  const std::vector<float> all_offsets = offsets(
-      channels, taps, to_float<S>(&bias, channels, 0), to_float<S>(shift, channels, 0));
-  const std::vector<float> factor = to_float<S>(scale, channels, 1);
+  // The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel].
+  // A pixel on the top edge has no tap above, and so on.
+  std::vector<float> offsets(16 * channels);
+  for (int edges = 0; edges < 16; ++edges) {
+    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
+    float* offset = offsets.data() + edges * channels;
+    std::copy(b.begin(), b.end(), offset);
+    for (int i = top; i < 3 - bottom; ++i)
+      for (int j = left; j < 3 - right; ++j)
+        for (int64_t c = 0; c < channels; ++c)
+          offset[c] += added[c] * taps[(3 * i + j) * channels + c];
+  }
   for (int i = 0; i < 9; ++i)
     for (int64_t c = 0; c < channels; ++c)
       taps[i * channels + c] = taps[i * channels + c] * factor[c] + (i == 4);
@@ -83,6 +78,7 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
   const S* src = x.const_data_ptr<S>();
   S* dst = out.data_ptr<S>();
   const int64_t row_size = width * channels;
+  const auto kernel = DSNET_BEST(convolve_row<S>);
   at::parallel_for(0, x.size(0) * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % height;
@@ -93,8 +89,8 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
         in.strides[j] = inside ? channels : 0;
       }
       const int edges = 4 * ((y == 0) + 2 * (y == height - 1));
-      DSNET_DISPATCH(convolve_row, in, width, channels, taps.data(),
-                     all_offsets.data() + edges * channels, dst + i * row_size);
+      kernel(in, width, channels, taps.data(), offsets.data() + edges * channels,
+             dst + i * row_size);
     }
   });
 }
@@ -117,12 +113,10 @@ Tensor residual_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
               "bfloat16, and of its type a weight (C, 1, 3, 3) and a bias, a scale and "
               "a shift (C,), got ",
               type, " of ", x.sizes(), ", ", weight.sizes(), ", ", bias.sizes());
-  Tensor out = at::empty_like(x);
-  const Tensor *s = scale ? &*scale : nullptr, *h = shift ? &*shift : nullptr;
-  if (type == at::kFloat)
-    convolve<float>(x, weight, bias, s, h, out);
-  else
-    convolve<at::BFloat16>(x, weight, bias, s, h, out);
+  const Tensor out = at::empty_like(x);
+  DSNET_FLOAT_OR_BFLOAT16(type, "residual_conv", [&] {
+    convolve<scalar_t>(x, weight, bias, scale, shift, out);
+  });
   return out;
 }
 

@@ -34,68 +34,12 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// ------------------------------------------------------------------- operators
-
-// x + conv(scale * x + shift)
-Tensor residual_conv(const Tensor& x, const Tensor& w, const Tensor& b,
-                     const Optional& scale = {}, const Optional& shift = {}) {
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
-                  const Optional&)>("dsnet_mm::residual_conv");
-  return op.call(x.contiguous(at::MemoryFormat::ChannelsLast), w, b, scale, shift);
-}
-
-Tensor layer_norm(const Tensor& x, const Tensor& w, const Tensor& b) {
-  return at::layer_norm_symint(x, {x.sym_size(-1)}, w, b);
-}
-
-// W x + b
-Tensor linear(const Tensor& x, const Tensor& w, const Optional& b) {
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, const Optional&)>("dsnet_mm::linear");
-  return op.call(x, w, b);
-}
-
-// out += W x + b
-void linear_(Tensor& out, const Tensor& x, const Tensor& w, const Optional& b) {
-  static const auto op =
-      find<void(Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-          "dsnet_mm::linear_");
-  op.call(out, x, w, b);
-}
-
-Tensor self_attention(const Tensor& qkv, const Tensor& seed, int64_t num_heads) {
-  static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
-          "dsnet_mm::self_attention");
-  return std::get<0>(op.call(qkv, seed, num_heads, 0.));
-}
-
-std::tuple<Tensor, Tensor> co_attention(const Tensor& local_qkv,
-                                        const Tensor& global_qkv, const Tensor& seed,
-                                        int64_t num_heads) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
-      "dsnet_mm::co_attention");
-  const auto out = op.call(local_qkv, global_qkv, seed, num_heads, 0.);
-  return {std::get<0>(out), std::get<1>(out)};
-}
-
-// out += resize(x)
-void resize_add_(Tensor& out, const Tensor& x) {
-  static const auto op = find<void(Tensor&, const Tensor&)>("dsnet_mm::resize_add_");
-  op.call(out, x);
-}
-
-// f_l += W h_l + b if there is an h_l, x += W_out f_l and x += FFN(x)
-void merge_(Tensor& x, Tensor& f_l, const Optional& h_l, const Optional& w,
-            const Optional& b, const Tensor& w_out, const Tensor& w1, const Tensor& b1,
-            const Tensor& w2, const Tensor& b2) {
-  static const auto op =
-      find<void(Tensor&, Tensor&, const Optional&, const Optional&, const Optional&,
-                const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&)>("dsnet_mm::merge_");
-  op.call(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2);
+// An operator of this library, as a function.
+template <typename Signature>
+auto find(const char* name) {
+  return [op = find_operator(name).typed<Signature>()](auto&&... args) {
+    return op.call(std::forward<decltype(args)>(args)...);
+  };
 }
 
 // (N, C, H, W), channels-last, as (N, H * W, C), and back
@@ -132,19 +76,12 @@ class Weights {
   const c10::Dict<std::string, Tensor> named_;
 };
 
-// Outputs [begin, end) of a weight.
-Tensor outputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const int64_t panel = packed.dim() == 2                    ? 1
-                        : packed.scalar_type() == at::kFloat ? 32
-                                                             : 16;
-  return packed.narrow(0, begin / panel, (end - begin) / panel);
-}
-
-// Inputs [begin, end) of a weight.
-Tensor inputs(const Tensor& packed, int64_t begin, int64_t end) {
-  const bool by_one = packed.dim() == 2 || packed.scalar_type() == at::kFloat;
-  const int64_t depth = by_one ? 1 : 32;
-  return packed.narrow(1, begin / depth, (end - begin) / depth);
+// Numbers [begin, end) of the ``all`` outputs (axis 0) or inputs (axis 1) of a weight,
+// packed or not.
+Tensor part(const Tensor& weight, int64_t axis, int64_t begin, int64_t end,
+            int64_t all) {
+  const int64_t blocks = weight.size(axis);
+  return weight.narrow(axis, begin * blocks / all, (end - begin) * blocks / all);
 }
 
 // ----------------------------------------------------------------------- block
@@ -169,37 +106,65 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
   const c10::SymInt height = input.sym_size(2), width = input.sym_size(3);
   const c10::SymInt size[2] = {at_low_resolution(height), at_low_resolution(width)};
 
-  Tensor x =
-      residual_conv(input, weights.weight("pos_embed"), weights.bias("pos_embed"));
+  // The operators, as functions of their arguments and the name of a layer.
+  static const auto residual_conv =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                  const Optional&)>("dsnet_mm::residual_conv");
+  static const auto linear =
+      find<Tensor(const Tensor&, const Tensor&, const Optional&)>("dsnet_mm::linear");
+  static const auto linear_ =
+      find<void(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
+          "dsnet_mm::linear_");
+  static const auto self_attention =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
+          "dsnet_mm::self_attention");
+  static const auto co_attention = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
+      "dsnet_mm::co_attention");
+  static const auto resize_add_ =
+      find<void(const Tensor&, const Tensor&)>("dsnet_mm::resize_add_");
+  static const auto merge_ =
+      find<void(const Tensor&, const Tensor&, const Optional&, const Optional&,
+                const Optional&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&, const Tensor&)>("dsnet_mm::merge_");
+  const auto convolve = [&](const Tensor& x, const char* layer, const Optional& scale,
+                            const Optional& shift) {
+    return residual_conv(x.contiguous(at::MemoryFormat::ChannelsLast),
+                         weights.weight(layer), weights.bias(layer), scale, shift);
+  };
+  const auto project = [&](const Tensor& x, const char* layer) {
+    return linear(x, weights.packed(layer), weights.bias(layer));
+  };
+  const auto normalize = [&](const Tensor& x, const char* layer) {
+    return at::layer_norm_symint(x, {x.sym_size(-1)}, weights.weight(layer),
+                                 weights.bias(layer));
+  };
+
+  Tensor x = convolve(input, "pos_embed", {}, {});
 
   // Split
   const Tensor proj_in = weights.packed("proj_in");
   const Tensor low = at::upsample_bilinear2d_symint(x, size, false);
-  Tensor f_g = to_tokens(linear(low, outputs(proj_in, 0, global_channels),
+  Tensor f_g = to_tokens(linear(low, part(proj_in, 0, 0, global_channels, channels),
                                 bias_in.narrow(0, 0, global_channels)));
-  Tensor f_l = linear(x, outputs(proj_in, global_channels, channels),
+  Tensor f_l = linear(x, part(proj_in, 0, global_channels, channels, channels),
                       bias_in.narrow(0, global_channels, local_channels));
 
   // Intra-scale propagation
-  f_l = residual_conv(f_l, weights.weight("local_conv"), weights.bias("local_conv"),
-                      weights("local_norm.scale"), weights("local_norm.shift"));
-  const Tensor normed =
-      layer_norm(f_g, weights.weight("global_norm"), weights.bias("global_norm"));
-  f_g.add_(self_attention(
-      linear(normed, weights.packed("global_qkv"), weights.bias("global_qkv")), seed,
-      num_heads));
+  f_l = convolve(f_l, "local_conv", weights("local_norm.scale"),
+                 weights("local_norm.shift"));
+  const Tensor qkv = project(normalize(f_g, "global_norm"), "global_qkv");
+  f_g.add_(std::get<0>(self_attention(qkv, seed, num_heads, 0.)));
 
   // Inter-scale alignment
   Optional h_l, local_w, local_b;
   if (weights.has("isa.local_qkv.packed")) {
-    const Tensor local_qkv = linear(to_tokens(f_l), weights.packed("isa.local_qkv"),
-                                    weights.bias("isa.local_qkv"));
-    const Tensor global_normed = layer_norm(f_g, weights.weight("isa.global_norm"),
-                                            weights.bias("isa.global_norm"));
-    const Tensor global_qkv = linear(global_normed, weights.packed("isa.global_qkv"),
-                                     weights.bias("isa.global_qkv"));
+    const Tensor local_qkv = project(to_tokens(f_l), "isa.local_qkv");
+    const Tensor global_qkv =
+        project(normalize(f_g, "isa.global_norm"), "isa.global_qkv");
     Tensor h_g;
-    std::tie(h_l, h_g) = co_attention(local_qkv, global_qkv, seed, num_heads);
+    std::tie(h_l, h_g, std::ignore, std::ignore) =
+        co_attention(local_qkv, global_qkv, seed, num_heads, 0.);
     local_w = weights.packed("isa.local_proj");
     local_b = weights.bias("isa.local_proj");
     linear_(f_g, h_g, weights.packed("isa.global_proj"),
@@ -208,9 +173,10 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
 
   // Merge and feed-forward network
   const Tensor proj_out = weights.packed("proj_out");
-  resize_add_(x, linear(to_map(f_g, size), inputs(proj_out, local_channels, channels),
+  resize_add_(x, linear(to_map(f_g, size),
+                        part(proj_out, 1, local_channels, channels, channels),
                         weights.bias("proj_out")));
-  merge_(x, f_l, h_l, local_w, local_b, inputs(proj_out, 0, local_channels),
+  merge_(x, f_l, h_l, local_w, local_b, part(proj_out, 1, 0, local_channels, channels),
          weights.packed("ffn.fc1"), weights.bias("ffn.fc1"), weights.packed("ffn.fc2"),
          weights.bias("ffn.fc2"));
   return x;

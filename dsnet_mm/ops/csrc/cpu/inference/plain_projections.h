@@ -45,6 +45,8 @@ inline void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor
                   const std::optional<Tensor>& w, const std::optional<Tensor>& b,
                   const Tensor& w_out, const Tensor& w1, const Tensor& b1,
                   const Tensor& w2, const Tensor& b2) {
+  TORCH_CHECK(w1.size(0) > 0, "merge_ takes a hidden layer of at least one channel, ",
+              "got a weight ", w1.sizes());
   const Tensor x_pixels = pixels(x), f_pixels = pixels(f_l);
   if (h_l) add_linear(f_pixels, pixels(*h_l), *w, b);
   add_linear(x_pixels, f_pixels, w_out, {});

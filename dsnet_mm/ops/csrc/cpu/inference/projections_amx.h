@@ -80,11 +80,12 @@ inline void activate(const float* sum, const BFloat16* b, BFloat16* hidden) {
 
 // out = W x + b for up to kChunkPixels rows, added to out if ``add``.
 inline void linear(const Layer<BFloat16>& fc, bool add, int64_t count,
-                   const BFloat16* x, BFloat16* out, char* memory) {
+                   const BFloat16* x, BFloat16* out, Arena& arena) {
   const int64_t rows = round_up(count, kTwoTiles);
-  Arena arena(memory);
   BFloat16* a = arena.allocate<BFloat16>(rows * fc.in);
   float* p = arena.allocate<float>(2 * kTwoTiles * kTwoTiles);
+  if (arena.counts()) return;
+
   pack_rows(count, rows, fc.in, x, fc.in, a);
   const TileConfig config;
   multiply(rows, fc.in, fc.out, a, fc.w, fc.stride, p,
@@ -97,13 +98,14 @@ inline void linear(const Layer<BFloat16>& fc, bool add, int64_t count,
 // out = W2 GELU(W1 x + b1) + b2 for up to kChunkPixels rows, added to out if ``add``.
 // Loop order: chunks of kHiddenChunk hidden channels, as in the kernel in float.
 inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add,
-                int64_t count, const BFloat16* x, BFloat16* out, char* memory) {
+                int64_t count, const BFloat16* x, BFloat16* out, Arena& arena) {
   const int64_t rows = round_up(count, kTwoTiles);
-  Arena arena(memory);
   BFloat16* a = arena.allocate<BFloat16>(rows * fc1.in);
   BFloat16* h = arena.allocate<BFloat16>(rows * kHiddenChunk);
   float* p = arena.allocate<float>(2 * kTwoTiles * kTwoTiles);
   float* sums = arena.allocate<float>(rows * fc2.out);  // [C_out / 32][row][32]
+  if (arena.counts()) return;
+
   pack_rows(count, rows, fc1.in, x, fc1.in, a);
   const TileConfig config;
   for (int64_t begin = 0; begin < fc1.out; begin += kHiddenChunk) {

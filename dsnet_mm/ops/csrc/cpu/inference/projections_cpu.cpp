@@ -21,13 +21,9 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <tuple>
-#include <type_traits>
 
 #include "../common/amx.h"
-#include "../common/memory.h"
 #include "plain_projections.h"
 
 namespace dsnet {
@@ -91,21 +87,16 @@ const T* checked_data(const Tensor& x,
 }
 
 template <typename T>
-Layer<T> make_layer(const Tensor& w, const Tensor* b) {
-  int64_t in, out;
-  if constexpr (std::is_same_v<T, float>) {
-    TORCH_CHECK(w.dim() == 3 && w.numel() > 0 && w.size(2) == kPanel,
-                "projections take weights (C_out / 32, C_in, 32), got ", w.sizes());
-    in = w.size(1);
-    out = w.size(0) * kPanel;
-  } else {
-    TORCH_CHECK(w.dim() == 3 && w.numel() > 0 && w.size(0) % 2 == 0 && w.size(2) == 512,
-                "projections take weights (C_out / 16, C_in / 32, 512) with C_out "
-                "a multiple of 32, got ",
-                w.sizes());
-    in = w.size(1) * 32;
-    out = w.size(0) * 16;
-  }
+Layer<T> make_layer(const Tensor& w, const std::optional<Tensor>& b) {
+  // A panel of a weight in float, a tile of one in bfloat16.
+  constexpr bool panels = std::is_same_v<T, float>;
+  constexpr int64_t outputs = panels ? kPanel : 16, inputs = panels ? 1 : 32;
+  TORCH_CHECK(w.dim() == 3 && w.numel() > 0 && w.size(2) == outputs * inputs,
+              "projections take weights (C_out / ", outputs, ", C_in / ", inputs, ", ",
+              outputs * inputs, "), got ", w.sizes());
+  const int64_t in = w.size(1) * inputs, out = w.size(0) * outputs;
+  TORCH_CHECK(out % kPanel == 0, "projections take multiples of ", kPanel,
+              " outputs, got ", out);
   TORCH_CHECK(!b || b->numel() == out, "projections to ", out,
               " channels take biases of as many, got ", b->sizes());
   // A slice of the inputs of a larger weight has its panels further apart.
@@ -120,28 +111,39 @@ Layer<T> make_layer(const Tensor& w, const Tensor* b) {
           b ? checked_data<T>(*b) : nullptr};
 }
 
-// Calls task(first, count, memory) for chunks of all pixels. ``memory`` is enough for
-// the kernels, where ``channels`` is the sum of their inputs and outputs.
+// A layer to the hidden channels, and one from them.
+template <typename T>
+void check_hidden(const Layer<T>& fc1, const Layer<T>& fc2) {
+  TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
+              " channels");
+}
+
+// An output of ``width`` channels for the pixels of x.
+Tensor empty_for(const Tensor& x, int64_t width) {
+  channels(x);
+  auto shape = x.sizes().vec();
+  shape[x.dim() == 4 ? 1 : x.dim() - 1] = width;
+  return at::empty(shape, x.options(), layout(x));
+}
+
+// Calls task(first, count) for chunks of all pixels.
 template <typename T, typename Task>
-void for_each_chunk(int64_t pixels, int64_t channels, const Task& task) {
+void for_each_chunk(int64_t pixels, const Task& task) {
   // Rows of pixels that are multiplied together: only the last thread may get fewer.
   constexpr int64_t rows = std::is_same_v<T, float> ? kPixelGroup : 32;
   at::parallel_for(0, ceil_div(pixels, rows), 1, [&](int64_t begin, int64_t end) {
-    char* memory =
-        scratch(4 * (kChunkPixels + rows) * (channels + kHiddenChunk) + 16 * 1024);
     begin *= rows;
     end = std::min(end * rows, pixels);
     const int64_t chunks = ceil_div(end - begin, kChunkPixels);
-    const int64_t size = ceil_div(ceil_div(end - begin, chunks), rows) * rows;
-    for (int64_t i = begin; i < end; i += size)
-      task(i, std::min(size, end - i), memory);
+    const int64_t size = round_up(ceil_div(end - begin, chunks), rows);
+    for (int64_t i = begin; i < end; i += size) task(i, std::min(size, end - i));
   });
 }
 
-// Calls kernel(count, x, out, memory) for chunks of the pixels of x, which has ``in``
+// Calls kernel(first, count, x, out) for chunks of the pixels of x, which has ``in``
 // channels, and of out, which has ``width``.
 template <typename T, typename Kernel>
-void map_pixels(const Tensor& x, int64_t in, Tensor& out, int64_t width,
+void map_pixels(const Tensor& x, int64_t in, const Tensor& out, int64_t width,
                 const Kernel& kernel) {
   TORCH_CHECK(channels(x) == in && channels(out) == width && out.dim() == x.dim() &&
                   x.numel() / in == out.numel() / width,
@@ -151,112 +153,106 @@ void map_pixels(const Tensor& x, int64_t in, Tensor& out, int64_t width,
   const T* src = checked_data<T>(pixels, layout(x));
   checked_data<T>(out, layout(out));
   T* dst = out.data_ptr<T>();
-  for_each_chunk<T>(x.numel() / in, in + width,
-                    [&](int64_t first, int64_t count, char* memory) {
-                      kernel(count, src + first * in, dst + first * width, memory);
-                    });
+  for_each_chunk<T>(x.numel() / in, [&](int64_t first, int64_t count) {
+    kernel(first, count, src + first * in, dst + first * width);
+  });
 }
 
-// The kernels of the best instructions. Those for bfloat16 have the same names.
-template <typename... Args>
-void linear(const Layer<float>& fc, Args... args) {
-  DSNET_DISPATCH(linear, fc, args...);
-}
-
-template <typename... Args>
-void ffn(const Layer<float>& fc1, const Layer<float>& fc2, Args... args) {
-  DSNET_DISPATCH(ffn, fc1, fc2, args...);
-}
-
+// The kernels of the best instructions, for ``count`` pixels; has_projections(type)
+// holds.
+template <typename T>
+void linear(const Layer<T>& fc, bool add, int64_t count, const T* x, T* out) {
+  if constexpr (std::is_same_v<T, float>) DSNET_BEST(linear)(fc, add, count, x, out);
 #ifdef DSNET_AMX
-using amx::ffn;
-using amx::linear;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    in_scratch(amx::linear, fc, add, count, x, out);
 #endif
+}
 
-// Calls f with a number of the given type, float or bfloat16.
-template <typename F>
-void dispatch_type(at::ScalarType type, const F& f) {
+template <typename T>
+void ffn(const Layer<T>& fc1, const Layer<T>& fc2, bool add, int64_t count, const T* x,
+         T* out) {
+  if constexpr (std::is_same_v<T, float>)
+    in_scratch(DSNET_BEST(ffn), fc1, fc2, add, count, x, out, nullptr);
+#ifdef DSNET_AMX
+  if constexpr (std::is_same_v<T, BFloat16>)
+    in_scratch(amx::ffn, fc1, fc2, add, count, x, out);
+#endif
+}
+
+void check_type(at::ScalarType type) {
   TORCH_CHECK(has_projections(type),
               "projections are for float32 with AVX2 and bfloat16 with AMX, got ", type,
               " where there is ", at::get_cpu_capability(),
               has_projections(at::kBFloat16) ? " and AMX" : " and no AMX");
-  if (type == at::kFloat) f(0.f);
-#ifdef DSNET_AMX
-  if (type == at::kBFloat16) f(BFloat16());
-#endif
 }
 
-void project(Tensor& out, const Tensor& x, const Tensor& w, const Tensor* b, bool add) {
-  dispatch_type(x.scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    const Layer<T> fc = make_layer<T>(w, b);
-    map_pixels<T>(x, fc.in, out, fc.out,
-                  [&](auto... pixels) { linear(fc, add, pixels...); });
-  });
-}
-
-// An output for the pixels of x and a packed weight.
-Tensor empty_for(const Tensor& x, const Tensor& w) {
-  auto shape = x.sizes().vec();
-  channels(x);
-  shape[x.dim() == 4 ? 1 : x.dim() - 1] =
-      w.size(0) * (w.scalar_type() == at::kFloat ? kPanel : 16);
-  return at::empty(shape, x.options(), layout(x));
+template <typename T>
+void project(const Layer<T>& fc, bool add, const Tensor& x, const Tensor& out) {
+  map_pixels<T>(x, fc.in, out, fc.out,
+                [&](int64_t, int64_t count, const T* src, T* dst) {
+                  linear(fc, add, count, src, dst);
+                });
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
   if (w.dim() == 2) return plain::linear(x, w, b);
-  Tensor out = empty_for(x, w);
-  project(out, x, w, b ? &*b : nullptr, false);
-  return out;
+  check_type(x.scalar_type());
+  return DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "linear", [&] {
+    const auto fc = make_layer<scalar_t>(w, b);
+    const Tensor out = empty_for(x, fc.out);
+    project(fc, false, x, out);
+    return out;
+  });
 }
 
-void linear_add(Tensor& out, const Tensor& x, const Tensor& w,
+void linear_add(const Tensor& out, const Tensor& x, const Tensor& w,
                 const std::optional<Tensor>& b) {
   if (w.dim() == 2) {
     TORCH_CHECK(out.is_contiguous(layout(out)), "linear_ takes a contiguous output");
     return plain::add_linear(plain::pixels(out), plain::pixels(x), w, b);
   }
-  project(out, x, w, b ? &*b : nullptr, true);
+  check_type(x.scalar_type());
+  DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "linear_",
+                          [&] { project(make_layer<scalar_t>(w, b), true, x, out); });
 }
 
 Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
               const Tensor& b2) {
-  Tensor out = empty_for(x, w2);
-  dispatch_type(x.scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
-    TORCH_CHECK(fc1.out == fc2.in, "the hidden layer has ", fc1.out, " or ", fc2.in,
-                " channels");
+  check_type(x.scalar_type());
+  return DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "ffn", [&] {
+    using T = scalar_t;
+    const auto fc1 = make_layer<T>(w1, b1), fc2 = make_layer<T>(w2, b2);
+    check_hidden(fc1, fc2);
+    const Tensor out = empty_for(x, fc2.out);
     map_pixels<T>(x, fc1.in, out, fc2.out,
-                  [&](auto... pixels) { ffn(fc1, fc2, false, pixels...); });
+                  [&](int64_t, int64_t count, const T* src, T* dst) {
+                    ffn(fc1, fc2, false, count, src, dst);
+                  });
+    return out;
   });
-  return out;
 }
 
 // Returns the output and the hidden layer before GELU, in float.
 std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
                                       const Tensor& b1, const Tensor& w2,
                                       const Tensor& b2) {
-  const Layer<float> fc1 = make_layer<float>(w1, &b1), fc2 = make_layer<float>(w2, &b2);
-  TORCH_CHECK(has_projections(at::kFloat) && fc1.out == fc2.in,
-              "ffn_hidden takes AVX2, and weights for one hidden layer, got ", fc1.out,
-              " and ", fc2.in, " channels");
-  Tensor out = empty_for(x, w2), hidden = empty_for(x, w1);
-  const float* start = out.const_data_ptr<float>();
+  check_type(at::kFloat);
+  const auto fc1 = make_layer<float>(w1, b1), fc2 = make_layer<float>(w2, b2);
+  check_hidden(fc1, fc2);
+  const Tensor out = empty_for(x, fc2.out), hidden = empty_for(x, fc1.out);
   float* saved = hidden.data_ptr<float>();
   map_pixels<float>(x, fc1.in, out, fc2.out,
-                    [&](int64_t count, const float* src, float* dst, char* memory) {
-                      const int64_t pixel = (dst - start) / fc2.out;
-                      ffn(fc1, fc2, false, count, src, dst, memory,
-                          saved + pixel * fc1.out);
+                    [&](int64_t first, int64_t count, const float* src, float* dst) {
+                      in_scratch(DSNET_BEST(ffn), fc1, fc2, false, count, src, dst,
+                                 saved + first * fc1.out);
                     });
   return {out, hidden};
 }
 
 // f_l += W h_l + b if there is an h_l, x += W_out f_l, and x += FFN(x), chunk by chunk:
 // what one product has written is still in the cache for the next.
-void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
+void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
            const std::optional<Tensor>& w, const std::optional<Tensor>& b,
            const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
            const Tensor& b2) {
@@ -266,11 +262,12 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
                 "merge_ takes maps that are contiguous or channels-last");
     return plain::merge(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2);
   }
-  dispatch_type(x.scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    const Layer<T> out = make_layer<T>(w_out, nullptr);
-    const Layer<T> fc1 = make_layer<T>(w1, &b1), fc2 = make_layer<T>(w2, &b2);
-    const Layer<T> proj = h_l ? make_layer<T>(*w, &*b) : Layer<T>{out.in, out.in, 0};
+  check_type(x.scalar_type());
+  DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "merge_", [&] {
+    using T = scalar_t;
+    const auto out = make_layer<T>(w_out, {});
+    const auto fc1 = make_layer<T>(w1, b1), fc2 = make_layer<T>(w2, b2);
+    const auto proj = h_l ? make_layer<T>(*w, b) : Layer<T>{out.in, out.in};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
     TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
                     f_l.numel() == pixels * local_width &&
@@ -285,12 +282,11 @@ void merge(Tensor& x, Tensor& f_l, const std::optional<Tensor>& h_l,
     checked_data<T>(f_l, layout(f_l));
     const T* h_data = h_l ? checked_data<T>(*h_l) : nullptr;
     T *f_data = f_l.data_ptr<T>(), *x_data = x.data_ptr<T>();
-    const int64_t widths = local_width + 2 * width;
-    for_each_chunk<T>(pixels, widths, [&](int64_t first, int64_t count, char* memory) {
+    for_each_chunk<T>(pixels, [&](int64_t first, int64_t count) {
       T *f_chunk = f_data + first * local_width, *x_chunk = x_data + first * width;
-      if (h_l) linear(proj, true, count, h_data + first * local_width, f_chunk, memory);
-      linear(out, true, count, f_chunk, x_chunk, memory);
-      ffn(fc1, fc2, true, count, x_chunk, x_chunk, memory);
+      if (h_l) linear(proj, true, count, h_data + first * local_width, f_chunk);
+      linear(out, true, count, f_chunk, x_chunk);
+      ffn(fc1, fc2, true, count, x_chunk, x_chunk);
     });
   });
 }
@@ -304,15 +300,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
   TORCH_CHECK(
       x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
           x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
-          w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.size(0) % kPanel == 0 &&
-          w1.size(1) % kPanel == 0 &&
+          w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
+          w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
           (!saved || saved->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
       "ffn_backward takes gradients and inputs (P, C), weights (C_hidden, C), "
       "(C_hidden,) and (C, C_hidden) with multiples of 32, and, or not, a hidden "
       "layer (P, C_hidden), got ",
       grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
       w2.sizes());
-  TORCH_CHECK(has_projections(at::kFloat), "ffn_backward takes AVX2");
+  check_type(at::kFloat);
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
   const float *x_data = checked_data<float>(x), *g_data = checked_data<float>(grad),
               *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
@@ -322,9 +318,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const int64_t threads = at::get_num_threads();
   const int64_t ranges = std::clamp<int64_t>(
       std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
-  const int64_t size = ceil_div(ceil_div(count, ranges), kPixelGroup) * kPixelGroup;
+  const int64_t size = round_up(ceil_div(count, ranges), kPixelGroup);
   const int64_t groups = ceil_div(count, size);
-  const int64_t length = ceil_div(ceil_div(hidden, threads / ranges), kPanel) * kPanel;
+  const int64_t length = round_up(ceil_div(hidden, threads / ranges), kPanel);
   const int64_t slices = ceil_div(hidden, length);
   Tensor grad_x = at::empty({slices, count, width}, x.options());
   Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
@@ -333,20 +329,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
   float *gx_data = grad_x.data_ptr<float>(), *gw1_data = grad_w1.data_ptr<float>(),
         *gb1_data = grad_b1.data_ptr<float>(), *gw2_data = grad_w2.data_ptr<float>();
   at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
-    char* memory =
-        scratch(4 * (2 * (kBackwardPixels + kPixelGroup) * (kHiddenChunk + 16 + width) +
-                     3 * kHiddenChunk * width) +
-                7 * 64);
     for (; task < last_task; ++task) {
       const int64_t group = task / slices, slice = task % slices;
       const int64_t first = group * size, n = std::min(size, count - first);
       const int64_t channel = slice * length, last = std::min(channel + length, hidden);
-      DSNET_DISPATCH(ffn_backward, width, hidden, w1_data, b1_data, w2_data, channel,
-                     last, n, x_data + first * width,
-                     saved ? saved_data + first * hidden : nullptr,
-                     g_data + first * width, gx_data + (slice * count + first) * width,
-                     gw1_data + group * hidden * width, gb1_data + group * hidden,
-                     gw2_data + group * hidden * width, memory);
+      in_scratch(DSNET_BEST(ffn_backward), width, hidden, w1_data, b1_data, w2_data,
+                 channel, last, n, x_data + first * width,
+                 saved ? saved_data + first * hidden : nullptr, g_data + first * width,
+                 gx_data + (slice * count + first) * width,
+                 gw1_data + group * hidden * width, gb1_data + group * hidden,
+                 gw2_data + group * hidden * width);
     }
   });
   const auto sum = [](const Tensor& terms) {

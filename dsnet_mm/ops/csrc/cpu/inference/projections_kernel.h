@@ -70,21 +70,17 @@ inline void multiply_panel(int64_t rows, int64_t in, const float* x, int64_t x_s
 
 // out = W x + b, added to out if ``add``.
 inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* x,
-                   float* out, char*) {
+                   float* out) {
   const int64_t stride = fc.out;
   for (int64_t c = 0; c < stride; c += kPanel) {
     float* dst = out + c;
     const float* b = fc.b ? fc.b + c : kZeros;
-    const auto write = [=](int64_t r, int64_t i, Vec<float> y) {
-      storeu(dst + r * stride + i, y + loadu(b + i));
-    };
-    const auto accumulate = [=](int64_t r, int64_t i, Vec<float> y) {
-      storeu(dst + r * stride + i, y + loadu(b + i) + loadu(dst + r * stride + i));
-    };
-    if (add)
-      multiply_panel(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, accumulate);
-    else
-      multiply_panel(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride, write);
+    multiply_panel(rows, fc.in, x, fc.in, fc.w + c / kPanel * fc.stride,
+                   [=](int64_t r, int64_t i, Vec<float> y) {
+                     y += loadu(b + i);
+                     float* to = dst + r * stride + i;
+                     storeu(to, add ? y + loadu(to) : y);
+                   });
   }
 }
 
@@ -95,11 +91,11 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
 // multiplied by W2 at once; the sums over the chunks lie in L2 as well. ``out`` may be
 // ``x``: it is read and written after x was read for the last time.
 inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
-                int64_t rows, const float* x, float* out, char* memory,
-                float* hidden = nullptr) {
-  Arena arena(memory);
+                int64_t rows, const float* x, float* out, float* hidden, Arena& arena) {
   float* h = arena.allocate<float>(rows * kHiddenChunk);
   float* sums = arena.allocate<float>(rows * fc2.out);
+  if (arena.counts()) return;
+
   const int64_t stride = fc2.out;
   for (int64_t begin = 0; begin < fc1.out; begin += kHiddenChunk) {
     const int64_t n = std::min(kHiddenChunk, fc1.out - begin);
@@ -120,18 +116,13 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
       const float* b = begin ? sums + c : fc2.b + c;
       const int64_t b_stride = begin ? stride : 0;
       float* dst = (last ? out : sums) + c;
-      const auto write = [=](int64_t r, int64_t i, Vec<float> y) {
-        storeu(dst + r * stride + i, y + loadu(b + r * b_stride + i));
-      };
-      const auto accumulate = [=](int64_t r, int64_t i, Vec<float> y) {
-        storeu(dst + r * stride + i,
-               y + loadu(b + r * b_stride + i) + loadu(dst + r * stride + i));
-      };
-      const float* panel = fc2.w + c / kPanel * fc2.stride + begin * kPanel;
-      if (last && add)
-        multiply_panel(rows, n, h, kHiddenChunk, panel, accumulate);
-      else
-        multiply_panel(rows, n, h, kHiddenChunk, panel, write);
+      multiply_panel(rows, n, h, kHiddenChunk,
+                     fc2.w + c / kPanel * fc2.stride + begin * kPanel,
+                     [=](int64_t r, int64_t i, Vec<float> y) {
+                       y += loadu(b + r * b_stride + i);
+                       float* to = dst + r * stride + i;
+                       storeu(to, last && add ? y + loadu(to) : y);
+                     });
     }
   }
 }
@@ -184,13 +175,12 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
                          const float* b1, const float* w2, int64_t first, int64_t last,
                          int64_t pixels, const float* x, const float* saved,
                          const float* grad, float* grad_x, float* grad_w1,
-                         float* grad_b1, float* grad_w2, char* memory) {
+                         float* grad_b1, float* grad_w2, Arena& arena) {
   // Rows of another length than a power of two: otherwise all would share a few sets of
   // the cache.
   const int64_t h_stride = kHiddenChunk + 16;
   const int64_t parts = ceil_div(pixels, kBackwardPixels);
-  const int64_t size = ceil_div(ceil_div(pixels, parts), kPixelGroup) * kPixelGroup;
-  Arena arena(memory);
+  const int64_t size = round_up(ceil_div(pixels, parts), kPixelGroup);
   float* gelu_h = arena.allocate<float>(size * kHiddenChunk);  // in panels
   float* grad_h = arena.allocate<float>(size * h_stride);
   float* x_panels = arena.allocate<float>(size * width);
@@ -198,6 +188,8 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
   float* w1_panels = arena.allocate<float>(kHiddenChunk * width);    // W1
   float* w1_t_panels = arena.allocate<float>(kHiddenChunk * width);  // W1 transposed
   float* w2_t_panels = arena.allocate<float>(kHiddenChunk * width);  // W2 transposed
+  if (arena.counts()) return;
+
   std::fill(grad_b1 + first, grad_b1 + last, 0.f);
   for (int64_t begin = first; begin < last; begin += kHiddenChunk) {
     const int64_t n = std::min(kHiddenChunk, last - begin);

@@ -44,27 +44,23 @@ std::vector<Interpolation> interpolations(int64_t in, int64_t out) {
 }
 
 template <typename S>
-void resize_add(Tensor& out, const Tensor& x) {
+void resize_add(const Tensor& out, const Tensor& x) {
   const int64_t channels = out.size(1), height = out.size(2), width = out.size(3);
   const int64_t row_size = x.size(3) * channels;
   const std::vector<Interpolation> rows = interpolations(x.size(2), height);
   const std::vector<Interpolation> columns = interpolations(x.size(3), width);
   S* dst = out.data_ptr<S>();
   const S* src = x.const_data_ptr<S>();
+  const auto kernel = DSNET_BEST(resize_add_row<S>);
   at::parallel_for(0, out.size(0) * height, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(row_size);
-    for (int64_t i = begin; i < end; ++i) {
-      const Interpolation& r = rows[i % height];
-      const S* map = src + i / height * x.size(2) * row_size;
-      DSNET_DISPATCH(interpolate, row_size, map + r.first * row_size,
-                     map + r.second * row_size, r.weight, row.data());
-      DSNET_DISPATCH(interpolate_add, width, channels, row.data(), columns.data(),
-                     dst + i * width * channels);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      kernel(row_size, src + i / height * x.size(2) * row_size, rows[i % height], width,
+             channels, columns.data(), row.data(), dst + i * width * channels);
   });
 }
 
-void resize_add_(Tensor& out, const Tensor& x) {
+void resize_add_op(const Tensor& out, const Tensor& x) {
   const auto layout = at::MemoryFormat::ChannelsLast;
   TORCH_CHECK(out.dim() == 4 && x.dim() == 4 && out.size(0) == x.size(0) &&
                   out.size(1) == x.size(1) && x.size(2) > 0 && x.size(3) > 0 &&
@@ -74,13 +70,8 @@ void resize_add_(Tensor& out, const Tensor& x) {
               "two sizes, got ",
               out.scalar_type(), " of ", out.sizes(), " and ", x.scalar_type(), " of ",
               x.sizes());
-  if (out.scalar_type() == at::kFloat)
-    resize_add<float>(out, x);
-  else if (out.scalar_type() == at::kBFloat16)
-    resize_add<at::BFloat16>(out, x);
-  else
-    TORCH_CHECK(false, "resize_add_ takes float32 and bfloat16, got ",
-                out.scalar_type());
+  DSNET_FLOAT_OR_BFLOAT16(out.scalar_type(), "resize_add_",
+                          [&] { resize_add<scalar_t>(out, x); });
 }
 
 }  // namespace
@@ -89,6 +80,6 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def("resize_add_(Tensor(a!) out, Tensor x) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("resize_add_", resize_add_); }
+TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) { m.impl("resize_add_", resize_add_op); }
 
 }  // namespace dsnet

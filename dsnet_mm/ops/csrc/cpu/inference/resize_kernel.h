@@ -4,21 +4,18 @@
 namespace dsnet {
 namespace DSNET_ISA {
 
-// row[i] = a[i] + t * (b[i] - a[i])
+// Adds a row of ``width`` pixels to out. ``map`` is the input, whose rows have
+// ``row_size`` numbers, ``row`` a buffer for as many.
 template <typename S>
-void interpolate(int64_t n, const S* a, const S* b, float t, float* row) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = static_cast<float>(a[i]);
-    row[i] = x + t * (static_cast<float>(b[i]) - x);
+void resize_add_row(int64_t row_size, const S* map, const Interpolation& rows,
+                    int64_t width, int64_t channels, const Interpolation* columns,
+                    float* row, S* out) {
+  const S *first = map + rows.first * row_size, *second = map + rows.second * row_size;
+  for (int64_t i = 0; i < row_size; ++i) {
+    const float x = static_cast<float>(first[i]);
+    row[i] = x + rows.weight * (static_cast<float>(second[i]) - x);
   }
-}
-
-// out[i] += first + weight * (second - first) for each output pixel i, where ``first``
-// and ``second`` are the pixels of the row that columns[i] names.
-template <typename S>
-void interpolate_add(int64_t pixels, int64_t channels, const float* row,
-                     const Interpolation* columns, S* out) {
-  for (int64_t i = 0; i < pixels; ++i, out += channels) {
+  for (int64_t i = 0; i < width; ++i, out += channels) {
     const float t = columns[i].weight;
     const float* a = row + columns[i].first * channels;
     const float* b = row + columns[i].second * channels;

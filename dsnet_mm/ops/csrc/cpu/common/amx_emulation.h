@@ -1,5 +1,7 @@
-// The instructions of AMX that the kernels use, in plain C++: tests run the kernels on
-// machines without AMX, and sanitizers see what the tiles load and store.
+// The instructions of AMX that the kernels use, in plain C++. amx.h includes this file
+// if DSNET_EMULATE_AMX is defined, as in the build of ``make test-asan``: that build
+// runs the kernels on machines without AMX, and AddressSanitizer sees what tiles load
+// and store.
 //
 // As the processor does, each thread has eight tiles of up to 16 rows of 64 bytes. A
 // tile that is used before it is configured ends the process.
@@ -9,7 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace amx_on_cpu {
+namespace amx_emulation {
 
 struct Tile {
   int rows = 0, bytes = 0;  // of a row
@@ -78,7 +80,7 @@ inline void multiply(int c_tile, int a_tile, int b_tile) {
   }
 }
 
-}  // namespace amx_on_cpu
+}  // namespace amx_emulation
 
 #undef _tile_loadconfig
 #undef _tile_release
@@ -86,9 +88,9 @@ inline void multiply(int c_tile, int a_tile, int b_tile) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#define _tile_loadconfig amx_on_cpu::load_config
-#define _tile_release amx_on_cpu::release
-#define _tile_zero amx_on_cpu::zero
-#define _tile_loadd amx_on_cpu::load
-#define _tile_stored amx_on_cpu::store
-#define _tile_dpbf16ps amx_on_cpu::multiply
+#define _tile_loadconfig amx_emulation::load_config
+#define _tile_release amx_emulation::release
+#define _tile_zero amx_emulation::zero
+#define _tile_loadd amx_emulation::load
+#define _tile_stored amx_emulation::store
+#define _tile_dpbf16ps amx_emulation::multiply
