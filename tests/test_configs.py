@@ -1,6 +1,13 @@
-"""Every configuration is built and does one training step and one inference."""
+"""Configurations of DS-Net: they are built, do a training step, and one inference.
 
+Those of one network in three sizes are trained in the smallest one. The others differ
+from it in nothing but the size.
+"""
+
+import re
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -21,8 +28,15 @@ from torch import nn
 from .conftest import write_coco
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'dsnet'
-DETECTION = sorted(p.name for p in CONFIGS.glob('*.py') if p.name.endswith('_coco.py'))
-CLASSIFICATION = sorted(CONFIGS.glob('*_in1k.py'), key=lambda p: p.name)
+DETECTION = sorted(path.name for path in CONFIGS.glob('*_coco.py'))
+CLASSIFICATION = sorted(path.name for path in CONFIGS.glob('*_in1k.py'))
+SMALL_DETECTION = [
+    'mask_rcnn_dsnet_demo_scenes.py',
+    'mask_rcnn_dsnet_demo_coco8.py',
+    'mask_rcnn_dsnet_nuclei.py',
+]
+SMALL_CLASSIFICATION = ['dsnet-demo_scenes.py', 'dsnet_cifar10.py']
+TINY = [n for n in DETECTION if 'dsnet_t_' in n and '_3x' not in n]
 
 
 def trained(model, data: dict, cfg: Config) -> dict[str, float]:
@@ -52,14 +66,41 @@ def trained(model, data: dict, cfg: Config) -> dict[str, float]:
 def test_all_are_listed():
     assert len(DETECTION) == 18
     assert len(CLASSIFICATION) == 3
-    others = {p.name for p in CONFIGS.glob('*.py')} - set(DETECTION)
-    assert others - {p.name for p in CLASSIFICATION} == {
-        'dsnet-demo_scenes.py',
-        'dsnet_cifar10.py',
-        'mask_rcnn_dsnet_demo_coco8.py',
-        'mask_rcnn_dsnet_demo_scenes.py',
-        'mask_rcnn_dsnet_nuclei.py',
-    }
+    others = {p.name for p in CONFIGS.glob('*.py')} - {*DETECTION, *CLASSIFICATION}
+    assert others == {*SMALL_DETECTION, *SMALL_CLASSIFICATION}
+
+
+@cache
+def load(name: str) -> Config:
+    return Config.fromfile(CONFIGS / name)
+
+
+@pytest.mark.parametrize('name', [*DETECTION, *CLASSIFICATION])
+def test_sizes_differ_in_the_size_alone(name: str):
+    """And the 3x detectors from the others in the schedule and the scales."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmpretrain')
+    cfg = deepcopy(load(name).to_dict())
+    letter = re.search(r'dsnet[_-]([tsb])', name)[1]
+    trained_name = name.replace('_3x', '').replace(f'dsnet_{letter}', 'dsnet_t')
+    trained_name = re.sub('dsnet-(small|base)', 'dsnet-tiny', trained_name)
+    other = deepcopy(load(trained_name).to_dict())
+    backbone = cfg['model']['backbone']
+    sizes = dict(t=('tiny', 0.1), s=('small', 0.2), b=('base', 0.3))
+    arch, drop_path_rate = sizes[letter]
+    assert backbone.pop('arch') == arch
+    if name in DETECTION:
+        assert backbone.pop('drop_path_rate') == drop_path_rate
+        other['model']['backbone'].pop('drop_path_rate')
+    other['model']['backbone'].pop('arch')
+    if '_3x' in name:
+        assert cfg['train_cfg'].pop('max_epochs') == 36
+        for key in ('train_pipeline', 'param_scheduler'):
+            assert cfg.pop(key) != other.pop(key)
+        for config in (cfg, other):
+            config['train_dataloader']['dataset'].pop('pipeline')
+        other['train_cfg'].pop('max_epochs')
+    assert cfg == other
 
 
 def load_detector(name: str) -> Config:
@@ -72,52 +113,32 @@ def load_detector(name: str) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize('name', DETECTION)
-def test_detection(name):
+@pytest.mark.parametrize('name', [*TINY, *SMALL_DETECTION])
+def test_detection(name: str):
     testing = pytest.importorskip('mmdet.testing')
     pytest.importorskip('mmcv._ext')
     cfg = load_detector(name)
+    cfg.model.backbone.init_cfg = None
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
+    masks = name.startswith('mask_rcnn')
     data = testing.demo_mm_inputs(
-        2, [[3, 96, 128], [3, 64, 96]], num_classes=80, with_mask=model.with_mask
+        2, [[3, 96, 128], [3, 64, 96]], num_classes=80, with_mask=masks
     )
-    losses = trained(model.train(), data, cfg)
-    assert ('loss_mask' in losses) == name.startswith('mask_rcnn')
+    head = cfg.model.roi_head.bbox_head if masks else cfg.model.bbox_head
+    for sample in data['data_samples']:
+        sample.gt_instances.labels %= head.num_classes
+    assert ('loss_mask' in trained(model.train(), data, cfg)) == masks
     levels = model.extract_feat(torch.zeros(1, 3, 128, 160))
     strides = [128 // level.shape[2] for level in levels]
-    head = model.rpn_head if name.startswith('mask_rcnn') else model.bbox_head
+    head = model.rpn_head if masks else model.bbox_head
     assert strides == [stride[0] for stride in head.prior_generator.strides]
     for sample in model.eval().test_step(data):
         assert sample.pred_instances.bboxes.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'mask_rcnn_dsnet_demo_scenes.py',
-        'mask_rcnn_dsnet_demo_coco8.py',
-        'mask_rcnn_dsnet_nuclei.py',
-    ],
-)
-def test_small_detection(name):
-    testing = pytest.importorskip('mmdet.testing')
-    pytest.importorskip('mmcv._ext')
-    cfg = Config.fromfile(CONFIGS / name)
-    cfg.model.backbone.init_cfg = None
-    init_default_scope('mmdet')
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    data = testing.demo_mm_inputs(2, [[3, 128, 128]] * 2, num_classes=4, with_mask=True)
-    for sample in data['data_samples']:
-        sample.gt_instances.labels %= cfg.model.roi_head.bbox_head.num_classes
-    assert 'loss_mask' in trained(model.train(), data, cfg)
-    model.eval().test_step(data)
-
-
-@pytest.mark.parametrize('name', ['dsnet-demo_scenes.py', 'dsnet_cifar10.py'])
+@pytest.mark.parametrize('name', SMALL_CLASSIFICATION)
 def test_small_classification(name):
     pytest.importorskip('mmpretrain')
     from mmpretrain.structures import DataSample
@@ -143,15 +164,15 @@ def test_detection_pipelines(tmp_path):
         dataset = Config.fromfile(CONFIGS / name).train_dataloader.dataset
         dataset.data_root = str(tmp_path)
         dataset.metainfo = dict(classes=('square', 'disc'))
-        sizes = {min(DATASETS.build(dataset)[0]['inputs'].shape[1:]) for _ in range(8)}
+        dataset = DATASETS.build(dataset)
+        sizes = {min(dataset[0]['inputs'].shape[1:]) for _ in range(6)}
         assert (len(sizes) > 1) == ('3x' in name)
         assert max(sizes) <= 800
 
 
-@pytest.mark.parametrize('path', CLASSIFICATION, ids=lambda p: p.name)
-def test_classification(path, tmp_path):
+def test_classification(tmp_path):
     pytest.importorskip('mmpretrain')
-    cfg = Config.fromfile(path)
+    cfg = Config.fromfile(CONFIGS / 'dsnet-tiny_8xb128_in1k.py')
     init_default_scope('mmpretrain')
     for split in ('train', 'val'):
         folder = tmp_path / split / 'n01440764'
@@ -218,27 +239,17 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'mask_rcnn_dsnet_t_coco.py',
-        'mask_rcnn_dsnet_t_fpn_coco.py',
-        'retinanet_dsnet_t_coco.py',
-        'retinanet_dsnet_t_fpn_coco.py',
-    ],
-)
-def test_two_steps_of_distributed_training(name: str, process_group: None) -> None:
+def test_two_steps_of_distributed_training(process_group: None) -> None:
     """DDP raises at the second step if a parameter had no gradient in the first."""
     testing = pytest.importorskip('mmdet.testing')
     pytest.importorskip('mmcv._ext')
-    cfg = load_detector(name)
+    cfg = load_detector('mask_rcnn_dsnet_t_coco.py')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model = MMDistributedDataParallel(model, device_ids=None, broadcast_buffers=False)
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    data = testing.demo_mm_inputs(
-        2, [[3, 64, 64]] * 2, num_classes=80, with_mask=model.module.with_mask
-    )
+    sizes = [[3, 64, 64]] * 2
+    data = testing.demo_mm_inputs(2, sizes, num_classes=80, with_mask=True)
     for _ in range(2):
         losses = model.train().train_step(data, optim_wrapper)
         assert all(value.isfinite() for value in losses.values())
