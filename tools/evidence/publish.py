@@ -15,7 +15,7 @@ from dsnet_mm.engine.config import load_config
 from dsnet_mm.files import check_new, write_atomic
 
 from .runs import ROOT, Run, as_json, differing, own_keys
-from .tables import TABLES
+from .tables import TABLES, percent
 
 WEIGHTS = ROOT / 'weights'
 # What makes weights what they are: the network and its training.
@@ -84,13 +84,20 @@ def check_training(config: Path, result: dict[str, Any]) -> None:
         ValueError: If it has another model, other data or another schedule.
     """
     now = as_json(load_config(str(ROOT / config), {}))
-    run = Run(result['table'], TABLES[result['table']].row(result['row']), 0, ROOT, None)
+    run = Run(
+        result['table'], TABLES[result['table']].row(result['row']), 0, ROOT, None
+    )
     keys = {k for k in run.keys | own_keys(ROOT / config) if k[0] in TRAINING}
     if others := differing(result['config'], now, keys):
         raise ValueError(
             f'{config} has another {" and ".join(others)} than the run '
             f'`{result["command"]}`; give the configuration that trains these weights'
         )
+
+
+def digits(key: str, metrics: dict[str, float]) -> float:
+    """Returns a metric in percent, with one digit after the point."""
+    return round(percent(key, metrics[key]), 1)
 
 
 def make_entry(
@@ -113,17 +120,12 @@ def make_entry(
                 if len(kept) > 1
                 else 'Image Classification',
                 Dataset=table.title.split(',')[0],
-                Metrics={table.metrics[m]: percent(m, metrics) for m in kept},
+                Metrics={table.metrics[m]: digits(m, metrics) for m in kept},
             )
         ],
     )
     entry['In Collection'] = 'DS-Net'
     return yaml.safe_dump([entry], sort_keys=False)
-
-
-def percent(key: str, metrics: dict[str, float]) -> float:
-    """Returns a metric in percent, with one digit after the point."""
-    return round(metrics[key] * (1 if key == 'accuracy/top1' else 100), 1)
 
 
 def make_card(
@@ -144,7 +146,7 @@ def make_card(
     megabytes = (WEIGHTS / f'{name}.safetensors').stat().st_size / 1e6
     test = f'python tools/test.py {run.config} {weights}'
     rows = [
-        f'| {key} | {percent(key, result["metrics"])} | {percent(key, metrics)} |'
+        f'| {key} | {digits(key, result["metrics"])} | {digits(key, metrics)} |'
         for key in table.metrics
     ]
     return '\n'.join(
