@@ -86,11 +86,16 @@ def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]
         found = (re.match(block.format(stage), key) for key in state)
         depths.append(max((int(match[1]) + 1 for match in found if match), default=0))
         widths.append(len(state.get(f'{patches.format(stage)}.bias', ())))
-    code = 'dsnet_mm' if reverse else 'the public DS-Net code'
-    wrong = f'{{!r}} is not a tensor of {code}; the checkpoint is of another model, or'
-    wrong += ' converted already.'
-    if not any(depths):
-        raise ValueError(wrong.format(next(iter(state))))
+
+    def check_known(key: str, known: bool) -> None:
+        if not known:
+            code = 'a classifier of dsnet_mm' if reverse else 'the public DS-Net code'
+            raise ValueError(
+                f'{key!r} is not a tensor of {code}; the checkpoint is of another '
+                f'model, or converted already.'
+            )
+
+    check_known(next(iter(state), ''), any(depths))
     if 0 in depths + widths:
         raise ValueError(
             f'the checkpoint has {depths} blocks and {widths} channels in the stages '
@@ -103,12 +108,9 @@ def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]
         names[f'head.fc.{name}'] = f'head.{name}'
     classes = len(state.get(bias, ()))
     shapes |= {'head.fc.weight': (classes, widths[3]), 'head.fc.bias': (classes,)}
-    ours = (
-        {name: name for name in names} if reverse else {v: k for k, v in names.items()}
-    )
+    ours = {key if reverse else public: key for key, public in names.items()}
     for key in state:
-        if key not in ours:
-            raise ValueError(wrong.format(key))
+        check_known(key, key in ours)
     given = {ours[key]: tensor for key, tensor in state.items()}
     differing = sorted(
         key
