@@ -243,7 +243,7 @@ def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
         ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
-        ('CLASSIFIER a.pth EMPTY', 'there is no image in'),
+        ('CLASSIFIER a.pth EMPTY', 'no image in'),
         ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
         ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
     ],
