@@ -115,7 +115,9 @@ def test_classes_in_another_order(copy: Path) -> None:
     content['annotations'] = content['annotations'][:1]
     VAL.write_text(json.dumps(content))
     assert check([*MASKS, '--splits', 'val', '--no-images']) == {
-        ('val', 'classes in another order than in the file'): [f'disc, square in {VAL}'],
+        ('val', 'classes in another order than in the file'): [
+            f'disc, square in {VAL}'
+        ],
         ('val', 'class without objects'): ['square'],
         ('val', 'image without objects'): ['2.png'],
     }

@@ -62,7 +62,7 @@ def publish(
         )
     result = json.loads(run.file.read_text())
     if config is not None:
-        check_training(config, result)
+        check_training(run, config, result)
         run.config = config
     meta = dict(
         configuration=str(run.config), seed=str(run.seed), commit=result['commit']
@@ -73,20 +73,18 @@ def publish(
     return make_entry(run, name, result, metrics)
 
 
-def check_training(config: Path, result: dict[str, Any]) -> None:
+def check_training(run: Run, config: Path, result: dict[str, Any]) -> None:
     """Checks that a configuration is that of a recorded training.
 
     Args:
+        run: The run.
         config: Configuration, relative to the root of the repository.
-        result: Result of the run.
+        result: Its recorded result.
 
     Raises:
         ValueError: If it has another model, other data or another schedule.
     """
     now = as_json(load_config(str(ROOT / config), {}))
-    run = Run(
-        result['table'], TABLES[result['table']].row(result['row']), 0, ROOT, None
-    )
     keys = {k for k in run.keys | own_keys(ROOT / config) if k[0] in TRAINING}
     if others := differing(result['config'], now, keys):
         raise ValueError(
@@ -106,25 +104,17 @@ def make_entry(
     """Returns an entry of a metafile; arguments as those of :func:`make_card`."""
     table = TABLES[run.table]
     kept = list(table.metrics)[:1] + [m for m in table.metrics if m == 'coco/bbox_mAP']
-    entry = dict(
-        Name=name,
-        Config=str(run.config),
-        Weights=f'weights/{name}.safetensors',
-        Metadata={
-            'Training Data': table.title.split(',')[0],
-            'Parameters': result['model']['params'],
-        },
-        Results=[
-            dict(
-                Task='Instance Segmentation'
-                if len(kept) > 1
-                else 'Image Classification',
-                Dataset=table.title.split(',')[0],
-                Metrics={table.metrics[m]: digits(m, metrics) for m in kept},
-            )
-        ],
-    )
-    entry['In Collection'] = 'DS-Net'
+    tasks = ('Image Classification', 'Instance Segmentation')
+    data = table.title.split(',')[0]
+    metrics = {table.metrics[m]: digits(m, metrics) for m in kept}
+    entry = {
+        'Name': name,
+        'Config': str(run.config),
+        'Weights': f'weights/{name}.safetensors',
+        'Metadata': {'Training Data': data, 'Parameters': result['model']['params']},
+        'Results': [dict(Task=tasks[len(kept) > 1], Dataset=data, Metrics=metrics)],
+        'In Collection': 'DS-Net',
+    }
     return yaml.safe_dump([entry], sort_keys=False)
 
 
