@@ -179,8 +179,10 @@ def ops_build() -> str:
     native = importlib.import_module('dsnet_mm.ops.native')
     if native.WHY_NOT:
         return native.WHY_NOT
-    cuda = native.build_info().get('cuda')
-    devices = f'CPU and CUDA {cuda}' if cuda else 'the CPU'
+    info = native.build_info()
+    devices = f'CPU and CUDA {info["cuda"]}' if info.get('cuda') else 'the CPU'
+    if info.get('no_cuda'):
+        devices += f' only, because {info["no_cuda"]}'
     packing = importlib.import_module('dsnet_mm.ops.packing')
     torch = importlib.import_module('torch')
     amx = ', bfloat16 by AMX' if torch.bfloat16 in packing.PACKED_DTYPES else ''
