@@ -1,8 +1,9 @@
 # Every target but clean first installs the package into $(VENV), if necessary.
 #
-# make demo       trains and evaluates a small Mask R-CNN, and plots its predictions
+# make demo       draws nuclei with the weights of this repository, then trains and
+#                 evaluates a small Mask R-CNN, and plots its predictions
 # make demo-clip  trains a small CLIP model and compares few-shot methods with it
-# make page       starts a page to play with, on this machine only
+# make page       starts the interactive demo in a browser, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   runs the tests on the GPU and writes a table of times
@@ -20,11 +21,12 @@ CSRC := $(shell find dsnet_mm/ops/csrc -type f)
 SHIM := $(wildcard tests/cuda_on_cpu/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
+NUCLEI := work_dirs/demo_nuclei
 DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
-ASAN_TESTS := tests/test_ops.py tests/test_inference_ops.py \
-	tests/test_feed_forward.py tests/test_memory_bounds.py
+ASAN_TESTS := tests/ops/test_ops.py tests/ops/test_inference_ops.py \
+	tests/ops/test_feed_forward.py tests/ops/test_memory_bounds.py
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 # Processes that run tests, and the threads of each. A file of tests stays in one process.
@@ -44,13 +46,21 @@ $(VENV)/.installed: pyproject.toml setup.py tools/install.sh $(CSRC)
 	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
 	touch $@
 
-demo: setup
+demo: setup $(NUCLEI)/predictions.json
 	$(BIN)/python tools/make_scenes.py $(SCENES)
 	$(BIN)/python tools/train.py $(CLS_CONFIG) --resume
 	$(BIN)/python tools/train.py $(DET_CONFIG) --resume
 	$(BIN)/python tools/test.py $(DET_CONFIG) $(DET_DIR)/last.pth
 	$(BIN)/python tools/analysis_tools/plot_predictions.py $(DET_CONFIG) \
 		$(DET_DIR)/last.pth $(DET_DIR)/predictions.png --overwrite
+
+# A result within seconds, from weights that were trained on real images.
+$(NUCLEI)/predictions.json: | setup
+	rm -rf $(NUCLEI)
+	$(BIN)/python tools/infer.py mask_rcnn_dsnet_nuclei \
+		weights/mask_rcnn_dsnet_nuclei.safetensors docs/images/nuclei.jpg \
+		--out $(NUCLEI) --score-thr 0.5
+	@echo 'The nuclei are drawn in $(NUCLEI)/images/nuclei.jpg. Now the training starts.'
 
 demo-clip: setup
 	$(BIN)/python tools/demo_clip.py
@@ -76,7 +86,7 @@ test-asan: setup
 
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'
-	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m pytest tests/ops/test_gpu.py
 	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
 		--out $(GPU_TIMES) --overwrite
 

@@ -48,6 +48,10 @@ def note(**info: str | None) -> None:
     BUILD_INFO.write_text(json.dumps(info))
 
 
+# What needs the repository with its results is not in the wheel.
+REPOSITORY_ONLY = ('evidence', 'reproduce.py', 'publish_weights.py', 'install.sh')
+
+
 class BuildPy(build_py):
     """Adds configurations and tools to the wheel, in the folder that mim reads."""
 
@@ -62,7 +66,7 @@ class BuildPy(build_py):
             shutil.copytree(
                 name,
                 mim / name,
-                ignore=shutil.ignore_patterns('__pycache__'),
+                ignore=shutil.ignore_patterns('__pycache__', *REPOSITORY_ONLY),
                 dirs_exist_ok=True,
             )
         shutil.copy('model-index.yml', mim)

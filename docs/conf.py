@@ -42,7 +42,6 @@ NAVIGATION = {
         'docs/analysis',
         'docs/inference',
         'Few-shot classification <docs/clip_adapter>',
-        'docs/open_clip_models',
         'docs/export',
         'docs/ops',
     ],
@@ -54,6 +53,7 @@ NAVIGATION = {
     ],
     'Results': [
         'docs/results',
+        'Few-shot results <docs/few_shot_results>',
         'Weights for nuclei <weights/mask_rcnn_dsnet_nuclei>',
         'Weights for CIFAR-10 <weights/dsnet_cifar10>',
     ],

@@ -14,7 +14,7 @@ def __getattr__(name: str) -> Any:
 
         return infer
     if name == 'find_config':
-        from .cli.config import find_config
+        from dsnet_mm.engine.config import find_config
 
         return find_config
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,14 +1,10 @@
-"""Checks packages, compiled ops and devices, for ``python -m dsnet_mm`` and others."""
+"""Installed packages, devices, and what a recorded run names: commit and machine."""
 
-import importlib
 import os
 import platform
 import re
-import shutil
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,103 +109,6 @@ def existing_device(name: str) -> str:
             f"use 'auto' or 'cpu'."
         ) from error
     return name
-
-
-def find_problems() -> list[str]:
-    """Returns one sentence for each problem of the installation, with its remedy."""
-    problems = []
-    for name in SUPPORTED:
-        if name not in REQUIRED and not find_installed(name):
-            continue
-        try:
-            require(name, user='dsnet_mm')
-        except ImportError as error:
-            problems.append(str(error))
-            continue
-        installed = find_installed(name)
-        if len(installed.distributions) > 1:
-            both = ' and '.join(installed.distributions)
-            problems.append(
-                f'{both} are both installed, but they contain the same files; '
-                f'pip uninstall {" ".join(installed.distributions)}, then '
-                f'{install_command(name)}'
-            )
-    try:
-        importlib.import_module('cv2')
-    except ImportError as error:
-        problems.append(
-            f'OpenCV cannot be imported ({error}); pip uninstall opencv-python '
-            f'opencv-python-headless, then pip install opencv-python-headless'
-        )
-    if find_spec('mmcv') and not mmcv_ops()[0]:
-        problems.append(
-            f'mmcv has no compiled ops, so mmdet does not work ({mmcv_ops()[1]}); '
-            f'install torch, then mmcv: pip install --no-cache-dir '
-            f'--force-reinstall --no-deps --no-build-isolation '
-            f'onedl-mmcv=={PINNED["mmcv"]}'
-        )
-    mmengine = find_installed('mmengine')
-    setuptools = find_installed('setuptools')
-    if (
-        mmengine
-        and mmengine.distributions == ('mmengine',)
-        and setuptools
-        and Version(setuptools.version) >= Version('82')
-    ):
-        problems.append(
-            f'setuptools {setuptools.version} has no pkg_resources, which the '
-            f"official mmengine needs; pip install 'setuptools<82'"
-        )
-    return problems
-
-
-def mmcv_ops() -> tuple[bool, str]:
-    """Returns whether mmcv's ops load, and their devices or the error."""
-    try:
-        importlib.import_module('mmcv._ext')
-        ops = importlib.import_module('mmcv.ops')
-    except ImportError as error:
-        return False, str(error)
-    cuda = ops.get_compiling_cuda_version()
-    return True, 'the CPU' if cuda == 'not available' else f'CPU and CUDA {cuda}'
-
-
-def ops_build() -> str:
-    """Returns the devices the ops are compiled for, or why there are no ops."""
-    native = importlib.import_module('dsnet_mm.ops.native')
-    if native.WHY_NOT:
-        return native.WHY_NOT
-    info = native.build_info()
-    devices = f'CPU and CUDA {info["cuda"]}' if info.get('cuda') else 'the CPU'
-    if info.get('no_cuda'):
-        devices += f' only, because {info["no_cuda"]}'
-    packing = importlib.import_module('dsnet_mm.ops.packing')
-    torch = importlib.import_module('torch')
-    amx = ', bfloat16 by AMX' if torch.bfloat16 in packing.PACKED_DTYPES else ''
-    return f'compiled for {devices}{amx}'
-
-
-def co_attention_path(device: str) -> str:
-    """Returns the implementation of the co-attention on a device type, and why."""
-    ops = importlib.import_module('dsnet_mm.ops')
-    try:
-        path, reason = ops.select_path(device)
-    except ValueError as error:
-        return str(error)
-    return f'{path} ({reason})'
-
-
-def nvcc_version() -> str:
-    """Returns the release of nvcc, or 'none'."""
-    if not shutil.which('nvcc'):
-        return 'none'
-    out = subprocess.run(['nvcc', '--version'], capture_output=True, text=True).stdout
-    return next((w for w in out.split() if w.startswith('V')), 'unknown').lstrip('V')
-
-
-def python_version() -> str:
-    """Returns the version of the running Python."""
-    return '.'.join(map(str, sys.version_info[:3]))
 
 
 def commit() -> str:

@@ -24,12 +24,7 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='dsnet_mm',
-    locations=[
-        'dsnet_mm.engine.cpu_time_hook',
-        'dsnet_mm.engine.finite_loss_hook',
-        'dsnet_mm.engine.fuse_hook',
-        'dsnet_mm.engine.iteration_seed_hook',
-    ],
+    locations=['dsnet_mm.engine.hooks'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

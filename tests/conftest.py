@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from mmengine.visualization import Visualizer
+from PIL import Image
 from torch import Tensor, nn
 
 from dsnet_mm.models import DSNet
@@ -198,7 +199,7 @@ def build(options: dict, arch: dict = TINY) -> DSNet:
     return trained(net).double()
 
 
-def pictures(height: int = 72, width: int = 104) -> Tensor:
+def images(height: int = 72, width: int = 104) -> Tensor:
     torch.manual_seed(2)
     return torch.randn(2, 3, height, width, dtype=torch.float64)
 
@@ -238,6 +239,51 @@ def tiny_clip(tmp_path_factory):
     weights = folder / 'tiny.pt'
     torch.save(model.state_dict(), weights)
     return {'model': str(config), 'pretrained': str(weights)}
+
+
+@pytest.fixture(scope='session')
+def encoder(tiny_clip):
+    from dsnet_mm.models import OpenCLIPEncoder
+
+    return OpenCLIPEncoder(**tiny_clip)
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+    """Three classes of coloured noise, 24 images each."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    colours = {'red': (1, 0, 0), 'green_sea': (0, 1, 0), 'blue': (0, 0, 1)}
+    for name, colour in colours.items():
+        (folder / name).mkdir()
+        for i in range(24):
+            noise = rng.uniform(0, 255, (40, 48, 3)) * (0.4 + 0.6 * np.array(colour))
+            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f'{i}.png')
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Names of the functions that loaded a CLIP model or a data set, in order."""
+    import open_clip
+
+    from dsnet_mm.datasets import task
+
+    seen = []
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(open_clip, 'create_model')
+    for reader in ('read_public', 'read_folder', 'read_csv'):
+        spy(task, reader)
+    return seen
 
 
 # ------------------------------------------------------------------------ tools
@@ -351,7 +397,7 @@ model = dict(
 
 
 def draw(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, list[int]]:
-    """Draws a 64x64 picture of a square (0) or disc (1). Returns it and the box."""
+    """Draws a 64x64 image of a square (0) or disc (1). Returns it and the box."""
     image = rng.integers(0, 60, (64, 64, 3), np.uint8)
     size = int(rng.integers(20, 36))
     left, top = (int(rng.integers(0, 64 - size)) for _ in range(2))
@@ -366,12 +412,12 @@ def draw(rng: np.random.Generator, kind: int) -> tuple[np.ndarray, list[int]]:
 def write_coco(root: Path, split: str, num: int) -> None:
     """Writes a split in the layout of COCO 2017."""
     rng = np.random.default_rng(num)
-    pictures = root / f'{split}2017'
-    pictures.mkdir(parents=True)
+    folder = root / f'{split}2017'
+    folder.mkdir(parents=True)
     images, annotations = [], []
     for i in range(1, num + 1):
         image, (x, y, w, h) = draw(rng, i % 2)
-        cv2.imwrite(str(pictures / f'{i}.png'), image)
+        cv2.imwrite(str(folder / f'{i}.png'), image)
         images.append(dict(id=i, file_name=f'{i}.png', height=64, width=64))
         annotations.append(
             dict(

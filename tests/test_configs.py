@@ -157,7 +157,7 @@ def test_classification(path, tmp_path):
         folder = tmp_path / split / 'n01440764'
         folder.mkdir(parents=True)
         noise = np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8)
-        cv2.imwrite(str(folder / 'picture.jpg'), noise)
+        cv2.imwrite(str(folder / 'image.jpg'), noise)
     samples = []
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         # The ImageNet data set insists on a thousand folders.
@@ -172,7 +172,7 @@ def test_classification(path, tmp_path):
 
     torch.manual_seed(0)
     preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
-    # Mixup and CutMix come with train_cfg, and need no more than two pictures.
+    # Mixup and CutMix come with train_cfg, and need no more than two images.
     model = MODELS.build(cfg.model | dict(data_preprocessor=preprocessor))
     model.init_weights()
     data = dict(
@@ -255,8 +255,8 @@ def test_sync_bn_takes_the_place_of_every_batch_norm() -> None:
     assert cfg.sync_bn == 'torch'
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
-    picture = torch.randn(1, 3, 64, 64)
-    expected = model.extract_feat(picture)
+    image = torch.randn(1, 3, 64, 64)
+    expected = model.extract_feat(image)
     names = {k: v.clone() for k, v in model.state_dict().items()}
     norms = [k for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert any(name.startswith('neck') for name in norms)
@@ -266,7 +266,7 @@ def test_sync_bn_takes_the_place_of_every_batch_norm() -> None:
         assert isinstance(synced.get_submodule(name), nn.SyncBatchNorm)
     assert synced.state_dict().keys() == names.keys()
     reverted = revert_sync_batchnorm(synced).eval()
-    for one, other in zip(reverted.extract_feat(picture), expected, strict=True):
+    for one, other in zip(reverted.extract_feat(image), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
     backbone = dict(cfg.model.backbone, norm_cfg=dict(type='SyncBN'))

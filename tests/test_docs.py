@@ -82,13 +82,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: dict) -> 
         part = nuclei[128 * i : 128 * (i + 1), :128]
         cv2.imwrite(str(tmp_path / 'photos' / f'{i}.jpg'), part)
     rng = np.random.default_rng(0)
-    for root, num in (('my_pictures', 40), ('other_pictures', 4)):
+    for root, num in (('my_images', 40), ('other_images', 4)):
         for kind, name in enumerate(('square', 'disc')):
             (tmp_path / root / name).mkdir(parents=True)
             for i in range(num):
                 image = draw(rng, kind)[0]
                 cv2.imwrite(str(tmp_path / root / name / f'{i}.png'), image)
-    cv2.imwrite(str(tmp_path / 'picture.jpg'), draw(rng, 0)[0])
+    cv2.imwrite(str(tmp_path / 'image.jpg'), draw(rng, 0)[0])
     for split, num in (('train', 4), ('val', 2)):
         write_coco(tmp_path / 'data' / 'coco', split, num)
     (tmp_path / 'data' / 'mine').symlink_to('coco')

@@ -1,32 +1,69 @@
-"""No module of the package imports from a higher layer."""
+"""Imports of the package: from lower folders only, and in no circle."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'dsnet_mm'
-LAYERS = ('ops', 'tasks', 'clip', 'models', 'datasets', 'few_shot')
-FILES = [file for layer in LAYERS for file in (PACKAGE / layer).rglob('*.py')]
+
+# Lowest first. A module imports from its own folder and from lower ones. The modules
+# beside __init__ are lowest, and __init__ and __main__ are on top of all.
+FOLDERS = (
+    *('.', 'ops', 'clip', 'datasets', 'models'),
+    *('engine', 'inference', 'few_shot', 'demo'),
+)
 
 
-def imported_by(file: Path) -> set[str]:
-    """Returns the absolute names that a file imports, also inside functions."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+def module_name(path: Path) -> str:
+    """Dotted name of a file: dsnet_mm/ops/__init__.py is dsnet_mm.ops."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob('*.py'))}
+
+
+def level(module: str) -> int:
+    """Place of a module in the order of the folders."""
+    if module in ('dsnet_mm', 'dsnet_mm.__main__'):
+        return len(FOLDERS)
+    path = FILES[module].relative_to(PACKAGE)
+    return FOLDERS.index(path.parts[0] if len(path.parts) > 1 else '.')
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that a module imports, also inside of functions."""
+    path = FILES[module]
+    package = module if path.stem == '__init__' else module.rpartition('.')[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = file.relative_to(PACKAGE.parent).parts[: -node.level or None]
-            parts = (*(package if node.level else ()), *filter(None, [node.module]))
-            names |= {'.'.join((*parts, alias.name)) for alias in node.names}
-    return names
+            base = package.rsplit('.', node.level - 1)[0] if node.level else ''
+            base = '.'.join(filter(None, (base, node.module)))
+            names = {f'{base}.{name.name}' for name in node.names}
+            # A name of a package is a module, or comes from its __init__.
+            found |= {name if name in FILES else base for name in names}
+    return (found & FILES.keys()) - {module}
 
 
-@pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_no_import_from_a_higher_layer(file):
-    layer = file.relative_to(PACKAGE).parts[0]
-    packages = {folder.name for folder in PACKAGE.iterdir() if folder.is_dir()}
-    above = packages - set(LAYERS[: LAYERS.index(layer) + 1])
-    names = (name.split('.') for name in imported_by(file))
-    assert not above & {name[1] for name in names if name[0] == 'dsnet_mm'}
+@pytest.mark.parametrize('module', FILES)
+def test_no_import_from_a_higher_folder(module: str):
+    higher = {name for name in imported(module) if level(name) > level(module)}
+    assert not higher, f'{module} imports {higher}'
+
+
+def test_no_circle():
+    # static_order raises CycleError, which names the modules of the circle.
+    order = TopologicalSorter({module: imported(module) for module in FILES})
+    assert len(list(order.static_order())) == len(FILES)
+
+
+def test_tools_are_not_imported():
+    for module, path in FILES.items():
+        text = path.read_text()
+        assert 'import measure' not in text and 'from measure' not in text, module
+        assert 'import evidence' not in text and 'from evidence' not in text, module

@@ -1,9 +1,9 @@
 """Check the data that a configuration reads, in one pass.
 
-Pictures: missing, unreadable or cut off, of another size than the annotations say, the
+Images: missing, unreadable or cut off, of another size than the annotations say, the
 same twice (also in another split), rotated by EXIF, grey, 16-bit, CMYK, transparent.
 Annotations in COCO's format: unknown ids, the same twice, boxes without area or outside
-the picture, polygons of fewer than three points, missing masks, classes that are empty,
+the image, polygons of fewer than three points, missing masks, classes that are empty,
 in another order, or not in the configuration. The exit status is 1 if there are errors.
 """
 
@@ -24,338 +24,286 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from dsnet_mm.cli.arguments import add_config_arguments, user_errors
-from dsnet_mm.cli.config import dicts_in, load_config
-from dsnet_mm.cli.data import check_data
+from dsnet_mm.datasets.images import damage_of
+from dsnet_mm.engine.config import check_data, dicts_in, load_config
+from dsnet_mm.engine.launch import OldFlag, add_config_arguments, user_errors
 from dsnet_mm.files import write_atomic
+from dsnet_mm.progress import progress_bar
 
 SPLITS = ('train', 'val', 'test')
 ERROR, WARNING, NOTE = 'error', 'warning', 'note'
+COLORS = {ERROR: 'red', WARNING: 'yellow', NOTE: 'default'}  # the worst first
 # What was found -> how bad it is, and what mmdet and mmpretrain make of it.
 FINDINGS = {
-    'no such picture': (ERROR, 'training stops'),
-    'picture cannot be read': (ERROR, 'training stops'),
-    'picture is cut off': (ERROR, 'OpenCV fills the rest with grey, without a word'),
+    'no such image': (ERROR, 'training stops'),
+    'image cannot be read': (ERROR, 'training stops'),
+    'image is cut off': (ERROR, 'OpenCV fills the rest with grey, without a word'),
     'size differs from the annotations': (ERROR, 'boxes and masks are misplaced'),
-    'picture is too large to be checked': (WARNING, 'it is read as it is'),
+    'image is too large to be checked': (WARNING, 'it is read as it is'),
     'annotations cannot be read': (ERROR, 'training does not start'),
     'unknown image_id': (ERROR, 'the annotation is left out'),
     'unknown category_id': (ERROR, 'the annotation is left out'),
-    'id of a picture is not unique': (ERROR, 'one of the pictures is lost'),
+    'id of an image is not unique': (ERROR, 'one of the images is lost'),
     'id of an annotation is not unique': (ERROR, 'training does not start'),
     'bbox or area is missing or no number': (ERROR, 'training does not start'),
     'object without a mask': (ERROR, 'training stops'),
     'class of the configuration is not in the file': (ERROR, 'labels are shifted'),
     'classes in another order than in the file': (ERROR, 'names are mixed up'),
-    'same picture in another split': (ERROR, 'the evaluation is too good'),
+    'same image in another split': (ERROR, 'the evaluation is too good'),
     'box of less than a pixel': (WARNING, 'the object is left out'),
-    'box outside the picture': (WARNING, 'the object is left out'),
+    'box outside the image': (WARNING, 'the object is left out'),
     'polygon of fewer than three points': (WARNING, 'it is left out'),
     'annotation twice': (WARNING, 'the object counts twice'),
-    'picture listed twice': (WARNING, 'it is seen twice as often'),
-    'same picture under two names': (WARNING, 'it is seen twice as often'),
+    'image listed twice': (WARNING, 'it is seen twice as often'),
+    'same image under two names': (WARNING, 'it is seen twice as often'),
     'class without objects': (WARNING, 'it cannot be learnt, or not be measured'),
     'class of the file is not in the configuration': (NOTE, 'it is left out'),
-    'box reaches out of the picture': (NOTE, 'it is kept'),
-    'picture without objects': (NOTE, 'it is left out if filter_empty_gt is set'),
+    'box reaches out of the image': (NOTE, 'it is kept'),
+    'image without objects': (NOTE, 'it is left out if filter_empty_gt is set'),
     'rotated by EXIF': (NOTE, 'it is read upright'),
     'grey': (NOTE, 'it is read with three equal channels'),
     '16-bit': (NOTE, 'the upper 8 bits are read'),
     'CMYK': (NOTE, 'it is read as RGB'),
     'transparent': (NOTE, 'what lies under transparent pixels is read'),
 }
+# What damage_of tells -> finding.
+DAMAGES = {
+    'missing': 'no such image',
+    'empty': 'image cannot be read',
+    'unreadable': 'image cannot be read',
+    'too large': 'image is too large to be checked',
+    'cut off': 'image is cut off',
+}
+Found = dict[str, list[str]]
+"""The places of each finding of a split. A place is text."""
 
 
-class Picture(NamedTuple):
-    """A picture of a split, and the size that the annotations give it."""
+class Listed(NamedTuple):
+    """An image of a split, and the size that the annotations give it."""
 
-    split: str
     path: str
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None = None
 
 
-class Report:
-    """Collects findings.
-
-    Attributes:
-        found: Places of each finding, by split and finding.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
-
-    def add(self, split: str, finding: str, where: str) -> None:
-        """Adds one place to a finding, a key of ``FINDINGS``."""
-        assert finding in FINDINGS
-        self.found[split, finding].append(where)
-
-    def severity(self, level: str) -> int:
-        """Returns the number of places of a severity."""
-        return sum(
-            len(places)
-            for (_, finding), places in self.found.items()
-            if FINDINGS[finding][0] == level
-        )
-
-    def table(self) -> Table:
-        """Returns a table with the worst findings first."""
-        table = Table('', 'split', 'finding', 'times', 'then')
-        table.add_column('for example', overflow='fold')
-        order = [ERROR, WARNING, NOTE]
-        rows = sorted(self.found, key=lambda key: order.index(FINDINGS[key[1]][0]))
-        for split, finding in rows:
-            places = self.found[split, finding]
-            level, effect = FINDINGS[finding]
-            color = {ERROR: 'red', WARNING: 'yellow', NOTE: 'default'}[level]
-            table.add_row(
-                f'[{color}]{level}[/]',
-                split,
-                finding,
-                str(len(places)),
-                effect,
-                escape(places[0]),
-            )
-        return table
-
-
-def check_coco(
-    node: dict, split: str, needs_masks: bool, report: Report
-) -> Iterator[Picture]:
-    """Checks an annotation file in COCO's format and yields its pictures.
+def check_coco(node: dict, needs_masks: bool, found: Found) -> Iterator[Listed]:
+    """Checks an annotation file in COCO's format and yields its images.
 
     Args:
         node: Configuration of the data set.
-        split: Name of the split.
         needs_masks: Whether the configuration loads masks.
-        report: Gets the findings.
+        found: Gets the findings.
     """
     root = node.get('data_root') or ''
     ann_file = os.path.join(root, node['ann_file'])
     folder = os.path.join(root, (node.get('data_prefix') or {}).get('img', ''))
     try:
-        images, annotations, categories = _read_coco(ann_file)
+        images, annotations, categories = read_coco(ann_file)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        report.add(split, 'annotations cannot be read', f'{ann_file}: {error!r}')
+        found['annotations cannot be read'].append(f'{ann_file}: {error!r}')
         return
 
     sizes, names = {}, Counter()
     for image in images:
         if image['id'] in sizes:
-            report.add(split, 'id of a picture is not unique', f'image {image["id"]}')
+            found['id of an image is not unique'].append(f'image {image["id"]}')
         size = (image.get('width'), image.get('height'))
         sizes[image['id']] = size if None not in size else None
         names[image['file_name']] += 1
-        if names[image['file_name']] == 2:
-            report.add(split, 'picture listed twice', image['file_name'])
-        path = os.path.join(folder, image['file_name'])
-        yield Picture(split, path, sizes[image['id']])
+        yield Listed(os.path.join(folder, image['file_name']), sizes[image['id']])
+    found['image listed twice'] += [name for name in names if names[name] > 1]
 
     with DATASETS.switch_scope_and_registry(None) as registry:
         own = registry.get(node['type']).METAINFO.get('classes')
-    used = (node.get('metainfo') or {}).get('classes', own)
     in_file = {category['id']: category['name'] for category in categories}
-    if used:
-        for name in [name for name in used if name not in in_file.values()]:
-            where = f'{name!r} is not in {ann_file}'
-            report.add(split, 'class of the configuration is not in the file', where)
-        for name in [name for name in in_file.values() if name not in used]:
-            report.add(split, 'class of the file is not in the configuration', name)
-        shared = [name for name in in_file.values() if name in used]
-        if shared != [name for name in used if name in shared]:
-            where = f'{", ".join(shared)} in {ann_file}'
-            report.add(split, 'classes in another order than in the file', where)
-    counts, ids, seen = Counter(), set(), set()
+    names = list(in_file.values())
+    used = (node.get('metainfo') or {}).get('classes', own) or names
+    found['class of the configuration is not in the file'] += [
+        f'{name!r} is not in {ann_file}' for name in used if name not in names
+    ]
+    found['class of the file is not in the configuration'] += [
+        name for name in names if name not in used
+    ]
+    shared = [name for name in names if name in used]
+    if shared != [name for name in used if name in shared]:
+        where = f'{", ".join(shared)} in {ann_file}'
+        found['classes in another order than in the file'].append(where)
+
+    labelled, full, ids, seen = set(), set(), set(), set()
     for annotation in annotations:
-        where = f'annotation {annotation.get("id")}'
-        if annotation.get('id') in ids:
-            report.add(split, 'id of an annotation is not unique', where)
-        ids.add(annotation.get('id'))
-        if annotation.get('image_id') not in sizes:
-            report.add(
-                split, 'unknown image_id', f'{where}: {annotation.get("image_id")}'
-            )
-            continue
-        if annotation.get('category_id') not in in_file:
-            report.add(
-                split,
-                'unknown category_id',
-                f'{where}: {annotation.get("category_id")}',
-            )
-            continue
-        counts[annotation['category_id']] += 1
-        counts['image', annotation['image_id']] += 1
-        box = annotation.get('bbox')
-        key = (annotation['image_id'], annotation['category_id'], str(box))
-        if key in seen:
-            report.add(split, 'annotation twice', where)
-        seen.add(key)
-        if _is_numbers(box, 4) and _is_numbers([annotation.get('area')], 1):
-            size = sizes[annotation['image_id']]
-            _check_box(box, annotation['area'], size, split, where, report)
+        number, image, category, box = (
+            annotation.get(key) for key in ('id', 'image_id', 'category_id', 'bbox')
+        )
+        where = f'annotation {number}'
+        if number in ids:
+            found['id of an annotation is not unique'].append(where)
+        ids.add(number)
+        if image not in sizes:
+            found['unknown image_id'].append(f'{where}: {image}')
+        elif category not in in_file:
+            found['unknown category_id'].append(f'{where}: {category}')
         else:
-            where = f'{where}: {box}, {annotation.get("area")}'
-            report.add(split, 'bbox or area is missing or no number', where)
-        if needs_masks and not annotation.get('iscrowd'):
-            _check_mask(annotation.get('segmentation'), split, where, report)
-    for number, name in in_file.items():
-        if not counts[number] and (not used or name in used):
-            report.add(split, 'class without objects', name)
-    for image in images:
-        if not counts['image', image['id']]:
-            report.add(split, 'picture without objects', image['file_name'])
+            labelled.add(in_file[category])
+            full.add(image)
+            if (image, category, str(box)) in seen:
+                found['annotation twice'].append(where)
+            seen.add((image, category, str(box)))
+            check_box(box, annotation.get('area'), sizes[image], where, found)
+            if needs_masks and not annotation.get('iscrowd'):
+                check_mask(annotation.get('segmentation'), where, found)
+    found['class without objects'] += [n for n in shared if n not in labelled]
+    found['image without objects'] += [
+        image['file_name'] for image in images if image['id'] not in full
+    ]
 
 
-def _read_coco(ann_file: str) -> tuple[list[dict], list[dict], list[dict]]:
-    """Reads images, annotations and categories, and checks that they have ids."""
+def read_coco(ann_file: str) -> Iterator[list[dict]]:
+    """Yields images, annotations and categories, and checks that they have ids."""
     content = json.loads(Path(ann_file).read_bytes())
-    parts = []
     for name, needed in (
-        ('images', ('id', 'file_name')),
-        ('annotations', ()),
-        ('categories', ('id', 'name')),
+        ('images', {'id', 'file_name'}),
+        ('annotations', set()),
+        ('categories', {'id', 'name'}),
     ):
         for entry in content[name]:
-            if not isinstance(entry, dict) or not entry.keys() >= {*needed}:
+            if not isinstance(entry, dict) or not entry.keys() >= needed:
                 raise ValueError(f'{name} has {entry!r}, without {" or ".join(needed)}')
-        parts.append(content[name])
-    return tuple(parts)
+        yield content[name]
 
 
-def _is_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
-    )
-
-
-def _check_box(
-    box: list[float],
-    area: float,
-    size: tuple[int, int] | None,
-    split: str,
-    where: str,
-    report: Report,
+def check_box(
+    box: Any, area: Any, size: tuple[int, int] | None, where: str, found: Found
 ) -> None:
     """Checks a box of left, top, width and height, as ``CocoDataset`` does."""
+    numbers = [*box, area] if isinstance(box, list) else []
+    if len(numbers) != 5 or not all(
+        isinstance(x, int | float) and math.isfinite(x) for x in numbers
+    ):
+        where = f'{where}: {box}, {area}'
+        found['bbox or area is missing or no number'].append(where)
+        return
     left, top, width, height = box
     if width < 1 or height < 1 or area <= 0:
-        where = f'{where}: {box}, area {area}'
-        report.add(split, 'box of less than a pixel', where)
+        found['box of less than a pixel'].append(f'{where}: {box}, area {area}')
     elif size is not None:
         right, bottom = left + width, top + height
         where = f'{where}: {box} in {size}'
         if left >= size[0] or top >= size[1] or right <= 0 or bottom <= 0:
-            report.add(split, 'box outside the picture', where)
+            found['box outside the image'].append(where)
         # Some of COCO's own boxes go half a pixel beyond.
         elif min(left, top) < -1 or right > size[0] + 1 or bottom > size[1] + 1:
-            report.add(split, 'box reaches out of the picture', where)
+            found['box reaches out of the image'].append(where)
 
 
-def _check_mask(mask: Any, split: str, where: str, report: Report) -> None:
+def check_mask(mask: Any, where: str, found: Found) -> None:
     """Checks polygons. Run-length encodings only have to be there."""
-    if not mask:
-        report.add(split, 'object without a mask', where)
-    elif isinstance(mask, list):
-        for polygon in mask:
-            if not isinstance(polygon, list):
-                report.add(split, 'object without a mask', f'{where}: {polygon!r}')
-                break
+    polygons = mask if isinstance(mask, list) else []
+    if not mask or not all(isinstance(polygon, list) for polygon in polygons):
+        found['object without a mask'].append(where)
+    else:
+        for polygon in polygons:
             if len(polygon) < 6 or len(polygon) % 2:
-                report.add(
-                    split,
-                    'polygon of fewer than three points',
-                    f'{where}: {len(polygon)} numbers',
-                )
+                numbers = f'{where}: {len(polygon)} numbers'
+                found['polygon of fewer than three points'].append(numbers)
 
 
-def list_other(dataset: Any, split: str, report: Report) -> Iterator[Picture]:
-    """Yields the pictures of another data set, as it lists them itself."""
-    counts, names = Counter(), Counter()
+def list_other(dataset: Any, found: Found) -> Iterator[Listed]:
+    """Yields the images of another data set, as it lists them itself."""
+    labels, names = set(), Counter()
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
         if 'gt_label' in info:
-            counts[int(info['gt_label'])] += 1
+            labels.add(int(info['gt_label']))
         if 'img_path' in info:
             names[info['img_path']] += 1
-            if names[info['img_path']] == 2:
-                report.add(split, 'picture listed twice', info['img_path'])
-            yield Picture(split, info['img_path'], None)
+            yield Listed(info['img_path'])
+    found['image listed twice'] += [name for name in names if names[name] > 1]
     for label, name in enumerate(dataset.metainfo.get('classes') or []):
-        if counts and not counts[label]:
-            report.add(split, 'class without objects', name)
+        if labels and label not in labels:
+            found['class without objects'].append(name)
 
 
-def check_picture(picture: Picture) -> tuple[list[tuple[str, str]], str]:
-    """Reads a picture.
-
-    Returns:
-        Findings with their places, and a hash of the file, empty if there is none.
-    """
-    path, found = picture.path, []
-    try:
-        content = Path(path).read_bytes()
-    except OSError:
-        return [('no such picture', path)], ''
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    try:
-        with Image.open(path) as image:
-            mode, size = image.mode, image.size
-            turn = 1
-            with suppress(Exception):  # a damaged EXIF entry is not a damaged picture
-                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-            image.load()
-    except UnidentifiedImageError:
-        return [('picture cannot be read', path)], digest
-    except Image.DecompressionBombError:
-        return [('picture is too large to be checked', path)], digest
-    except Exception as error:  # Pillow's decoders raise errors of any type
-        return [('picture is cut off', f'{path}: {error}')], digest
-    if turn in (5, 6, 7, 8):
-        size = size[::-1]
-    if turn != 1:
-        found.append(('rotated by EXIF', path))
-    if picture.size and size != picture.size:
-        where = f'{path}: {size} and not {picture.size}'
-        found.append(('size differs from the annotations', where))
-    if mode.startswith(('I', 'F')):
-        found.append(('16-bit', path))
-    if mode in ('1', 'L', 'LA', 'I', 'F') or mode.startswith('I;16'):
-        found.append(('grey', path))
-    if mode == 'CMYK':
-        found.append(('CMYK', path))
-    if mode in ('RGBA', 'LA', 'PA'):
-        found.append(('transparent', path))
-    return found, digest
-
-
-def list_pictures(cfg: Config, split: str, report: Report) -> Iterator[Picture]:
-    """Checks the annotations of a split and yields its pictures."""
-    loader = cfg.get(f'{split}_dataloader')
+def list_images(cfg: Config, split: str, found: Found) -> Iterator[Listed]:
+    """Checks the annotations of a split and yields its images."""
+    loader = cfg[f'{split}_dataloader']
     for node in dicts_in(loader):
         if 'type' not in node or 'pipeline' not in node:
             continue
         if str(node['type']).endswith('CocoDataset'):
             needs_masks = any(step.get('with_mask') for step in dicts_in(loader))
-            yield from check_coco(node, split, needs_masks, report)
+            yield from check_coco(node, needs_masks, found)
         else:
             dataset = deepcopy(node)
             dataset.pipeline = []
-            if 'features' in dataset:  # of FewShotDataset, made from its pictures
+            if 'features' in dataset:  # of FewShotDataset, made from its images
                 dataset.features = None
-            yield from list_other(DATASETS.build(dataset), split, report)
+            yield from list_other(DATASETS.build(dataset), found)
+
+
+def check_image(item: Listed) -> tuple[list[tuple[str, str]], str]:
+    """Reads an image.
+
+    Returns:
+        Findings with their places, and a hash of the file, empty if there is none.
+    """
+    path = item.path
+    damage, error = damage_of(path) or ('', '')
+    digest = ''
+    if damage != 'missing':
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    if damage:
+        where = f'{path}: {error}' if damage == 'cut off' else path
+        return [(DAMAGES[damage], where)], digest
+    with Image.open(path) as image:
+        mode, size, turn = image.mode, image.size, 1
+        with suppress(Exception):  # a damaged EXIF entry is not a damaged image
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turn in (5, 6, 7, 8):
+        size = size[::-1]
+    found = []
+    if item.size and size != item.size:
+        where = f'{path}: {size} and not {item.size}'
+        found.append(('size differs from the annotations', where))
+    kinds = {
+        'rotated by EXIF': turn != 1,
+        '16-bit': mode.startswith(('I', 'F')),
+        'grey': mode in ('1', 'L', 'LA') or mode.startswith(('I', 'F')),
+        'CMYK': mode == 'CMYK',
+        'transparent': mode in ('RGBA', 'LA', 'PA'),
+    }
+    return found + [(kind, path) for kind, is_so in kinds.items() if is_so], digest
+
+
+def check_images(images: dict[str, list[Listed]], found: dict[str, Found]) -> None:
+    """Reads all images, with a bar.
+
+    Args:
+        images: The images of each split.
+        found: Gets the findings of each split.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    pairs = [(split, item) for split, items in images.items() for item in items]
+    with (
+        progress_bar(len(pairs), 'reading', 'images') as bar,
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
+    ):
+        warnings.simplefilter('ignore')  # of metadata, and of images that are big
+        checked = pool.map(check_image, [item for _, item in pairs])
+        for (split, item), (findings, digest) in zip(pairs, checked, strict=True):
+            bar.update()
+            for finding, where in findings:
+                found[split][finding].append(where)
+            here = split, item.path
+            other = first.setdefault(digest, here) if digest else here
+            if other[1] != item.path:
+                same = 'under two names' if other[0] == split else 'in another split'
+                where = f'{item.path} and {other[1]}'
+                found[split][f'same image {same}'].append(where)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -373,8 +321,9 @@ def main(argv: list[str] | None = None) -> None:
         '--out', type=Path, help='write all findings to this .json file'
     )
     parser.add_argument(
-        '--no-pictures', action='store_true', help='check the annotations only'
+        '--no-images', action='store_true', help='check the annotations only'
     )
+    parser.add_argument('--no-pictures', action=OldFlag, new='--no-images')
     args = parser.parse_args(argv)
     with user_errors(parser):
         if args.out and args.out.exists():
@@ -382,67 +331,51 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(args.config, args.cfg_options)
         splits = [s for s in args.splits if cfg.get(f'{s}_dataloader')]
         check_data(cfg, splits)
-    init_default_scope(cfg.default_scope)
+        init_default_scope(cfg.default_scope)
+        datasets = {}  # most configurations test on the validation set
+        for split in splits:
+            if cfg[f'{split}_dataloader'].dataset not in datasets.values():
+                datasets[split] = cfg[f'{split}_dataloader'].dataset
+        found: dict[str, Found] = {split: defaultdict(list) for split in datasets}
+        # Some data sets look for their files themselves.
+        images = {s: list(list_images(cfg, s, found[s])) for s in datasets}
+    if not args.no_images:
+        check_images(images, found)
 
-    report = Report()
-    loaders = {split: cfg[f'{split}_dataloader'].dataset for split in splits}
-    # Most configurations test on the validation set.
-    splits = [
-        split
-        for i, split in enumerate(splits)
-        if loaders[split] not in [loaders[other] for other in splits[:i]]
+    findings = [
+        dict(split=split, finding=finding, level=FINDINGS[finding][0], places=places)
+        for split in found
+        for finding, places in found[split].items()
+        if places
     ]
-    with user_errors(parser):  # of data sets that look for their files themselves
-        pictures = [p for split in splits for p in list_pictures(cfg, split, report)]
-    if not args.no_pictures:
-        check_pictures(pictures, report)
-
-    console = Console()
-    if report.found:
-        console.print(report.table())
-    errors, warned = report.severity(ERROR), report.severity(WARNING)
+    findings.sort(key=lambda entry: list(COLORS).index(entry['level']))
+    if findings:
+        table = Table('', 'split', 'finding', 'times', 'then')
+        table.add_column('for example', overflow='fold')
+        for entry in findings:
+            level, effect = FINDINGS[entry['finding']]
+            table.add_row(
+                f'[{COLORS[level]}]{level}[/]',
+                entry['split'],
+                entry['finding'],
+                str(len(entry['places'])),
+                effect,
+                escape(entry['places'][0]),
+            )
+        Console().print(table)
+    errors, warned = (
+        sum(len(entry['places']) for entry in findings if entry['level'] == level)
+        for level in (ERROR, WARNING)
+    )
     print(
-        f'{len(pictures)} pictures of {", ".join(splits)}: {errors} errors, '
-        f'{warned} warnings.'
+        f'{sum(map(len, images.values()))} images of {", ".join(images)}: {errors} '
+        f'errors, {warned} warnings.'
     )
     if args.out:
-        findings = [
-            dict(
-                split=split, finding=finding, level=FINDINGS[finding][0], places=places
-            )
-            for (split, finding), places in report.found.items()
-        ]
         write_atomic(args.out, json.dumps(findings, indent=2))
         print(f'All findings are in {args.out}.')
     if errors:
         sys.exit(1)
-
-
-def check_pictures(pictures: list[Picture], report: Report) -> None:
-    """Reads all pictures, with a bar."""
-    first: dict[str, Picture] = {}
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(TextColumn('{task.description}'), *columns) as progress,
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool,
-    ):
-        warnings.simplefilter('ignore')  # of metadata, and of pictures that are big
-        checked = pool.map(check_picture, pictures)
-        tracked = progress.track(checked, total=len(pictures), description='pictures')
-        for picture, (findings, digest) in zip(pictures, tracked, strict=True):
-            for finding, where in findings:
-                report.add(picture.split, finding, where)
-            other = first.setdefault(digest, picture) if digest else picture
-            if other.path != picture.path:
-                same = other.split == picture.split
-                report.add(
-                    picture.split,
-                    'same picture under two names'
-                    if same
-                    else 'same picture in another split',
-                    f'{picture.path} and {other.path}',
-                )
 
 
 if __name__ == '__main__':

@@ -4,9 +4,9 @@
 features::
 
     python tools/few_shot.py run configs/clip_adapter/clip-adapter_rn50_eurosat.py
-    python tools/few_shot.py run --dataset my_pictures --model RN50-quickgelu \
+    python tools/few_shot.py run --dataset my_images --model RN50-quickgelu \
         --pretrained openai --download --shots 1 4 16
-    torchrun --nproc-per-node 4 tools/few_shot.py encode --dataset my_pictures \
+    torchrun --nproc-per-node 4 tools/few_shot.py encode --dataset my_images \
         --model RN50-quickgelu --pretrained openai --out features.safetensors
     python tools/few_shot.py run --features features.safetensors
     python tools/few_shot.py predict work_dirs/RUN/classifiers/FILE.safetensors holiday/

@@ -1,4 +1,4 @@
-"""Find objects in pictures, or classify them: python -m dsnet_mm.inference."""
+"""Find objects in images, or classify them: python -m dsnet_mm.inference."""
 
 from dsnet_mm.inference.__main__ import main
 

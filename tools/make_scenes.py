@@ -3,9 +3,20 @@
 import argparse
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from dsnet_mm.demo.scenes import SceneSettings, make_scenes
+
+HELP = {
+    'train': 'detection images',
+    'val': 'detection images held out',
+    'cls_train': 'classification images of each class',
+    'cls_val': 'classification images of each class held out',
+    'size': 'height and width of a detection image, in pixels',
+    'cls_size': 'height and width of a classification image',
+    'seed': 'random seed',
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,39 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    default = SceneSettings()
     parser.add_argument('out', type=Path, help='folder to make')
-    parser.add_argument(
-        '--train', type=int, default=default.train, help='detection pictures'
-    )
-    parser.add_argument(
-        '--val', type=int, default=default.val, help='detection pictures held out'
-    )
-    parser.add_argument(
-        '--cls-train',
-        type=int,
-        default=default.cls_train,
-        help='classification pictures of each class',
-    )
-    parser.add_argument(
-        '--cls-val',
-        type=int,
-        default=default.cls_val,
-        help='classification pictures of each class held out',
-    )
-    parser.add_argument(
-        '--size',
-        type=int,
-        default=default.size,
-        help='height and width of a detection picture, in pixels',
-    )
-    parser.add_argument(
-        '--cls-size',
-        type=int,
-        default=default.cls_size,
-        help='height and width of a classification picture',
-    )
-    parser.add_argument('--seed', type=int, default=default.seed, help='random seed')
+    for field in fields(SceneSettings):
+        option = f'--{field.name.replace("_", "-")}'
+        parser.add_argument(
+            option, type=int, default=field.default, help=HELP[field.name]
+        )
     parser.add_argument(
         '--overwrite',
         action='store_true',
@@ -60,17 +44,17 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     try:
         settings = SceneSettings(**args)
-        manifest = make_scenes(out, settings, overwrite=overwrite, progress=True)
-    except (ValueError, FileExistsError) as error:
+        manifest = make_scenes(out, settings, overwrite=overwrite)
+    except (ValueError, OSError) as error:
         sys.exit(f'make_scenes: {error}')
     if manifest is None:
         print(f'{out} holds this set already; nothing to do.')
         return
     seconds = time.perf_counter() - start
     print(
-        f'{settings.train} + {settings.val} detection pictures with '
+        f'{settings.train} + {settings.val} detection images with '
         f'{manifest["objects"]} objects and {settings.cls_train} + {settings.cls_val} '
-        f'classification pictures a class written to {out} in {seconds:.1f} s; '
+        f'classification images a class written to {out} in {seconds:.1f} s; '
         f'preview: {out / "preview.png"}'
     )
 

@@ -21,16 +21,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsnet_mm.cli.arguments import user_errors
-from dsnet_mm.cli.evidence.runs import (
-    RESULTS,
-    check_cost,
-    commit,
-    runs_of,
-    write,
-)
-from dsnet_mm.cli.evidence.tables import TABLES
+from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.environment import commit
 from dsnet_mm.files import write_atomic
+from evidence.runs import RESULTS, check_cost, runs_of
+from evidence.tables import TABLES
 
 
 def print_tables() -> None:
@@ -100,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             if TABLES[name].comparable and '_rates' not in name:
                 check_cost(name)
         if args.time:
-            from dsnet_mm.cli.evidence.timing import time_rows
+            from evidence.timing import time_rows
 
             for name in names:
                 timing = time_rows(name, args.turns, args.data_root)
@@ -142,7 +137,7 @@ def run_rows(
             except RuntimeError as error:
                 sys.exit(f'reproduce: {error}')
         if args.check:
-            from dsnet_mm.cli.evidence.report import compare
+            from evidence.report import compare
 
             recorded = json.loads(run.file.read_text())
             try:
@@ -151,7 +146,7 @@ def run_rows(
                 print(error)
                 failed = True
         else:
-            write(run, result)
+            run.record(result)
             report()
     if failed:
         sys.exit(1)
@@ -159,7 +154,7 @@ def run_rows(
 
 def report() -> None:
     """Writes the tables and plots of docs/results.md."""
-    from dsnet_mm.cli.evidence.report import write_page
+    from evidence.report import write_page
 
     print('Written:', *write_page())
 

@@ -11,27 +11,26 @@ from mmengine.dist import is_main_process
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from dsnet_mm.checkpoint import restricted_loading
-from dsnet_mm.cli.arguments import (
+from dsnet_mm.checkpoint import load_checkpoint, restricted_loading, unwrap
+from dsnet_mm.engine.config import check_data, load_config
+from dsnet_mm.engine.launch import (
     add_config_arguments,
     add_run_arguments,
     add_trust_argument,
+    end_run,
+    set_run,
     user_errors,
 )
-from dsnet_mm.cli.checkpoints import load_checkpoint, unwrap
-from dsnet_mm.cli.config import load_config
-from dsnet_mm.cli.data import check_data
-from dsnet_mm.cli.distributed import end_run, set_run
 from dsnet_mm.files import check_file, write_atomic
 from dsnet_mm.models import fuse_for_inference
 
 
 def set_show_dir(cfg: Config, folder: str) -> None:
-    """Lets the visualisation hook of mmdet or mmpretrain write every picture.
+    """Lets the visualisation hook of mmdet or mmpretrain write every image.
 
     Args:
         cfg: Configuration, changed in place.
-        folder: Folder of the pictures.
+        folder: Folder of the images.
     """
     if cfg.default_scope == 'mmdet':
         # Made absolute: the hook puts a relative one somewhere in the work dir.
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', help='write all predictions to this new .pkl file')
     parser.add_argument('--show-dir', help='draw all predictions into this folder')
     parser.add_argument(
-        '--tta', action='store_true', help='average over flipped pictures'
+        '--tta', action='store_true', help='average over flipped images'
     )
     parser.add_argument(
         '--fuse',
@@ -108,7 +107,7 @@ def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         cfg = load_config(args.config, args.cfg_options)
         if args.tta and args.show_dir and cfg.default_scope == 'mmpretrain':
             raise ValueError(
-                '--show-dir does not draw the flipped pictures that --tta gives a '
+                '--show-dir does not draw the flipped images that --tta gives a '
                 'classifier; leave one of them out'
             )
         check_file(

@@ -10,25 +10,24 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner
 
-from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
-from dsnet_mm.cli.arguments import (
-    add_config_arguments,
-    add_run_arguments,
-    add_trust_argument,
-    user_errors,
-)
-from dsnet_mm.cli.checkpoints import (
-    check_pretrained,
+from dsnet_mm.checkpoint import (
+    check_match,
     find_checkpoint_to_resume,
     load_checkpoint,
     read_training_state,
+    restricted_loading,
 )
-from dsnet_mm.cli.config import dicts_in, load_config
-from dsnet_mm.cli.data import check_data
-from dsnet_mm.cli.distributed import end_run, set_run
-from dsnet_mm.datasets.loading import UnreadablePictureError
-from dsnet_mm.engine.finite_loss_hook import NonFiniteLossError
-from dsnet_mm.files import check_file
+from dsnet_mm.datasets.loading import UnreadableImageError
+from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
+from dsnet_mm.engine.hooks import NonFiniteLossError
+from dsnet_mm.engine.launch import (
+    add_config_arguments,
+    add_run_arguments,
+    add_trust_argument,
+    end_run,
+    set_run,
+    user_errors,
+)
 from dsnet_mm.models import DSNet
 
 
@@ -182,13 +181,6 @@ def set_start(cfg: Config, resume: str | None) -> None:
             )
         seed = checkpoint['meta'].get('seed')
         cfg.merge_from_dict({'randomness.seed': seed})
-    elif cfg.get('load_from'):
-        check_file(
-            cfg.load_from,
-            'checkpoint',
-            'name another by --cfg-options load_from=CHECKPOINT',
-        )
-        read_checkpoint(cfg.load_from)
 
 
 def set_seeds(cfg: Config) -> None:
@@ -203,11 +195,11 @@ def set_seeds(cfg: Config) -> None:
 
 
 def set_guards(cfg: Config, skip_unreadable: bool) -> None:
-    """Lets a training stop at a loss that is no number and at an unreadable picture.
+    """Lets a training stop at a loss that is no number and at an unreadable image.
 
     Args:
         cfg: Configuration with its working directory, changed in place.
-        skip_unreadable: Whether to leave out such pictures instead.
+        skip_unreadable: Whether to leave out such images instead.
     """
     guard = dict(finite_loss=dict(type='dsnet_mm.FiniteLossHook'))
     cfg.default_hooks = guard | (cfg.get('default_hooks') or {})
@@ -219,7 +211,7 @@ def set_guards(cfg: Config, skip_unreadable: bool) -> None:
 
 
 def skipped_file(cfg: Config) -> Path:
-    """Returns the file that names the pictures that were skipped."""
+    """Returns the file that names the images that were skipped."""
     return Path(cfg.work_dir, 'unreadable.txt')
 
 
@@ -267,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--skip-unreadable',
         action='store_true',
-        help='leave out pictures that cannot be read, and count them (default: stop)',
+        help='leave out images that cannot be read, and count them (default: stop)',
     )
     add_trust_argument(parser)
     args = parser.parse_args(argv)
@@ -309,13 +301,15 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 module.check_checkpoint()
         if cfg.resume:
             load_checkpoint(runner.model, cfg.load_from)
+        elif cfg.get('load_from'):
+            check_match(runner.model, cfg.load_from)
     if args.resume and not cfg.resume:
         runner.logger.info(
             f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
         )
     try:
         runner.train()
-    except (NonFiniteLossError, UnreadablePictureError) as error:
+    except (NonFiniteLossError, UnreadableImageError) as error:
         # A worker of the data loader adds its traceback above the sentence.
         sentence = str(error).strip().splitlines()[-1]
         sentence = sentence.rpartition(f'{type(error).__name__}: ')[2]
@@ -324,7 +318,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.skip_unreadable and is_main_process() and skipped.is_file():
         names = skipped.read_text().splitlines()
         print(
-            f'{len(set(names))} pictures could not be read and were skipped '
+            f'{len(set(names))} images could not be read and were skipped '
             f'{len(names)} times; {skipped} names them.'
         )
     if is_main_process():

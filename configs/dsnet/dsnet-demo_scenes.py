@@ -1,4 +1,4 @@
-# A small DS-Net that classifies pictures of single synthetic objects. `make demo`
+# A small DS-Net that classifies images of single synthetic objects. `make demo`
 # trains it. The detector of the demo starts from its weights.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 

@@ -1,7 +1,9 @@
 # A small DS-Net for the ten classes of CIFAR-10. It learns from scratch on two CPU
 # cores, better without the norm of its output (docs/results.md). The data:
 # tools/dataset_converters/cifar10_to_folders.py.
-_base_ = '../evidence/cifar10_dsnet_no_output_norm.py'
+_base_ = '_base_/cifar10.py'
+
+model = dict(backbone=dict(output_norm=False))
 
 train_cfg = dict(max_epochs=8)
 param_scheduler = _base_.param_scheduler

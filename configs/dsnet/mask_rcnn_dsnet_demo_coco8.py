@@ -1,4 +1,4 @@
-# Trains and evaluates the detector of the demo on the same eight pictures of COCO. This
+# Trains and evaluates the detector of the demo on the same eight images of COCO. This
 # overfitting shows that the network can learn real boxes and polygons.
 _base_ = 'mask_rcnn_dsnet_demo_scenes.py'
 
@@ -43,8 +43,8 @@ eight = dict(
     data_root=data_root,
     ann_file='annotations/instances_train2017.json',
     data_prefix=dict(img='train2017/'),
-    # Pictures in which all objects are larger than 50 x 50 pixels. The indices are
-    # those of a subset of COCO with 72 pictures.
+    # Images in which all objects are larger than 50 x 50 pixels. The indices are
+    # those of a subset of COCO with 72 images.
     indices=[1, 2, 3, 4, 5, 10, 11, 16],
 )
 train_dataloader = dict(batch_size=4, dataset=dict(**eight, pipeline=train_pipeline))

@@ -1,4 +1,4 @@
-# A small Mask R-CNN with DS-Net and DS-FPN for nuclei in microscope pictures. It learns
+# A small Mask R-CNN with DS-Net and DS-FPN for nuclei in microscope images. It learns
 # from scratch on two CPU cores. The data: tools/dataset_converters/nuclei_to_coco.py.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
@@ -63,7 +63,7 @@ model = dict(
 
 data_root = 'data/nuclei/'
 metainfo = dict(classes=('nucleus',), palette=[(230, 160, 0)])
-crop = (128, 128)  # of the original pictures
+crop = (128, 128)  # of the original images
 scale = 2.0  # nuclei are small: half of them have less than 19 x 19 pixels
 train_pipeline = [
     dict(type='LoadImageFromFile'),

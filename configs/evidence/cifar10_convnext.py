@@ -1,5 +1,5 @@
 # CIFAR-10, ConvNeXt.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'
 
 model = dict(
     backbone=dict(

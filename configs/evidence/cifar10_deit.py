@@ -1,5 +1,5 @@
 # CIFAR-10, DeiT. DeiT has no pyramid: 64 patches of 8 x 8 pixels.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'
 
 model = dict(
     backbone=dict(

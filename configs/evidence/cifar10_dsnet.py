@@ -1,2 +1,2 @@
 # CIFAR-10, DS-Net*.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'

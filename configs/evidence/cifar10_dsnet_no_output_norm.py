@@ -1,4 +1,4 @@
 # CIFAR-10, DS-Net* without the norm of its output.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'
 
 model = dict(backbone=dict(output_norm=False))

@@ -1,5 +1,5 @@
 # CIFAR-10, DS-Net* behind the stem of ResNet. It needs 15 % more multiply-adds.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'
 
-custom_imports = dict(imports=['dsnet_mm.cli.evidence.stems'])
+custom_imports = dict(imports=['evidence.stems'])
 model = dict(backbone=dict(type='DSNetWithResNetStem', stem_channels=12))

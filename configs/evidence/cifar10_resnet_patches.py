@@ -2,5 +2,5 @@
 # multiply-adds.
 _base_ = 'cifar10_resnet.py'
 
-custom_imports = dict(imports=['dsnet_mm.cli.evidence.stems'])
+custom_imports = dict(imports=['evidence.stems'])
 model = dict(backbone=dict(type='ResNetWithPatchStem'))

@@ -1,5 +1,5 @@
 # CIFAR-10, Swin.
-_base_ = '_base_/cifar10.py'
+_base_ = '../dsnet/_base_/cifar10.py'
 
 model = dict(
     backbone=dict(

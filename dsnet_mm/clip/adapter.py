@@ -227,7 +227,7 @@ class CLIPAdapter(nn.Module):
             k = max(0, p - 1 / K) / (1 - 1 / K)
 
         f and W have unit norm, y is the label, and p its probability by zero-shot CLIP.
-        A picture has no part in the distance if zero-shot CLIP does no better than
+        An image has no part in the distance if zero-shot CLIP does no better than
         chance on it. ``keep`` times the distance is the second term of the loss of
         :class:`CLIPAdapterHead` and of the method ``clip_adapter``.
 

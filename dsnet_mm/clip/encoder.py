@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet_mm.tasks.prompts import resolve_prompts
-
 from .loading import import_open_clip, load_towers
+from .prompts import resolve_prompts
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
@@ -52,7 +51,7 @@ class OpenCLIPEncoder(nn.Module):
         config: Configuration of the model, as open_clip reads it.
         embed_dims: Width D of the image and text features.
         logit_scale: Scale of the cosine similarities in CLIP's logits.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.
         preprocess: Preprocessing of the model, the fields of open_clip's
@@ -148,10 +147,10 @@ class OpenCLIPEncoder(nn.Module):
         """Keeps the weights that the constructor loaded."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
-            x: Normalised pictures (N, 3, H, W), or cached features (N, D), which are
+            x: Normalised images (N, 3, H, W), or cached features (N, D), which are
                 returned as they are.
 
         Returns:
@@ -182,8 +181,8 @@ class OpenCLIPEncoder(nn.Module):
 
         Args:
             class_names: Names by label. Underscores become spaces.
-            prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. Features of several
-                prompts are normalised, averaged and normalised again.
+            prompts: See :func:`.resolve_prompts`. Features of several prompts are
+                normalised, averaged and normalised again.
 
         Returns:
             Text features (K, D), rows of unit norm.

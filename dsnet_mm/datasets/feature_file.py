@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 from dsnet_mm.files import write_atomic
 
 from .features import Features
-from .pictures import PREPROCESSINGS
+from .images import PREPROCESSINGS
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features of a data set, of training, validation and test pictures.
+    """Features of a data set, of training, validation and test images.
 
     In a file the tensors are named ``text_features``, and ``<part>_features`` and
     ``<part>_labels`` for each part. Features are (N, D), or (V, N, D) with V views, of
@@ -31,11 +31,11 @@ class FeatureFile:
             are normalised when a file is read.
         class_names: Names by label. In a file: metadata ``class_names``, a JSON list.
         logit_scale: Scale of the cosine similarities. Metadata ``logit_scale``.
-        train: Training pictures by number of shots, part ``train_1``, ``train_2`` and
-            so on. Part ``train``, key None, has all training pictures.
-        val: Validation pictures, part ``val``, if there are any.
-        test: Test pictures, part ``test``.
-        plain: Features of training pictures without augmentation, (1, N, D), by number
+        train: Training images by number of shots, part ``train_1``, ``train_2`` and
+            so on. Part ``train``, key None, has all training images.
+        val: Validation images, part ``val``, if there are any.
+        test: Test images, part ``test``.
+        plain: Features of training images without augmentation, (1, N, D), by number
             of shots, in the order of ``train``. In a file: ``<part>_plain`` (N, D).
             Cross-validation needs them if ``train`` has augmented views.
         about: Other metadata. ``model`` and, if they are known, ``pretrained``,
@@ -56,14 +56,12 @@ class FeatureFile:
         parts = {_train_part(shots): part for shots, part in self.train.items()}
         parts |= {'test': self.test} | ({} if self.val is None else {'val': self.val})
         tensors = {'text_features': self.text_features}
-        for shots, part in self.plain.items():
-            tensors[f'{_train_part(shots)}_plain'] = part.features[0]
         for name, part in parts.items():
             one_view = len(part.features) == 1
-            tensors[f'{name}_features'] = (
-                part.features[0] if one_view else part.features
-            )
-            tensors[f'{name}_labels'] = part.labels
+            views = part.features[0] if one_view else part.features
+            tensors |= {f'{name}_features': views, f'{name}_labels': part.labels}
+        for shots, part in self.plain.items():
+            tensors[f'{_train_part(shots)}_plain'] = part.features[0]
         metadata = {
             **self.about,
             'class_names': json.dumps(list(self.class_names)),
@@ -101,125 +99,118 @@ def read_feature_file(path: str | Path) -> FeatureFile:
     except (OSError, SafetensorError) as error:
         raise ValueError(f'{path} is not a safetensors file ({error}).') from error
     try:
-        return _check(about, tensors)
+        return _parse(about, tensors)
     except ValueError as error:
         raise ValueError(
             f'{path}: {error}; docs/clip_adapter.md describes the file.'
         ) from error
 
 
-def _check(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
-    for name in ('class_names', 'logit_scale'):
-        if name not in about:
-            raise ValueError(f'the metadata have no {name}')
-    class_names = _metadata(about.pop('class_names'), 'class_names', list)
-    class_names = tuple(map(str, class_names))
-    try:
-        logit_scale = float(about.pop('logit_scale'))
-    except ValueError:
-        logit_scale = math.nan
+def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
+    class_names = tuple(map(str, _json(about, 'class_names', list)))
+    del about['class_names']
+    logit_scale = math.nan
+    with suppress(ValueError):
+        logit_scale = float(about.pop('logit_scale', 'nan'))
     if not 0 < logit_scale < math.inf:
-        raise ValueError('logit_scale must be a number above 0')
-    _metadata(about.get('prompts', '[]'), 'prompts', list)
-    _metadata(about.get('identity', 'null'), 'identity', dict | None)
+        raise ValueError('the metadata logit_scale must be a number above 0')
+    for name, kind in (('prompts', list), ('identity', dict | None)):
+        if name in about:
+            _json(about, name, kind)
     if about.get('preprocessing', 'clip') not in PREPROCESSINGS:
         raise ValueError(
-            f'preprocessing must be one of {PREPROCESSINGS}, got '
+            f'the metadata preprocessing must be one of {PREPROCESSINGS}, got '
             f'{about["preprocessing"]!r}'
         )
-    if 'text_features' not in tensors:
-        raise ValueError('there is no tensor text_features')
-    text_features = tensors['text_features'].float()
-    if text_features.dim() != 2 or len(text_features) != len(class_names):
-        raise ValueError(
-            f'text_features must have a row for each of the {len(class_names)} class '
-            f'names, got {tuple(text_features.shape)}'
-        )
-    parts = {}
-    for name in tensors:
-        if match := re.fullmatch(r'(train|train_[1-9]\d*|val|test)_features', name):
-            part = match[1]
-            parts[part] = _check_part(part, tensors, text_features.shape)
-    if 'test' not in parts:
-        raise ValueError('there are no tensors test_features and test_labels')
-    test, val = parts.pop('test'), parts.pop('val', None)
-    if not parts:
-        raise ValueError('there is no tensor train_features or train_<shots>_features')
-    if not text_features.isfinite().all() or not text_features.any(dim=-1).all():
-        raise ValueError('text_features has rows that are zero or not finite')
-    train = {
-        None if part == 'train' else int(part.removeprefix('train_')): features
-        for part, features in parts.items()
-    }
-    for shots, part in train.items():
-        count = part.labels.bincount(minlength=len(class_names))
-        if shots is not None and not (count == shots).all():
-            label = int((count != shots).nonzero()[0])
-            raise ValueError(
-                f'train_{shots}_labels has {int(count[label])} rows of the class '
-                f'{class_names[label]!r}, and must have {shots}'
-            )
-    plain = {
-        shots: _check_plain(f'{_train_part(shots)}_plain', tensors, part)
-        for shots, part in train.items()
-        if f'{_train_part(shots)}_plain' in tensors
-    }
+    for name in ('text_features', 'test_features'):
+        if name not in tensors:
+            raise ValueError(f'there is no tensor {name}')
+    width = tensors['text_features'].shape[-1]
+    (text_features,) = _floats(tensors, 'text_features', (len(class_names), width))
     norm = text_features.norm(dim=-1, keepdim=True)
+    if not norm.all():
+        raise ValueError('text_features has rows that are zero')
     if (norm - 1).abs().max() > 1e-3:
         text_features = text_features / norm
+
+    test = _labelled(tensors, 'test', class_names, width)
+    val = None
+    if 'val_features' in tensors:
+        val = _labelled(tensors, 'val', class_names, width)
+    train, plain = {}, {}
+    for name in tensors:
+        if not (match := re.fullmatch(r'train(?:_([1-9]\d*))?_features', name)):
+            continue
+        shots = int(match[1]) if match[1] else None
+        part = _train_part(shots)
+        train[shots] = _labelled(tensors, part, class_names, width, shots)
+        if f'{part}_plain' in tensors:
+            labels = train[shots].labels
+            views = _floats(tensors, f'{part}_plain', (len(labels), width))
+            plain[shots] = Features(views, labels)
+    if not train:
+        raise ValueError('there is no tensor train_features or train_<shots>_features')
     return FeatureFile(
         text_features, class_names, logit_scale, train, val, test, plain, about
     )
 
 
-def _metadata(text: str, name: str, kind: type) -> object:
+def _json(about: Mapping[str, str], name: str, kind: type) -> object:
     """Returns what an entry of the metadata says in JSON."""
     with suppress(ValueError):
-        value = json.loads(text)
+        value = json.loads(about.get(name, ''))
         if isinstance(value, kind):
             return value
     raise ValueError(
-        f'{name} must be a JSON {"list" if kind is list else "object"}, got {text!r}'
+        f'the metadata {name} must be a JSON {"list" if kind is list else "object"}, '
+        f'got {about.get(name)!r}'
     )
 
 
-def _check_part(
-    part: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
+def _labelled(
+    tensors: Mapping[str, Tensor],
+    part: str,
+    class_names: Sequence[str],
+    width: int,
+    shots: int | None = None,
 ) -> Features:
-    classes, width = shape
-    features = tensors[f'{part}_features']
-    labels = tensors.get(f'{part}_labels')
+    """Returns a part of the file. With ``shots`` each class has as many rows."""
+    name = f'{part}_labels'
+    labels = tensors.get(name)
     if labels is None:
-        raise ValueError(f'there is no tensor {part}_labels')
-    if features.dim() == 2:
-        features = features[None]
-    if features.dim() != 3 or features.shape[1:] != (len(labels), width):
+        raise ValueError(f'there is no tensor {name}')
+    if labels.dim() != 1 or labels.is_floating_point() or not len(labels):
+        raise ValueError(f'{name} must be one integer a row, and have rows')
+    labels, last = labels.long(), len(class_names) - 1
+    if labels.min() < 0 or labels.max() > last:
         raise ValueError(
-            f'{part}_features must be ({len(labels)}, {width}), as {part}_labels and '
-            f'text_features are, or have views before that, got '
-            f'{tuple(tensors[f"{part}_features"].shape)}'
+            f'{name} must be from 0 to {last}, got {labels.min()} to {labels.max()}'
         )
-    if labels.dim() != 1 or labels.dtype.is_floating_point:
-        raise ValueError(f'{part}_labels must be one integer a row')
-    if not len(labels):
-        raise ValueError(f'{part}_features has no rows')
-    labels = labels.long()
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f'{part}_labels must be from 0 to {classes - 1}, got '
-            f'{labels.min().item()} to {labels.max().item()}'
-        )
-    features = features.float()
-    if not features.isfinite().all():
-        raise ValueError(f'{part}_features has values that are not finite')
-    return Features(features, labels)
+    counts = labels.bincount(minlength=last + 1).tolist()
+    for cls, count in zip(class_names, counts, strict=True):
+        if shots not in (None, count):
+            raise ValueError(
+                f'{name} has {count} rows of the class {cls!r}, and must have {shots}'
+            )
+    shape = len(labels), width
+    return Features(_floats(tensors, f'{part}_features', shape, views=True), labels)
 
 
-def _check_plain(name: str, tensors: Mapping[str, Tensor], train: Features) -> Features:
-    features, shape = tensors[name].float(), train.features.shape[1:]
-    if features.shape != shape or not features.isfinite().all():
+def _floats(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    shape: tuple[int, int],
+    views: bool = False,
+) -> Tensor:
+    """Returns a tensor of this shape in float32, with a dimension of views before."""
+    found = tensors[name].float()
+    if found.dim() == 2:
+        found = found[None]
+    if found.dim() != 3 or found.shape[1:] != shape or not (views or len(found) == 1):
         raise ValueError(
-            f'{name} must be {tuple(shape)}, as the training features are, and finite, '
-            f'got {tuple(features.shape)}'
+            f'{name} must be {shape}{", or have views before that" if views else ""}, '
+            f'got {tuple(tensors[name].shape)}'
         )
-    return Features(features[None], train.labels)
+    if not found.isfinite().all():
+        raise ValueError(f'{name} has values that are not finite')
+    return found

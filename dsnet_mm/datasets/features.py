@@ -1,4 +1,4 @@
-"""Features of pictures and class names, stored on disk."""
+"""Features of images and class names, stored on disk."""
 
 import hashlib
 import json
@@ -6,12 +6,12 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
-from dsnet_mm.tasks import Item
 
-from .pictures import PREPROCESSINGS, build_transform, open_picture
+from .images import PREPROCESSINGS, build_transform, hash_pixels, open_image
+from .splits import Item
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ SHARD = 512
 
 @dataclass(frozen=True)
 class Features:
-    """Features of labelled pictures.
+    """Features of labelled images.
 
     Attributes:
         features: Features of each view (V, N, D), not normalised.
@@ -46,30 +46,31 @@ class Features:
         return len(self.labels)
 
     def take(self, index: Tensor) -> 'Features':
-        """Returns the features of the pictures with these indices."""
+        """Returns the features of the images with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
 
+@dataclass(eq=False)
 class FeatureCache:
-    """Features of pictures and class names on disk.
+    """Features of images and class names on disk.
 
-    The features of all pictures with the same options are in one folder, in files of
-    about ``SHARD`` views. A picture is encoded once, whichever draw, seed, run or
+    The features of all images with the same options are in one folder, in files of
+    about ``SHARD`` views. An image is encoded once, whichever draw, seed, run or
     process asks for it. The name of the folder is a hash of the encoder's identity
     (weights, configuration, tokenizer, preprocessing, version of open_clip), of the
-    options below, and of the versions of Pillow and torchvision. A picture is known by
-    path, size and modification time. Each file has a checksum, and the pictures of a
+    options below, and of the versions of Pillow and torchvision. An image is known by
+    path, size and modification time. Each file has a checksum, and the images of a
     damaged one are encoded again.
 
     Args:
         folder: Folder of the cache. It is created if needed.
-        encoder: Encoder of the pictures and class names, on its device.
+        encoder: Encoder of the images and class names, on its device.
         preprocessing: One of ``PREPROCESSINGS``.
         crop_scale: Least and most area of the random crops of augmented views, as a
-            fraction of the picture. The default is CoOp's; Tip-Adapter has (0.5, 1).
+            fraction of the image. The default is CoOp's; Tip-Adapter has (0.5, 1).
         batch_size: Views encoded at once.
-        workers: Number of worker processes that load pictures.
-        on_bad_image: What to do with a picture that cannot be read: ``'error'``
+        workers: Number of worker processes that load images.
+        on_bad_image: What to do with an image that cannot be read: ``'error'``
             raises an error, ``'skip'`` logs its path and omits it.
         quiet: Whether to hide the bar of the encoding.
 
@@ -77,54 +78,47 @@ class FeatureCache:
         ValueError: If an option is unknown, or ``folder`` is a file.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        encoder: OpenCLIPEncoder,
-        *,
-        preprocessing: str = 'clip',
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        batch_size: int = 64,
-        workers: int = 0,
-        on_bad_image: str = 'error',
-        quiet: bool = False,
-    ) -> None:
-        if preprocessing not in PREPROCESSINGS:
+    folder: str | Path
+    encoder: OpenCLIPEncoder
+    _: KW_ONLY
+    preprocessing: str = 'clip'
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    batch_size: int = 64
+    workers: int = 0
+    on_bad_image: str = 'error'
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preprocessing not in PREPROCESSINGS:
             raise ValueError(
-                f'preprocessing must be one of {PREPROCESSINGS}, got {preprocessing!r}.'
+                f'preprocessing must be one of {PREPROCESSINGS}, got '
+                f'{self.preprocessing!r}.'
             )
-        if on_bad_image not in ('error', 'skip'):
+        if self.on_bad_image not in ('error', 'skip'):
             raise ValueError(
-                f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}."
+                f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}."
             )
-        self.folder = Path(folder)
+        self.folder = Path(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(
-                f'the cache {folder} is a file; choose a folder for the features.'
+                f'the cache {self.folder} is a file; choose a folder for the features.'
             )
-        self.encoder = encoder
-        self.preprocessing = preprocessing
-        self.crop_scale = tuple(crop_scale)
-        self.batch_size = batch_size
-        self.workers = workers
-        self.on_bad_image = on_bad_image
-        self.quiet = quiet
         self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
-        """Returns the features of pictures, and encodes those that are missing.
+        """Returns the features of images, and encodes those that are missing.
 
         Args:
-            items: The pictures.
+            items: The images.
             views: Number of augmented views (random crop and flip). 0 gives one view,
-                the picture itself. The crops of a picture depend on its name and
+                the image itself. The crops of an image depend on its name and
                 folder, so they are the same in each draw.
 
         Returns:
             The features, with max(views, 1) views.
 
         Raises:
-            FileNotFoundError: If a picture is missing.
+            FileNotFoundError: If an image is missing.
             ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
         """
         good, features = self._read('features', items, views)
@@ -138,17 +132,17 @@ class FeatureCache:
         what: str = 'encoding',
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Encodes the pictures that are not in the cache yet.
+        """Encodes the images that are not in the cache yet.
 
         Args:
-            items: The pictures.
+            items: The images.
             views: See :meth:`images`.
             what: Name of the bar.
             share: Number of this process and number of processes. Each encodes its
-                share of the pictures.
+                share of the images.
 
         Raises:
-            FileNotFoundError: If a picture is missing.
+            FileNotFoundError: If an image is missing.
             ValueError: If one cannot be read and ``on_bad_image`` is ``'error'``.
         """
         shards = self._shards_of(views)
@@ -156,9 +150,7 @@ class FeatureCache:
         rank, processes = share
         wanted = {
             key: item[0]
-            for i, (key, item) in enumerate(
-                zip(picture_keys(items), items, strict=True)
-            )
+            for i, (key, item) in enumerate(zip(image_keys(items), items, strict=True))
             if i // size % processes == rank
         }
         shards.scan()
@@ -166,7 +158,7 @@ class FeatureCache:
         if not missing:
             return
         keys, encoded = list(missing), []
-        with progress_bar(len(keys), what, 'pictures', self.quiet) as bar:
+        with progress_bar(len(keys), what, 'images', self.quiet) as bar:
             for batch in self._encode(list(missing.values()), views):
                 encoded += batch
                 bar.update(len(batch))
@@ -175,13 +167,13 @@ class FeatureCache:
                     keys, encoded = keys[size:], encoded[size:]
 
     def count_missing(self, items: Sequence[Item], views: int = 0) -> int:
-        """Returns the number of pictures that are not in the cache yet."""
+        """Returns the number of images that are not in the cache yet."""
         shards = self._shards_of(views)
         shards.scan()
-        return sum(key not in shards.rows for key in picture_keys(items))
+        return sum(key not in shards.rows for key in image_keys(items))
 
     def pixels(self, items: Sequence[Item], views: int = 0) -> dict[str, str]:
-        """Returns a hash of the pixels of each picture, by path.
+        """Returns a hash of the pixels of each image, by path.
 
         See :meth:`images` for the arguments and errors.
         """
@@ -201,28 +193,32 @@ class FeatureCache:
         }
         text = json.dumps(key, sort_keys=True)
         path = self.folder / f'texts_{_short_hash(text)}.safetensors'
-        tensors = _read_verified(path, text)
+        tensors = _read_file(path) if path.is_file() else None
         if tensors is None:
             features = self.encoder.encode_classes(class_names, prompts)
             tensors = {'text_features': features.cpu()}
-            _write_verified(path, text, tensors)
+            _write_file(path, text, tensors)
         return tensors['text_features']
 
     def _read(
         self, name: str, items: Sequence[Item], views: int
     ) -> tuple[list[int], Tensor]:
-        """Returns which pictures can be read, and their rows of a tensor."""
-        keys, shards = picture_keys(items), self._shards_of(views)
+        """Returns which images can be read, and their rows of a tensor."""
+        keys, shards = image_keys(items), self._shards_of(views)
         rows = None
         while rows is None:  # a damaged file is found when it is read
             self.encode(items, views)
-            for problem in shards.problems(keys):
+            found = [
+                shards.rows.get(key, f'the image {item[0]} has just been changed')
+                for key, item in zip(keys, items, strict=True)
+            ]
+            for problem in (x for x in found if isinstance(x, str)):
                 self._refuse(problem)
                 logger.warning('skipped: %s', problem)
-            good = [i for i, key in enumerate(keys) if shards.has_features(key)]
+            good = [i for i, x in enumerate(found) if not isinstance(x, str)]
             if not good:
-                raise ValueError('none of the pictures can be read.')
-            rows = shards.read(name, [keys[i] for i in good])
+                raise ValueError('none of the images can be read.')
+            rows = shards.read(name, [found[i] for i in good])
         return good, rows
 
     def _shards_of(self, views: int) -> '_Shards':
@@ -232,7 +228,7 @@ class FeatureCache:
             'preprocessing': self.preprocessing,
             'libraries': {name: version(name) for name in ('pillow', 'torchvision')},
             'views': views,
-            'crop_scale': self.crop_scale if views else None,
+            'crop_scale': tuple(self.crop_scale) if views else None,
         }
         text = json.dumps(key, sort_keys=True)
         folder = self.folder / f'images_{_short_hash(text)}'
@@ -244,7 +240,7 @@ class FeatureCache:
         """Yields batches of features (V, D) and pixel hashes, or of error messages."""
         device = next(self.encoder.parameters()).device
         loader = DataLoader(
-            _Pictures(paths, views, self.encoder, self.preprocessing, self.crop_scale),
+            _Images(paths, views, self.encoder, self.preprocessing, self.crop_scale),
             max(1, self.batch_size // max(views, 1)),
             num_workers=self.workers,
             collate_fn=list,
@@ -254,7 +250,7 @@ class FeatureCache:
             for problem in (x for x in batch if isinstance(x, str)):
                 self._refuse(problem)
             if good:
-                stacked = torch.cat([picture for picture, _ in good]).to(device)
+                stacked = torch.cat([image for image, _ in good]).to(device)
                 features = self.encoder(stacked)[0].cpu().chunk(len(good))
                 results = iter(zip(features, (p for _, p in good), strict=True))
             yield [x if isinstance(x, str) else next(results) for x in batch]
@@ -267,11 +263,11 @@ class FeatureCache:
 
 
 class _Shards:
-    """The files of the pictures that were encoded with the same options.
+    """The files of the images that were encoded with the same options.
 
     Attributes:
         folder: Folder of the files.
-        rows: File and row of each picture, or the reason why it cannot be read.
+        rows: File and row of each image, or the reason why it cannot be read.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -280,72 +276,57 @@ class _Shards:
         self._seen: set[Path] = set()
 
     def scan(self) -> None:
-        """Reads the lists of pictures of files that are new."""
+        """Reads the lists of images of files that are new."""
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
-            _check_no_folder(path)
-            try:
-                with safe_open(path, 'pt') as file:
+            if path.is_file():
+                with _removing_damaged(path), safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
-            except FileNotFoundError:  # another process has just removed it
-                continue
-            except (SafetensorError, KeyError, ValueError) as error:
-                _remove_damaged(path, str(error))
-            self._seen.add(path)
 
-    def write(self, pictures: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
+    def write(self, images: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
         """Writes a file of features and pixel hashes."""
-        good = {k: x for k, x in pictures.items() if not isinstance(x, str)}
+        good = {k: x for k, x in images.items() if not isinstance(x, str)}
+        bad = {k: x for k, x in images.items() if isinstance(x, str)}
         tensors = {}
         if good:
-            tensors['features'] = torch.stack([f for f, _ in good.values()])
-            tensors['pixels'] = torch.stack([p for _, p in good.values()])
-        bad = {k: x for k, x in pictures.items() if isinstance(x, str)}
+            features, pixels = zip(*good.values(), strict=True)
+            tensors = {'features': torch.stack(features), 'pixels': torch.stack(pixels)}
         about = {'pictures': json.dumps(list(good)), 'bad': json.dumps(bad)}
-        path = self.folder / f'{_short_hash(json.dumps(list(pictures)))}.safetensors'
-        _write_verified(path, self.key, tensors, about)
-        self._seen.add(path)
+        path = self.folder / f'{_short_hash(json.dumps(list(images)))}.safetensors'
+        _write_file(path, self.key, tensors, about)
         self._add(path, about)
 
-    def problems(self, keys: Sequence[str]) -> list[str]:
-        """Returns why pictures cannot be read."""
-        rows = (self.rows.get(key) for key in keys)
-        return [row for row in rows if isinstance(row, str)]
+    def read(self, name: str, places: Sequence[tuple[Path, int]]) -> Tensor | None:
+        """Returns rows of a tensor.
 
-    def has_features(self, key: str) -> bool:
-        return isinstance(self.rows.get(key), tuple)
-
-    def read(self, name: str, keys: Sequence[str]) -> Tensor | None:
-        """Returns a row of a tensor for each picture.
-
-        If files are damaged, it returns None, and their pictures are missing from then
+        If files are damaged, it returns None, and their images are missing from then
         on.
         """
-        places: dict[Path, list[tuple[int, int]]] = {}
-        for i, key in enumerate(keys):
-            path, row = self.rows[key]
-            places.setdefault(path, []).append((i, row))
+        wanted: dict[Path, list[tuple[int, int]]] = {}
+        for to, (path, row) in enumerate(places):
+            wanted.setdefault(path, []).append((to, row))
         found, damaged = None, set()
-        for path, rows in places.items():
-            tensors = _read_verified(path, self.key)
+        for path, rows in wanted.items():
+            tensors = _read_file(path)
             if tensors is None:
                 damaged.add(path)
                 continue
             tensor = tensors[name]
             if found is None:
-                found = tensor.new_empty(len(keys), *tensor.shape[1:])
+                found = tensor.new_empty(len(places), *tensor.shape[1:])
             to, at = zip(*rows, strict=True)
             found[list(to)] = tensor[list(at)]
         self.rows = {k: v for k, v in self.rows.items() if v[0] not in damaged}
         return None if damaged else found
 
     def _add(self, path: Path, about: Mapping[str, str]) -> None:
-        pictures = json.loads(about['pictures'])
-        self.rows.update({key: (path, row) for row, key in enumerate(pictures)})
+        images = json.loads(about['pictures'])
+        self.rows.update({key: (path, row) for row, key in enumerate(images)})
         self.rows.update(json.loads(about['bad']))
+        self._seen.add(path)
 
 
-class _Pictures(Dataset):
-    """Inputs of the encoder with pixel hashes, and messages for unreadable pictures."""
+class _Images(Dataset):
+    """Inputs of the encoder with pixel hashes, and messages for unreadable images."""
 
     def __init__(
         self,
@@ -364,7 +345,7 @@ class _Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
         try:
-            image = open_picture(self.paths[index])
+            image = open_image(self.paths[index])
         except ValueError as error:
             return str(error)
         pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
@@ -380,25 +361,18 @@ class _Pictures(Dataset):
         return torch.stack(augmented), pixels
 
 
-def hash_pixels(image: Image.Image) -> bytes:
-    """Returns a hash of size and pixels of an RGB picture, 16 bytes."""
-    sha = hashlib.sha256(f'{image.size}'.encode())
-    sha.update(image.tobytes())
-    return sha.digest()[:16]
-
-
-def picture_keys(items: Sequence[Item]) -> list[str]:
-    """Returns a hash of path, size and modification time of each picture.
+def image_keys(items: Sequence[Item]) -> list[str]:
+    """Returns a hash of path, size and modification time of each image.
 
     Raises:
-        FileNotFoundError: If a picture is missing.
+        FileNotFoundError: If an image is missing.
     """
     keys = []
     for path, *_ in items:
         try:
             stat = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f'the picture {path} is missing.') from error
+            raise FileNotFoundError(f'the image {path} is missing.') from error
         state = f'{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}'
         keys.append(_short_hash(state))
     return keys
@@ -416,44 +390,32 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _write_verified(
-    path: Path,
-    key: str,
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, str] | None = None,
+def _write_file(
+    path: Path, key: str, tensors: dict[str, Tensor], about: Mapping[str, str] = {}
 ) -> None:
-    _check_no_folder(path)
-    metadata = {'key': key, 'sha256': _checksum(tensors), **(about or {})}
-    write_atomic(path, save(dict(tensors), metadata))
+    metadata = {'key': key, 'sha256': _checksum(tensors), **about}
+    write_atomic(path, save(tensors, metadata))
 
 
-def _read_verified(path: Path, key: str) -> dict[str, Tensor] | None:
+def _read_file(path: Path) -> dict[str, Tensor] | None:
     """Returns the tensors of a cache file, or None if it is missing or damaged."""
-    if not path.is_file():
-        return None
-    try:
+    with _removing_damaged(path):
         with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        return None
-    except SafetensorError as error:
-        _remove_damaged(path, str(error))
-        return None
-    if metadata.get('key') != key or metadata.get('sha256') != _checksum(tensors):
-        _remove_damaged(path, 'its key or checksum is wrong')
-        return None
-    return tensors
+            checksum = (file.metadata() or {}).get('sha256')
+        if checksum != _checksum(tensors):
+            raise ValueError('its checksum is wrong')
+        return tensors
+    return None
 
 
-def _check_no_folder(path: Path) -> None:
-    if path.is_dir():
-        raise FileExistsError(
-            f'{path} is a folder and should be a file of the cache; remove it.'
-        )
-
-
-def _remove_damaged(path: Path, why: str) -> None:
-    """Removes a damaged cache file, so that it is named once."""
-    logger.warning('removing the damaged cache file %s (%s)', path, why)
-    path.unlink(missing_ok=True)
+@contextmanager
+def _removing_damaged(path: Path) -> Iterator[None]:
+    """Removes a damaged cache file with a warning, so that it is named once."""
+    try:
+        yield
+    except FileNotFoundError:  # another process has just removed it
+        pass
+    except (SafetensorError, KeyError, ValueError) as error:
+        logger.warning('removing the damaged cache file %s (%s)', path, error)
+        path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Few-shot data sets for MMEngine's Runner, of pictures or of cached features."""
+"""Few-shot data sets for MMEngine's Runner, of images or of cached features."""
 
-from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -8,11 +8,11 @@ from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 
 from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.datasets import load_task
 from dsnet_mm.registry import DATASETS
-from dsnet_mm.tasks import load_task
 
 from .features import FeatureCache
-from .sampling import sample_few_shot
+from .splits import sample_few_shot
 
 _encoders: 'WeakKeyDictionary[FewShotDataset, OpenCLIPEncoder]' = WeakKeyDictionary()
 """The encoder of each data set, so that other data sets can share it. It is not an
@@ -21,34 +21,26 @@ attribute, because copies of a data set and worker processes do not need it."""
 
 @DATASETS.register_module()
 class FewShotDataset(BaseDataset):
-    """A few-shot draw of a data set, or its test pictures.
+    """A few-shot draw of a data set, or its test images.
 
     A sample has ``gt_label`` and ``img_path``. With ``features`` it has ``features``
     (D,) instead of ``img_path``. They are those of a random view, drawn at each access.
 
     Args:
-        dataset: Name, folder or file, see :func:`dsnet_mm.tasks.load_task`.
+        dataset: Name, folder or file, see :func:`dsnet_mm.datasets.load_task`.
         part: ``'train'`` or ``'val'``, the parts of the draw, or ``'test'``.
-        shots: Training pictures of each class.
+        shots: Training images of each class.
         seed: Seed of the draw.
         data_root: Folder of the public data sets.
         features: Arguments of :class:`FeatureCache`. Its ``encoder`` holds the
-            arguments of ``OpenCLIPEncoder``. None gives pictures.
-        views: Number of augmented views of a training picture, with ``features``.
-        pipeline: Transforms of a sample.
-        metainfo: Meta information. ``classes`` is added if it is missing.
-        filter_cfg: See ``BaseDataset``. It has no effect, because nothing is
-            filtered.
-        indices: Number of samples to keep, or indices of the samples to keep.
-        serialize_data: Whether worker processes share the list of samples.
-        test_mode: Whether it is an error if the pipeline returns None. Otherwise
-            another sample is taken.
-        lazy_init: Whether the data set is read at the first access instead of by the
-            constructor.
-        max_refetch: Number of other samples to try if the pipeline returns None.
+            arguments of ``OpenCLIPEncoder``. None gives images.
+        views: Number of augmented views of a training image, with ``features``.
+        **options: ``pipeline``, ``metainfo``, ``indices``, ``lazy_init`` and others of
+            ``BaseDataset``, except ``ann_file`` and ``data_prefix``. The classes are
+            added to ``metainfo`` if they are missing.
 
     Raises:
-        ValueError: If ``part`` is unknown, or the data set has no pictures of it.
+        ValueError: If ``part`` is unknown, or the data set has no images of it.
     """
 
     def __init__(
@@ -60,30 +52,14 @@ class FewShotDataset(BaseDataset):
         data_root: str = 'data',
         features: dict | None = None,
         views: int = 10,
-        pipeline: list[dict | Callable] = [],
-        metainfo: Mapping | None = None,
-        filter_cfg: dict | None = None,
-        indices: int | Sequence[int] | None = None,
-        serialize_data: bool = True,
-        test_mode: bool = False,
-        lazy_init: bool = False,
-        max_refetch: int = 1000,
+        **options: Any,
     ) -> None:
         if part not in ('train', 'val', 'test'):
             raise ValueError(f"part must be 'train', 'val' or 'test', got {part!r}.")
         self.dataset, self.part, self.shots, self.seed = dataset, part, shots, seed
         self.features, self.views = features, views
-        super().__init__(
-            metainfo=metainfo,
-            data_root=data_root,
-            filter_cfg=filter_cfg,
-            indices=indices,
-            serialize_data=serialize_data,
-            pipeline=pipeline,
-            test_mode=test_mode,
-            lazy_init=lazy_init,
-            max_refetch=max_refetch,
-        )
+        # With ann_file or data_prefix in the options this is a TypeError.
+        super().__init__(ann_file='', data_prefix={}, data_root=data_root, **options)
 
     def load_data_list(self) -> list[dict]:
         """Reads the samples of the part. With ``features``, also encodes them."""
@@ -96,7 +72,7 @@ class FewShotDataset(BaseDataset):
         )
         if not items:
             raise ValueError(
-                f'{task.name} has no {self.part} pictures; leave out this data loader.'
+                f'{task.name} has no {self.part} images; leave out this data loader.'
             )
         if self.features is None:
             return [dict(img_path=path, gt_label=label) for path, label, _ in items]

@@ -1,4 +1,4 @@
-"""Loads pictures for a training, and says which one cannot be read."""
+"""Loads images for a training, and says which one cannot be read."""
 
 import os
 from pathlib import Path
@@ -9,21 +9,21 @@ from mmcv.transforms import LoadImageFromFile as MMCVLoadImageFromFile
 from dsnet_mm.registry import TRANSFORMS
 
 
-class UnreadablePictureError(ValueError):
-    """A picture is missing or damaged."""
+class UnreadableImageError(ValueError):
+    """An image is missing or damaged."""
 
 
 @TRANSFORMS.register_module()
 class LoadImageFromFile(MMCVLoadImageFromFile):
-    """MMCV's loading, with a choice for pictures that cannot be read.
+    """MMCV's loading, with a choice for images that cannot be read.
 
     Args:
-        skipped: File to which the path of such a picture is appended. The data set then
+        skipped: File to which the path of such an image is appended. The data set then
             takes another sample at random. None raises an error.
         **kwargs: Those of MMCV.
 
     Raises:
-        UnreadablePictureError: By ``transform``, if ``skipped`` is None.
+        UnreadableImageError: By ``transform``, if ``skipped`` is None.
     """
 
     def __init__(self, skipped: str | None = None, **kwargs) -> None:
@@ -38,8 +38,8 @@ class LoadImageFromFile(MMCVLoadImageFromFile):
         # MMCV asserts that OpenCV could decode it.
         except (OSError, AssertionError, ValueError, cv2.error) as error:
             if self.skipped is None:
-                raise UnreadablePictureError(
-                    f'{path} cannot be read as a picture; replace it or leave it out, '
+                raise UnreadableImageError(
+                    f'{path} cannot be read as an image; replace it or leave it out, '
                     f'or add --skip-unreadable; tools/check_data.py finds all of them'
                 ) from error
         # One write of a short line: workers and processes do not mix theirs.

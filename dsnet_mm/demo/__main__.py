@@ -1,4 +1,4 @@
-"""A page to play with: objects and both streams of DS-Net, classes by CLIP-Adapter.
+"""The interactive demo: objects and both streams of DS-Net, classes by CLIP-Adapter.
 
 It is on this machine only, unless --host says otherwise. Stop it by Ctrl+C.
 """
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dsnet_mm.cli.arguments import user_errors
+from dsnet_mm.engine.launch import user_errors
 from dsnet_mm.environment import existing_device
 
 CONFIG = 'mask_rcnn_dsnet_nuclei'
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--model',
-        help='image encoder for a few pictures per class: model of open_clip, or a '
+        help='image encoder for a few images per class: model of open_clip, or a '
         'JSON file (default: the small demo CLIP)',
     )
     parser.add_argument('--pretrained', help='tag or file of its weights')

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from dsnet_mm.cli.streams import draw_streams, find_blocks
 from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.clip.prompts import check_class_names, resolve_prompts
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, save_classifier
 from dsnet_mm.few_shot.deployment import DeployedClassifier
@@ -23,36 +23,36 @@ from dsnet_mm.few_shot.methods import FewShotData
 from dsnet_mm.few_shot.selection import select
 from dsnet_mm.inference import DetectedObject, Prediction, Predictor
 from dsnet_mm.inference.drawing import draw
-from dsnet_mm.tasks.prompts import check_class_names, resolve_prompts
+from dsnet_mm.inference.streams import draw_streams, find_blocks
 
-from .clip import SIZE, random_scene
 from .scenes import draw_scene
+from .tiny_clip import SIZE, random_scene
 
 MAX_PIXELS = 50_000_000
-"""Pixels of a picture that is opened."""
+"""Pixels of an image that is opened."""
 MAX_SIDE = 768
-"""Longest side in pixels that the detector gets. Attention weights of a square picture
+"""Longest side in pixels that the detector gets. Attention weights of a square image
 of this size take about a gigabyte, if its configuration doubles it."""
 MAX_CLASSES = 10
-MAX_PICTURES = 64
-"""Pictures of a class."""
-LEAST_SCORE = 0.05
+MAX_IMAGES = 64
+"""Images of a class."""
+MINIMUM_SCORE = 0.05
 """Objects of lower scores are not kept."""
 
 DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
-"""Drawn examples: the demo CLIP has seen no picture and no caption of them."""
+"""Drawn examples: the demo CLIP has seen no image and no caption of them."""
 
 
-def check_picture(path: str | Path) -> None:
-    """Checks the size of a picture in its header, before its pixels are decoded.
+def check_image(path: str | Path) -> None:
+    """Checks the size of an image in its header, before its pixels are decoded.
 
     Raises:
-        ValueError: If the file is no picture, or has more than ``MAX_PIXELS`` pixels.
+        ValueError: If the file is no image, or has more than ``MAX_PIXELS`` pixels.
     """
     name = Path(path).name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow's, of large pictures
+            warnings.simplefilter('ignore')  # Pillow's, of large images
             with Image.open(path) as image:
                 width, height = image.size
     except Image.DecompressionBombError:
@@ -62,7 +62,7 @@ def check_picture(path: str | Path) -> None:
         ) from None
     except Exception:  # Pillow's decoders raise errors of any type
         raise ValueError(
-            f'{name} cannot be read as a picture; save it as JPEG or PNG.'
+            f'{name} cannot be read as an image; save it as JPEG or PNG.'
         ) from None
     if width * height > MAX_PIXELS:
         raise ValueError(
@@ -76,12 +76,12 @@ def check_picture(path: str | Path) -> None:
 
 @dataclass
 class Found:
-    """A picture and what was found in it.
+    """An image and what was found in it.
 
     Attributes:
-        image: The picture as the detector got it, BGR, (H, W, 3).
+        image: The image as the detector got it, BGR, (H, W, 3).
         reduced: Whether it was larger.
-        prediction: Its objects with scores of at least ``LEAST_SCORE``, the highest
+        prediction: Its objects with scores of at least ``MINIMUM_SCORE``, the highest
             first.
         seconds: Time of the detection.
         point: Place whose attention is drawn, as fractions of width and height. None is
@@ -119,7 +119,7 @@ class Detector:
 
     def __init__(self, config: str, weights: str, device: str | None = None) -> None:
         self.predictor = Predictor(
-            config, weights, device=device, score_thr=LEAST_SCORE
+            config, weights, device=device, score_thr=MINIMUM_SCORE
         )
         if not self.predictor.detects:
             raise ValueError(f'{config} is a classifier; this page takes a detector')
@@ -127,15 +127,15 @@ class Detector:
         self.blocks = list(find_blocks(self.predictor.model))
 
     def find(self, path: str | Path) -> Found:
-        """Finds objects in a picture.
+        """Finds objects in an image.
 
         Raises:
             ValueError: If it cannot be read or is too large.
         """
-        check_picture(path)
+        check_image(path)
         image = self.predictor.read(str(path))
         if image is None:
-            raise ValueError(f'{Path(path).name} cannot be read as a picture.')
+            raise ValueError(f'{Path(path).name} cannot be read as an image.')
         factor = MAX_SIDE / max(image.shape[:2])
         if factor < 1:
             size = [max(round(side * factor), 1) for side in image.shape[1::-1]]
@@ -201,22 +201,22 @@ def learn(
     classes: Sequence[tuple[str, Sequence[str | Path]]],
     out: Path,
 ) -> DeployedClassifier:
-    """Fits CLIP-Adapter to a few pictures of each class.
+    """Fits CLIP-Adapter to a few images of each class.
 
     Views, prompt, method and its options are the defaults of
-    ``tools/few_shot.py run``, without validation pictures.
+    ``tools/few_shot.py run``, without validation images.
 
     Args:
         encoder: The encoder.
-        classes: Name and pictures of each class.
+        classes: Name and images of each class.
         out: Classifier file to write.
 
     Returns:
         The classifier in the file.
 
     Raises:
-        ValueError: If there are too few or too many classes or pictures, names are
-            empty or the same, a picture cannot be read or is in two classes.
+        ValueError: If there are too few or too many classes or images, names are
+            empty or the same, an image cannot be read or is in two classes.
     """
     names = tuple(name for name, _ in classes)
     if not 2 <= len(names) <= MAX_CLASSES:
@@ -224,17 +224,17 @@ def learn(
             f'a classifier needs 2 to {MAX_CLASSES} classes, got {len(names)}.'
         )
     check_class_names(names)
-    for name, pictures in classes:
-        if not 1 <= len(pictures) <= MAX_PICTURES:
+    for name, images in classes:
+        if not 1 <= len(images) <= MAX_IMAGES:
             raise ValueError(
-                f'{name} has {len(pictures)} pictures; give 1 to {MAX_PICTURES}.'
+                f'{name} has {len(images)} images; give 1 to {MAX_IMAGES}.'
             )
-        for picture in pictures:
-            check_picture(picture)
+        for image in images:
+            check_image(image)
     items = [
-        (str(picture), label, name)
-        for label, (name, pictures) in enumerate(classes)
-        for picture in pictures
+        (str(image), label, name)
+        for label, (name, images) in enumerate(classes)
+        for image in images
     ]
     defaults, seed = FewShotConfig, FewShotConfig.seeds[0]
     with TemporaryDirectory() as folder:
@@ -262,7 +262,7 @@ def learn(
         seed=seed,
         selection=fit.selection,
         options=fit.options,
-        pictures=len(items),
+        images=len(items),
     )
     save_classifier(out, fit.classifier, encoder, names, defaults.preprocessing, record)
     return load_classifier(out, encoder)
@@ -271,24 +271,24 @@ def learn(
 def _refuse_shared(
     items: Sequence[tuple[str, int, str]], pixels: Mapping[str, str]
 ) -> None:
-    """Refuses a picture that is in two classes."""
+    """Refuses an image that is in two classes."""
     first: dict[str, str] = {}
     for path, _, name in items:
         other = first.setdefault(pixels[path], name)
         if other != name:
             raise ValueError(
-                f'{Path(path).name} is a picture of {other} and of {name}; remove it '
+                f'{Path(path).name} is an image of {other} and of {name}; remove it '
                 f'from one of them.'
             )
 
 
 def classify(classifier: DeployedClassifier, path: str | Path) -> dict[str, float]:
-    """Returns the probability of each class for a picture.
+    """Returns the probability of each class for an image.
 
     Raises:
         ValueError: If it cannot be read or is too large.
     """
-    check_picture(path)
+    check_image(path)
     (found,) = classifier(path).tolist()
     return dict(zip(classifier.class_names, found, strict=True))
 
@@ -296,15 +296,15 @@ def classify(classifier: DeployedClassifier, path: str | Path) -> dict[str, floa
 def draw_examples(
     folder: Path, shots: int = 8, seed: int = 0
 ) -> tuple[list[tuple[str, list[str]]], str]:
-    """Draws pictures of ``DRAWN_CLASSES``, and a further picture of one of them.
+    """Draws images of ``DRAWN_CLASSES``, and a further image of one of them.
 
     Args:
         folder: Folder to write into.
-        shots: Pictures of each class.
-        seed: Seed of the pictures.
+        shots: Images of each class.
+        seed: Seed of the images.
 
     Returns:
-        Name and files of each class, and the file of the further picture.
+        Name and files of each class, and the file of the further image.
     """
     rng = np.random.default_rng([seed, 5])
 

@@ -18,17 +18,17 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 
 from .actions import (
-    LEAST_SCORE,
     MAX_CLASSES,
+    MINIMUM_SCORE,
     Detector,
     Found,
-    check_picture,
+    check_image,
     classify,
     draw_examples,
     learn,
     load_encoder,
 )
-from .clip import FOLDER, STEPS, pretrain, scene_pairs
+from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
 THEME = gr.themes.Soft(
@@ -63,10 +63,10 @@ DEMO_CLIP = (
 
 
 class LocalBlocks(gr.Blocks):
-    """Blocks whose events get uploaded pictures of a limited size, and no other files.
+    """Blocks whose events get uploaded images of a limited size, and no other files.
 
     Gradio itself refuses paths that were not uploaded. But it downloads from an address
-    in the place of a path, and some components decode pictures before an event runs.
+    in the place of a path, and some components decode images before an event runs.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list, *args: Any) -> list:
@@ -79,18 +79,18 @@ def check_files(value: Any) -> None:
     """Checks all files in the inputs of an event.
 
     Raises:
-        ValueError: If one was not uploaded, is no picture, or is too large.
+        ValueError: If one was not uploaded, is no image, or is too large.
     """
     if isinstance(value, dict):
         if 'path' in value or 'url' in value:
             path = Path(str(value.get('path'))).resolve()
-            # Gradio decodes a picture in the address and leaves the path alone.
+            # Gradio decodes an image in the address and leaves the path alone.
             inline = str(value.get('url')).startswith('data:')
             if inline or not path.is_relative_to(Path(get_upload_folder()).resolve()):
                 raise ValueError(
-                    'upload the picture; paths and addresses are not opened.'
+                    'upload the image; paths and addresses are not opened.'
                 )
-            check_picture(path)
+            check_image(path)
         value = list(value.values())
     if isinstance(value, list):
         for part in value:
@@ -114,7 +114,7 @@ def in_a_sentence(function: Callable) -> Callable:
 
 
 def drop_zone(**options: Any) -> gr.Image:
-    """Returns a place to drop a picture. Its file is not decoded by Gradio."""
+    """Returns a place to drop an image. Its file is not decoded by Gradio."""
     return gr.Image(
         type='filepath', image_mode=None, sources=['upload', 'clipboard'], **options
     )
@@ -127,7 +127,7 @@ class Page:
         detector: The detector, or a sentence that says why there is none.
         encoder: The encoder. None is the demo CLIP, trained or not.
         folder: Folder of files that the page writes.
-        example: Example picture of the detector.
+        example: Example image of the detector.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Page:
         ) as blocks:
             gr.Markdown(
                 '# dsnet_mm\nDS-Net finds objects and shows both of its streams. '
-                'CLIP-Adapter learns classes from a few pictures. Pictures stay on '
+                'CLIP-Adapter learns classes from a few images. Images stay on '
                 'this machine.'
             )
             with gr.Tab('Find objects'):
@@ -163,7 +163,7 @@ class Page:
                     gr.Markdown(self.detector)
                 else:
                     self.build_detection()
-            with gr.Tab('Learn classes from a few pictures'):
+            with gr.Tab('Learn classes from a few images'):
                 self.build_few_shot(blocks)
         return blocks.queue(max_size=16, default_concurrency_limit=1, api_open=False)
 
@@ -175,12 +175,12 @@ class Page:
         found = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                picture = drop_zone(label='Picture', height=300, elem_id='picture')
+                image = drop_zone(label='Image', height=300, elem_id='image')
                 if self.example:
                     take = gr.Button('Take the example', size='sm', elem_id='example')
-                    take.click(self.take_example, None, picture)
+                    take.click(self.take_example, None, image)
                 score = gr.Slider(
-                    LEAST_SCORE, 1, 0.5, step=0.05, label='Least score of an object'
+                    MINIMUM_SCORE, 1, 0.5, step=0.05, label='Minimum score'
                 )
                 names = detector.predictor.class_names
                 known = f' It knows: {", ".join(names)}.' if names else ''
@@ -223,13 +223,13 @@ class Page:
                 detector.draw(result, score),
                 rows,
                 f'**{len(rows)} objects** with a score of at least {score:g}, '
-                f'{len(result.prediction.objects)} from {LEAST_SCORE:g} on; '
+                f'{len(result.prediction.objects)} from {MINIMUM_SCORE:g} on; '
                 f'{result.seconds:.1f} s; '
                 + (f'reduced to {size}.' if result.reduced else f'{size}.'),
             ]
 
         if not detector.blocks:
-            picture.change(find, [picture, score], shown, **kept)
+            image.change(find, [image, score], shown, **kept)
             score.release(show, [found, score], shown[:3], **kept)
             return
         preferred = 'backbone.stages.1.0'
@@ -237,7 +237,7 @@ class Page:
             gr.Markdown(
                 'Upper row: the local stream of a block. Lower row: its global stream. '
                 'Both before and after they are aligned, and where they attend to '
-                'each other. **Click the picture above** to move the cross, and **a '
+                'each other. **Click the image above** to move the cross, and **a '
                 'row of the table** to explain the score of another object.'
             )
             block = gr.Dropdown(
@@ -268,7 +268,7 @@ class Page:
             if result is not None:
                 result.rank, result.point = int(at.row_value[0]) - 1, None
 
-        picture.change(find, [picture, score], shown, **kept).success(
+        image.change(find, [image, score], shown, **kept).success(
             explain, [found, block], streams, **kept
         )
         score.release(show, [found, score], shown[:3], **kept)
@@ -299,7 +299,7 @@ class Page:
                     scale=1,
                     elem_id='examples',
                 )
-            names, pictures, columns = [], [], []
+            names, images, columns = [], [], []
             with gr.Row():
                 for number in range(1, MAX_CLASSES + 1):
                     with gr.Column(min_width=300, visible=number <= 2) as column:
@@ -311,9 +311,9 @@ class Page:
                                 elem_id=f'name-{number}',
                             )
                         )
-                        pictures.append(
+                        images.append(
                             gr.Gallery(
-                                label='Its pictures',
+                                label='Its images',
                                 type='filepath',
                                 file_types=['image'],
                                 sources=['upload'],
@@ -321,7 +321,7 @@ class Page:
                                 height=190,
                                 object_fit='cover',
                                 interactive=True,
-                                elem_id=f'pictures-{number}',
+                                elem_id=f'images-{number}',
                             )
                         )
                     columns.append(column)
@@ -329,8 +329,8 @@ class Page:
             learned = gr.Markdown(elem_id='learned')
             with gr.Row(visible=False) as use:
                 with gr.Column():
-                    picture = drop_zone(
-                        label='A further picture', height=260, elem_id='further'
+                    image = drop_zone(
+                        label='A further image', height=260, elem_id='further'
                     )
                 with gr.Column():
                     probabilities = gr.Label(
@@ -340,8 +340,8 @@ class Page:
                         'Download the classifier', elem_id='download'
                     )
                     gr.Markdown(
-                        'It classifies pictures by `python tools/few_shot.py predict '
-                        'FILE PICTURES`.'
+                        'It classifies images by `python tools/few_shot.py predict '
+                        'FILE IMAGES`.'
                     )
         kept = dict(concurrency_id='work')
 
@@ -382,7 +382,7 @@ class Page:
                 name, items = inputs[number], inputs[MAX_CLASSES + number]
                 if not name.strip() or not items:
                     raise ValueError(
-                        f'class {number + 1} needs a name and at least one picture.'
+                        f'class {number + 1} needs a name and at least one image.'
                     )
                 classes.append((name.strip(), [path for path, _ in items]))
             started = time.perf_counter()
@@ -390,9 +390,9 @@ class Page:
             result = learn(self.encoder, classes, out)
             total = sum(len(items) for _, items in classes)
             text = (
-                f'**Learned** {len(classes)} classes from {total} pictures in '
+                f'**Learned** {len(classes)} classes from {total} images in '
                 f'{time.perf_counter() - started:.1f} s. Nothing is known of its '
-                f'accuracy: try pictures that it has not seen.'
+                f'accuracy: try images that it has not seen.'
             )
             return [text, gr.update(visible=True), result, str(out)]
 
@@ -414,14 +414,14 @@ class Page:
             columns,
             show_progress='hidden',
         )
-        examples.click(fill_in, None, [count, *names, *pictures, picture], **kept)
+        examples.click(fill_in, None, [count, *names, *images, image], **kept)
         fit.click(
             fit_classifier,
-            [count, *names, *pictures],
+            [count, *names, *images],
             [learned, use, classifier, download],
             **kept,
-        ).success(predict, [picture, classifier], probabilities, **kept)
-        picture.change(predict, [picture, classifier], probabilities, **kept)
+        ).success(predict, [image, classifier], probabilities, **kept)
+        image.change(predict, [image, classifier], probabilities, **kept)
 
     def take_example(self) -> str:
         """Returns a copy of the example, which Gradio may serve."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 REFERENCE = 'clip_adapter'
-"""Method that is named if there are no validation pictures to choose by."""
+"""Method that is named if there are no validation images to choose by."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def choose(records: Sequence[dict]) -> Choice:
         record = next(r for r in fitted if r['method'] == method)
         return Choice(
             record,
-            f'There are no validation pictures to choose by. It is the default method '
+            f'There are no validation images to choose by. It is the default method '
             f'at {shots_text(most)}.'
             if method == REFERENCE
-            else f'There are no validation pictures to choose by. It is the first '
+            else f'There are no validation images to choose by. It is the first '
             f'method at {shots_text(most)}.',
         )
     scores = {
@@ -67,7 +67,7 @@ def choose(records: Sequence[dict]) -> Choice:
         return Choice(
             next(r for r in records if r['method'] == 'zero_shot'),
             f'No method is above its validation accuracy, {mean(zero):.2f} % on the '
-            f'pictures of {shots_text(most)}.',
+            f'images of {shots_text(most)}.',
         )
     return Choice(
         max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from dsnet_mm.environment import existing_device
 
 from .methods import METHODS
+from .methods.clip_adapter import COPIES
 from .selection import SELECTIONS
 
 
@@ -15,33 +16,33 @@ class FewShotConfig:
     A run needs either ``dataset`` and ``model``, or ``features``.
 
     Attributes:
-        dataset: Name, folder or CSV file, see :func:`dsnet_mm.tasks.load_task`.
+        dataset: Name, folder or CSV file, see :func:`dsnet_mm.datasets.load_task`.
         model: Model of open_clip, see :class:`OpenCLIPEncoder`.
         pretrained: Weights of the model.
         download: Whether weights that are not on this machine may be fetched.
-        features: File of features, see :class:`FeatureFile`. The options of pictures
+        features: File of features, see :class:`FeatureFile`. The options of images
             and encoder then have no effect, and methods that need the encoder are left
             out.
         data_root: Folder of the public data sets.
-        prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. None takes those of the
-            data set.
+        prompts: See :func:`dsnet_mm.clip.prompts.resolve_prompts`. None takes those of
+            the data set.
         methods: Names of ``METHODS``. Zero-shot is always added.
         oracle: Methods that are also selected on the test split. They are labelled so.
-        shots: Training pictures of each class, one or more values. None takes 1, 2, 4,
+        shots: Training images of each class, one or more values. None takes 1, 2, 4,
             8 and 16, or those that ``features`` has.
         seeds: Seeds of the draws, and of initialisation and order of the methods. Three
             or more give a confidence interval.
         selection: One of ``SELECTIONS``. None takes ``'val'``, or ``'fixed'`` if there
-            are no validation pictures.
+            are no validation images.
         overrides: Hyper-parameters by method that are set instead of selected.
         preprocessing: One of ``PREPROCESSINGS``.
-        views: Augmented views of a training picture. 0 takes the picture itself.
+        views: Augmented views of a training image. 0 takes the image itself.
         crop_scale: See :class:`FeatureCache`.
         amp: See :class:`OpenCLIPEncoder`.
         device: Device of the encoder. ``'auto'`` takes a GPU if there is one.
         on_bad_image: See :class:`FeatureCache`.
         cache_dir: Folder of the features.
-        workers: Number of worker processes that load pictures.
+        workers: Number of worker processes that load images.
 
     Raises:
         ValueError: If a value is wrong, unknown or missing, or the device does not
@@ -92,31 +93,25 @@ class FewShotConfig:
         elif self.dataset is not None:
             raise ValueError(
                 'name either a dataset or a file of features, not both: the file has '
-                'its own pictures.'
+                'its own images.'
             )
         self._check_types()
         for name in (*self.methods, *self.oracle, *self.overrides):
+            if name in COPIES:
+                raise ValueError(
+                    f'{name} is called clip_adapter_released now, with overrides='
+                    f'{{"clip_adapter_released": {COPIES[name]}}}.'
+                )
             if name not in METHODS:
                 raise ValueError(
                     f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
                 )
         for name, options in self.overrides.items():
-            if unknown := sorted(set(options) - METHODS[name].options):
-                raise ValueError(
-                    f'{name} has no option {", ".join(map(repr, unknown))}; it has '
-                    f'{", ".join(sorted(METHODS[name].options))}.'
-                )
-            for key, default in METHODS[name].defaults.items():
-                value = options.get(key)
-                # The number of epochs can also be the name of a rule.
-                if (
-                    isinstance(default, int | float)
-                    and isinstance(value, str)
-                    and key != 'epochs'
-                ):
-                    raise ValueError(
-                        f'{key} of {name} must be a number, got {value!r}.'
-                    )
+            METHODS[name].check(options)
+            for key, value in options.items():
+                default = METHODS[name].defaults[key]
+                if isinstance(value, str) and not isinstance(default, str):
+                    raise ValueError(f'{key} of {name} must be a number, got {value!r}.')
         if self.selection is not None and self.selection not in SELECTIONS:
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,20 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
-from dsnet_mm.datasets.pictures import (
+from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.datasets.images import (
     PREPROCESSINGS,
     build_transform,
-    open_picture,
+    open_image,
     upright_rgb,
 )
 from dsnet_mm.files import write_atomic
 
-from .methods.linear_adapter import LinearAdapter
-from .methods.linear_probe import LinearClassifier
-from .methods.proker import ProKeR
-from .methods.tip_adapter import TipAdapter
-from .methods.zero_shot import CosineClassifier
+from .methods.base import CLASSIFIERS
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +37,25 @@ def save_classifier(
 
     Args:
         path: File to write.
-        classifier: Classifier that a method of ``METHODS`` returned.
+        classifier: Classifier that a method of ``METHODS`` returned. Its class is
+            registered by :func:`register_classifier`.
         encoder: Encoder of its input, or what is known of it: a mapping with the keys
             of :meth:`OpenCLIPEncoder.source`, each of which may be None. The file has
             the encoder's name and identity, but not its weights.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
         record: How it was made: method, shots, seed, selection and options.
+
+    Raises:
+        ValueError: If its class is not registered.
     """
+    kind = type(classifier).__name__
+    if kind not in CLASSIFIERS:
+        raise ValueError(
+            f'a {kind} cannot be saved; decorate the class with register_classifier.'
+        )
     description = {
-        'kind': type(classifier).__name__,
+        'kind': kind,
         'options': getattr(classifier, 'options', {}),
         'class_names': list(class_names),
         'preprocessing': preprocessing,
@@ -65,14 +70,14 @@ def save_classifier(
 
 
 class DeployedClassifier:
-    """A classifier of pictures: encoder, classifier of features and class names.
+    """A classifier of images: encoder, classifier of features and class names.
 
     Attributes:
         classifier: Image features (N, D) to logits (N, K).
         encoder: The frozen towers.
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
-        transform: A picture to an input of the encoder, (3, H, W).
+        transform: An image to an input of the encoder, (3, H, W).
     """
 
     def __init__(
@@ -98,18 +103,18 @@ class DeployedClassifier:
         images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
         batch_size: int = 64,
     ) -> Tensor:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             images: Files or PIL images, or one of these.
-            batch_size: Pictures in memory at once.
+            batch_size: Images in memory at once.
 
         Returns:
             Probabilities (N, K), on the CPU.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a picture cannot be read.
+            ValueError: If an image cannot be read.
         """
         if isinstance(images, str | Path | Image.Image):
             images = [images]
@@ -123,28 +128,13 @@ class DeployedClassifier:
         """Returns the input of the encoder for a file or PIL image, (3, H, W)."""
         if isinstance(image, Image.Image):
             return self.transform(upright_rgb(image))
-        return self.transform(open_picture(image))
+        return self.transform(open_image(image))
 
     @torch.no_grad()
     def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
         """Returns the probabilities (N, K) of a batch of :meth:`prepare`."""
         features = self.encoder(torch.stack(list(prepared)).to(self.device))[0]
         return self.classifier(features).float().softmax(-1).cpu()
-
-
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    'CLIPAdapter': lambda t, **options: CLIPAdapter(t['text_features'], 1.0, **options),
-    'TipAdapter': lambda t, **options: TipAdapter(
-        *(t[n] for n in ('keys', 'labels', 'text_features', 'logit_scale')), **options
-    ),
-    'ProKeR': lambda t, **options: ProKeR(
-        *(t[n] for n in ('keys', 'values', 'text_features', 'logit_scale')), **options
-    ),
-    'LinearAdapter': lambda t: LinearAdapter(t['text_features'], 1.0),
-    'LinearClassifier': lambda t: LinearClassifier(t['weight']),
-    'CosineClassifier': lambda t: CosineClassifier(t['text_features'], 1.0),
-}
-"""Kinds of classifiers: functions of the tensors and options of a file."""
 
 
 def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
@@ -204,12 +194,13 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
     names = about['class_names']
     if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
         raise ValueError('class names must be a list of text')
-    if about['kind'] not in _BUILDERS:
+    if about['kind'] not in CLASSIFIERS:
         raise ValueError(f'unknown kind {about["kind"]!r}')
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f'{name} holds values that are not finite')
-    classifier = _BUILDERS[about['kind']](tensors, **about['options'])
+    cls, arguments = CLASSIFIERS[about['kind']]
+    classifier = cls(*(tensors[name] for name in arguments), **about['options'])
     classifier.load_state_dict(tensors)
     classifier.requires_grad_(False).eval()
     classes = classifier(torch.ones(1, feature_width_of(tensors))).shape[1]

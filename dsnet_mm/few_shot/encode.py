@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from dsnet_mm.clip import OpenCLIPEncoder
+from dsnet_mm.datasets import FewShotTask, load_task
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
-from dsnet_mm.datasets.features import FeatureCache, picture_keys
-from dsnet_mm.tasks import FewShotTask, load_task
+from dsnet_mm.datasets.features import FeatureCache, image_keys
 
 from .config import FewShotConfig
 from .sources import collect_draws, encode_parts, refuse_copies
@@ -34,23 +34,23 @@ def encode(
         config: Data set, encoder and options of the features.
         out: File to write.
         shots: Parts ``train_<shots>`` of the file, drawn with seed 1. None encodes all
-            training pictures, as the part ``train``.
+            training images, as the part ``train``.
         share: Number of this process and number of processes.
         quiet: Whether to hide the bars.
 
     Returns:
-        Number of pictures that other processes have not encoded yet. If it is 0, the
+        Number of images that other processes have not encoded yet. If it is 0, the
         file is written.
 
     Raises:
         FileExistsError: If the file exists and has other content.
-        FileNotFoundError: If a picture or the weights are missing.
-        ValueError: If the data set has too few pictures, a picture cannot be read, or a
-            test picture is also a training or validation picture.
+        FileNotFoundError: If an image or the weights are missing.
+        ValueError: If the data set has too few images, an image cannot be read, or a
+            test image is also a training or validation image.
     """
     task = load_task(config.dataset, config.data_root, config.prompts)
     if not task.split['train']:
-        raise ValueError(f'{task.name} has no training pictures.')
+        raise ValueError(f'{task.name} has no training images.')
     train, val, views = task.split['train'], task.split['val'], config.views
     if shots is not None:
         train, _ = collect_draws(task.split, [(k, SEED) for k in shots])
@@ -80,7 +80,7 @@ def encode(
         'views': str(views),
         'crop_scale': json.dumps(config.crop_scale),
         'shots': json.dumps(shots),
-        'pictures': _hash_pictures(task),
+        'pictures': _hash_images(task),
     }
     if Path(out).exists():
         if read_feature_file(out).about != about:
@@ -106,7 +106,7 @@ def encode(
     for k, part in drawn.items():
         if k is not None and len(part) < len(draws[k]):
             raise ValueError(
-                f'{len(draws[k]) - len(part)} pictures of the draw of {k} shots cannot '
+                f'{len(draws[k]) - len(part)} images of the draw of {k} shots cannot '
                 f'be read; remove them from {task.name}.'
             )
     FeatureFile(
@@ -122,8 +122,8 @@ def encode(
     return 0
 
 
-def _hash_pictures(task: FewShotTask) -> str:
-    keys = {part: picture_keys(items) for part, items in task.split.items()}
+def _hash_images(task: FewShotTask) -> str:
+    keys = {part: image_keys(items) for part, items in task.split.items()}
     return hashlib.sha256(json.dumps([keys, task.class_names]).encode()).hexdigest()
 
 

@@ -34,7 +34,7 @@ def evaluate(
     Args:
         classifier: Features (N, D) to logits (N, K).
         data: The features.
-        chunk: Number of pictures evaluated at once. It bounds the memory.
+        chunk: Number of images evaluated at once. It bounds the memory.
 
     Returns:
         The score.

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.environment import require
+from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
 from dsnet_mm.files import check_new, write_atomic
 
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
-from .methods.linear_adapter import LinearAdapter
 
 MOST_IN_ONE_FILE = 1.5e9
 """Bytes of weights in an ONNX file, which cannot have more than 2 GiB in all."""
 
 
-class PictureClassifier(nn.Module):
+class ImageClassifier(nn.Module):
     """Image tower and classifier as one network, for export.
 
     Args:
@@ -40,7 +40,7 @@ class PictureClassifier(nn.Module):
             self.register_buffer(name, value.view(3, 1, 1).to(deployed.device))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities (N, K) of RGB pictures (N, 3, H, W) with values 0 to 1."""
+        """Probabilities (N, K) of RGB images (N, 3, H, W) with values 0 to 1."""
         features = self.clip.encode_image((pixels - self.mean) / self.std)
         return self.classifier(features.float()).softmax(-1)
 
@@ -50,7 +50,7 @@ def export_onnx(
 ) -> float:
     """Writes image tower and classifier as an ONNX file.
 
-    Its input ``pixels`` (N, 3, H, W) are RGB pictures after resize and crop, with
+    Its input ``pixels`` (N, 3, H, W) are RGB images after resize and crop, with
     values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names
     and the preprocessing are in its metadata. Above 1.5 GB the weights are in a second
     file beside it, ``path`` with ``.data`` added.
@@ -84,7 +84,7 @@ def export_onnx(
     check_new(path)
     check_new(path.with_name(f'{path.name}.data'))
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
-    model = PictureClassifier(deployed).eval()
+    model = ImageClassifier(deployed).eval()
     size = deployed.encoder.image_size
     pixels = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     weights = sum(p.numel() * p.element_size() for p in model.clip.visual.parameters())
@@ -191,7 +191,7 @@ def export_matrix(
 def export_open_clip(deployed: DeployedClassifier, path: str | Path) -> None:
     """Writes open_clip's weights with the linear adapter in the image projection.
 
-    ``open_clip.create_model(model, pretrained=path)`` then encodes pictures as encoder
+    ``open_clip.create_model(model, pretrained=path)`` then encodes images as encoder
     and adapter together do. The text tower is unchanged.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Predictions of a classifier for pictures: on the screen, as JSON, as CSV."""
+"""Predictions of a classifier for images: on the screen, as JSON, as CSV."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,75 +11,43 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsnet_mm.progress import progress_bar
-from dsnet_mm.tasks.readers import count_other_files, is_picture
 
 from .deployment import DeployedClassifier
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Most probable classes of a picture.
+    """Most probable classes of an image.
 
     Attributes:
-        picture: File of the picture.
+        image: File of the image.
         classes: Class names, the most probable first.
         probabilities: Their probabilities.
     """
 
-    picture: str
+    image: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
 
 
-def find_pictures(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """Lists pictures, and those in and below folders.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        The pictures, and a sentence for each folder with files that are no pictures.
-
-    Raises:
-        FileNotFoundError: If a file or folder is missing.
-        ValueError: If there is no picture.
-    """
-    found: list[Path] = []
-    notes = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(p for p in path.rglob('*') if p.is_file() and is_picture(p))
-            if others := count_other_files(path):
-                notes.append(f'not read in {path}: {others}.')
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f'there is no picture or folder {path}.')
-    if not found:
-        raise ValueError(
-            ' '.join([f'no picture in {", ".join(map(str, paths))}.', *notes])
-        )
-    return found, notes
-
-
 def predict(
     classifier: DeployedClassifier,
-    pictures: Sequence[str | Path],
+    images: Sequence[str | Path],
     top: int = 3,
     batch_size: int = 64,
     quiet: bool = False,
 ) -> tuple[list[Prediction], list[str]]:
-    """Classifies files of pictures, in batches.
+    """Classifies files of images, in batches.
 
     Args:
         classifier: What ``load_classifier`` returned.
-        pictures: The files.
+        images: The files.
         top: Number of classes of a prediction.
-        batch_size: Pictures in memory at once.
+        batch_size: Images in memory at once.
         quiet: Whether to hide the bar.
 
     Returns:
-        The predictions, and a sentence for each picture that cannot be read.
+        The predictions, and a sentence for each image that cannot be read.
 
     Raises:
         ValueError: If ``top`` or ``batch_size`` is below 1.
@@ -89,30 +57,30 @@ def predict(
             raise ValueError(f'{name} must be at least 1, got {value}.')
     names = classifier.class_names
     predictions, problems = [], []
-    with progress_bar(len(pictures), 'classifying', 'pictures', quiet) as bar:
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
+    with progress_bar(len(images), 'classifying', 'images', quiet) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
             prepared = {}
-            for picture in batch:
+            for image in batch:
                 try:
-                    prepared[str(picture)] = classifier.prepare(picture)
+                    prepared[str(image)] = classifier.prepare(image)
                 except (ValueError, FileNotFoundError) as error:
                     problems.append(f'skipped: {error}')
             if prepared:
                 best = classifier.probabilities([*prepared.values()])
                 best = best.topk(min(top, len(names)))
-                for picture, values, labels in zip(
+                for image, values, labels in zip(
                     prepared, best.values.tolist(), best.indices.tolist(), strict=True
                 ):
                     classes = tuple(names[label] for label in labels)
-                    predictions.append(Prediction(picture, classes, tuple(values)))
+                    predictions.append(Prediction(image, classes, tuple(values)))
             bar.update(len(batch))
     return predictions, problems
 
 
 def as_table(predictions: Sequence[Prediction]) -> Table:
     """Formats predictions for the screen."""
-    table = Table('picture')
+    table = Table('image')
     for rank in range(len(predictions[0].classes)):
         table.add_column('class' if rank == 0 else f'{rank + 1}.', overflow='fold')
         table.add_column('%', justify='right')
@@ -120,17 +88,17 @@ def as_table(predictions: Sequence[Prediction]) -> Table:
     for p in predictions:
         cells = zip(p.classes, p.probabilities, strict=True)
         pairs = ((name, f'{100 * value:.1f}') for name, value in cells)
-        row = (p.picture, *(cell for pair in pairs for cell in pair))
+        row = (p.image, *(cell for pair in pairs for cell in pair))
         table.add_row(*map(escape, row))
     return table
 
 
 def as_json(predictions: Sequence[Prediction], problems: Sequence[str]) -> str:
-    """Formats predictions as JSON: a list of pictures, and the skipped ones."""
+    """Formats predictions as JSON: a list of images, and the skipped ones."""
     content = {
         'predictions': [
             {
-                'picture': p.picture,
+                'image': p.image,
                 'classes': [
                     {'class': name, 'probability': round(value, 6)}
                     for name, value in zip(p.classes, p.probabilities, strict=True)
@@ -144,14 +112,14 @@ def as_json(predictions: Sequence[Prediction], problems: Sequence[str]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Formats predictions as CSV: picture, class_1, probability_1, class_2 ..."""
+    """Formats predictions as CSV: image, class_1, probability_1, class_2 ..."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     ranks = range(1, len(predictions[0].classes) + 1)
     head = [cell for rank in ranks for cell in (f'class_{rank}', f'probability_{rank}')]
-    writer.writerow(['picture', *head])
+    writer.writerow(['image', *head])
     for p in predictions:
         cells = zip(p.classes, p.probabilities, strict=True)
         pairs = ((name, f'{value:.6f}') for name, value in cells)
-        writer.writerow([p.picture, *(cell for pair in pairs for cell in pair)])
+        writer.writerow([p.image, *(cell for pair in pairs for cell in pair)])
     return text.getvalue()

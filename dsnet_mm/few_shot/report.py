@@ -152,7 +152,7 @@ def _describe(records: list[dict], about: dict) -> str:
     config, prompts = about['config'], about['prompts']
     facts = [
         f'{len(about["class_names"])} classes, '
-        f'{records[0]["test"]["pictures"]} test pictures, seeds '
+        f'{records[0]["test"]["pictures"]} test images, seeds '
         f'{", ".join(map(str, config["seeds"]))}'
     ]
     if config['features'] is None:
@@ -181,15 +181,15 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         )
     if any('val' in cell.selections for cell in cells):
         notes.append(
-            'Selection by `val` uses min(shots, 4) more labelled pictures of each '
+            'Selection by `val` uses min(shots, 4) more labelled images of each '
             'class: "1 shot" is two labels a class, "16 shots" is 20.'
         )
     same = sorted({r['shots'] for r in records if r['shots'] and not r['redrawn']})
     if same:
         notes.append(
-            f'At {", ".join(map(str, same))} shots the file has no other pictures to '
-            f'draw: all seeds have the same training pictures, and the intervals are '
-            f'only those of initialisation, order and validation pictures.'
+            f'At {", ".join(map(str, same))} shots the file has no other images to '
+            f'draw: all seeds have the same training images, and the intervals are '
+            f'only those of initialisation, order and validation images.'
         )
     if overrides := about['config']['overrides']:
         options = (
@@ -329,7 +329,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set(
-        xlabel='training pictures of each class',
+        xlabel='training images of each class',
         ylabel='test accuracy, %',
         title=about['title'],
     )

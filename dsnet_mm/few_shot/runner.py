@@ -19,9 +19,10 @@ from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
 from .evaluation import evaluate
-from .methods import METHODS, FewShotData, num_learnt
+from .methods import METHODS, FewShotData
+from .methods.base import num_learnt
 from .selection import Fit, select
-from .sources import Drawn, FeatureSource, PictureSource, Source
+from .sources import Drawn, FeatureSource, ImageSource, Source
 from .work_dir import claim_work_dir, describe_software, read_json
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def run(
 ) -> list[dict]:
     """Fits and tests all methods, and writes a file for each classifier.
 
-    First all pictures are encoded. Then all classifiers are selected and fitted without
+    First all images are encoded. Then all classifiers are selected and fitted without
     the test split. Then the test split is opened once, and all classifiers are tested.
     ``run.log`` in ``work_dir`` records the order. A call with the same configuration
     continues an interrupted run. A call with other methods, shots or seeds adds them to
@@ -64,7 +65,7 @@ def run(
             and ``classifiers/*.safetensors``.
         quiet: Whether to hide the progress bars.
         final: Whether to fit the chosen method (see :func:`.choice.choose`) to all
-            pictures, those of the test split too, and write
+            images, those of the test split too, and write
             ``classifiers/final.safetensors``. No accuracy is known of that classifier.
 
     Returns:
@@ -73,8 +74,8 @@ def run(
     Raises:
         FileExistsError: If the folder contains a run with other options or data, or
             other files.
-        ValueError: If the data set has too few pictures, a picture is unreadable, or a
-            test picture is also a training or validation picture.
+        ValueError: If the data set has too few images, an image is unreadable, or a
+            test image is also a training or validation image.
         FileNotFoundError: If a file is missing.
     """
     work_dir = Path(work_dir)
@@ -109,14 +110,14 @@ def run(
 def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]:
     """Opens the data, and replaces options that depend on it."""
     if config.features is None:
-        source: Source = PictureSource(config, quiet)
+        source: Source = ImageSource(config, quiet)
     else:
         source = FeatureSource(config)
     if config.selection is None:
         config = replace(config, selection='val' if source.has_val else 'fixed')
     elif config.selection == 'val' and not source.has_val:
         raise ValueError(
-            f'{config.features or config.dataset} has no validation pictures; use '
+            f'{config.features or config.dataset} has no validation images; use '
             f'selection cv or fixed.'
         )
     left_out = [
@@ -149,7 +150,7 @@ class _Runner:
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def drawn(self, shots: int, seed: int) -> Drawn:
-        """Returns the pictures of a draw. The last one is kept."""
+        """Returns the images of a draw. The last one is kept."""
         if self._draw is None or self._draw[0] != (shots, seed):
             plain = self.config.selection == 'cv'
             self._draw = (shots, seed), self.source.draw(shots, seed, plain)
@@ -224,7 +225,7 @@ class _Runner:
             return found
         accuracy, loss, val = fit.val_accuracy, fit.val_loss, drawn.val
         if self.config.selection == 'cv':
-            # All folds together are the training pictures.
+            # All folds together are the training images.
             val = drawn.train if drawn.plain is None else drawn.plain
         elif val is not None:
             score = evaluate(fit.classifier, val)
@@ -248,7 +249,7 @@ class _Runner:
         if not all(done):
             test = self.source.test()
             logger.info(
-                'test split opened: %d pictures; %d classifiers are fixed',
+                'test split opened: %d images; %d classifiers are fixed',
                 len(test),
                 sum(path.is_file() for path in paths.values()),
             )
@@ -271,7 +272,7 @@ class _Runner:
         return records
 
     def fit_final(self, records: list[dict]) -> None:
-        """Fits the chosen method with its options to all pictures."""
+        """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
         train = self.source.all_labelled()
         shots = max(1, len(train) // len(self.source.class_names))
@@ -294,7 +295,7 @@ class _Runner:
             self.source.preprocessing,
             record,
         )
-        logger.info('fitted final, %s, to all %d pictures', chosen['name'], len(train))
+        logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,9 @@ from .evaluation import evaluate
 from .methods import FewShotData, Method
 
 SELECTIONS = ('val', 'cv', 'fixed')
-"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) pictures a class.
-``'cv'``: by cross-validation within the training pictures; those held out are prepared
-as test pictures are. ``'fixed'``: the defaults of
-the method."""
+"""``'val'``: on the few-shot validation set of CoOp, min(shots, 4) images a class.
+``'cv'``: by cross-validation within the training images; those held out are prepared
+as test images are. ``'fixed'``: the defaults of the method."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def select(
     """Selects hyper-parameters and fits.
 
     The values with the best validation accuracy are selected, and of equal ones those
-    with the lowest loss. No classifier is validated on pictures that it was fitted to.
-    Without validation pictures (``val`` is empty, or ``'cv'`` has one shot) the
+    with the lowest loss. No classifier is validated on images that it was fitted to.
+    Without validation images (``val`` is empty, or ``'cv'`` has one shot) the
     defaults of the method are used. Then, and if there is nothing to search, the
     selection of the result is ``'fixed'``.
 
@@ -78,17 +77,12 @@ def select(
     if selection not in (*SELECTIONS, 'oracle'):
         raise ValueError(f'selection must be one of {SELECTIONS}, got {selection!r}.')
     started = time.perf_counter()
-    defaults = {**method.defaults, **(overrides or {})}
-    early, late = (
-        [
-            dict(zip(grid, values, strict=True))
-            for values in itertools.product(*grid.values())
-        ]
-        for grid in (
-            {k: v for k, v in chosen.items() if k not in (overrides or {})}
-            for chosen in (method.grid, method.late_grid)
-        )
+    given = overrides or {}
+    searched = {k: v for k, v in method.grid.items() if k not in given}
+    late = _combinations(
+        {k: searched.pop(k) for k in method.after_fit if k in searched}
     )
+    early = _combinations(searched)
     folds = min(data.shots, 4)
     if selection == 'cv' and folds > 1:
         rounds = list(_folds(data, folds))
@@ -96,17 +90,13 @@ def select(
         rounds = [(data, val)]
     else:
         rounds = []
-    refit = selection == 'cv'
-    if not rounds or len(early) * len(late) == 1:
-        selection = 'fixed'
-
     kept: dict[int, tuple[nn.Module, float]] = {}
     scores: dict[tuple[int, int], tuple[float, float]] = {}
     for i, options in enumerate(early if rounds else []):
         for part, held_out in rounds:
             begun = time.perf_counter()
-            classifier = method.fit(part, **{**defaults, **options})
-            if not refit:
+            classifier = method.fit(part, **given, **options)
+            if selection != 'cv':
                 kept[i] = classifier, time.perf_counter() - begun
             for j, attributes in enumerate(late):
                 score = evaluate(_with(classifier, attributes), held_out)
@@ -123,18 +113,25 @@ def select(
         classifier, fit_seconds = kept[i]
     else:
         begun = time.perf_counter()
-        classifier = method.fit(data, **{**defaults, **options})
+        classifier = method.fit(data, **given, **options)
         fit_seconds = time.perf_counter() - begun
     return Fit(
         _with(classifier, attributes),
-        {**defaults, **options, **attributes},
-        selection,
+        {**method.defaults, **given, **options, **attributes},
+        selection if rounds and len(early) * len(late) > 1 else 'fixed',
         score and score[0],
         score and -score[1],
         max(len(scores), 1),
         fit_seconds,
         time.perf_counter() - started,
     )
+
+
+def _combinations(grid: Mapping[str, Sequence]) -> list[dict]:
+    return [
+        dict(zip(grid, values, strict=True))
+        for values in itertools.product(*grid.values())
+    ]
 
 
 def _with(classifier: nn.Module, attributes: dict) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where a run has its features from: pictures and an encoder, or a file."""
+"""Where a run has its features from: images and an encoder, or a file."""
 
 import hashlib
 import json
@@ -10,11 +10,16 @@ from pathlib import Path
 import torch
 
 from dsnet_mm.clip import OpenCLIPEncoder
-from dsnet_mm.datasets import sample_few_shot
-from dsnet_mm.datasets.doctor import describe_copies, find_copies
+from dsnet_mm.datasets import (
+    PUBLIC_DATASETS,
+    FewShotTask,
+    Item,
+    load_task,
+    sample_few_shot,
+)
+from dsnet_mm.datasets.check import describe_copies, find_copies
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
-from dsnet_mm.datasets.features import FeatureCache, Features, picture_keys
-from dsnet_mm.tasks import PUBLIC_DATASETS, FewShotTask, Item, load_task
+from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 
 from .config import FewShotConfig
 
@@ -26,13 +31,13 @@ Draw = tuple[int, int]
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures of a draw.
+    """The images of a draw.
 
     Attributes:
-        train: Training pictures, with augmented views.
+        train: Training images, with augmented views.
         plain: The same without augmentation, or None if they are not needed.
-        val: Validation pictures, or None if there are none.
-        redrawn: Whether another seed draws other pictures.
+        val: Validation images, or None if there are none.
+        redrawn: Whether another seed draws other images.
     """
 
     train: Features
@@ -41,8 +46,8 @@ class Drawn:
     redrawn: bool = True
 
 
-class PictureSource:
-    """Features of the pictures of a data set.
+class ImageSource:
+    """Features of the images of a data set.
 
     Args:
         config: Options of the run.
@@ -56,7 +61,7 @@ class PictureSource:
         preprocessing: One of ``PREPROCESSINGS``.
         shots: Numbers of shots of the run.
         notes: What is left out of the run, and why, in sentences.
-        has_val: Whether there are validation pictures.
+        has_val: Whether there are validation images.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
         text_features: Text features (K, D).
         logit_scale: Scale of the cosine similarities.
@@ -67,7 +72,7 @@ class PictureSource:
         self.task = load_task(config.dataset, config.data_root, config.prompts)
         if not self.task.split['train']:
             raise ValueError(
-                f'{self.task.name} has no training pictures; test a classifier of '
+                f'{self.task.name} has no training images; test a classifier of '
                 f'another data set on it.'
             )
         self.title = f'{self.task.name}, {Path(config.model).stem}'
@@ -112,15 +117,15 @@ class PictureSource:
         }
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
-        """Encodes all pictures of a run, those of all draws together.
+        """Encodes all images of a run, those of all draws together.
 
         Args:
             draws: The draws of the run.
             plain: Whether :attr:`Drawn.plain` is needed.
 
         Raises:
-            ValueError: If a picture cannot be read, or none of a class, or a test
-                picture is also a training or validation picture.
+            ValueError: If an image cannot be read, or none of a class, or a test
+                image is also a training or validation image.
         """
         train, val = collect_draws(self.task.split, draws)
         views, test = self.config.views, self.task.split['test']
@@ -132,14 +137,14 @@ class PictureSource:
                 self.draw(shots, seed, False)
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
-        """Returns the pictures of a draw."""
+        """Returns the images of a draw."""
         items = sample_few_shot(self.task.split, shots, seed)
         train = self.cache.images(items['train'], self.config.views)
         read = set(train.labels.tolist())
         for label, name in enumerate(self.class_names):
             if label not in read:
                 raise ValueError(
-                    f'none of the training pictures of {name!r} with {shots} shots and '
+                    f'none of the training images of {name!r} with {shots} shots and '
                     f'seed {seed} can be read; repair or remove them.'
                 )
         return Drawn(
@@ -149,11 +154,11 @@ class PictureSource:
         )
 
     def test(self) -> Features:
-        """Returns the test pictures."""
+        """Returns the test images."""
         return self.cache.images(self.task.split['test'])
 
     def all_labelled(self) -> Features:
-        """Returns the pictures of train, val and test together, with views."""
+        """Returns the images of train, val and test together, with views."""
         items = [item for part in self.task.split.values() for item in part]
         return self.cache.images(items, self.config.views)
 
@@ -163,9 +168,9 @@ class FeatureSource:
 
     Draws of k shots are CoOp's, from the part ``train`` or else from that with most
     shots. Seed 1 takes the part ``train_k`` as it is, if the file has it. If no part
-    has more than k shots, all seeds have the same training pictures.
+    has more than k shots, all seeds have the same training images.
 
-    Its methods and attributes are those of :class:`PictureSource`.
+    Its methods and attributes are those of :class:`ImageSource`.
     """
 
     encoder = None
@@ -190,8 +195,8 @@ class FeatureSource:
             views = len(self.file.train[self._pool()].features)
             which = 'only view' if views == 1 else f'first of {views} views'
             self.notes.append(
-                f'Selection by `cv` validates on the {which} of the training pictures, '
-                f'because the file has no features of them as test pictures are.'
+                f'Selection by `cv` validates on the {which} of the training images, '
+                f'because the file has no features of them as test images are.'
             )
 
     def prepare(self) -> None:
@@ -205,7 +210,7 @@ class FeatureSource:
         }
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
-        """Checks that no test picture is also a training or validation picture.
+        """Checks that no test image is also a training or validation image.
 
         Raises:
             ValueError: If rows are equal.
@@ -229,7 +234,7 @@ class FeatureSource:
             )
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
-        """Returns the pictures of a draw."""
+        """Returns the images of a draw."""
         pool_shots = self._pool()
         pool, val = self.file.train[pool_shots], self.file.val
         split = {'train': _rows(pool, self.class_names), 'val': []}
@@ -252,11 +257,11 @@ class FeatureSource:
         )
 
     def test(self) -> Features:
-        """Returns the test pictures."""
+        """Returns the test images."""
         return _first_view(self.file.test)
 
     def all_labelled(self) -> Features:
-        """Returns the pictures of train, val and test together."""
+        """Returns the images of train, val and test together."""
         largest = self.file.train[self._pool()]
         parts = [part for part in (largest, self.file.val, self.file.test) if part]
         views = max(len(part.features) for part in parts)
@@ -291,7 +296,7 @@ class FeatureSource:
         if len(possible) < len(wanted):
             left_out = [str(k) for k in wanted if k > most]
             message = (
-                f'{self.config.features} has at most {most} training pictures of each '
+                f'{self.config.features} has at most {most} training images of each '
                 f'class, so there are no {", ".join(left_out)} shots.'
             )
             if not possible:
@@ -305,7 +310,7 @@ class FeatureSource:
 def collect_draws(
     split: dict[str, list[Item]], draws: Sequence[Draw]
 ) -> tuple[list[Item], list[Item]]:
-    """Returns the training and the validation pictures of all draws, each once."""
+    """Returns the training and the validation images of all draws, each once."""
     parts = [sample_few_shot(split, shots, seed) for shots, seed in draws]
     return tuple(
         list(dict.fromkeys(item for part in parts for item in part[name]))
@@ -320,9 +325,9 @@ def encode_parts(
     share: tuple[int, int] = (0, 1),
     plain: bool = False,
 ) -> None:
-    """Encodes training pictures with augmented views, and others as they are.
+    """Encodes training images with augmented views, and others as they are.
 
-    ``plain`` also encodes the training pictures as they are.
+    ``plain`` also encodes the training images as they are.
     """
     for name, items in parts.items():
         if items:
@@ -336,18 +341,18 @@ def encode_parts(
 def refuse_copies(
     task: FewShotTask, cache: FeatureCache, used: dict[str, list[Item]], views: int
 ) -> None:
-    """Refuses test pictures that are also training or validation pictures.
+    """Refuses test images that are also training or validation images.
 
     The published splits of the public data sets are used as they are, with a warning.
 
     Args:
         task: The data set.
-        cache: The cache, which has the pixels of the encoded pictures.
-        used: Its training and validation pictures that are used.
-        views: Views of the training pictures.
+        cache: The cache, which has the pixels of the encoded images.
+        used: Its training and validation images that are used.
+        views: Views of the training images.
 
     Raises:
-        ValueError: If there are such pictures.
+        ValueError: If there are such images.
     """
     public = task.name in PUBLIC_DATASETS
     split = {**used, 'test': task.split['test']} if public else task.split
@@ -358,8 +363,8 @@ def refuse_copies(
         if not public:
             raise ValueError(describe_copies(copies))
         logger.warning(
-            '%d test pictures of the published split of %s are also training or '
-            'validation pictures; they are used as published.',
+            '%d test images of the published split of %s are also training or '
+            'validation images; they are used as published.',
             *(len(copies), task.name),
         )
 
@@ -384,7 +389,7 @@ def _hash_split(task: FewShotTask) -> str:
     """
     items = [[part, *item] for part, items in task.split.items() for item in items]
     if task.name not in PUBLIC_DATASETS:
-        items += picture_keys([item[1:] for item in items])
+        items += image_keys([item[1:] for item in items])
     return _hash(items)
 
 
@@ -392,5 +397,5 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-Source = PictureSource | FeatureSource
+Source = ImageSource | FeatureSource
 """Where a run has its features from."""

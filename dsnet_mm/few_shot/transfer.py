@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from dsnet_mm.datasets import load_task
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.files import write_atomic
-from dsnet_mm.tasks import load_task
 
 from .deployment import DeployedClassifier, load_classifier
 from .evaluation import Score, evaluate
@@ -25,8 +25,8 @@ class Transfer:
         dataset: Name of the data set.
         score: Accuracy, calibration and loss.
         class_names: Names of the classes of the data set.
-        confusion: Number of pictures by true and predicted class (K, K).
-        skipped: Number of pictures that cannot be read.
+        confusion: Number of images by true and predicted class (K, K).
+        skipped: Number of images that cannot be read.
     """
 
     dataset: str
@@ -36,18 +36,18 @@ class Transfer:
     skipped: int
 
     @property
-    def pictures(self) -> int:
-        """Number of pictures that were classified."""
+    def images(self) -> int:
+        """Number of images that were classified."""
         return int(self.confusion.sum())
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval of the accuracy in percent (Wilson).
 
-        It is for these classes and this classifier, over pictures.
+        It is for these classes and this classifier, over images.
         """
         right = int(self.confusion.trace())
-        found = stats.binomtest(right, self.pictures).proportion_ci(method='wilson')
+        found = stats.binomtest(right, self.images).proportion_ci(method='wilson')
         return 100 * found.low, 100 * found.high
 
 
@@ -57,9 +57,9 @@ def transfer(
     data_root: str | Path = 'data',
     cache_dir: str | Path = 'work_dirs/few_shot_features',
 ) -> Transfer:
-    """Tests a classifier on the test pictures of another data set.
+    """Tests a classifier on the test images of another data set.
 
-    All pictures of a folder or file without its own split are test pictures. Pictures
+    All images of a folder or file without its own split are test images. Images
     that cannot be read are named and left out.
 
     The classes of the data set must be among those of the classifier, as in the shifted
@@ -68,7 +68,7 @@ def transfer(
     Args:
         classifier: File of :func:`save_classifier`, or what :func:`load_classifier`
             returned.
-        dataset: See :func:`dsnet_mm.tasks.load_task`.
+        dataset: See :func:`dsnet_mm.datasets.load_task`.
         data_root: Folder of the public data sets.
         cache_dir: Folder of the features.
 
@@ -132,13 +132,13 @@ def table(result: Transfer) -> str:
     lines = [
         f'# {result.dataset}',
         '',
-        f'{result.pictures} pictures of {len(result.class_names)} classes.{skipped}',
+        f'{result.images} images of {len(result.class_names)} classes.{skipped}',
         '',
-        f'Accuracy {result.score.accuracy:.2f} % (95 % interval over pictures '
+        f'Accuracy {result.score.accuracy:.2f} % (95 % interval over images '
         f'{low:.1f} to {high:.1f}), expected calibration error '
         f'{result.score.ece:.2f} %.',
         '',
-        '| class | pictures | right | accuracy, % | most often taken for |',
+        '| class | images | right | accuracy, % | most often taken for |',
         '|---|--:|--:|--:|---|',
     ]
     # A | would end the cell.
@@ -159,7 +159,7 @@ def plot_confusion(result: Transfer) -> bytes:
     """Draws the confusion matrix: rows are true classes, colours are their shares.
 
     Returns:
-        The picture, a PNG file.
+        The image, a PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -190,7 +190,7 @@ def plot_confusion(result: Transfer) -> bytes:
         xlabel='predicted class',
         ylabel='true class',
         title=f'{result.dataset}: {result.score.accuracy:.1f} % of '
-        f'{result.pictures} pictures right',
+        f'{result.images} images right',
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png')
@@ -230,7 +230,7 @@ def write_transfer(
     content = {
         'classifier': source,
         'dataset': result.dataset,
-        'pictures': result.pictures,
+        'pictures': result.images,
         'skipped': result.skipped,
         **asdict(result.score),
         'accuracy_interval': list(result.interval),

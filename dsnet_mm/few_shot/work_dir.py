@@ -3,10 +3,11 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from platform import python_version
 
 import torch
 
-from dsnet_mm.environment import commit, machine, python_version
+from dsnet_mm.environment import commit, machine
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 
@@ -59,7 +60,7 @@ def claim_work_dir(
     """
     wanted = json.loads(json.dumps(asdict(config)))
     about = work_dir / 'run.json'
-    # A run without results, which a bad picture has stopped, is begun again.
+    # A run without results, which a bad image has stopped, is begun again.
     if about.is_file() and any((work_dir / 'runs').glob('*.json')):
         found = read_json(about)
         wanted = _merge(work_dir, found, wanted, source.fingerprint)
@@ -83,7 +84,7 @@ def claim_work_dir(
 def _recipes(config: dict) -> dict[str, list]:
     """Returns the hyper-parameters of the methods of a run, and what they may be."""
     recipes = {
-        name: [dict(m.defaults), dict(m.grid), dict(m.late_grid)]
+        name: [dict(m.defaults), dict(m.grid)]
         for name in (*config['methods'], *config['oracle'])
         for m in [METHODS[name]]
     }

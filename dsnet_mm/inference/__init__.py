@@ -1,4 +1,4 @@
-"""A picture in, a result out, for detectors and classifiers."""
+"""An image in, a result out, for detectors and classifiers."""
 
 from .prediction import DetectedObject, Mask, Prediction
 from .predictor import Predictor, infer

@@ -1,7 +1,7 @@
-"""Find objects in pictures, or classify them.
+"""Find objects in images, or classify them.
 
-Writes into the folder OUT: predictions.json in COCO's result format, pictures.json with
-the numbers of pictures and classes in it, and the drawn pictures.
+Writes into the folder OUT: predictions.json in COCO's result format, images.json with
+the numbers of images and classes in it, and the drawn images.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from rich.progress import (
 from rich.table import Table
 
 from dsnet_mm.checkpoint import restricted_loading
-from dsnet_mm.cli.arguments import (
+from dsnet_mm.engine.launch import (
+    OldFlag,
     add_config_arguments,
     add_trust_argument,
     user_errors,
@@ -32,7 +33,7 @@ from dsnet_mm.files import write_atomic
 
 from .drawing import draw
 from .prediction import Prediction
-from .predictor import Predictor, list_pictures
+from .predictor import Predictor, list_images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,13 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('picture', type=Path, help='picture, or folder of pictures')
+    parser.add_argument('image', type=Path, help='image, or folder of images')
     parser.add_argument('--out', type=Path, required=True, help='new folder of results')
     parser.add_argument(
         '--device', help='cpu, cuda, cuda:1 ... (default: a GPU, if any)'
     )
     parser.add_argument(
-        '--batch-size', type=int, default=1, help='pictures or tiles in a forward'
+        '--batch-size', type=int, default=1, help='images or tiles in a forward'
     )
     parser.add_argument(
         '--score-thr', type=float, default=0.3, help='least score of an object'
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         '--tile',
         type=int,
         metavar='PIXELS',
-        help='cut pictures into tiles of this side, and make one object of its parts',
+        help='cut images into tiles of this side, and make one object of its parts',
     )
     parser.add_argument(
         '--overlap',
@@ -74,15 +75,16 @@ def main(argv: list[str] | None = None) -> None:
         help='overlap of tiles, larger than a common object',
     )
     parser.add_argument(
-        '--no-pictures', action='store_true', help='do not draw the pictures'
+        '--no-images', action='store_true', help='do not draw the images'
     )
+    parser.add_argument('--no-pictures', action=OldFlag, new='--no-images')
     add_trust_argument(parser)
     args = parser.parse_args(argv)
 
     with user_errors(parser), restricted_loading(trust=args.trust_checkpoint):
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f'{args.out} exists and is left alone; choose another')
-        pictures = list_pictures(args.picture)
+        paths = list_images(args.image)
         predictor = Predictor(
             args.config,
             args.checkpoint,
@@ -94,74 +96,73 @@ def main(argv: list[str] | None = None) -> None:
             overlap=args.overlap,
             cfg_options=args.cfg_options,
         )
-    root = args.picture if args.picture.is_dir() else args.picture.parent
-    images, entries, labels, counts = [], [], set(), Counter()
+    root = args.image if args.image.is_dir() else args.image.parent
+    written, entries, labels, counts = [], [], set(), Counter()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(TextColumn('{task.description}'), *columns) as progress:
-        bar = progress.add_task('pictures', total=len(pictures))
+        bar = progress.add_task('images', total=len(paths))
         tiles = progress.add_task('tiles', visible=args.tile is not None)
 
         def track(chunks: list) -> list:
             progress.reset(tiles, total=len(chunks))
             return progress.track(chunks, task_id=tiles)
 
-        for prediction in _quietly(predictor(pictures, track)):
-            name = Path(prediction.picture).relative_to(root)
-            images.append(
+        for prediction in _quietly(predictor(paths, track)):
+            name = Path(prediction.image).relative_to(root)
+            written.append(
                 dict(
-                    id=len(images) + 1,
+                    id=len(written) + 1,
                     file_name=str(name),
                     width=prediction.width,
                     height=prediction.height,
                 )
             )
-            entries += (found := prediction.to_coco(len(images)))
+            entries += (found := prediction.to_coco(len(written)))
             labels.update(entry['category_id'] - 1 for entry in found)
             if prediction.scores is None:
                 counts.update(found.label for found in prediction.objects)
             else:
                 counts[int(prediction.scores.argmax())] += 1
-            if not args.no_pictures:
-                write_picture(predictor, prediction, args.out / 'pictures' / name)
-            progress.update(bar, completed=len(images) + len(predictor.unreadable))
-        progress.update(bar, completed=len(pictures))
+            if not args.no_images:
+                write_image(predictor, prediction, args.out / 'images' / name)
+            progress.update(bar, completed=len(written) + len(predictor.unreadable))
+        progress.update(bar, completed=len(paths))
 
-    if not images:
-        parser.error(f'none of {len(pictures)} pictures in {args.picture} can be read')
+    if not written:
+        parser.error(f'none of {len(paths)} images in {args.image} can be read')
     # A checkpoint without names of classes, such as converted weights, has numbers.
     names = predictor.class_names or [str(i) for i in range(1 + max(labels, default=0))]
     categories = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
     write_atomic(
-        args.out / 'pictures.json',
-        json.dumps(dict(images=images, annotations=[], categories=categories)),
+        args.out / 'images.json',
+        json.dumps(dict(images=written, annotations=[], categories=categories)),
     )
     write_atomic(args.out / 'predictions.json', json.dumps(entries))
 
     console = Console()
-    table = Table('class', 'objects' if predictor.detects else 'pictures')
+    table = Table('class', 'objects' if predictor.detects else 'images')
     for label, count in counts.most_common():
         table.add_row(escape(names[label]), str(count))
     console.print(table)
     for path in predictor.unreadable:
-        print(f'{path} cannot be read as a picture and was skipped.')
+        print(f'{path} cannot be read as an image and was skipped.')
     print(
-        f'{len(images)} of {len(pictures)} pictures were read. '
-        f'Results are in {args.out}.'
+        f'{len(written)} of {len(paths)} images were read. Results are in {args.out}.'
     )
 
 
 def _quietly(predictions):
     """Leaves out the warnings of single files, which are named at the end."""
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*cannot be read as a picture')
+        warnings.filterwarnings('ignore', message='.*cannot be read as an image')
         yield from predictions
 
 
-def write_picture(predictor: Predictor, prediction: Prediction, path: Path) -> None:
+def write_image(predictor: Predictor, prediction: Prediction, path: Path) -> None:
     """Draws a prediction into a file, a JPEG unless its name ends with ``.png``."""
     if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
         path = path.with_name(path.name + '.jpg')
-    image = predictor.read(prediction.picture)
+    image = predictor.read(prediction.image)
     drawn = draw(image, prediction, predictor.palette)
     _, encoded = cv2.imencode(path.suffix, drawn)
     write_atomic(path, encoded.tobytes())

@@ -1,4 +1,4 @@
-"""Draws predictions into pictures."""
+"""Draws predictions into images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prediction import DetectedObject, Prediction
 
 FONT = 10  # points; a pixel is 0.72 of them
 CROWD = 30  # objects; with more, labels wider than their boxes are left out
-# Longest side of a drawn picture in pixels.
+# Longest side of a drawn image in pixels.
 LEAST, MOST = 400, 2048
 
 
@@ -24,17 +24,17 @@ def draw(
     """Draws a prediction.
 
     Args:
-        image: The picture, BGR, shape (H, W, 3).
+        image: The image, BGR, shape (H, W, 3).
         prediction: What was found in it.
         palette: Colours of the classes, see :func:`class_colors`.
 
     Returns:
-        BGR picture whose longest side has 400 to 2048 pixels.
+        BGR image whose longest side has 400 to 2048 pixels.
     """
     rgb = np.ascontiguousarray(np.uint8(image)[..., ::-1])
     side = int(np.clip(max(image.shape[:2]), LEAST, MOST))
     with warnings.catch_warnings():
-        # Of MMEngine, for boxes and labels at the edge of a picture.
+        # Of MMEngine, for boxes and labels at the edge of an image.
         warnings.filterwarnings('ignore', message='.*out of bounds')
         if prediction.scores is None:
             drawn = draw_objects(
@@ -60,7 +60,7 @@ def class_colors(palette: Sequence | str | None, num_classes: int) -> np.ndarray
 
 
 def scale(image: np.ndarray, side: int) -> np.ndarray:
-    """Scales a picture until its longest side has ``side`` pixels."""
+    """Scales an image until its longest side has ``side`` pixels."""
     factor = side / max(image.shape[:2])
     height, width = (max(round(length * factor), 1) for length in image.shape[:2])
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
@@ -81,15 +81,15 @@ def draw_objects(
     that are wider than their boxes are left out.
 
     Args:
-        image: RGB picture of shape (H, W, 3).
+        image: RGB image of shape (H, W, 3).
         objects: Objects in its pixels.
         class_names: Names of all classes. Without them the numbers are written.
         palette: Colours of the classes, see :func:`class_colors`.
-        side: Longest side of the drawn picture in pixels.
+        side: Longest side of the drawn image in pixels.
         scores: Whether to write the scores.
 
     Returns:
-        The drawn RGB picture.
+        The drawn RGB image.
     """
     factor = side / max(image.shape[:2])
     drawn = scale(image, side)
@@ -116,7 +116,7 @@ def draw_objects(
         text = ' '.join(words)
         if not text or (len(objects) > CROWD and right - left < 0.6 * FONT * len(text)):
             continue
-        # The label stands on the box, and inside the picture.
+        # The label stands on the box, and inside the image.
         on_left = left + right < width
         visualizer.draw_texts(
             text,
@@ -133,7 +133,7 @@ def draw_objects(
 def _blend(
     drawn: np.ndarray, found: DetectedObject, factor: float, color: np.ndarray
 ) -> None:
-    """Colours a mask in a scaled picture, in place."""
+    """Colours a mask in a scaled image, in place."""
     box = np.multiply(found.mask.box, factor).round().astype(int)
     left, top, right, bottom = box.tolist()
     right, bottom = max(right, left + 1), max(bottom, top + 1)

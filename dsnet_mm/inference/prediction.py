@@ -1,4 +1,4 @@
-"""What was found in a picture, and how it is written in COCO's result format."""
+"""What was found in an image, and how it is written in COCO's result format."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TOP = 5
 
 @dataclass
 class Mask:
-    """A mask, stored as the part of the picture that holds it.
+    """A mask, stored as the part of the image that holds it.
 
-    A picture of 20,000 x 20,000 pixels has 400 MB for each whole mask.
+    An image of 20,000 x 20,000 pixels has 400 MB for each whole mask.
 
     Args:
         pixels: Boolean array of shape (h, w).
-        left: Column of the picture where the part begins.
-        top: Row of the picture where it begins.
+        left: Column of the image where the part begins.
+        top: Row of the image where it begins.
     """
 
     pixels: np.ndarray
@@ -46,12 +46,12 @@ class Mask:
         return out
 
     def to_rle(self, height: int, width: int) -> dict[str, Any]:
-        """Returns COCO's compressed run-length encoding in the whole picture.
+        """Returns COCO's compressed run-length encoding in the whole image.
 
         It is computed from the part alone.
 
         Args:
-            height: Height of the picture.
+            height: Height of the image.
             width: Its width.
         """
         # The runs of each column of the part. COCO counts pixels column by column.
@@ -84,7 +84,7 @@ class DetectedObject:
     Args:
         label: Number of its class.
         score: From 0 to 1.
-        box: Left, top, right, bottom in pixels of the picture, shape (4,).
+        box: Left, top, right, bottom in pixels of the image, shape (4,).
         mask: None if the detector has no masks.
     """
 
@@ -96,11 +96,11 @@ class DetectedObject:
 
 @dataclass
 class Prediction:
-    """What was found in a picture.
+    """What was found in an image.
 
     Args:
-        picture: Path of the picture, or its position if it was given as an array.
-        height: Height of the picture in pixels.
+        image: Path of the image, or its position if it was given as an array.
+        height: Height of the image in pixels.
         width: Its width.
         class_names: Names of all classes, empty if the checkpoint does not have them.
         objects: Objects of a detector, the highest scores first.
@@ -108,7 +108,7 @@ class Prediction:
             detector.
     """
 
-    picture: str
+    image: str
     height: int
     width: int
     class_names: list[str]
@@ -131,7 +131,7 @@ class Prediction:
         without ``bbox``, for its five best classes.
 
         Args:
-            image_id: Number of the picture.
+            image_id: Number of the image.
         """
         if self.scores is not None:
             return [

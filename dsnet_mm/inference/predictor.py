@@ -1,4 +1,4 @@
-"""Runs a detector of mmdet or a classifier of mmpretrain on pictures."""
+"""Runs a detector of mmdet or a classifier of mmpretrain on images."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
-from dsnet_mm.cli.checkpoints import load_checkpoint
-from dsnet_mm.cli.config import load_config
+from dsnet_mm.checkpoint import load_checkpoint
+from dsnet_mm.datasets.images import find_images
+from dsnet_mm.engine.config import load_config
 from dsnet_mm.environment import existing_device, require
 from dsnet_mm.models import fuse_for_inference
-from dsnet_mm.tasks.readers import IMAGE_SUFFIXES, is_picture
 
 from .prediction import DetectedObject, Mask, Prediction
 from .tiling import Tile, make_tiles, merge_tiles
 
-# A picture or tile with a longer side is reduced to this before the test pipeline,
-# whose masks would be as large as the picture.
+# An image or tile with a longer side is reduced to this before the test pipeline,
+# whose masks would be as large as the image.
 MAX_SIDE = 4096
-# A longer picture is padded. Resized to the scale of a test pipeline it would have no
+# A longer image is padded. Resized to the scale of a test pipeline it would have no
 # rows left.
 MAX_RATIO = 32
 
-Picture = str | Path | np.ndarray
+Image = str | Path | np.ndarray
 
 
 def infer(
     config: str | Path,
     weights: str | Path,
-    pictures: Picture | Sequence[Picture],
+    images: Image | Sequence[Image],
     **options: Any,
 ) -> list[Prediction]:
-    """Finds objects in pictures, or classifies them.
+    """Finds objects in images, or classifies them.
 
     Example:
         >>> import dsnet_mm
@@ -56,57 +56,57 @@ def infer(
     Args:
         config: Configuration file, or name of one of this package.
         weights: Checkpoint file.
-        pictures: Picture file, folder of pictures, BGR array of shape (H, W, 3), or a
+        images: Image file, folder of images, BGR array of shape (H, W, 3), or a
             sequence of these. A warning names a file that cannot be read.
         **options: Those of :class:`Predictor`.
 
     Returns:
-        A prediction for each picture that can be read, in order.
+        A prediction for each image that can be read, in order.
 
     Raises:
-        FileNotFoundError: If there is no such configuration, checkpoint or picture.
+        FileNotFoundError: If there is no such configuration, checkpoint or image.
         ValueError: If an option is out of range, or the checkpoint does not fit.
     """
     predictor = Predictor(config, weights, **options)
-    return list(predictor(pictures))
+    return list(predictor(images))
 
 
 class View(NamedTuple):
-    """A part of a picture as the network gets it."""
+    """A part of an image as the network gets it."""
 
     image: np.ndarray
     tile: Tile
-    # Pixels of the picture in a pixel of the image, in width and height.
+    # Pixels of the image in a pixel of the image, in width and height.
     scale: tuple[float, float]
 
 
 class Predictor:
     """A detector or a classifier with its weights.
 
-    It prepares pictures and runs the network by mmdet's ``DetInferencer`` or
+    It prepares images and runs the network by mmdet's ``DetInferencer`` or
     mmpretrain's ``ImageClassificationInferencer``.
 
     - A side of more than 4096 pixels is reduced to that before the test pipeline,
-      unless the picture is cut into tiles.
-    - A picture whose sides have a ratio of more than 32 is padded with black.
+      unless the image is cut into tiles.
+    - An image whose sides have a ratio of more than 32 is padded with black.
 
     Args:
         config: Configuration file, or name of one of this package.
         weights: Checkpoint file. It is loaded by a restricted unpickler.
         device: Device of the network. ``'auto'`` or None takes a GPU if there is one.
-        batch_size: Number of pictures, or of tiles of a picture, in a forward.
+        batch_size: Number of images, or of tiles of an image, in a forward.
         score_thr: Least score of an object.
         fuse: Whether to replace blocks by their inference form (fuse_for_inference).
-        tile: Side in pixels of the tiles of which a picture is made, None for the whole
-            picture at once. The test pipeline resizes a tile as it resizes a picture.
-            It is best about as large as the pictures of the training.
+        tile: Side in pixels of the tiles of which an image is made, None for the whole
+            image at once. The test pipeline resizes a tile as it resizes an image.
+            It is best about as large as the images of the training.
         overlap: Overlap of tiles in pixels, larger than a common object. See
             :func:`.tiling.merge_tiles`.
         cfg_options: Values of the configuration to set, by dotted name.
 
     Attributes:
         class_names: Names of the classes.
-        unreadable: Pictures that could not be read, in order.
+        unreadable: Images that could not be read, in order.
 
     Raises:
         FileNotFoundError: If there is no such configuration or checkpoint.
@@ -159,22 +159,22 @@ class Predictor:
 
     def __call__(
         self,
-        pictures: Picture | Sequence[Picture],
+        images: Image | Sequence[Image],
         track: Callable[[Iterable], Iterable] = iter,
     ) -> Iterator[Prediction]:
-        """Yields a prediction for each picture that can be read, in order.
+        """Yields a prediction for each image that can be read, in order.
 
         A warning names a file that cannot be read. It is added to ``unreadable``.
 
         Args:
-            pictures: Picture file, folder, BGR array, or a sequence of these.
-            track: Wraps the forwards of a batch of pictures, or of a tiled picture, to
+            images: Image file, folder, BGR array, or a sequence of these.
+            track: Wraps the forwards of a batch of images, or of a tiled image, to
                 show a bar.
 
         Raises:
-            FileNotFoundError: If there is no such file, or no picture in a folder.
+            FileNotFoundError: If there is no such file, or no image in a folder.
         """
-        readable = self._read(list_pictures(pictures))
+        readable = self._read(list_images(images))
         group = 1 if self.tile else self.batch_size
         while batch := list(islice(readable, group)):
             views = [self._views(image) for _, image in batch]
@@ -190,14 +190,14 @@ class Predictor:
         return self._inferencer.model
 
     def read(self, path: str) -> np.ndarray | None:
-        """Reads a picture as the test pipeline does, None if it cannot be read."""
+        """Reads an image as the test pipeline does, None if it cannot be read."""
         try:
             return self._load(dict(img_path=path))['img']
         except (OSError, AssertionError, ValueError, cv2.error):
             return None
 
     def prepare(self, images: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-        """Yields batches of pictures as the test pipeline makes them.
+        """Yields batches of images as the test pipeline makes them.
 
         Args:
             images: BGR arrays of shape (H, W, 3).
@@ -206,16 +206,16 @@ class Predictor:
             # mmdet adds the inputs.
             yield data[1] if self.detects else data
 
-    def _read(self, pictures: list[Picture]) -> Iterator[tuple[str, np.ndarray]]:
-        for i, picture in enumerate(pictures):
-            if isinstance(picture, np.ndarray):
-                yield str(i), picture
-            elif (image := self.read(str(picture))) is not None:
-                yield str(picture), image
+    def _read(self, images: list[Image]) -> Iterator[tuple[str, np.ndarray]]:
+        for i, image in enumerate(images):
+            if isinstance(image, np.ndarray):
+                yield str(i), image
+            elif (pixels := self.read(str(image))) is not None:
+                yield str(image), pixels
             else:
-                self.unreadable.append(str(picture))
+                self.unreadable.append(str(image))
                 warnings.warn(
-                    f'{picture} cannot be read as a picture and is skipped',
+                    f'{image} cannot be read as an image and is skipped',
                     stacklevel=3,
                 )
 
@@ -252,7 +252,7 @@ class Predictor:
     def _prediction(
         self, name: str, shape: tuple[int, int], views: list[View], found: list[Any]
     ) -> Prediction:
-        """Returns the prediction of a picture from what was found in its views."""
+        """Returns the prediction of an image from what was found in its views."""
         prediction = Prediction(name, *shape, self.class_names)
         if self.detects:
             tiles = [view.tile for view in views]
@@ -262,7 +262,7 @@ class Predictor:
         return prediction
 
     def _objects(self, view: View, sample: Any) -> list[DetectedObject]:
-        """Returns the objects of a view, in coordinates of the picture."""
+        """Returns the objects of a view, in coordinates of the image."""
         instances = sample.pred_instances
         instances = instances[instances.scores >= self.score_thr].cpu().numpy()
         left, top, right, bottom = view.tile
@@ -277,7 +277,7 @@ class Predictor:
                     int(instances.labels[i]), float(instances.scores[i]), box
                 )
                 if 'masks' in instances:
-                    found.mask = mask_in_picture(instances.masks[i], view)
+                    found.mask = mask_in_image(instances.masks[i], view)
                 objects.append(found)
         return objects
 
@@ -295,7 +295,7 @@ class Predictor:
 
     @staticmethod
     def _loader(cfg: Any) -> LoadImageFromFile:
-        """Returns the loading of the test pipeline, for BGR arrays of any picture."""
+        """Returns the loading of the test pipeline, for BGR arrays of any image."""
         for step in cfg.test_dataloader.dataset.pipeline:
             if str(step['type']).endswith('LoadImageFromFile'):
                 return LoadImageFromFile(
@@ -325,53 +325,35 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def list_pictures(pictures: Picture | Sequence[Picture]) -> list[Picture]:
-    """Replaces folders by the pictures in them, also in folders below, sorted.
+def list_images(images: Image | Sequence[Image]) -> list[Image]:
+    """Replaces folders by the images in them, also in folders below, sorted.
 
     Hidden files are left out.
 
     Raises:
-        FileNotFoundError: If there is no such file, or no picture in a folder.
+        FileNotFoundError: If there is no such file, or no image in a folder.
         ValueError: If an array has another shape.
     """
-    if isinstance(pictures, str | Path | np.ndarray):
-        pictures = [pictures]
-    listed: list[Picture] = []
-    for picture in pictures:
-        if isinstance(picture, np.ndarray):
-            if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-                raise ValueError(
-                    f'an array must be a BGR picture of shape (H, W, 3), got '
-                    f'{picture.shape}'
-                )
-            listed.append(picture)
+    if isinstance(images, str | Path | np.ndarray):
+        images = [images]
+    listed: list[Image] = []
+    for image in images:
+        if not isinstance(image, np.ndarray):
+            listed += find_images([image])[0]
             continue
-        if Path(picture).is_file():
-            listed.append(picture)
-            continue
-        if not Path(picture).is_dir():
-            raise FileNotFoundError(
-                f'there is no {picture}; give a picture or a folder of pictures'
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f'an array must be a BGR image of shape (H, W, 3), got {image.shape}'
             )
-        inside = sorted(
-            path
-            for path in Path(picture).rglob('*')
-            if is_picture(path) and path.is_file()
-        )
-        if not inside:
-            raise FileNotFoundError(
-                f'{picture} holds no picture; their names end with one of '
-                f'{" ".join(IMAGE_SUFFIXES)}'
-            )
-        listed += inside
+        listed.append(image)
     return listed
 
 
 def make_view(image: np.ndarray, tile: Tile) -> View:
-    """Cuts a tile out of a picture, and reduces or pads it where necessary.
+    """Cuts a tile out of an image, and reduces or pads it where necessary.
 
     Args:
-        image: Picture of shape (H, W, 3).
+        image: Image of shape (H, W, 3).
         tile: The tile.
     """
     left, top, right, bottom = tile
@@ -394,8 +376,8 @@ def make_view(image: np.ndarray, tile: Tile) -> View:
     return View(part, tile, (size[0] / width, size[1] / height))
 
 
-def mask_in_picture(mask: np.ndarray, view: View) -> Mask:
-    """Returns the part of a mask that holds it, in coordinates of the picture.
+def mask_in_image(mask: np.ndarray, view: View) -> Mask:
+    """Returns the part of a mask that holds it, in coordinates of the image.
 
     Args:
         mask: Boolean mask of a view, shape (h, w).

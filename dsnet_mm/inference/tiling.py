@@ -1,12 +1,15 @@
-"""Tiles of a large picture, and one object from its parts in several tiles.
+"""Tiles of a large image, and one object from its parts in several tiles.
 
-Neighbouring tiles overlap. Two tiles have found the same object if they agree on it in
-their common part of the picture. This also holds for an object that is longer than the
-overlap: each tile sees a part of it, and the parts agree where both tiles look.
+Neighbouring tiles overlap. Two tiles have found the same object if they agree on its
+class, and on its place in their common part of the image. This also holds for an object
+that is longer than the overlap: each tile sees a part of it, and the parts agree where
+both tiles look.
 
-The measure of agreement is the intersection over union (IoU). An edge of a tile can cut
-an object, and what is left of it may be a narrow strip. For a cut object the
-intersection over the smaller area is taken, as by SAHI (arXiv 2202.06934).
+Whole objects agree by their intersection over union (IoU). An edge of a tile can cut an
+object, and what is left of it may be a narrow strip. A whole and a cut object agree by
+the intersection over the area of the cut one. A small whole object inside a large cut
+one therefore stays. Two cut objects agree by the intersection over the smaller area
+(IoS), as in SAHI (arXiv 2202.06934).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ EDGE = 4  # pixels between the box of a cut object and the edge that cuts it
 
 
 class Tile(NamedTuple):
-    """A part of a picture, right and bottom exclusive."""
+    """A part of an image, right and bottom exclusive."""
 
     left: int
     top: int
@@ -32,14 +35,14 @@ class Tile(NamedTuple):
 
 
 def make_tiles(height: int, width: int, size: int, overlap: int) -> list[Tile]:
-    """Covers a picture with tiles.
+    """Covers an image with tiles.
 
     Args:
-        height: Height of the picture in pixels.
+        height: Height of the image in pixels.
         width: Its width.
-        size: Side of a tile. A smaller picture has one tile.
+        size: Side of a tile. A smaller image has one tile.
         overlap: Overlap of neighbours. The last tile of a row or column ends at the
-            edge of the picture and overlaps more.
+            edge of the image and overlaps more.
 
     Returns:
         The tiles, row by row.
@@ -65,14 +68,14 @@ def merge_tiles(
     """Makes one object of those that tiles have found several times.
 
     The objects are visited from the highest score to the lowest, first those that no
-    edge cuts. An object takes in all that agree with it: objects of other tiles, of the
-    same class or cut. An object that is not cut keeps its box and mask. A cut one is
-    united with the best object of each tile, step by step from tile to tile.
+    edge cuts. An object takes in all objects of its class in other tiles that agree
+    with it. An object that is not cut keeps its box and mask. A cut one is united with
+    the best object of each tile, step by step from tile to tile.
 
     Args:
-        found: The objects of each tile, in coordinates of the picture.
+        found: The objects of each tile, in coordinates of the image.
         tiles: The tiles.
-        height: Height of the picture in pixels.
+        height: Height of the image in pixels.
         width: Its width.
 
     Returns:
@@ -87,7 +90,7 @@ def merge_tiles(
     box = np.stack([obj.box for obj in objects])
     label = np.array([obj.label for obj in objects])
     score = np.array([obj.score for obj in objects])
-    # An edge of a tile cuts, an edge of the picture does not.
+    # An edge of a tile cuts, an edge of the image does not.
     inner = (tile > 0) & (tile < np.array([width, height, width, height]))
     cut = (inner & (abs(box - tile) < EDGE)).any(1)
 
@@ -103,16 +106,14 @@ def merge_tiles(
     def partners(i: int) -> list[int]:
         """Objects of other tiles that agree with object i, the best first."""
         others = near[at[i]]
-        others = others[
-            free[others] & ((label[others] == label[i]) | cut[others] | cut[i])
-        ]
+        others = others[free[others] & (label[others] == label[i])]
         common = _common(tile[i], tile[others])
         both = _common(common, _common(box[i], box[others]))
         touching = (both[:, 2:] > both[:, :2]).all(1)
         return [
             j
             for j, window in zip(others[touching], common[touching], strict=True)
-            if _agreement(objects[i], objects[j], window, cut[i] or cut[j]) >= AGREE
+            if _agreement(objects[i], objects[j], window, cut[i], cut[j]) >= AGREE
         ]
 
     free = np.ones(len(objects), bool)
@@ -146,7 +147,7 @@ def _area(box: np.ndarray) -> float:
 
 
 def _agreement(
-    a: DetectedObject, b: DetectedObject, common: np.ndarray, cut: bool
+    a: DetectedObject, b: DetectedObject, common: np.ndarray, cut_a: bool, cut_b: bool
 ) -> float:
     """Returns the agreement of two objects in the common part of their tiles.
 
@@ -154,11 +155,12 @@ def _agreement(
         a: One object.
         b: The other.
         common: Left, top, right, bottom of the common part, shape (4,).
-        cut: Whether an edge cuts one of them.
+        cut_a: Whether an edge cuts the one.
+        cut_b: Whether an edge cuts the other.
 
     Returns:
-        Of the masks, or of the boxes if there are none: the intersection over the
-        smaller area if one is cut, else over the union.
+        Of the masks, or of the boxes if there are none: the intersection over the area
+        of the cut one, over the smaller area if both are cut, else over the union.
     """
     if a.mask and b.mask:
         window = _common(common, _hull(np.array([a.mask.box, b.mask.box])))
@@ -169,7 +171,8 @@ def _agreement(
         boxes = [_common(common, x.box) for x in (a, b)]
         areas = [_area(x) for x in boxes]
         both = _area(_common(*boxes))
-    over = min(areas) if cut else sum(areas) - both
+    cuts = [area for area, cut in zip(areas, (cut_a, cut_b), strict=True) if cut]
+    over = min(cuts, default=sum(areas) - both)
     return both / over if over else 0.0
 
 

@@ -3,8 +3,8 @@ from dsnet_mm.environment import require
 require('mmengine', 'mmcv', user='dsnet_mm.models')
 
 from .backbones import DSNet, OpenCLIPEncoder
+from .fuse import fuse_for_inference
 from .heads import CLIPAdapter
-from .inference import fuse_for_inference
 from .layers import DSBlock, InterScaleAlignment
 from .necks import DSFPN
 

@@ -1,14 +1,9 @@
 from . import meta as meta  # registers fake kernels and FLOP formulas
-from .co_attention import (
-    attention,
-    co_attention,
-    sdpa_co_attention,
-    self_attention,
-)
+from .co_attention import attention, co_attention, sdpa_co_attention, self_attention
 from .feed_forward import feed_forward
 from .packing import can_pack, pack, unpack
-from .paths import select_path
-from .reference import dropout_mask, reference_co_attention, split_heads
+from .paths import select_path, use_path
+from .plain import dropout_mask, reference_co_attention, split_heads
 from .resize import resize
 
 __all__ = [
@@ -25,4 +20,5 @@ __all__ = [
     'self_attention',
     'split_heads',
     'unpack',
+    'use_path',
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .paths import select_path
-from .reference import reference_attention, reference_co_attention, split_heads
+from .plain import reference_attention, reference_co_attention, split_heads
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -43,7 +43,7 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
         return F.conv2d(F.gelu(F.conv2d(x, w1, b1)), w2, b2)
     x, w1, b1, w2, b2 = tensors
     n, channels, height, width = x.shape
-    # Of one channels-first picture the reshape is a strided view.
+    # Of one channels-first image the reshape is a strided view.
     pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
     args = pixels, w1.flatten(1), b1, w2.flatten(1), b2
     # Without gradients nothing is to be kept.

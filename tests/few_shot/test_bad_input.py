@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dsnet_mm.datasets.pictures import open_picture
+from dsnet_mm.clip.prompts import resolve_prompts
+from dsnet_mm.datasets import load_task
+from dsnet_mm.datasets.images import open_image
 from dsnet_mm.few_shot import FeatureCache, load_classifier, save_classifier
 from dsnet_mm.few_shot.methods.linear_probe import LinearClassifier
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.models import OpenCLIPEncoder
-from dsnet_mm.tasks import load_task, resolve_prompts
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:
@@ -26,7 +27,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
     return text
 
 
-# --- Pictures ---------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -57,7 +58,7 @@ def empty(path: Path) -> None:
 
 
 def text(path: Path) -> None:
-    path.write_text('no picture')
+    path.write_text('no image')
 
 
 def float_grey(path: Path) -> None:
@@ -77,10 +78,10 @@ def float_grey(path: Path) -> None:
         ('a.tif', float_grey),
     ],
 )
-def test_unreadable_picture(tmp_path, name, make):
+def test_unreadable_image(tmp_path, name, make):
     make(tmp_path / name)
     with pytest.raises(ValueError, match='cannot be read') as error:
-        open_picture(tmp_path / name)
+        open_image(tmp_path / name)
     assert name in one_sentence(error)
 
 
@@ -96,7 +97,7 @@ def test_flipped_bytes_raise_value_errors_only(tmp_path, suffix):
             changed[at] ^= int(rng.integers(1, 256))
             path.write_bytes(changed)
             try:
-                open_picture(path)
+                open_image(path)
             except ValueError as error:
                 refused += 1
                 assert path.name in str(error)
@@ -107,11 +108,11 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     grey = np.array([[0, 0x4040], [0x8080, 0xFFFF]], np.uint16)
     for suffix in ('png', 'tif'):
         Image.fromarray(grey).save(tmp_path / f'a.{suffix}')
-        found = np.asarray(open_picture(tmp_path / f'a.{suffix}'))
+        found = np.asarray(open_image(tmp_path / f'a.{suffix}'))
         assert found[..., 0].tolist() == [[0, 0x40], [0x80, 0xFF]]
 
 
-def test_rotated_picture_is_upright_on_all_routes(tmp_path, encoder):
+def test_rotated_image_is_upright_on_all_routes(tmp_path, encoder):
     from mmcv import imread
 
     from dsnet_mm.few_shot.deployment import DeployedClassifier
@@ -122,14 +123,14 @@ def test_rotated_picture_is_upright_on_all_routes(tmp_path, encoder):
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     path = tmp_path / 'a.jpg'
     Image.fromarray(half).save(path, exif=exif, quality=95)
-    upright = np.asarray(open_picture(path)).astype(int)
+    upright = np.asarray(open_image(path)).astype(int)
     assert upright.shape == (64, 32, 3)
     assert upright[:30].min() > 200 and upright[34:].max() < 55
     assert abs(upright - imread(str(path), channel_order='rgb')).max() < 20
     deployed = DeployedClassifier(torch.nn.Identity(), encoder, ['a'] * 16, 'clip')
     with Image.open(path) as image:
         assert torch.equal(deployed.prepare(image), deployed.prepare(path))
-        assert image.size == (64, 32), 'the picture of the caller is left as it is'
+        assert image.size == (64, 32), 'the image of the caller is left as it is'
 
 
 # --- Folders and CSV files --------------------------------------------------------
@@ -168,7 +169,7 @@ def test_files_that_are_not_read_are_counted(tmp_path, caplog):
     assert '3 .heic, 1 .txt' in caplog.text
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / '1.heic').touch()
-    with pytest.raises(ValueError, match=r'no picture, but 1 \.heic; convert') as error:
+    with pytest.raises(ValueError, match=r'no image, but 1 \.heic; convert') as error:
         load_task(tmp_path)
     assert str(tmp_path / 'c') in one_sentence(error)
 
@@ -231,8 +232,8 @@ def test_file_of_prompts(tmp_path):
 
 def test_folder_in_the_place_of_a_cache_file(encoder, tmp_path):
     cache = FeatureCache(tmp_path / 'cache', encoder, quiet=True)
-    picture = folder_of(tmp_path / 'mine', {'a': 1}) / 'a' / '0.png'
-    items = [(str(picture), 0, 'a')]
+    image = folder_of(tmp_path / 'mine', {'a': 1}) / 'a' / '0.png'
+    items = [(str(image), 0, 'a')]
     features = cache.images(items)
     cache.texts(['a', 'b'], ['{}'])
     for file in list((tmp_path / 'cache').rglob('*.safetensors')):

@@ -1,4 +1,4 @@
-"""Training and testing with each configuration, with a tiny CLIP and few pictures."""
+"""Training and testing with each configuration, with a tiny CLIP and few images."""
 
 import inspect
 from pathlib import Path
@@ -11,9 +11,9 @@ pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from dsnet_mm.datasets import PUBLIC_DATASETS, load_task
 from dsnet_mm.few_shot import METHODS, FeatureCache, FewShotConfig
 from dsnet_mm.few_shot.methods.training import train
-from dsnet_mm.tasks import PUBLIC_DATASETS, load_task
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
 TRAINED = [name for name, info in PUBLIC_DATASETS.items() if info.counts[0]]
@@ -42,7 +42,7 @@ def test_all_parts_have_the_same_data_set_and_encoder(encoder, dataset):
         assert loader.dataset.features.encoder.model == model
 
 
-def test_number_of_public_data_sets_with_training_pictures():
+def test_number_of_public_data_sets_with_training_images():
     assert len(TRAINED) == 11
 
 
@@ -67,19 +67,19 @@ def test_recipe_is_that_of_the_default_method():
     'name', sorted(p.stem.removeprefix('clip-adapter_') for p in FOLDER.glob('*.py'))
 )
 def test_configuration_trains(
-    name, tiny_clip, encoder, picture_folder, tmp_path, monkeypatch
+    name, tiny_clip, encoder, image_folder, tmp_path, monkeypatch
 ):
     # The Runner formats the configuration six times, which is most of the time.
     monkeypatch.setattr(Config, 'pretty_text', property(repr))
     cfg = load(name)
     cfg.work_dir, cfg.log_level = str(tmp_path), 'WARNING'
     cfg.model.backbone.update(tiny_clip)
-    cfg.model.head.update(encoder=tiny_clip, class_names=str(picture_folder))
+    cfg.model.head.update(encoder=tiny_clip, class_names=str(image_folder))
     for part in ('train', 'val', 'test'):
         if cfg[f'{part}_dataloader'] is None:
             continue
         dataset = cfg[f'{part}_dataloader'].dataset
-        dataset.update(dataset=str(picture_folder), shots=4)
+        dataset.update(dataset=str(image_folder), shots=4)
         if dataset.features is None:
             size = {'RandomResizedCrop': 'scale', 'ResizeEdge': 'scale'}
             for step in dataset.pipeline:
@@ -107,7 +107,7 @@ def test_configuration_trains(
     ]
     features = torch.cat([model.backbone(x)[0] for x in inputs])
     cache = FeatureCache(tmp_path / 'cache', encoder)
-    expected = cache.images(load_task(picture_folder).split['test'])
+    expected = cache.images(load_task(image_folder).split['test'])
     error = (features - expected.features[0]).norm()
     spread = expected.features[0] - expected.features[0].mean(0)
     assert error < 0.05 * spread.norm(), 'preprocessing as in the few-shot protocol'

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+from dsnet_mm.datasets import load_task
 from dsnet_mm.few_shot import FeatureCache, load_classifier, save_classifier, transfer
 from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
 from dsnet_mm.few_shot.methods.linear_probe import LinearClassifier
@@ -21,7 +22,6 @@ from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.few_shot.transfer import Transfer, plot_confusion, table, write_transfer
 from dsnet_mm.models import CLIPAdapter, OpenCLIPEncoder
-from dsnet_mm.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ('blue', 'green sea', 'red')
@@ -68,11 +68,11 @@ KINDS.append('linear_adapter')
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_file_of_each_kind_in_batches(encoder, picture_folder, tmp_path, name):
-    pictures = sorted(picture_folder.glob('*/1*.png'))[:7]
+def test_file_of_each_kind_in_batches(encoder, image_folder, tmp_path, name):
+    images = sorted(image_folder.glob('*/1*.png'))[:7]
     deployed = load_classifier(saved(encoder, tmp_path, name), encoder)
-    found = deployed(pictures, batch_size=3)
-    prepared = torch.stack([deployed.prepare(p) for p in pictures])
+    found = deployed(images, batch_size=3)
+    prepared = torch.stack([deployed.prepare(p) for p in images])
     logits = classifiers(encoder)[name].eval()(encoder(prepared)[0])
     assert torch.allclose(found, logits.softmax(-1), atol=1e-5)
     assert not found.requires_grad
@@ -92,7 +92,7 @@ def test_classifier_of_features_from_elsewhere(encoder, tiny_clip, tmp_path, cap
 
 
 @pytest.fixture
-def elsewhere(tiny_clip, picture_folder, tmp_path, monkeypatch):
+def elsewhere(tiny_clip, image_folder, tmp_path, monkeypatch):
     """A classifier that was saved with relative paths, and another current folder."""
     made, used = tmp_path / 'made', tmp_path / 'used'
     made.mkdir()
@@ -105,21 +105,21 @@ def elsewhere(tiny_clip, picture_folder, tmp_path, monkeypatch):
     Path(config).unlink()  # the classifier file describes the model
     monkeypatch.chdir(used)
     for name in ('a', 'b'):
-        for picture in sorted(picture_folder.glob('red/*.png'))[:3]:
+        for image in sorted(image_folder.glob('red/*.png'))[:3]:
             (used / 'album' / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, used / 'album' / name)
+            shutil.copy(image, used / 'album' / name)
     return file
 
 
 def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
-    Path('album/a/bad.jpg').write_bytes(b'no picture')
+    Path('album/a/bad.jpg').write_bytes(b'no image')
     Path('album/b/phone.HEIC').touch()
     tool('predict', elsewhere, 'album', '--top', '2', '--batch-size', '2')
     shown = capsys.readouterr()
     assert shown.out.count('album/') == 6 and '3.' not in shown.out.splitlines()[1]
     assert 'not read in album: 1 .heic.' in shown.err
-    assert 'skipped: the picture album/a/bad.jpg cannot be read' in shown.err
-    assert '6 of 7 pictures classified, 1 skipped.' in shown.err
+    assert 'skipped: the image album/a/bad.jpg cannot be read' in shown.err
+    assert '6 of 7 images classified, 1 skipped.' in shown.err
 
     out = tmp_path / 'out'
     options = ('--json', out / 'a.json', '--csv', out / 'a.csv')
@@ -129,7 +129,7 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
     rows = list(csv.DictReader((out / 'a.csv').open()))
     deployed = load_classifier(elsewhere)
     for row, entry in zip(rows, content['predictions'], strict=True):
-        (expected,) = deployed([row['picture']])
+        (expected,) = deployed([row['image']])
         order = expected.argsort(descending=True)
         assert [c['class'] for c in entry['classes']] == [NAMES[i] for i in order]
         assert row['class_1'] == NAMES[order[0]]
@@ -148,9 +148,9 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
     assert '[bold]/a[' in capsys.readouterr().out
     assert torch.equal(deployed(named), deployed([named]))
     for bad, sentence in (
-        (('none.jpg',), 'error: there is no picture or folder none.jpg'),
-        ((out,), r'error: no picture in .*out'),
-        (('album/a/bad.jpg',), 'error: none of the pictures can be read'),
+        (('none.jpg',), 'error: there is no image or folder none.jpg'),
+        ((out,), r'error: no image in .*out'),
+        (('album/a/bad.jpg',), 'error: none of the images can be read'),
         (('album', '--top', '0'), 'error: top must be at least 1'),
         (('album', '--device', 'cuda:7'), "error: there is no device 'cuda:7'"),
     ):
@@ -161,32 +161,32 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
 # --- test -------------------------------------------------------------------------
 
 
-def test_the_whole_folder_is_tested(tool, elsewhere, picture_folder, capsys):
-    shutil.copytree(picture_folder, 'mine')
-    Path('mine/red/bad.png').write_bytes(b'no picture')
+def test_the_whole_folder_is_tested(tool, elsewhere, image_folder, capsys):
+    shutil.copytree(image_folder, 'mine')
+    Path('mine/red/bad.png').write_bytes(b'no image')
     tool('test', elsewhere, 'mine')
-    assert '72 pictures of 3 classes' in ' '.join(capsys.readouterr().out.split())
+    assert '72 images of 3 classes' in ' '.join(capsys.readouterr().out.split())
     out = Path('work_dirs/test_cosine_mine')
     found = json.loads((out / 'test.json').read_text())
     deployed = load_classifier(elsewhere)
     confusion = torch.zeros(3, 3, dtype=torch.long)
     for label, name in enumerate(('blue', 'green_sea', 'red')):
-        for guess in deployed(sorted(picture_folder.glob(f'{name}/*.png'))).argmax(1):
+        for guess in deployed(sorted(image_folder.glob(f'{name}/*.png'))).argmax(1):
             confusion[label, guess] += 1
     assert found['confusion'] == confusion.tolist()
     assert (found['pictures'], found['skipped']) == (72, 1)
     assert found['accuracy'] == pytest.approx(100 * confusion.trace().item() / 72)
-    with Image.open(out / 'confusion.png') as picture:
-        assert min(picture.size) > 300
+    with Image.open(out / 'confusion.png') as image:
+        assert min(image.size) > 300
     tool('test', elsewhere, 'mine')  # the same test may be repeated
     with pytest.raises(SystemExit, match='test of another classifier or data set'):
-        tool('test', elsewhere, picture_folder, '--out', out)
+        tool('test', elsewhere, image_folder, '--out', out)
 
 
-def test_some_of_the_classes(encoder, picture_folder, tmp_path):
+def test_some_of_the_classes(encoder, image_folder, tmp_path):
     deployed = load_classifier(saved(encoder, tmp_path, 'linear'), encoder)
     for name in ('red', 'blue'):
-        shutil.copytree(picture_folder / name, tmp_path / 'two' / name)
+        shutil.copytree(image_folder / name, tmp_path / 'two' / name)
     items = load_task(tmp_path / 'two', test_only=True).split['test']
     assert len(items) == 48
     features = FeatureCache(tmp_path / 'cache', encoder, quiet=True).images(items)
@@ -196,25 +196,25 @@ def test_some_of_the_classes(encoder, picture_folder, tmp_path):
     assert two.score.accuracy == pytest.approx(100 * expected.item())
     shutil.rmtree(tmp_path / 'two' / 'blue')
     one = transfer(deployed, tmp_path / 'two', cache_dir=tmp_path / 'cache')
-    assert (one.pictures, one.class_names) == (24, ('red',))
+    assert (one.images, one.class_names) == (24, ('red',))
     (tmp_path / 'two' / 'red').rename(tmp_path / 'two' / 'mauve')
     with pytest.raises(ValueError, match=r"does not know 1 of .* such as 'mauve'"):
         transfer(deployed, tmp_path / 'two', cache_dir=tmp_path / 'cache')
 
 
-def test_a_split_of_the_folder_is_kept(encoder, picture_folder, tmp_path):
+def test_a_split_of_the_folder_is_kept(encoder, image_folder, tmp_path):
     deployed = load_classifier(saved(encoder, tmp_path, 'linear'), encoder)
     for part, count in (('train', 5), ('test', 2)):
-        for picture in picture_folder.glob('*/*.png'):
-            if int(picture.stem) < count:
-                to = tmp_path / 'own' / part / picture.parent.name
+        for image in image_folder.glob('*/*.png'):
+            if int(image.stem) < count:
+                to = tmp_path / 'own' / part / image.parent.name
                 to.mkdir(parents=True, exist_ok=True)
-                shutil.copy(picture, to)
+                shutil.copy(image, to)
     found = transfer(deployed, tmp_path / 'own', cache_dir=tmp_path / 'cache')
-    assert found.pictures == 6
+    assert found.images == 6
 
 
-def test_table_and_picture_of_many_classes(tmp_path):
+def test_table_and_image_of_many_classes(tmp_path):
     from dsnet_mm.few_shot.evaluation import Score
 
     count = 120
@@ -227,7 +227,7 @@ def test_table_and_picture_of_many_classes(tmp_path):
     text = table(result)
     assert '| 5 | 5 | 3 | 60.0 | 7 (2) |' in text
     assert '| 9 | 0 | 0 | - | - |' in text
-    assert '359 pictures of 120 classes' in text
+    assert '359 images of 120 classes' in text
     names = ('a|b', *result.class_names[1:])
     assert '| a\\|b | ' in table(replace(result, class_names=names))
     assert plot_confusion(result).startswith(b'\x89PNG')
@@ -239,7 +239,7 @@ def test_table_and_picture_of_many_classes(tmp_path):
 # --- Export -----------------------------------------------------------------------
 
 
-def test_onnx(tool, encoder, elsewhere, picture_folder, tmp_path, monkeypatch, capsys):
+def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, capsys):
     for library in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(library, reason='an optional library')
     import onnx
@@ -265,12 +265,12 @@ def test_onnx(tool, encoder, elsewhere, picture_folder, tmp_path, monkeypatch, c
     tool('export', file, out)
     assert 'differ from PyTorch by' in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] == ['it.onnx']
-    pictures = sorted(picture_folder.glob('*/1.png'))
-    pixels = torch.stack([deployed.prepare(p) for p in pictures])
+    images = sorted(image_folder.glob('*/1.png'))
+    pixels = torch.stack([deployed.prepare(p) for p in images])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
     session = onnxruntime.InferenceSession(str(out))
     (found,) = session.run(None, {'pixels': (pixels * std + mean).numpy()})
-    assert torch.allclose(torch.from_numpy(found), deployed(pictures), atol=1e-5)
+    assert torch.allclose(torch.from_numpy(found), deployed(images), atol=1e-5)
     about = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert json.loads(about['class_names']) == list(NAMES)
     with pytest.raises(SystemExit, match=r'it\.onnx exists'):
@@ -421,10 +421,10 @@ def test_parquet_of_the_datasets_library(tmp_path, monkeypatch):
     assert [len(task.split[p]) for p in ('train', 'val', 'test')] == [4, 2, 2]
     path, label, name = task.split['test'][0]
     assert (label, name) == (1, 'red_fox')
-    with Image.open(path) as picture:
-        assert picture.getpixel((0, 0)) == (255, 0, 0)
-    monkeypatch.setattr('dsnet_mm.tasks.parquet._unpack', None)
-    assert load_task('set') == task, 'the pictures are unpacked once'
+    with Image.open(path) as image:
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+    monkeypatch.setattr('dsnet_mm.datasets.parquet._unpack', None)
+    assert load_task('set') == task, 'the images are unpacked once'
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     Path('set/data/test-00000-of-00001.parquet').unlink()

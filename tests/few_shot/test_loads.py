@@ -80,12 +80,10 @@ def test_towers_on_another_device_are_not_shared(own_clip):
     assert not next(second.parameters()).is_meta
 
 
-def test_data_sets_with_features_load_one_clip(
-    own_clip, picture_folder, tmp_path, loads
-):
+def test_data_sets_with_features_load_one_clip(own_clip, image_folder, tmp_path, loads):
     features = dict(folder=str(tmp_path / 'cache'), encoder=own_clip)
     datasets = [
-        FewShotDataset(str(picture_folder), part, 4, features=features)
+        FewShotDataset(str(image_folder), part, 4, features=features)
         for part in ('train', 'val', 'test')
     ]
     assert loads.count('create_model') == 1
@@ -114,9 +112,9 @@ def test_head_is_built_without_data_set_and_clip(head_class, tiny_clip, loads, n
 
 
 def test_first_forward_encodes_the_class_names(
-    head_class, tiny_clip, encoder, picture_folder, loads
+    head_class, tiny_clip, encoder, image_folder, loads
 ):
-    head = head_class(encoder=tiny_clip, class_names=str(picture_folder))
+    head = head_class(encoder=tiny_clip, class_names=str(image_folder))
     features = torch.randn(2, 16)
     logits = head((features,))
     assert loads == ['read_folder'], 'the towers of the fixture are reused'
@@ -129,9 +127,9 @@ def test_first_forward_encodes_the_class_names(
 
 
 def test_head_with_a_checkpoint_does_not_need_the_data_set(
-    head_class, tiny_clip, picture_folder, loads
+    head_class, tiny_clip, image_folder, loads
 ):
-    trained = head_class(encoder=tiny_clip, class_names=str(picture_folder))
+    trained = head_class(encoder=tiny_clip, class_names=str(image_folder))
     features = torch.randn(2, 16)
     logits = trained((features,))
     loads.clear()
@@ -148,20 +146,20 @@ def test_head_with_a_checkpoint_does_not_need_the_data_set(
 
 
 def test_checkpoint_that_was_saved_before_the_first_forward(
-    head_class, tiny_clip, picture_folder
+    head_class, tiny_clip, image_folder
 ):
-    names = str(picture_folder)
+    names = str(image_folder)
     head, other = (head_class(encoder=tiny_clip, class_names=names) for _ in range(2))
     head.load_state_dict(other.state_dict())
     assert head((torch.randn(2, 16),)).isfinite().all()
 
 
 def test_learnt_text_features_are_computed_by_the_constructor(
-    head_class, tiny_clip, encoder, picture_folder
+    head_class, tiny_clip, encoder, image_folder
 ):
     head = head_class(
         encoder=tiny_clip,
-        class_names=str(picture_folder),
+        class_names=str(image_folder),
         adapter=dict(preset='cross_modal'),
     )
     text = dict(head.named_parameters())['adapter.text_features']

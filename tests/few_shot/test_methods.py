@@ -158,7 +158,7 @@ def test_val_selection_takes_the_best_accuracy(data):
     assert len(fit.classifier.keys) == CLASSES * SHOTS
 
 
-def test_cross_validation_fits_to_all_pictures_at_the_end(data):
+def test_cross_validation_fits_to_all_images_at_the_end(data):
     fit = select(METHODS['linear_probe'], data, None, 'cv')
     assert (fit.selection, fit.tried) == ('cv', 4)
     again = METHODS['linear_probe'].fit(data, weight_decay=fit.options['weight_decay'])

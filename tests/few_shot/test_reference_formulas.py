@@ -169,7 +169,7 @@ def test_linear_adapter():
 
 
 def test_cross_modal_batches_are_half_text():
-    """With all text features and as many pictures in a batch, by hand."""
+    """With all text features and as many images in a batch, by hand."""
     data = make_data(shots=1)
     f, t = F.normalize(data.train.features[0], dim=-1), data.text_features
     x, y = torch.cat([f, t]), torch.cat([data.train.labels, torch.arange(CLASSES)])
@@ -256,7 +256,7 @@ def test_task_res_recipe():
     assert wanted.items() <= method.defaults.items()
 
 
-def test_hoso_learns_the_ratio_on_held_out_pictures():
+def test_hoso_learns_the_ratio_on_held_out_images():
     data = replace_float(make_data(shots=4))
     method = METHODS['clip_adapter_hoso']
     options = {**method.defaults, 'iterations': 40}

@@ -1,4 +1,4 @@
-"""CLIP-Adapter in MMEngine's Runner, on pictures and on cached features."""
+"""CLIP-Adapter in MMEngine's Runner, on images and on cached features."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 
-def config(tiny_clip, picture_folder, work_dir, cached):
+def config(tiny_clip, image_folder, work_dir, cached):
     if cached:
         features = dict(folder=str(work_dir / 'cache'), encoder=tiny_clip)
         pipeline = [dict(type='mmpretrain.PackInputs', input_key='features')]
@@ -35,7 +35,7 @@ def config(tiny_clip, picture_folder, work_dir, cached):
             collate_fn=dict(type='default_collate'),
             dataset=dict(
                 type='dsnet_mm.FewShotDataset',
-                dataset=str(picture_folder),
+                dataset=str(image_folder),
                 part=part,
                 shots=8,
                 features=features,
@@ -55,7 +55,7 @@ def config(tiny_clip, picture_folder, work_dir, cached):
                 head=dict(
                     type='dsnet_mm.CLIPAdapterHead',
                     encoder=tiny_clip,
-                    class_names=str(picture_folder),
+                    class_names=str(image_folder),
                     adapter=dict(alpha=0.8),
                     keep=0.0,
                 ),
@@ -72,9 +72,9 @@ def config(tiny_clip, picture_folder, work_dir, cached):
     )
 
 
-@pytest.mark.parametrize('cached', [False, True], ids=['pictures', 'features'])
-def test_training_changes_the_adapter_only(tiny_clip, picture_folder, tmp_path, cached):
-    runner = Runner.from_cfg(config(tiny_clip, picture_folder, tmp_path, cached))
+@pytest.mark.parametrize('cached', [False, True], ids=['images', 'features'])
+def test_training_changes_the_adapter_only(tiny_clip, image_folder, tmp_path, cached):
+    runner = Runner.from_cfg(config(tiny_clip, image_folder, tmp_path, cached))
     runner.model.head.encode_class_names()
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     runner.train()
@@ -90,10 +90,10 @@ def test_training_changes_the_adapter_only(tiny_clip, picture_folder, tmp_path, 
     assert accuracy > 60  # the classes are three colours
 
 
-def test_run_and_test_load_clip_once(tiny_clip, picture_folder, tmp_path, loads):
+def test_run_and_test_load_clip_once(tiny_clip, image_folder, tmp_path, loads):
     """Trains, then tests the checkpoint with another Runner."""
     own_clip = {key: shutil.copy(path, tmp_path) for key, path in tiny_clip.items()}
-    cfg = config(own_clip, picture_folder, tmp_path, cached=True)
+    cfg = config(own_clip, image_folder, tmp_path, cached=True)
     cfg.train_cfg.max_epochs = 1
     runner = Runner.from_cfg(cfg)
     assert loads == ['create_model']
@@ -110,8 +110,8 @@ def test_run_and_test_load_clip_once(tiny_clip, picture_folder, tmp_path, loads)
     assert loads == ['create_model', 'read_folder'], 'the test set and its encoder'
 
 
-def test_moving_average_of_an_adapter(tiny_clip, picture_folder, tmp_path):
-    cfg = config(tiny_clip, picture_folder, tmp_path, cached=True)
+def test_moving_average_of_an_adapter(tiny_clip, image_folder, tmp_path):
+    cfg = config(tiny_clip, image_folder, tmp_path, cached=True)
     cfg.model.head.class_names = ['blue', 'green sea', 'red']
     cfg.train_cfg.max_epochs = 1
     cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5)]

@@ -7,8 +7,8 @@
 All rows of a table run in turns, so that a disturbance of the machine meets all of
 them. The first turn is dropped. The table shows medians.
 
-Square pictures are classified: backbone, average pooling, a linear layer. For other
-pictures only the backbone runs, and returns the maps of four stages. Weights are
+Square images are classified: backbone, average pooling, a linear layer. For other
+images only the backbone runs, and returns the maps of four stages. Weights are
 random. A training step is forward, and backward of the mean of the outputs, without
 an optimizer. In bfloat16 it runs under autocast; inference has bfloat16 weights. For
 inference the batch norms of DS-Net and ResNet-50 are folded. Peers with spatial
@@ -33,37 +33,36 @@ worktree add ../old COMMIT) and compile its operators there (python setup.py bui
 
 import argparse
 import csv
-import platform
 import re
 import sys
 from datetime import date
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import track
 
-from dsnet_mm.cli.benchmark.against import (
-    check_checkout,
-    compare,
-    table_of_comparison,
-)
-from dsnet_mm.cli.benchmark.memory import peak_in_child
-from dsnet_mm.cli.benchmark.models import (
+from dsnet_mm.environment import machine
+from dsnet_mm.files import write_atomic
+from dsnet_mm.version import __version__
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from measure.against import check_checkout, compare, table_of_comparison
+from measure.memory import peak_in_child
+from measure.plot import draw
+from measure.rows import (
     DTYPES,
     MODELS,
     Panel,
-    Settings,
+    Row,
+    measure,
+    prepare,
     rows_of,
+    table_of,
     timm,
 )
-from dsnet_mm.cli.benchmark.plot import draw
-from dsnet_mm.cli.benchmark.table import table_of, table_of_operators
-from dsnet_mm.cli.benchmark.timing import measure
-from dsnet_mm.files import write_atomic
-from dsnet_mm.version import __version__
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -132,15 +131,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def machine_name(device: str) -> str:
-    """Returns the name of the GPU or of the processor."""
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    cpuinfo = Path('/proc/cpuinfo')
-    match = cpuinfo.exists() and re.search(r'model name\s*: (.*)', cpuinfo.read_text())
-    return match[1] if match else platform.processor() or platform.machine()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -150,32 +140,32 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     panels = [
-        Panel(mode, size, dtype, args.batch or (8 if size[0] == size[1] else 1))
+        Panel(
+            mode,
+            size,
+            dtype,
+            args.batch or (8 if size[0] == size[1] else 1),
+            args.attn_drop_rate if mode == 'training' else 0.0,
+            args.device,
+        )
         for mode in dict.fromkeys(args.mode)
         for size in dict.fromkeys(args.size)
         for dtype in dict.fromkeys(args.dtype)
     ]
-    settings = Settings(
-        tuple(args.models),
-        args.compile,
-        args.device,
-        args.threads,
-        args.turns,
-        args.attn_drop_rate,
-    )
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    cuda = args.device == 'cuda'
     facts = dict(
         turns=args.turns,
         threads=args.threads,
         device=args.device,
-        machine=machine_name(args.device),
+        machine=torch.cuda.get_device_name() if cuda else machine()['processor'],
         torch=torch.__version__,
         timm=getattr(timm, '__version__', None),
         dsnet_mm=__version__,
         date=date.today().isoformat(),
     )
+    console = Console(width=None if sys.stdout.isatty() else 132)
     if args.against:
-        rows = compare(args.against, panels, settings)
+        rows = compare(args.against, panels, args.turns, args.threads)
         count = sum(1 if panel.training else 2 for panel in panels)
         try:
             rows = list(track(rows, 'Comparing', count, console=console))
@@ -183,16 +173,12 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f'benchmark: {error}')
         console.print(table_of_comparison(rows))
     else:
-        run(args, panels, settings, facts, console)
+        run(args, panels, facts, console)
     console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
 
 
 def run(
-    args: argparse.Namespace,
-    panels: list[Panel],
-    settings: Settings,
-    facts: dict,
-    console: Console,
+    args: argparse.Namespace, panels: list[Panel], facts: dict, console: Console
 ) -> None:
     """Prints the table of each panel, and writes all rows if asked for."""
     if timm is None:
@@ -201,40 +187,42 @@ def run(
         )
     if 'deit_s' in args.models and not all(panel.classifies for panel in panels):
         console.print('DeiT-S has no pyramid: it is left out where sides differ.')
+    bar = dict(console=console, transient=True)
     results: list[dict] = []
-    columns = (TextColumn('{task.description}'), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        calls = [args.turns * (len(rows_of(panel, settings)) + 1) for panel in panels]
-        works = [panel.work * n for panel, n in zip(panels, calls, strict=True)]
-        task = progress.add_task('', total=sum(works))
-        for i, panel in enumerate(panels):
-            progress.update(task, description=panel.title)
-            advance = partial(progress.advance, task, panel.work)
-            rows, call_of_ours = measure(panel, settings, advance)
-            progress.update(task, completed=sum(works[: i + 1]))
+    for panel in panels:
+        rows = rows_of(panel, args.models, args.compile)
+        found = measure(panel, rows, track(range(args.turns), panel.title, **bar))
+        for row, result in track(found.items(), f'{panel.title}: memory', **bar):
+            if result['error'] is None and not args.no_memory:
+                try:
+                    result['peak_mib'] = peak_in_child(prepare, row, panel)
+                except Exception as error:  # one that fails must not end the run
+                    console.print(f'No memory of {row.name}: {error}')
             common = panel._asdict() | dict(size='{}x{}'.format(*panel.size))
-            common['attn_drop_rate'] = args.attn_drop_rate if panel.training else 0.0
-            for row, result in rows.items():
-                if result['error'] is None and not args.no_memory:
-                    text = f'{panel.title}: memory of {row.name}'
-                    progress.update(task, description=text)
-                    try:
-                        result['peak_mib'] = peak_in_child(row, panel, settings)
-                    except RuntimeError as error:
-                        console.print(f'No memory of {row.name}: {error}')
-                results.append(common | result | facts)
-            console.print(table_of(list(rows.values()), panel))
-            if args.profile and call_of_ours:
-                console.print(table_of_operators(call_of_ours, args.device))
-            if args.out:
-                text = StringIO(newline='')
-                writer = csv.DictWriter(text, results[0])
-                writer.writeheader()
-                writer.writerows(results)
-                write_atomic(args.out / 'benchmark.csv', text.getvalue())
+            results.append(common | result | facts)
+        console.print(table_of(list(found.values()), panel))
+        if args.profile and 'ours' in args.models:
+            console.print(f'Operators of {Row("ours").name}:')
+            print(profile(panel))
+        if args.out:
+            text = StringIO(newline='')
+            writer = csv.DictWriter(text, results[0])
+            writer.writeheader()
+            writer.writerows(results)
+            write_atomic(args.out / 'benchmark.csv', text.getvalue())
     if args.out:
         draw(results, args.out / 'benchmark.png')
         console.print(f'Written: {args.out}')
+
+
+def profile(panel: Panel) -> str:
+    """Returns PyTorch's table of the operators of DS-Net, the slowest first."""
+    call = prepare(Row('ours'), panel)
+    call()
+    with torch.profiler.profile() as profiler:
+        call()
+    used = f'self_{"device" if panel.device == "cuda" else "cpu"}_time_total'
+    return profiler.key_averages().table(used, 20, max_name_column_width=40)
 
 
 if __name__ == '__main__':

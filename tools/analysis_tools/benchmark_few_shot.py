@@ -49,18 +49,18 @@ def released_step(images: int, texts: int) -> tuple[float, float]:
     """Estimate the time of a step of the released code with RN50.
 
     Args:
-        images: Number of pictures that are timed. Scaled to a batch.
+        images: Number of images that are timed. Scaled to a batch.
         texts: Number of prompts that are timed. Scaled to the number of classes.
 
     Returns:
         Wall-clock seconds and CPU seconds.
     """
     encoder = OpenCLIPEncoder('RN50-quickgelu')
-    pictures = torch.randn(images, 3, 224, 224)
+    batch = torch.randn(images, 3, 224, 224)
     tokens = encoder.tokenizer(['a photo of a thing.'] * texts)
     with torch.no_grad():
-        encoder(pictures[:2]), encoder.encode_text(tokens[:2])
-        for_images = timed(lambda: encoder(pictures))
+        encoder(batch[:2]), encoder.encode_text(tokens[:2])
+        for_images = timed(lambda: encoder(batch))
         for_texts = timed(lambda: encoder.encode_text(tokens))
     return tuple(
         a * BATCH / images + b * CLASSES / texts

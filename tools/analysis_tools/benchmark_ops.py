@@ -10,7 +10,10 @@ both. The table shows medians, and the time of SDPA over that of the compiled op
 
 import argparse
 import csv
+import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -23,10 +26,14 @@ from torch import Tensor
 from dsnet_mm.files import write_atomic
 from dsnet_mm.ops import native, sdpa_co_attention
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from measure.turns import time_in_turns
+
 HEADS = (1, 2, 5, 8)
 WIDTH = 32  # channels of a head
 GLOBAL_FACTORS = (8, 4, 2, 2)
-INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, picture
+INPUTS = ((8, (224, 224)), (1, (800, 1344)))  # batch, image
 FREED_BYTES = 31 * 2**20  # just below the upper limit of glibc's mmap threshold
 DTYPES = dict(
     cpu=['float32', 'bfloat16'],
@@ -96,29 +103,32 @@ def stage_inputs(
 def time_passes(inputs: tuple[Tensor, Tensor], heads: int, seconds: float) -> dict:
     """Returns the median seconds of forward and backward of each path."""
     grads = [torch.randn(*x.shape[:2], x.shape[2] // 3).to(x) for x in inputs]
-    synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
-    times = {name: [] for name in PATHS}
+    outs = {}
+
+    def forward(name: str) -> None:
+        outs[name] = PATHS[name](*inputs, heads)
+
+    def backward(name: str) -> None:
+        torch.autograd.grad(outs.pop(name), inputs, grads)
+
     # Freeing this block raises glibc's mmap threshold, as in a process that runs a
     # network. Otherwise the system clears new pages for every output.
     torch.empty(FREED_BYTES, dtype=torch.uint8).fill_(0)
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < 4 or time.perf_counter() < end:
-        for name, path in PATHS.items():
-            synchronize()
-            start = time.perf_counter()
-            outs = path(*inputs, heads)
-            synchronize()
-            middle = time.perf_counter()
-            torch.autograd.grad(outs, inputs, grads)
-            synchronize()
-            times[name].append((middle - start, time.perf_counter() - middle))
-        turns += 1
-    # The first turn warms up.
+    passes = [(name, call) for name in PATHS for call in (forward, backward)]
+    calls = {(name, call): partial(call, name) for name, call in passes}
+    times = time_in_turns(calls, turns_in(seconds), inputs[0].device.type)
     return {
-        name: [median(column) for column in zip(*pairs[1:], strict=True)]
-        for name, pairs in times.items()
+        name: [median(times[name, call]) for call in (forward, backward)]
+        for name in PATHS
     }
+
+
+def turns_in(seconds: float) -> Iterator[None]:
+    """Yields once for each turn until the time is over, at least four times."""
+    end, turns = time.perf_counter() + seconds, 0
+    while turns < 4 or time.perf_counter() < end:
+        yield
+        turns += 1
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ counts the published order, and beside it what is "computed here", as all else d
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
 
-from dsnet_mm.cli.complexity import Complexity, count_complexity
 from dsnet_mm.models import DSFPN, DSNet
-from dsnet_mm.models.reference import reference_net
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from measure.calls import Classifier
+from measure.complexity import Complexity, count_complexity
+from measure.rows import PlainDSNet
 
 # Table 4 and Table 2 of the paper: parameters in millions, multiply-adds in
 # billions. The 48.8 M of B without ISA cannot be: B* has 49.3 M, and ISA alone 7.5 M.
@@ -52,28 +56,15 @@ DSFPN_CHOICES = {
 }
 
 
-class Classifier(nn.Module):
-    """The paper's classifier: backbone, average pooling, linear layer."""
-
-    def __init__(self, **backbone) -> None:
-        super().__init__()
-        self.backbone = DSNet(**backbone)
-        self.head = nn.Linear(self.backbone.embed_dims[-1], 1000)
-
-    def forward(self, x: torch.Tensor, published: bool) -> torch.Tensor:
-        maps = reference_net(self.backbone, x) if published else self.backbone(x)
-        return self.head(maps[-1].mean((2, 3)))
-
-
 def published_models() -> Iterator[tuple[str, str, str, Complexity, Complexity]]:
     """Yields name, published parameters and multiply-adds, and our counts.
 
     They are those of the published order of operations, and of this package's.
     """
-    picture = torch.zeros(1, 3, 224, 224)
+    image = torch.zeros(1, 3, 224, 224)
     for name, (backbone, params, multiply_adds) in PAPER.items():
-        model = Classifier(**backbone)
-        counts = (count_complexity(model, picture, order) for order in (True, False))
+        models = (Classifier(kind(**backbone)) for kind in (PlainDSNet, DSNet))
+        counts = (count_complexity(model, image) for model in models)
         yield name, params, multiply_adds, *counts
 
 
@@ -92,7 +83,7 @@ def dsfpn_choices(height: int, width: int) -> Iterator[tuple[str, Complexity]]:
 def count_config(
     path: Path, options: dict | None, shape: tuple[int, int]
 ) -> Complexity:
-    """Counts the model of a configuration on one picture of ``shape``."""
+    """Counts the model of a configuration on one image of ``shape``."""
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -104,6 +95,7 @@ def count_config(
 
 
 def row(counts: Complexity) -> tuple[str, str, str]:
+    """Returns the cells of a count: parameters, multiply-adds, all operations."""
     return (
         f'{counts.params / 1e6:.2f}',
         f'{counts.multiply_adds / 1e9:.3f}',
@@ -111,18 +103,23 @@ def row(counts: Complexity) -> tuple[str, str, str]:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+    """
     parser = argparse.ArgumentParser(description='Count parameters and multiply-adds.')
     parser.add_argument('target', help='a configuration file, "dsnet" or "dsfpn"')
     parser.add_argument(
         '--shape',
         type=int,
         nargs='+',
-        help='height and width of the picture, or one number for both '
+        help='height and width of the image, or one number for both '
         '(default: 224, for detection and dsfpn 800 1344)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.shape and len(args.shape) > 2:
         parser.error(f'--shape takes one or two numbers, got {args.shape}.')
 

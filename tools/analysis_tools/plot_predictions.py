@@ -1,4 +1,4 @@
-"""Draw truth beside prediction for the first validation pictures of a detector."""
+"""Draw truth beside prediction for the first validation images of a detector."""
 
 import argparse
 from pathlib import Path
@@ -14,20 +14,14 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from mmengine.visualization import Visualizer
 
-from dsnet_mm.checkpoint import restricted_loading
-from dsnet_mm.cli.arguments import (
-    add_config_arguments,
-    add_trust_argument,
-    user_errors,
-)
-from dsnet_mm.cli.checkpoints import load_checkpoint
-from dsnet_mm.cli.config import load_config
-from dsnet_mm.cli.data import check_data
+from dsnet_mm.checkpoint import load_checkpoint, restricted_loading
+from dsnet_mm.engine.config import check_data, load_config
+from dsnet_mm.engine.launch import add_config_arguments, add_trust_argument, user_errors
 from dsnet_mm.files import write_atomic
 from dsnet_mm.inference import DetectedObject, Mask
 from dsnet_mm.inference.drawing import FONT, draw_objects
 
-CELL = 400  # longest side of a picture on the sheet, in pixels
+CELL = 400  # longest side of an image on the sheet, in pixels
 GAP = 8  # between truth and prediction; three times as much between pairs
 TITLE = 40  # height of the title row
 
@@ -51,14 +45,14 @@ def objects_of(instances: InstanceData) -> list[DetectedObject]:
 
 
 def make_sheet(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Puts pairs of pictures in a grid under titles.
+    """Puts pairs of images in a grid under titles.
 
     Args:
-        pairs: Truth and prediction of each picture, RGB, no side longer than
+        pairs: Truth and prediction of each image, RGB, no side longer than
             ``CELL``.
 
     Returns:
-        RGB picture of the sheet, with two pairs in a row if there are more
+        RGB image of the sheet, with two pairs in a row if there are more
         than three.
     """
     per_row = 2 if len(pairs) > 3 else 1
@@ -98,12 +92,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('out', type=Path, help='picture to write, .png or .jpg')
-    parser.add_argument('--num', type=int, default=6, help='number of pictures')
+    parser.add_argument('out', type=Path, help='image to write, .png or .jpg')
+    parser.add_argument('--num', type=int, default=6, help='number of images')
     parser.add_argument(
         '--score-thr', type=float, default=0.5, help='least score of a prediction'
     )
-    parser.add_argument('--overwrite', action='store_true', help='replace the picture')
+    parser.add_argument('--overwrite', action='store_true', help='replace the image')
     add_trust_argument(parser)
     args = parser.parse_args(argv)
 
@@ -154,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
 
     _, encoded = cv2.imencode(args.out.suffix, mmcv.rgb2bgr(make_sheet(pairs)))
     write_atomic(args.out, encoded.tobytes())
-    print(f'{len(pairs)} pictures are drawn in {args.out}.')
+    print(f'{len(pairs)} images are drawn in {args.out}.')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""Write CIFAR-10 as folders of pictures, with lists for training and selection.
+"""Write CIFAR-10 as folders of images, with lists for training and selection.
 
 python tools/dataset_converters/cifar10_to_folders.py cifar10.zip data/cifar10
 python tools/dataset_converters/cifar10_to_folders.py FOLDER data/cifar10
 
-The source is an archive of pictures, train/CLASS/*.jpg and test/CLASS/*.jpg, or the
-folder that holds the official cifar-10-batches-py. A tenth of the training pictures is
+The source is an archive of images, train/CLASS/*.jpg and test/CLASS/*.jpg, or the
+folder that holds the official cifar-10-batches-py. A tenth of the training images is
 left out of training: train.txt has 45,000 of them, val.txt 5,000, test.txt 10,000.
 """
 
@@ -17,14 +17,14 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from dsnet_mm.cli.arguments import user_errors
-from dsnet_mm.demo.folders import replacing
+from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.files import replacing
 
 SUFFIXES = ('.jpg', '.png')
 
 
 def archived(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    """Yields split, class, file name and content of the pictures in an archive.
+    """Yields split, class, file name and content of the images in an archive.
 
     Raises:
         ValueError: If it is no archive, or holds other things than the splits.
@@ -33,18 +33,18 @@ def archived(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
         raise ValueError(f'{path} is no zip archive')
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.endswith(SUFFIXES)]
-        for name in track(sorted(names), 'pictures'):
+        for name in track(sorted(names), 'images'):
             parts = PurePosixPath(name).parts
             if len(parts) < 3 or parts[-3] not in ('train', 'test'):
                 raise ValueError(
-                    f'{path} holds {name}; train/CLASS/PICTURE and test/CLASS/PICTURE '
+                    f'{path} holds {name}; train/CLASS/IMAGE and test/CLASS/IMAGE '
                     f'are expected'
                 )
             yield *parts[-3:], archive.read(name)
 
 
 def official(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    """Yields split, class, file name and content of the official pictures.
+    """Yields split, class, file name and content of the official images.
 
     Raises:
         FileNotFoundError: If the folder does not hold them.
@@ -53,28 +53,28 @@ def official(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:
 
     for split in ('train', 'test'):
         try:
-            pictures = CIFAR10(str(folder), train=split == 'train')
+            images = CIFAR10(str(folder), train=split == 'train')
         except RuntimeError as error:
             raise FileNotFoundError(
                 f'{folder} does not hold cifar-10-batches-py as published; unpack '
                 f'cifar-10-python.tar.gz there'
             ) from error
-        for i, (picture, label) in enumerate(track(pictures, split)):
-            _, png = cv2.imencode('.png', np.asarray(picture)[..., ::-1])
-            yield split, pictures.classes[label], f'{i:05}.png', png.tobytes()
+        for i, (image, label) in enumerate(track(images, split)):
+            _, png = cv2.imencode('.png', np.asarray(image)[..., ::-1])
+            yield split, images.classes[label], f'{i:05}.png', png.tobytes()
 
 
 def convert(source: Path, out: Path) -> dict[str, int]:
-    """Writes the pictures and the lists.
+    """Writes the images and the lists.
 
     The folder appears only when it is complete.
 
     Args:
-        source: Archive of pictures, or folder of the official files.
+        source: Archive of images, or folder of the official files.
         out: Folder to make.
 
     Returns:
-        The number of pictures in each list.
+        The number of images in each list.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -85,10 +85,10 @@ def convert(source: Path, out: Path) -> dict[str, int]:
         raise FileExistsError(f'{out} exists and is left alone; choose another folder')
     if not source.exists():
         raise FileNotFoundError(f'there is no {source}')
-    pictures = official(source) if source.is_dir() else archived(source)
+    images = official(source) if source.is_dir() else archived(source)
     found: dict[str, dict[str, list[str]]] = {'train': {}, 'test': {}}
     with replacing(out.resolve()) as fresh:
-        for split, kind, name, content in pictures:
+        for split, kind, name, content in images:
             path = fresh / split / kind / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with user_errors(parser):
         counts = convert(args.source, args.out)
-    print(', '.join(f'{name}: {count} pictures' for name, count in counts.items()))
+    print(', '.join(f'{name}: {count} images' for name, count in counts.items()))
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
 python tools/dataset_converters/nuclei_to_coco.py stage1_train data/nuclei
 
 The source is BBBC038 of the Broad Bioimage Benchmark Collection (CC0). It has one
-folder for each picture, with ID/images/ID.png and one file for each nucleus in
-ID/masks. Large pictures are left out. The split depends on the picture's name only.
+folder for each image, with ID/images/ID.png and one file for each nucleus in
+ID/masks. Large images are left out. The split depends on the image's name only.
 """
 
 import argparse
@@ -18,18 +18,18 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
-from dsnet_mm.cli.arguments import user_errors
-from dsnet_mm.demo.folders import replacing
+from dsnet_mm.engine.launch import user_errors
+from dsnet_mm.files import replacing
 
 SPLITS = {'train': range(62), 'val': range(62, 81), 'test': range(81, 100)}
-"""Remainders of the SHA-1 of a picture's name, divided by 100."""
+"""Remainders of the SHA-1 of an image's name, divided by 100."""
 
 
 def split_of(name: str) -> str:
-    """Returns the split of a picture.
+    """Returns the split of an image.
 
     Args:
-        name: The picture's name, without its suffix.
+        name: The image's name, without its suffix.
 
     Returns:
         ``'train'``, ``'val'`` or ``'test'``.
@@ -39,28 +39,28 @@ def split_of(name: str) -> str:
 
 
 def read(path: Path, mode: int) -> np.ndarray:
-    """Reads a picture.
+    """Reads an image.
 
     Raises:
         ValueError: If it cannot be decoded.
     """
-    picture = cv2.imread(str(path), mode)
-    if picture is None:
-        raise ValueError(f'{path} cannot be read as a picture; unpack the set again')
-    return picture
+    image = cv2.imread(str(path), mode)
+    if image is None:
+        raise ValueError(f'{path} cannot be read as an image; unpack the set again')
+    return image
 
 
-def find_pictures(source: Path) -> list[tuple[Path, list[Path]]]:
-    """Finds the pictures of the set and the masks of each.
+def find_images(source: Path) -> list[tuple[Path, list[Path]]]:
+    """Finds the images of the set and the masks of each.
 
     Args:
-        source: Folder with one folder for each picture.
+        source: Folder with one folder for each image.
 
     Returns:
-        Pictures and the files of their masks, sorted by name.
+        Images and the files of their masks, sorted by name.
 
     Raises:
-        FileNotFoundError: If the folder, or a picture or its masks, are missing.
+        FileNotFoundError: If the folder, or an image or its masks, are missing.
     """
     if not source.is_dir():
         raise FileNotFoundError(
@@ -69,14 +69,14 @@ def find_pictures(source: Path) -> list[tuple[Path, list[Path]]]:
         )
     found = []
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-        pictures = sorted((folder / 'images').glob('*.png'))
+        images = sorted((folder / 'images').glob('*.png'))
         masks = sorted((folder / 'masks').glob('*.png'))
-        if len(pictures) != 1 or not masks:
+        if len(images) != 1 or not masks:
             raise FileNotFoundError(
-                f'{folder} holds {len(pictures)} pictures in images/ and {len(masks)} '
-                f'masks in masks/; one picture and at least one mask are expected'
+                f'{folder} holds {len(images)} images in images/ and {len(masks)} '
+                f'masks in masks/; one image and at least one mask are expected'
             )
-        found.append((pictures[0], masks))
+        found.append((images[0], masks))
     if not found:
         raise FileNotFoundError(
             f'{source} holds no folders ID/images and ID/masks; give the folder into '
@@ -89,18 +89,18 @@ def read_mask(path: Path, shape: tuple[int, int]) -> dict | None:
     """Reads the mask of a nucleus.
 
     Args:
-        path: Picture in which the nucleus is not black.
-        shape: Height and width of the picture.
+        path: Image in which the nucleus is not black.
+        shape: Height and width of the image.
 
     Returns:
         Box, area and run-length code, or None if the mask is empty.
 
     Raises:
-        ValueError: If the mask has another size than its picture.
+        ValueError: If the mask has another size than its image.
     """
     mask = read(path, cv2.IMREAD_GRAYSCALE)
     if mask.shape != shape:
-        raise ValueError(f'{path} has the shape {mask.shape}, its picture has {shape}')
+        raise ValueError(f'{path} has the shape {mask.shape}, its image has {shape}')
     if not mask.any():
         return None
     code = coco_mask.encode(np.asfortranarray(mask > 0, np.uint8))
@@ -110,17 +110,17 @@ def read_mask(path: Path, shape: tuple[int, int]) -> dict | None:
 
 
 def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, int]]:
-    """Writes pictures and annotations of all splits.
+    """Writes images and annotations of all splits.
 
     The folder appears only when it is complete.
 
     Args:
-        source: Folder with one folder for each picture.
+        source: Folder with one folder for each original.
         out: Folder to make.
-        max_pixels: Pictures with more pixels are left out.
+        max_pixels: Images with more pixels are left out.
 
     Returns:
-        The number of pictures and of nuclei in each split.
+        The number of images and of nuclei in each split.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -129,17 +129,17 @@ def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, in
     """
     if out.exists():
         raise FileExistsError(f'{out} exists and is left alone; choose another folder')
-    pictures = find_pictures(source)
+    originals = find_images(source)
     sets = {split: dict(images=[], annotations=[]) for split in SPLITS}
     with replacing(out.resolve()) as fresh:
         for split in SPLITS:
             (fresh / split).mkdir()
         (fresh / 'annotations').mkdir()
-        for picture, masks in track(pictures, 'pictures'):
-            shape = read(picture, cv2.IMREAD_COLOR).shape[:2]
+        for original, masks in track(originals, 'images'):
+            shape = read(original, cv2.IMREAD_COLOR).shape[:2]
             if shape[0] * shape[1] > max_pixels:
                 continue
-            split = split_of(picture.stem)
+            split = split_of(original.stem)
             images, annotations = sets[split].values()
             number = len(images) + 1
             name = f'{number:04}.png'
@@ -149,7 +149,7 @@ def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, in
                     file_name=name,
                     width=shape[1],
                     height=shape[0],
-                    source=picture.stem,
+                    source=original.stem,
                 )
             )
             nuclei = [read_mask(mask, shape) for mask in masks]
@@ -163,7 +163,7 @@ def convert(source: Path, out: Path, max_pixels: int) -> dict[str, tuple[int, in
                         **nucleus,
                     )
                 )
-            shutil.copyfile(picture, fresh / split / name)
+            shutil.copyfile(original, fresh / split / name)
         for split, content in sets.items():
             category = dict(id=1, name='nucleus', supercategory='cell')
             content['categories'] = [category]
@@ -187,13 +187,13 @@ def main(argv: list[str] | None = None) -> None:
         '--max-pixels',
         type=int,
         default=400_000,
-        help='leave out pictures with more pixels (default: 400000)',
+        help='leave out images with more pixels (default: 400000)',
     )
     args = parser.parse_args(argv)
     with user_errors(parser):
         counts = convert(args.source, args.out, args.max_pixels)
     for split, (images, nuclei) in counts.items():
-        print(f'{split}: {images} pictures, {nuclei} nuclei')
+        print(f'{split}: {images} images, {nuclei} nuclei')
 
 
 if __name__ == '__main__':

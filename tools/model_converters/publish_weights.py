@@ -4,12 +4,16 @@ python tools/model_converters/publish_weights.py nuclei_long dsnet_dsfpn NAME
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from dsnet_mm.cli.arguments import user_errors
-from dsnet_mm.cli.evidence.publish import publish
-from dsnet_mm.cli.evidence.runs import Run
-from dsnet_mm.cli.evidence.tables import TABLES
+from dsnet_mm.engine.launch import user_errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
+
+from evidence.publish import publish
+from evidence.runs import Run
+from evidence.tables import TABLES
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Draw both streams of a block, their attention, and Grad-CAM, for a picture.
+"""Draw both streams of a block, their attention, and Grad-CAM, for an image.
 
-python tools/visualization/show_streams.py CONFIG CHECKPOINT PICTURE streams.png
+python tools/visualization/show_streams.py CONFIG CHECKPOINT IMAGE streams.png
 
 The first row is the local stream, the second the global one: before and after
-alignment, and where each attends to the other for one place of the picture.
+alignment, and where each attends to the other for one place of the image.
 """
 
 import argparse
@@ -11,14 +11,10 @@ import io
 from pathlib import Path
 
 from dsnet_mm.checkpoint import restricted_loading
-from dsnet_mm.cli.arguments import (
-    add_config_arguments,
-    add_trust_argument,
-    user_errors,
-)
-from dsnet_mm.cli.streams import draw_streams
+from dsnet_mm.engine.launch import add_config_arguments, add_trust_argument, user_errors
 from dsnet_mm.files import check_file, write_atomic
 from dsnet_mm.inference import Predictor
+from dsnet_mm.inference.streams import draw_streams
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('picture', help='picture file')
+    parser.add_argument('image', help='image file')
     parser.add_argument('out', type=Path, help='figure to write, .png, .pdf or .svg')
     parser.add_argument(
         '--block',
@@ -45,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs=2,
         metavar=('X', 'Y'),
         help='place whose attention is drawn, as fractions of width and height '
-        '(default: the middle of the detection, or of the picture)',
+        '(default: the middle of the detection, or of the image)',
     )
     parser.add_argument(
         '--target',
@@ -64,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'{args.out} exists; replace it by --overwrite')
         if args.point and not all(0 <= value <= 1 for value in args.point):
             raise ValueError(f'--point takes fractions from 0 to 1, got {args.point}')
-        check_file(args.picture, 'picture', 'give the path of one')
+        check_file(args.image, 'image', 'give the path of one')
         predictor = Predictor(
             args.config, args.checkpoint, device='cpu', cfg_options=args.cfg_options
         )
-        image = predictor.read(args.picture)
+        image = predictor.read(args.image)
         if image is None:
-            raise ValueError(f'{args.picture} cannot be read as a picture')
+            raise ValueError(f'{args.image} cannot be read as an image')
         figure = draw_streams(predictor, image, args.block, args.point, args.target)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=args.out.suffix[1:], dpi=200)

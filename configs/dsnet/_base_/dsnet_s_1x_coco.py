@@ -15,7 +15,7 @@ backbone = dict(
     init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
 )
 
-# With two pictures per GPU, batch norms need the statistics of all processes.
+# With two images per GPU, batch norms need the statistics of all processes.
 sync_bn = 'torch'
 
 optim_wrapper = dict(

@@ -27,7 +27,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         '--device', help='device of the encoder (default: auto, a GPU if there is one)'
     )
     parser.add_argument(
-        '--shots', nargs='+', type=int, help='training pictures of each class'
+        '--shots', nargs='+', type=int, help='training images of each class'
     )
     parser.add_argument(
         '--cfg-options',

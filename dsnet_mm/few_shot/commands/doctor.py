@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from dsnet_mm.datasets.doctor import diagnose
+from dsnet_mm.datasets.check import diagnose
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -14,8 +14,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         '--decode',
         action='store_true',
-        help='read every picture: find damaged ones, and test pictures with the pixels '
-        'of a training or validation picture',
+        help='read every image: find damaged ones, and test images with the pixels '
+        'of a training or validation image',
     )
     parser.set_defaults(call=call)
 
@@ -28,6 +28,6 @@ def call(args: argparse.Namespace) -> None:
     print(
         'no problem found.'
         if args.decode
-        else 'no problem found; --decode also reads all pictures and compares their '
+        else 'no problem found; --decode also reads all images and compares their '
         'pixels.'
     )

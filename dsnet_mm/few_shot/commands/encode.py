@@ -46,7 +46,7 @@ def call(args: argparse.Namespace) -> None:
     )
     if missing:
         print(
-            f'process {rank} of {processes} is done; {missing} pictures are missing, '
+            f'process {rank} of {processes} is done; {missing} images are missing, '
             f'and the process that encodes the last of them writes {args.out}. If no '
             f'other process is at work, call the command again.'
         )

@@ -1,15 +1,15 @@
-"""``tools/few_shot.py predict``: the classes of pictures."""
+"""``tools/few_shot.py predict``: the classes of images."""
 
 import argparse
 import sys
 
 from rich.console import Console
 
+from dsnet_mm.datasets.images import find_images
 from dsnet_mm.few_shot.predict import (
     as_csv,
     as_json,
     as_table,
-    find_pictures,
     predict,
 )
 from dsnet_mm.files import check_new, write_atomic
@@ -21,13 +21,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         'predict',
-        help='classify pictures',
-        description='Prints a table. Pictures that cannot be read are named and '
+        help='classify images',
+        description='Prints a table. Images that cannot be read are named and '
         'skipped. The exit status is 1 if none can be read.',
     )
     add_classifier_arguments(parser)
-    parser.add_argument('pictures', nargs='+', help='pictures and folders of pictures')
-    parser.add_argument('--top', type=int, default=3, help='classes of a picture')
+    parser.add_argument('images', nargs='+', help='images and folders of images')
+    parser.add_argument('--top', type=int, default=3, help='classes of an image')
     parser.add_argument('--batch-size', type=int, default=64)
     for kind in ('json', 'csv'):
         parser.add_argument(
@@ -43,13 +43,13 @@ def call(args: argparse.Namespace) -> None:
     for file in (args.json, args.csv):
         if file not in (None, '-'):
             check_new(file)
-    pictures, notes = find_pictures(args.pictures)
+    images, notes = find_images(args.images)
     classifier = read_classifier_arguments(args)
-    predictions, problems = predict(classifier, pictures, args.top, args.batch_size)
+    predictions, problems = predict(classifier, images, args.top, args.batch_size)
     for line in (*notes, *problems):
         print(line, file=sys.stderr)
     if not predictions:
-        raise ValueError('none of the pictures can be read.')
+        raise ValueError('none of the images can be read.')
     if args.json is None and args.csv is None:
         Console().print(as_table(predictions))
     for file, text in (
@@ -62,7 +62,7 @@ def call(args: argparse.Namespace) -> None:
             write_atomic(file, text)
     if problems:
         print(
-            f'{len(predictions)} of {len(pictures)} pictures classified, '
+            f'{len(predictions)} of {len(images)} images classified, '
             f'{len(problems)} skipped.',
             file=sys.stderr,
         )

@@ -36,12 +36,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         '--selection',
-        help='val, cv or fixed (default: val, or fixed without validation pictures)',
+        help='val, cv or fixed (default: val, or fixed without validation images)',
     )
     parser.add_argument(
         '--final',
         action='store_true',
-        help='also fit the chosen method to all labelled pictures',
+        help='also fit the chosen method to all labelled images',
     )
     parser.set_defaults(call=call)
 
@@ -72,7 +72,7 @@ def call(args: argparse.Namespace) -> None:
     name = Path(args.config or config.features or config.dataset).absolute().stem
     prefix = '' if args.config else 'few_shot_'
     if not args.config and config.features:
-        prefix = 'features_'  # the run on the pictures has the same name
+        prefix = 'features_'  # the run on the images has the same name
     work_dir = Path(args.work_dir or Path('work_dirs') / f'{prefix}{name}')
     records = run(config, work_dir, final=args.final)
     Console().print(Markdown(write_report(work_dir, records)))
@@ -81,8 +81,8 @@ def call(args: argparse.Namespace) -> None:
         'classifiers/final.safetensors' if args.final else choose(records).file
     )
     # Not through rich, which would break the command into lines.
-    print(f'\nThe classifier to use: {file}\nIt classifies pictures by')
-    print(f'    python tools/few_shot.py predict {shlex.quote(str(file))} PICTURES')
+    print(f'\nThe classifier to use: {file}\nIt classifies images by')
+    print(f'    python tools/few_shot.py predict {shlex.quote(str(file))} IMAGES')
     encoder = read_classifier(file)[1]
     if encoder['identity'] is None:
         print(f'    with --model MODEL --pretrained WEIGHTS of {encoder["model"]}')

@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         'test',
         help='test a classifier on another data set',
-        description='Tests on all pictures of a folder, or on its test part if it has '
+        description='Tests on all images of a folder, or on its test part if it has '
         'one. Writes test.md, test.json and confusion.png.',
     )
     add_classifier_arguments(parser)
@@ -38,7 +38,7 @@ def call(args: argparse.Namespace) -> None:
     out = Path(args.out or Path('work_dirs') / name)
     Console().print(Markdown(write_transfer(out, args.classifier, result)))
     print(
-        f'{result.score.accuracy:.2f} % of {result.pictures} pictures are right; see '
+        f'{result.score.accuracy:.2f} % of {result.images} images are right; see '
         f'{out}/test.md, test.json, confusion.png'
     )
     run = Path(args.classifier).resolve().parent.parent / 'run.json'
@@ -47,6 +47,6 @@ def call(args: argparse.Namespace) -> None:
         if Path(config['dataset'] or '').stem == Path(args.dataset).resolve().stem:
             print(
                 f'The run of this classifier has a data set of the same name. If it is '
-                f'this one, and has no test part of its own, training pictures are '
+                f'this one, and has no test part of its own, training images are '
                 f'among those tested; {run.parent}/results.md is without them.'
             )

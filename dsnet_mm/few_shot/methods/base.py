@@ -1,6 +1,5 @@
-"""Training data and description of a few-shot method."""
+"""Training data of a few-shot method, and the registries of methods and classifiers."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,15 +15,15 @@ class FewShotData:
     """Training data of a method.
 
     Attributes:
-        train: Features of the training pictures, with augmented views.
-        shots: Training pictures of each class.
+        train: Features of the training images, with augmented views.
+        shots: Training images of each class.
         text_features: Text features of the classes (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
-        plain: Features of the training pictures, prepared as test pictures are, without
+        seed: Seed of the initialisation, the order of images and their views.
+        plain: Features of the training images, prepared as test images are, without
             augmentation. None if they are not needed.
-        seed: Seed of the initialisation, the order of pictures and their views.
     """
 
     train: Features
@@ -37,9 +36,34 @@ class FewShotData:
     plain: Features | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
-        """Returns the data with a part of the training pictures."""
+        """Returns the data with a part of the training images."""
         plain = None if self.plain is None else self.plain.take(index)
         return replace(self, train=self.train.take(index), plain=plain, shots=shots)
+
+
+CLASSIFIERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
+"""Classes of classifiers by name, each with the tensors that its constructor takes."""
+
+METHODS: dict[str, 'Method'] = {}
+"""All methods by name."""
+
+
+def register_classifier(*tensors: str) -> Callable[[type], type]:
+    """Registers a class of classifiers, which can then be saved and loaded.
+
+    A classifier takes image features (N, D) and returns logits (N, K). Its constructor
+    takes tensors of its state dict, and then the items of its attribute ``options`` as
+    keyword arguments, if it has one.
+
+    Args:
+        *tensors: Names of these tensors in the state dict.
+    """
+
+    def register(cls: type) -> type:
+        CLASSIFIERS[cls.__name__] = cls, tensors
+        return cls
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -48,35 +72,85 @@ class Method:
 
     Attributes:
         title: Name in tables.
-        fit: Function from data and hyper-parameters to a classifier of image
-            features.
-        defaults: Hyper-parameters if nothing is selected.
-        grid: Values to select from. Each combination is fitted.
-        late_grid: Values to select from for attributes of a fitted classifier.
+        function: Function of :class:`FewShotData` and of all hyper-parameters as
+            keyword arguments. It returns the classifier.
+        returns: Class of that classifier, registered by :func:`register_classifier`.
+        defaults: All hyper-parameters, with their values if nothing is selected.
+        grid: Values to select from. Each combination is tried.
+        after_fit: Those of ``grid`` that are attributes of a fitted classifier, so
+            that nothing is fitted again for them.
         source: Where the defaults come from.
-        needs_encoder: Whether ``fit`` uses ``FewShotData.encoder``.
+        needs_encoder: Whether ``function`` uses ``FewShotData.encoder``.
+
+    Raises:
+        ValueError: If the class of the classifier is not registered, or an entry of
+            ``grid`` or ``after_fit`` is not a hyper-parameter.
     """
 
     title: str
-    fit: Callable[..., nn.Module]
+    function: Callable[..., nn.Module]
+    returns: type[nn.Module]
     defaults: Mapping[str, object] = field(default_factory=dict)
     grid: Mapping[str, Sequence] = field(default_factory=dict)
-    late_grid: Mapping[str, Sequence] = field(default_factory=dict)
+    after_fit: tuple[str, ...] = ()
     source: str = ''
     needs_encoder: bool = False
 
-    @property
-    def options(self) -> set[str]:
-        """Names of all hyper-parameters."""
-        names = {*self.defaults, *self.grid, *self.late_grid}
-        arguments = inspect.signature(self.fit).parameters.values()
-        names |= {a.name for a in arguments if a.kind is a.KEYWORD_ONLY}
-        if any(a.kind is a.VAR_KEYWORD for a in arguments):
-            from .training import train
+    def __post_init__(self) -> None:
+        if self.returns.__name__ not in CLASSIFIERS:
+            raise ValueError(
+                f'{self.title} returns a {self.returns.__name__}, which cannot be '
+                f'saved; decorate the class with register_classifier.'
+            )
+        self.check(self.grid)
+        if unknown := set(self.after_fit) - set(self.grid):
+            raise ValueError(f'{self.title} has no grid of {", ".join(unknown)}.')
 
-            trained = inspect.signature(train).parameters.values()
-            names |= {a.name for a in trained if a.kind is a.KEYWORD_ONLY}
-        return names
+    def check(self, options: Mapping[str, object]) -> None:
+        """Raises a ValueError for hyper-parameters that the method does not have."""
+        if unknown := sorted(set(options) - set(self.defaults)):
+            raise ValueError(
+                f'{self.title} has no option {", ".join(map(repr, unknown))}; it has '
+                f'{", ".join(sorted(self.defaults)) or "none"}.'
+            )
+
+    def fit(self, data: FewShotData, **options: object) -> nn.Module:
+        """Fits a classifier.
+
+        Args:
+            data: Training data.
+            **options: Hyper-parameters. ``defaults`` has the others.
+
+        Returns:
+            The classifier: image features (N, D) to logits (N, K).
+
+        Raises:
+            ValueError: If there is no such hyper-parameter, or a value is wrong.
+        """
+        self.check(options)
+        return self.function(data, **{**self.defaults, **options})
+
+
+def register_method(
+    name: str, returns: type[nn.Module], title: str, **about: object
+) -> Callable[[Callable], Callable]:
+    """Registers a function as a method, see :class:`Method`.
+
+    Args:
+        name: Name in ``METHODS``.
+        returns: Class of the classifier.
+        title: Name in tables.
+        **about: The other attributes of :class:`Method`.
+
+    Raises:
+        ValueError: If they are wrong, see :class:`Method`.
+    """
+
+    def register(function: Callable) -> Callable:
+        METHODS[name] = Method(title, function, returns, **about)
+        return function
+
+    return register
 
 
 def num_learnt(model: nn.Module) -> int:

@@ -4,12 +4,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FewShotData
-from .training import train
-from .zero_shot import fold_text_features, zero_shot_logits
+from dsnet_mm.clip.adapter import zero_shot_logits
+
+from .base import FewShotData, register_method
+from .training import RECIPE
+from .zero_shot import CosineClassifier, TextLearner
+
+_DEFAULTS = dict(
+    RECIPE,
+    optimizer='SGD',
+    lr=0.1,
+    epochs=300,
+    weight_decay=0.0,
+    warmup_epochs=1,
+    decay_by='epoch',
+    length=1.0,
+)
+_GRID = dict(length=(1.0, 10.0))
 
 
-class Prototypes(nn.Module):
+class Prototypes(TextLearner):
     r"""Cosine classifier with learnt prototypes, which start as the text features.
 
     ::
@@ -22,31 +36,18 @@ class Prototypes(nn.Module):
     before it is normalised. A longer start has the effect of a smaller learning rate.
 
     Args:
-        text_features: Text features T (K, D), rows of unit norm.
-        logit_scale: Scale of the cosine similarities.
+        data: Data with the text features T (K, D).
         multipliers: Weights of the distances (K,), zeros for ZS-LP.
         length: Length of the prototypes at the start.
     """
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float,
-        multipliers: Tensor,
-        length: float,
-    ) -> None:
-        super().__init__()
-        self.start, self.logit_scale = length * text_features, logit_scale
-        self.multipliers = multipliers
+    def __init__(self, data: FewShotData, multipliers: Tensor, length: float) -> None:
+        super().__init__(data.logit_scale)
+        self.start, self.multipliers = length * data.text_features, multipliers
         self.prototypes = nn.Parameter(self.start.clone())
 
     def classifier(self) -> Tensor:
-        """Prototypes (K, D), normalised."""
         return F.normalize(self.prototypes, dim=-1)
-
-    def forward(self, image_features: Tensor) -> Tensor:
-        """Logits (N, K) of features (N, D)."""
-        return zero_shot_logits(image_features, self.classifier(), self.logit_scale)
 
     def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, and the distance to the text features weighted by class."""
@@ -55,22 +56,38 @@ class Prototypes(nn.Module):
         return F.cross_entropy(self(image_features), labels) + penalty
 
 
-def fit_linear_probe_zs(data: FewShotData, *, length: float, **recipe) -> nn.Module:
+@register_method(
+    'linear_probe_zs',
+    CosineClassifier,
+    'ZS-LP',
+    defaults=_DEFAULTS,
+    grid=_GRID,
+    source='code of CLAP, but from text features of unit norm, and with 10 views '
+    'instead of 20',
+)
+def fit_linear_probe_zs(
+    data: FewShotData, *, length: float, **recipe: object
+) -> CosineClassifier:
     """Trains ZS-LP: prototypes that start as the text features, with multipliers 0."""
-    multipliers = data.text_features.new_zeros(len(data.text_features))
-    model = Prototypes(data.text_features, data.logit_scale, multipliers, length)
-    return fold_text_features(train(model, data, **recipe), data)
+    zeros = data.text_features.new_zeros(len(data.text_features))
+    return Prototypes(data, zeros, length).fit(data, **recipe)
 
 
-def fit_clap(data: FewShotData, *, length: float, **recipe) -> nn.Module:
+@register_method(
+    'clap',
+    CosineClassifier,
+    'CLAP',
+    defaults=_DEFAULTS,
+    grid=_GRID,
+    source='as ZS-LP',
+)
+def fit_clap(data: FewShotData, *, length: float, **recipe: object) -> CosineClassifier:
     """Trains CLAP: ZS-LP that is kept close to the text features.
 
     The multiplier of a class is the mean probability that zero-shot CLIP gives it on
-    its own training pictures (``init_lagrangian_multipliers`` of the source).
+    its own training images (``init_lagrangian_multipliers`` of the source).
     """
-    multipliers = zero_shot_confidence(data)
-    model = Prototypes(data.text_features, data.logit_scale, multipliers, length)
-    return fold_text_features(train(model, data, **recipe), data)
+    return Prototypes(data, zero_shot_confidence(data), length).fit(data, **recipe)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""CLIP-Adapter (arXiv 2110.04544), and its ratio from held-out pictures (HOSO)."""
+"""CLIP-Adapter (arXiv 2110.04544), and its ratio from held-out images (HOSO)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,22 +7,76 @@ from torch import Tensor, nn
 from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData
-from .training import train
+from .base import FewShotData, register_classifier, register_method
+from .training import COOP, RECIPE, train
+
+register_classifier('text_features', 'logit_scale')(CLIPAdapter)
+
+
+_PAPER = dict(
+    RECIPE,
+    preset='paper',
+    visual=True,
+    text=False,
+    alpha=0.2,
+    beta=None,
+    learn_ratio=False,
+    keep=0.0,
+)
+_OURS = dict(_PAPER, keep=5.0, lr=1e-3, iterations=200)
+_KEEP = dict(keep=(1.0, 5.0, 20.0))
+
+COPIES = {
+    'clip_adapter_clap': dict(lr=0.1, epochs=300, batch_size=256, weight_decay=0.0),
+    'clip_adapter_lp++': dict(
+        preset='lp++',
+        alpha=0.5,
+        lr=0.01,
+        momentum=0.0,
+        epochs=300,
+        weight_decay=0.0,
+        warmup_epochs=0,
+        decay_by='iteration',
+    ),
+    'clip_adapter_prolip': dict(
+        optimizer='Adam',
+        lr=1e-3,
+        eps=1e-4,
+        epochs=300,
+        batch_size=None,
+        weight_decay=0.0,
+        warmup_epochs=0,
+        decay_by='iteration',
+    ),
+    'clip_adapter_cross_modal': dict(
+        preset='cross_modal',
+        optimizer='AdamW',
+        lr=1e-4,
+        epochs=None,
+        iterations=12800,
+        batch_size=8,
+        text_batches=True,
+        weight_decay=1e-3,
+        warmup_epochs=0,
+        decay_by='iteration',
+    ),
+}
+"""The copies of CLIP-Adapter in four repositories, by their old names as methods, as
+options of ``clip_adapter_released``."""
 
 
 def fit_clip_adapter(
     data: FewShotData,
     *,
-    preset: str = 'paper',
-    visual: bool = True,
-    text: bool = False,
-    alpha: float | None = None,
-    beta: float | None = None,
-    learn_ratio: bool = False,
-    keep: float = 0.0,
-    **recipe,
-) -> nn.Module:
+    preset: str,
+    visual: bool,
+    text: bool,
+    alpha: float | None,
+    beta: float | None,
+    learn_ratio: bool,
+    keep: float,
+    **recipe: object,
+) -> CLIPAdapter:
     """Trains CLIP-Adapter.
 
     Args:
@@ -30,7 +84,7 @@ def fit_clip_adapter(
         preset: See :class:`CLIPAdapter`.
         visual: Whether image features are adapted.
         text: Whether text features are adapted.
-        alpha: Weight of the visual adapter.
+        alpha: Weight of the visual adapter. None is that of the preset.
         beta: Weight of the text adapter. None is alpha.
         learn_ratio: Whether the weights are learnt.
         keep: See :class:`KeptAdapter`.
@@ -55,6 +109,16 @@ def fit_clip_adapter(
         )
     train(KeptAdapter(adapter, keep) if keep else adapter, data, **recipe)
     return adapter.eval()
+
+
+register_method(
+    'clip_adapter',
+    CLIPAdapter,
+    'CLIP-Adapter',
+    defaults=_OURS,
+    grid=dict(alpha=(0.2, 0.5), **_KEEP),
+    source='adapter of the paper, with our recipe for cached features',
+)(fit_clip_adapter)
 
 
 class KeptAdapter(nn.Module):
@@ -82,14 +146,14 @@ class KeptAdapter(nn.Module):
 
 
 class HoldOneShotOut(nn.Module):
-    """A visual adapter, and its ratio that is learnt on other pictures.
+    """A visual adapter, and its ratio that is learnt on other images.
 
-    The adapter gets no gradient from the held-out pictures, and the ratio none from the
-    training pictures. Its learning rate is ten times that of the adapter.
+    The adapter gets no gradient from the held-out images, and the ratio none from the
+    training images. Its learning rate is ten times that of the adapter.
 
     Args:
         adapter: The adapter, with its initial ratio.
-        held_out: Features (K, D) of a picture of each class.
+        held_out: Features (K, D) of an image of each class.
         labels: Their labels (K,).
     """
 
@@ -116,8 +180,15 @@ class HoldOneShotOut(nn.Module):
         )
 
 
-def fit_hoso(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:
-    """Trains CLIP-Adapter, with alpha learnt on one held-out picture of each class.
+@register_method(
+    'clip_adapter_hoso',
+    CLIPAdapter,
+    'CLIP-Adapter (HOSO)',
+    defaults=dict(RECIPE, alpha=0.2, lr=1e-3, iterations=200),
+    source='abstract of its paper; the details and the recipe are ours',
+)
+def fit_hoso(data: FewShotData, *, alpha: float, **recipe: object) -> CLIPAdapter:
+    """Trains CLIP-Adapter, with alpha learnt on one held-out image of each class.
 
     After the abstract of arXiv 2603.04341 (HOSO-Adapter), which names the held-out shot
     and that both trainings are decoupled. Its code is not published. Parametrisation,
@@ -133,7 +204,7 @@ def fit_hoso(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:
         The adapter.
     """
     if data.shots == 1:
-        return fit_clip_adapter(data, alpha=alpha, **recipe)
+        return fit_clip_adapter(data, **{**_PAPER, **recipe, 'alpha': alpha})
     labels = data.train.labels
     order = torch.randperm(
         len(labels), generator=torch.Generator().manual_seed(data.seed)
@@ -154,3 +225,46 @@ def fit_hoso(data: FewShotData, *, alpha: float, **recipe) -> nn.Module:
     adapter = build(model.ratio.sigmoid().item())
     adapter.load_state_dict(start.state_dict())
     return adapter.eval()
+
+
+register_method(
+    'clip_adapter_learnt',
+    CLIPAdapter,
+    'CLIP-Adapter, learnt ratio',
+    defaults=dict(_OURS, learn_ratio=True),
+    grid=_KEEP,
+    source='adapter of the paper, with a learnt scalar ratio and our recipe',
+)(fit_clip_adapter)
+register_method(
+    'clip_adapter_text',
+    CLIPAdapter,
+    'CLIP-Adapter, text',
+    defaults=dict(_OURS, visual=False, text=True),
+    grid=_KEEP,
+    source='text adapter of the paper, with our recipe',
+)(fit_clip_adapter)
+register_method(
+    'clip_adapter_both',
+    CLIPAdapter,
+    'CLIP-Adapter, visual and text',
+    defaults=dict(_OURS, beta=0.2, text=True),
+    grid=dict(beta=(0.2, 0.6), **_KEEP),
+    source='both adapters of the paper, with our recipe',
+)(fit_clip_adapter)
+register_method(
+    'clip_adapter_paper',
+    CLIPAdapter,
+    'CLIP-Adapter (paper)',
+    defaults={**_PAPER, **COOP, 'lr': 1e-5},
+    grid=dict(alpha=(0.2, 0.6)),
+    source='text of the paper: recipe of CoOp with learning rate 1e-5; on ImageNet '
+    'CoOp has 50 epochs',
+)(fit_clip_adapter)
+register_method(
+    'clip_adapter_released',
+    CLIPAdapter,
+    'CLIP-Adapter (released)',
+    defaults={**_PAPER, **COOP, 'preset': 'released'},
+    source='released code, with the commands of CoOp and alpha 0.2; on ImageNet '
+    'CoOp has 50 epochs',
+)(fit_clip_adapter)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip import OpenCLIPEncoder
 
-from .base import FewShotData
-from .training import train
-from .zero_shot import fold_text_features
+from .base import FewShotData, register_method
+from .training import COOP
+from .zero_shot import CosineClassifier, TextLearner
 
 
-class PromptLearner(nn.Module):
+class PromptLearner(TextLearner):
     """Learnt context words before the class name.
 
     All classes share one context, and the class name is at the end. The gradient is
@@ -28,7 +28,7 @@ class PromptLearner(nn.Module):
     def __init__(
         self, encoder: OpenCLIPEncoder, class_names: Sequence[str], n_ctx: int
     ) -> None:
-        super().__init__()
+        super().__init__(encoder.logit_scale)
 
         def tokenize(word: str, end: str = '') -> Tensor:
             context = ' '.join([word] * n_ctx)
@@ -49,7 +49,6 @@ class PromptLearner(nn.Module):
             )
         self.places = is_context[0].nonzero()[:, 0]
         self.encoder = [encoder]  # not a submodule: it is not learnt
-        self.logit_scale = encoder.logit_scale
         text_tower = getattr(encoder.clip, 'text', encoder.clip)
         if hasattr(text_tower, 'token_embedding'):
             self.embedding = [text_tower.token_embedding]
@@ -59,8 +58,6 @@ class PromptLearner(nn.Module):
         self.context = nn.Parameter(0.02 * torch.randn(n_ctx, width))
 
     def classifier(self) -> Tensor:
-        """Text features (K, D), rows of unit norm."""
-
         def put_context(module: nn.Module, inputs: tuple, embedded: Tensor) -> Tensor:
             context = self.context.to(embedded).expand(len(embedded), -1, -1)
             places = self.places.to(embedded.device)
@@ -74,17 +71,21 @@ class PromptLearner(nn.Module):
         finally:
             hook.remove()
 
-    def forward(self, image_features: Tensor) -> Tensor:
-        """Logits (N, K) of features (N, D)."""
-        f = F.normalize(image_features, dim=-1)
-        return self.logit_scale * f @ self.classifier().t()
 
-
-def fit_coop(data: FewShotData, *, n_ctx: int, **recipe) -> nn.Module:
-    """Trains CoOp and folds it into a cosine classifier."""
+@register_method(
+    'coop',
+    CosineClassifier,
+    'CoOp',
+    defaults=dict(COOP, n_ctx=16),
+    source='its code, with 16 words and the class name at the end; on ImageNet it '
+    'always has 50 epochs',
+    needs_encoder=True,
+)
+def fit_coop(data: FewShotData, *, n_ctx: int, **recipe: object) -> CosineClassifier:
+    """Trains CoOp."""
     if data.encoder is None:
         raise ValueError('CoOp learns through the text tower and needs the encoder.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.seed)
         learner = PromptLearner(data.encoder, data.class_names, n_ctx)
-    return fold_text_features(train(learner, data, **recipe), data)
+    return learner.fit(data, **recipe)

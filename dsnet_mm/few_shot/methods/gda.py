@@ -2,15 +2,23 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import FewShotData
+from .base import FewShotData, register_method
 from .linear_probe import LinearClassifier
 from .lp_plus_plus import class_means
 
 
+@register_method(
+    'gda',
+    LinearClassifier,
+    'GDA',
+    defaults=dict(alpha=0.01),
+    grid=dict(alpha=(1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)),
+    source='its code; it has no fixed alpha, 0.01 is ours',
+)
 @torch.no_grad()
-def fit_gda(data: FewShotData, *, alpha: float) -> nn.Module:
+def fit_gda(data: FewShotData, *, alpha: float) -> LinearClassifier:
     """Fits the closed form of GDA and adds it to zero-shot CLIP.
 
     ::

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData
-from .training import train
+from .base import FewShotData, register_classifier, register_method
+from .training import RECIPE, train
 
 
+@register_classifier('text_features', 'logit_scale')
 class LinearAdapter(nn.Module):
     """A linear map of image features that is kept close to the identity.
 
@@ -45,18 +46,36 @@ class LinearAdapter(nn.Module):
         return F.cross_entropy(self(image_features), labels) + penalty
 
 
+@register_method(
+    'linear_adapter',
+    LinearAdapter,
+    'Regularised linear adapter',
+    defaults=dict(
+        RECIPE,
+        optimizer='Adam',
+        lr=1e-4,
+        eps=1e-4,
+        epochs=300,
+        batch_size=None,
+        weight_decay=0.0,
+        penalty=None,
+    ),
+    grid=dict(lr=(1e-3, 1e-4)),
+    source='code of ProLIP: penalty 1 / shots; there more learning rates and the '
+    'penalty are searched',
+)
 def fit_linear_adapter(
-    data: FewShotData, *, penalty: float | None = None, **recipe
-) -> nn.Module:
+    data: FewShotData, *, penalty: float | None, **recipe: object
+) -> LinearAdapter:
     """Trains the regularised linear adapter.
 
     Source: ``methods/RegLinearAdapter.py`` of github.com/astra-vision/ProLIP. There
-    all pictures of a step have the same view. Here the views are random.
+    all images of a step have the same view. Here the views are random.
 
     Args:
         data: Training data.
         penalty: Weight of the penalty. None is 1 / shots, as in the paper without
-            validation pictures.
+            validation images.
         **recipe: Arguments of :func:`train`.
 
     Returns:

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FewShotData, mean_features
+from .base import FewShotData, mean_features, register_classifier, register_method
 
 
+@register_classifier('weight')
 class LinearClassifier(nn.Module):
     """A linear layer on normalised image features.
 
@@ -27,7 +28,15 @@ class LinearClassifier(nn.Module):
         return F.linear(F.normalize(image_features, dim=-1), self.weight, self.bias)
 
 
-def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> nn.Module:
+@register_method(
+    'linear_probe',
+    LinearClassifier,
+    'Linear probe',
+    defaults=dict(weight_decay=1e-3),
+    grid=dict(weight_decay=(1e-5, 1e-4, 1e-3, 1e-2)),
+    source='L-BFGS as in CLIP and CoOp, with a shorter search',
+)
+def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> LinearClassifier:
     """Fits a logistic regression by L-BFGS, from zero weights.
 
     Args:

@@ -2,15 +2,22 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import FewShotData, mean_features
+from .base import FewShotData, mean_features, register_method
 from .linear_probe import LinearClassifier
 
 
+@register_method(
+    'lp++',
+    LinearClassifier,
+    'LP++',
+    defaults=dict(iterations=300, momentum=0.9, alpha_every=10),
+    source='its code, but with the last step, not the best, and averaged views',
+)
 def fit_lp_plus_plus(
     data: FewShotData, *, iterations: int, momentum: float, alpha_every: int
-) -> nn.Module:
+) -> LinearClassifier:
     r"""Trains LP++: a linear layer plus zero-shot logits with a factor for each class.
 
     ::
@@ -24,7 +31,7 @@ def fit_lp_plus_plus(
 
     Source: ``methods/linear_probe_p2.py`` of
     github.com/FereshteShakeri/FewShot-CLIP-Strong-Baseline, also for these details: all
-    pictures are one batch, and alpha moves at each tenth step by the sum of its
+    images are one batch, and alpha moves at each tenth step by the sum of its
     gradients since the start. The repository reports the test accuracy of the step
     with the best validation accuracy. Here the last step counts. b starts as 0.
 

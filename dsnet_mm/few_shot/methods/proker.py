@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData, mean_features
+from .base import FewShotData, mean_features, register_classifier, register_method
 
 
+@register_classifier('keys', 'values', 'text_features', 'logit_scale')
 class ProKeR(nn.Module):
     """Zero-shot CLIP plus a function of a kernel's space.
 
@@ -20,7 +21,7 @@ class ProKeR(nn.Module):
     The source has the same logits without the scale.
 
     Args:
-        keys: Features of the training pictures (N, D), rows of unit norm.
+        keys: Features of the training images (N, D), rows of unit norm.
         values: Coefficients (N, K).
         text_features: Text features T (K, D), rows of unit norm.
         logit_scale: Scale of the logits.
@@ -59,15 +60,23 @@ def kernel(x: Tensor, y: Tensor, beta: float) -> Tensor:
     return torch.exp(-beta * (1 - x @ y.t()))
 
 
+@register_method(
+    'proker',
+    ProKeR,
+    'ProKeR',
+    defaults=dict(beta=1.0, lmbda=0.1),
+    grid=dict(beta=(0.5, 1.0, 2.0, 4.0), lmbda=(0.01, 0.03, 0.1, 0.3, 1.0)),
+    source='its code, with averaged views and a shorter search',
+)
 @torch.no_grad()
-def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> nn.Module:
+def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> ProKeR:
     """Solves the proximal kernel ridge regression of ProKeR.
 
     ::
 
         (k(keys, keys) / lmbda + I) values = Y - F T^T
 
-    Y are the labels as unit vectors, F the features of the training pictures. With a
+    Y are the labels as unit vectors, F the features of the training images. With a
     large lmbda the values are small, so the result is close to zero-shot CLIP.
 
     Source: ``trainers/proker.py``, the authors' code as in

@@ -4,16 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FewShotData
-from .training import train
+from .base import FewShotData, register_classifier, register_method
+from .training import RECIPE, train
+
+_GRID = dict(
+    alpha=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
+    beta=(0.1, 0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0),
+)
 
 
+@register_classifier('keys', 'labels', 'text_features', 'logit_scale')
 class TipAdapter(nn.Module):
     """Zero-shot CLIP and a key-value cache (Tip-Adapter, arXiv 2207.09519).
 
     Args:
-        keys: Features of the training pictures (N, D), rows of unit norm.
-        labels: Labels of the training pictures (N,).
+        keys: Features of the training images (N, D), rows of unit norm.
+        labels: Labels of the training images (N,).
         text_features: Text features (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
         alpha: Weight of the cache.
@@ -55,14 +61,35 @@ class TipAdapter(nn.Module):
         return self.logit_scale * f @ self.text_features.t() + self.alpha * cache
 
 
-def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> nn.Module:
+@register_method(
+    'tip_adapter',
+    TipAdapter,
+    'Tip-Adapter',
+    defaults=dict(alpha=1.0, beta=1.0),
+    grid=_GRID,
+    after_fit=('alpha', 'beta'),
+    source='its code, where alpha and beta start at 1 to 5 by data set, the search '
+    'has 4,000 values up to 30, and crops keep half of an image or more '
+    '(crop_scale=0.5,1.0)',
+)
+def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapter:
     """Builds Tip-Adapter, which is not trained."""
     return _build(data, alpha, beta)
 
 
+@register_method(
+    'tip_adapter_f',
+    TipAdapter,
+    'Tip-Adapter-F',
+    defaults=dict(RECIPE, alpha=1.0, beta=1.0, lr=1e-3, eps=1e-4, epochs=20),
+    grid=dict(epochs=(20, 100), **_GRID),
+    after_fit=('alpha', 'beta'),
+    source='as Tip-Adapter, with cached views instead of fresh crops; it trains '
+    '100 epochs on EuroSAT',
+)
 def fit_tip_adapter_f(
-    data: FewShotData, *, alpha: float, beta: float, **recipe
-) -> nn.Module:
+    data: FewShotData, *, alpha: float, beta: float, **recipe: object
+) -> TipAdapter:
     """Trains the keys of Tip-Adapter (Tip-Adapter-F)."""
     return train(_build(data, alpha, beta, learn_keys=True), data, **recipe)
 

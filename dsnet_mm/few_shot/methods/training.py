@@ -1,7 +1,7 @@
 """Training loop of the methods that use gradient descent."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,50 +9,78 @@ from torch import Tensor, nn
 
 from .base import FewShotData
 
+RECIPE = dict(
+    optimizer='AdamW',
+    epochs=None,
+    iterations=None,
+    batch_size=256,
+    text_batches=False,
+    weight_decay=0.01,
+    momentum=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    warmup_epochs=0,
+    decay_by='iteration',
+)
+"""Arguments of :func:`train` for methods that do not set them. ``lr`` is always set."""
 
-def num_epochs(rule: int | str, shots: int) -> int:
+COOP = dict(
+    RECIPE,
+    optimizer='SGD',
+    lr=0.002,
+    epochs={1: 50, 2: 100, 8: 200},
+    batch_size=32,
+    weight_decay=5e-4,
+    warmup_epochs=1,
+    decay_by='epoch',
+)
+"""Recipe of CoOp. On ImageNet CoOp always has 50 epochs."""
+
+
+def num_epochs(epochs: int | Mapping[int | str, int], shots: int) -> int:
     """Returns a number of epochs.
 
     Args:
-        rule: The number, or the name of a repository whose number depends on the
-            shots: ``'coop'`` (50, 100 and 200 from 1, 2 and 8 shots on; on ImageNet
-            CoOp always has 50), or ``'task_res'`` (100, and 200 from 8 shots on).
-        shots: Training pictures of each class.
+        epochs: The number, or numbers by shots: with ``{1: 50, 8: 200}`` it is 50 for
+            1 to 7 shots. JSON makes the keys strings.
+        shots: Training images of each class.
 
     Raises:
-        ValueError: If the rule is unknown.
+        ValueError: If there is no number for so few shots.
     """
-    if isinstance(rule, int):
-        return rule
-    if rule not in ('coop', 'task_res'):
+    if isinstance(epochs, int):
+        return epochs
+    numbers = {}
+    if isinstance(epochs, Mapping):
+        numbers = {int(k): v for k, v in epochs.items() if int(k) <= shots}
+    if not numbers:
         raise ValueError(
-            f"epochs must be a number, 'coop' or 'task_res', got {rule!r}."
+            f'epochs must be a number, or numbers by shots from 1 on such as '
+            f'{{1: 50, 8: 200}}, got {epochs!r}.'
         )
-    if rule == 'coop' and shots == 1:
-        return 50
-    return 100 if shots <= 4 else 200
+    return numbers[max(numbers)]
 
 
 def train(
     model: nn.Module,
     data: FewShotData,
     *,
-    optimizer: str = 'AdamW',
+    optimizer: str,
     lr: float,
-    epochs: int | str | None = None,
-    iterations: int | None = None,
-    batch_size: int | None = 256,
-    text_batches: bool = False,
-    weight_decay: float = 0.01,
-    momentum: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    warmup_epochs: float = 0,
-    decay_by: str = 'iteration',
+    epochs: int | Mapping[int | str, int] | None,
+    iterations: int | None,
+    batch_size: int | None,
+    text_batches: bool,
+    weight_decay: float,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    warmup_epochs: float,
+    decay_by: str,
 ) -> nn.Module:
     """Minimises the cross-entropy over all parameters that require a gradient.
 
-    A model with a method ``loss`` has its own loss. In each epoch each picture is used
+    A model with a method ``loss`` has its own loss. In each epoch each image is used
     once, with a random view. The learning rate decays from ``lr`` to 0 by a cosine. It
     is multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
     determines the order and views.
@@ -65,7 +93,7 @@ def train(
         lr: Learning rate.
         epochs: Number of epochs, see :func:`num_epochs`.
         iterations: Number of batches, instead of epochs. One of the two is None.
-        batch_size: Batch size, None for all pictures.
+        batch_size: Batch size, None for all images.
         text_batches: Whether the other half of each batch are text features.
         weight_decay: Weight decay.
         momentum: Momentum of SGD.
@@ -112,13 +140,12 @@ def train(
         for p in model.parameters()
         if p.requires_grad
     ]
-    if optimizer == 'SGD':
-        optim = torch.optim.SGD(
-            parameters, lr, momentum, weight_decay=weight_decay, fused=True
-        )
-    else:
-        kind = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW}[optimizer]
-        optim = kind(parameters, lr, (0.9, beta2), eps, weight_decay, fused=True)
+    own = {'momentum': momentum}
+    if optimizer != 'SGD':
+        own = {'betas': (0.9, beta2), 'eps': eps}
+    optim = getattr(torch.optim, optimizer)(
+        parameters, lr, weight_decay=weight_decay, fused=True, **own
+    )
     batches = _batches(data, size, text_batches)
     model.train()
     for step in range(total):

@@ -1,13 +1,17 @@
-"""Zero-shot CLIP."""
+"""Zero-shot CLIP, and the classifiers of methods that learn text features."""
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData, num_learnt
+from .base import FewShotData, num_learnt, register_classifier, register_method
+from .training import train
 
 
+@register_classifier('text_features', 'logit_scale')
 class CosineClassifier(nn.Module):
     """Cosine classifier of zero-shot CLIP and of methods that learn text features.
 
@@ -26,23 +30,40 @@ class CosineClassifier(nn.Module):
         return zero_shot_logits(image_features, self.text_features, self.logit_scale)
 
 
-def fit_zero_shot(data: FewShotData) -> nn.Module:
+@register_method('zero_shot', CosineClassifier, 'Zero-shot CLIP')
+def fit_zero_shot(data: FewShotData) -> CosineClassifier:
     """Returns zero-shot CLIP."""
     return CosineClassifier(data.text_features, data.logit_scale)
 
 
-@torch.no_grad()
-def fold_text_features(model: nn.Module, data: FewShotData) -> CosineClassifier:
-    """Turns a model that learnt text features into a cosine classifier.
+class TextLearner(nn.Module, ABC):
+    """A model that learns text features.
 
     Args:
-        model: Model with ``classifier()``, which returns text features (K, D).
-        data: Data that it was fitted to.
-
-    Returns:
-        Classifier with these text features, and the model's number of learnt
-        parameters.
+        logit_scale: Scale of the cosine similarities.
     """
-    folded = CosineClassifier(model.classifier(), data.logit_scale)
-    folded.num_learnt = num_learnt(model)
-    return folded
+
+    def __init__(self, logit_scale: float) -> None:
+        super().__init__()
+        self.logit_scale = logit_scale
+
+    @abstractmethod
+    def classifier(self) -> Tensor:
+        """Text features (K, D), rows of unit norm."""
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        return zero_shot_logits(image_features, self.classifier(), self.logit_scale)
+
+    def fit(self, data: FewShotData, **recipe: object) -> CosineClassifier:
+        """Trains the model and folds it into a cosine classifier.
+
+        Args:
+            data: Training data.
+            **recipe: Arguments of :func:`train`.
+        """
+        train(self, data, **recipe)
+        with torch.no_grad():
+            folded = CosineClassifier(self.classifier(), data.logit_scale)
+        folded.num_learnt = num_learnt(self)
+        return folded

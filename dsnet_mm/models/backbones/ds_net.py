@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_norm_layer
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import BaseModule, ModuleList, PretrainedInit
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
@@ -117,10 +117,10 @@ class DSNet(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list | None = None,
     ) -> None:
-        without_checkpoint = _is_pretrained(init_cfg) and not init_cfg['checkpoint']
-        if init_cfg is None or without_checkpoint:
-            init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
-        super().__init__(init_cfg)
+        given = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        init_cfgs = [c for c in given if not _is_pretrained(c) or c['checkpoint']]
+        random = dict(type='TruncNormal', layer='Linear', std=0.02)
+        super().__init__(init_cfgs or [random])
         arch = self._parse_arch(arch)
         self.embed_dims = tuple(arch['embed_dims'])
         self.depths = tuple(arch['depths'])
@@ -220,18 +220,19 @@ class DSNet(BaseModule):
             super().init_weights()
 
     def check_checkpoint(self) -> None:
-        """Checks that the checkpoint of ``init_cfg`` fits, if there is one.
+        """Checks that the checkpoints of ``init_cfg`` fit, if there are any.
 
         MMEngine only warns about missing weights, and trains from random ones.
 
         Raises:
-            ValueError: If it is not safe to load, or does not fit this
+            ValueError: If one is not safe to load, or does not fit this
                 architecture.
         """
-        if not _is_pretrained(self.init_cfg):
-            return
-        checkpoint = self.init_cfg['checkpoint']
-        prefix = self.init_cfg.get('prefix') or ''
+        for cfg in self.init_cfg:
+            if _is_pretrained(cfg):
+                self._check_fit(cfg['checkpoint'], cfg.get('prefix') or '')
+
+    def _check_fit(self, checkpoint: str, prefix: str) -> None:
         if prefix and not prefix.endswith('.'):
             prefix += '.'
         state = read_checkpoint(checkpoint)
@@ -354,8 +355,8 @@ class DSNet(BaseModule):
         return tuple(sorted({i % self.num_stages for i in out_indices}))
 
 
-def _is_pretrained(init_cfg: dict | list | None) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+def _is_pretrained(init_cfg: dict) -> bool:
+    return init_cfg.get('type') in ('Pretrained', PretrainedInit)
 
 
 def _to_channels_last(x: Tensor) -> Tensor:

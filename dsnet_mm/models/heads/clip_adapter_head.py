@@ -9,12 +9,8 @@ from torch import Tensor
 
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.clip.encoder import feature_width
-from dsnet_mm.tasks import (
-    PUBLIC_DATASETS,
-    check_class_names,
-    load_task,
-    resolve_prompts,
-)
+from dsnet_mm.clip.prompts import check_class_names, resolve_prompts
+from dsnet_mm.datasets import PUBLIC_DATASETS, load_task
 
 try:
     from mmpretrain.models.heads import ClsHead
@@ -40,10 +36,10 @@ class CLIPAdapterHead(ClsHead):
         encoder: Arguments of :class:`OpenCLIPEncoder`, whose text tower encodes the
             class names.
         class_names: Names by label, or a data set by name, folder or file, see
-            :func:`dsnet_mm.tasks.load_task`.
+            :func:`dsnet_mm.datasets.load_task`.
         data_root: Folder of the public data sets.
-        prompts: See :func:`dsnet_mm.tasks.resolve_prompts`. None takes those of the
-            data set, or ``'photo'``.
+        prompts: See :func:`dsnet_mm.clip.prompts.resolve_prompts`. None takes those of
+            the data set, or ``'photo'``.
         text_features: Instead of ``encoder`` and ``class_names``: a safetensors file
             with ``text_features`` (K, D) and ``logit_scale``.
         adapter: Arguments of :class:`CLIPAdapter`.
@@ -135,7 +131,7 @@ class CLIPAdapterHead(ClsHead):
         """Losses of the last feature (N, D) of the tuple: ``loss``, ``loss_keep``."""
         if not self._has_text_features:
             self.encode_class_names()
-        if 'gt_score' in data_samples[0]:  # of mixed pictures
+        if 'gt_score' in data_samples[0]:  # of mixed images
             labels = torch.stack([s.gt_score for s in data_samples]).argmax(1)
         else:
             labels = torch.cat([s.gt_label for s in data_samples])

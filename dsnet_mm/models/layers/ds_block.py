@@ -16,15 +16,41 @@ from dsnet_mm.ops import (
     split_heads,
 )
 
+from .packed_projection import PackedProjection
+
 ISA_DIRECTIONS = ('both', 'global_to_local', 'local_to_global')
 INTRA_SCALES = ('both', 'local', 'global')
+
+
+# Layers whose call is one operator. A parametrisation, LoRA or a quantisation puts
+# another class in their place.
+_PLAIN = (nn.Conv2d, nn.Linear, nn.GELU, PackedProjection)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Tells whether a call of a layer calls hooks too."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Tells whether a call of a layer is one operator with its weight and bias.
+
+    An operator that reads the weight can then take the place of the call.
+    """
+    return type(layer) in _PLAIN and not has_hooks(layer)
 
 
 class FFN(nn.Module):
     """Feed-forward network: two 1x1 convolutions with an activation between them.
 
     With the exact GELU it is :func:`dsnet_mm.ops.feed_forward`, which on the CPU
-    computes the hidden layer in chunks of pixels.
+    computes the hidden layer in chunks of pixels. Layers with hooks, and such of other
+    classes, are called one after another.
 
     Args:
         channels: Channels of input and output.
@@ -41,14 +67,14 @@ class FFN(nn.Module):
     @property
     def has_exact_gelu(self) -> bool:
         """Whether the activation is the GELU of the error function."""
-        return isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        return type(self.act) is nn.GELU and self.act.approximate == 'none'
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        fc1, fc2 = self.fc1, self.fc2
-        if self.has_exact_gelu:
+        fc1, act, fc2 = self.fc1, self.act, self.fc2
+        if self.has_exact_gelu and is_plain(fc1) and is_plain(act) and is_plain(fc2):
             return feed_forward(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return fc2(self.act(fc1(x)))
+        return fc2(act(fc1(x)))
 
 
 class InterScaleAlignment(BaseModule):
@@ -246,7 +272,8 @@ class DSBlock(BaseModule):
         A 1x1 convolution commutes with bilinear resizing. The rows of ``proj_in``
         and the columns of ``proj_out`` that belong to the global stream are
         therefore computed at its low resolution. Sums at full resolution are written
-        into the output of a convolution, which saves the memory of another map.
+        into the output of a convolution, which saves the memory of another map. Layers
+        that are not plain (:func:`is_plain`) are called as in Fig. 2.
 
         Args:
             x: Map of shape (N, C, H, W).
@@ -256,20 +283,12 @@ class DSBlock(BaseModule):
         """
         size = x.shape[-2:]
         global_size = tuple(max(side // self.global_factor, 1) for side in size)
-        global_channels, local_channels = self.split_channels
-        f_g = f_l = None
-
-        # Split
-        weight, bias = self.proj_in.weight, self.proj_in.bias
-        if global_channels:
-            w, b = weight[:global_channels], bias[:global_channels]
-            f_g = F.linear(_to_tokens(resize(x, global_size)), w.flatten(1), b)
-        if local_channels:
-            f_l = F.conv2d(x, weight[global_channels:], bias[global_channels:])
+        f_l, f_g = self._split(x, global_size)
 
         # Intra-scale propagation
         if self.local_conv is not None:
-            f_l = self.local_conv(self.local_norm(f_l)).add_(f_l)
+            added = self.local_conv(self.local_norm(f_l))
+            f_l = added.add_(f_l) if is_plain(self.local_conv) else added + f_l
         if self.global_qkv is not None:
             qkv = self.global_qkv(self.global_norm(f_g))
             dropout_p = self.attn_drop_rate if self.training else 0.0
@@ -279,15 +298,48 @@ class DSBlock(BaseModule):
         if self.isa is not None:
             f_l, f_g = self.isa(f_l, f_g)
 
-        # Merge
+        return self._merge(f_l, f_g, size, global_size)
+
+    def _split(
+        self, x: Tensor, global_size: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(N, C, H, W) -> the local map f_l and the global tokens f_g."""
+        global_channels, local_channels = self.split_channels
+        f_l = f_g = None
+        if not is_plain(self.proj_in):
+            f_g, f_l = self.proj_in(x).split(self.split_channels, 1)
+            f_g = _to_tokens(resize(f_g, global_size)) if global_channels else None
+            return f_l, f_g
+        weight, bias = self.proj_in.weight, self.proj_in.bias
+        if global_channels:
+            w, b = weight[:global_channels], bias[:global_channels]
+            f_g = F.linear(_to_tokens(resize(x, global_size)), w.flatten(1), b)
+        if local_channels:
+            f_l = F.conv2d(x, weight[global_channels:], bias[global_channels:])
+        return f_l, f_g
+
+    def _merge(
+        self,
+        h_l: Tensor | None,
+        h_g: Tensor | None,
+        size: tuple[int, int],
+        global_size: tuple[int, int],
+    ) -> Tensor:
+        """The local map h_L and the global tokens h_G -> (N, C, H, W)."""
+        global_channels, local_channels = self.split_channels
+        if not is_plain(self.proj_out):
+            parts = [h_l] if local_channels else []
+            if global_channels:
+                parts.append(resize(_to_map(h_g, global_size), size))
+            return self.proj_out(torch.cat(parts, 1))
         weight, bias = self.proj_out.weight, self.proj_out.bias
         if not global_channels:
-            return F.conv2d(f_l, weight, bias)
-        h_g = F.linear(f_g, weight[:, local_channels:].flatten(1), bias)
+            return F.conv2d(h_l, weight, bias)
+        h_g = F.linear(h_g, weight[:, local_channels:].flatten(1), bias)
         h_g = resize(_to_map(h_g, global_size), size)
         if not local_channels:
             return h_g
-        return F.conv2d(f_l, weight[:, :local_channels]).add_(h_g)
+        return F.conv2d(h_l, weight[:, :local_channels]).add_(h_g)
 
 
 def _depthwise_conv(channels: int) -> nn.Conv2d:

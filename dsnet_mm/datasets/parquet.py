@@ -1,0 +1,149 @@
+"""Reader of parquet files with images, as the ``datasets`` library writes them."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from dsnet_mm.progress import progress_bar
+
+from .readers import PART_NAMES
+from .splits import Split, read_split
+
+UNPACKED = Path('work_dirs/few_shot_images')
+"""Folder of the unpacked images, below the current folder."""
+
+_PART = re.compile(rf'(?:^|[-_. /])({"|".join(PART_NAMES)})(?=$|[-_. /])')
+
+
+def find_parquet(path: Path) -> list[Path]:
+    """Returns the parquet files that are, or are in or below, a path."""
+    if path.is_dir():
+        return sorted(path.glob('*.parquet')) + sorted(path.glob('*/*.parquet'))
+    return [path] if path.suffix.lower() == '.parquet' and path.is_file() else []
+
+
+def read_parquet(files: Sequence[Path], name: str) -> Split:
+    """Reads parquet files with the columns ``image`` and ``label``.
+
+    The part of a file is the word train, validation or test in the name of the file or
+    its folder. The images are unpacked into ``UNPACKED``, once.
+
+    Args:
+        files: The files.
+        name: Name of the data set.
+
+    Returns:
+        The split, or ``'all'`` if there is only one part.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+        ValueError: If a file is no such table, there are no rows, or there are several
+            parts, but not both train and test.
+    """
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]
+    folder = UNPACKED / f'{name}_{digest}'
+    if not folder.is_dir():
+        temporary = folder.with_name(f'.{folder.name}.{uuid4().hex[:8]}')
+        try:
+            _unpack(files, temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    split = {
+        part: [(str(folder / path), label, cls) for path, label, cls in items]
+        for part, items in read_split(folder / 'split.json').items()
+    }
+    parts = [part for part, items in split.items() if items]
+    if len(parts) == 1:
+        return {'all': split[parts[0]]}
+    if not {'train', 'test'} <= set(parts):
+        raise ValueError(
+            f'{files[0]} and the files beside it are of {" and ".join(parts)}; name '
+            f'train and test, or put all into one part to have them split.'
+        )
+    return split
+
+
+def _unpack(files: Sequence[Path], folder: Path) -> None:
+    """Writes the images, and the split in the format of ``split_zhou_*.json``."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            f"reading {files[0]} needs pyarrow: pip install 'dsnet_mm[parquet]'."
+        ) from error
+    rows: list[tuple[str, str, int | str | None]] = []  # part, path, label
+    names: Sequence[str] = ()
+    with progress_bar(len(files), 'unpacking', 'files') as bar:
+        for number, file in enumerate(files):
+            words = _PART.findall(f'{file.parent.name}/{file.name}'.lower())
+            part = PART_NAMES[words[-1]] if words else 'train'
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            try:
+                table = parquet.ParquetFile(file)
+                names = _label_names(table.schema_arrow) or names
+                columns = table.schema_arrow.names
+                if not {'image', 'label'} <= set(columns):
+                    raise ValueError(
+                        f'{file} must have the columns image and label, found '
+                        f'{", ".join(columns)}.'
+                    )
+                found = (
+                    row
+                    for batch in table.iter_batches(64, columns=['image', 'label'])
+                    for row in batch.to_pylist()
+                )
+                for count, row in enumerate(found):
+                    image = row['image']
+                    if not isinstance(image, dict):
+                        image = {'bytes': image}
+                    if not isinstance(image.get('bytes'), bytes):
+                        raise ValueError(
+                            f'{file}: row {count} of the column image holds no bytes '
+                            f'of an image; save the data set with its images.'
+                        )
+                    suffix = Path(image.get('path') or '').suffix
+                    path = f'{part}/{number:04d}_{count:07d}{suffix}'
+                    (folder / path).write_bytes(image['bytes'])
+                    rows.append((part, path, row['label']))
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f'{file} cannot be read as parquet ({error}).'
+                ) from error
+            bar.update()
+    beside = f'{files[0]} and the files beside it'
+    if not rows:
+        raise ValueError(f'{beside} have no rows.')
+    if not all(isinstance(label, int | float | str | None) for *_, label in rows):
+        raise ValueError(f'{beside}: labels must be numbers or names of classes.')
+    labels = {label for *_, label in rows}
+    if all(isinstance(label, str) for label in labels):
+        names = sorted(labels)
+        index = {name: i for i, name in enumerate(names)}
+    else:
+        index = {i: i for i in range(len(names))}
+    if unknown := sorted(map(repr, labels - index.keys())):
+        raise ValueError(
+            f'{beside} have the label {unknown[0]}, but '
+            f'{len(names) or "no"} names of labels; save the data set with a '
+            f'ClassLabel column, or with the names as label.'
+        )
+    split: Split = {'train': [], 'val': [], 'test': []}
+    for part, path, label in rows:
+        split[part].append((path, index[label], names[index[label]]))
+    (folder / 'split.json').write_text(json.dumps(split), encoding='utf-8')
+
+
+def _label_names(schema) -> list[str] | None:
+    """Returns the class names that the ``datasets`` library stores in a schema."""
+    text = (schema.metadata or {}).get(b'huggingface', b'{}')
+    with suppress(KeyError, TypeError, ValueError):  # of another library or version
+        return json.loads(text)['info']['features']['label']['names']
+    return None

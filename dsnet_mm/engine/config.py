@@ -1,0 +1,220 @@
+"""Loads a configuration, applies the options of the command line, checks its files."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.files import check_file
+
+SCOPES = ('mmdet', 'mmpretrain')
+
+
+def find_config(name: str | Path) -> str:
+    """Finds a configuration, also one of this package by its name.
+
+    Args:
+        name: Path of a configuration file, or name of one of this package with or
+            without ``.py``, such as ``'mask_rcnn_dsnet_s_coco'``. The package has
+            them in its wheel and in its repository.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if os.path.isfile(name):
+        return str(name)
+    package = Path(__file__).parents[1]
+    folder = package / '.mim' / 'configs'
+    if not folder.is_dir():
+        folder = package.parent / 'configs'
+    own = {
+        path.stem: str(path)
+        for path in sorted(folder.rglob('*.py'))
+        if path.parent.name != '_base_'
+    }
+    stem = str(name).removesuffix('.py')
+    if stem in own:
+        return own[stem]
+    close = difflib.get_close_matches(stem, own) or ['mask_rcnn_dsnet_s_coco']
+    raise FileNotFoundError(
+        f'there is no configuration file {name}; give the path of one, or the name '
+        f'of one of this package, such as {" or ".join(close)}'
+    )
+
+
+def load_config(path: str, options: dict[str, Any]) -> Config:
+    """Loads a configuration of mmdet or mmpretrain.
+
+    Args:
+        path: Configuration file, or name of one (see :func:`find_config`).
+        options: Values to set, by dotted name. ``data_root`` moves the data
+            (see :func:`set_data_root`) before the others are merged.
+
+    Returns:
+        The configuration. Data loaders of mmpretrain have the defaults that
+        its tools give them: ``default_collate`` and persistent workers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of neither code base, or has no ``data_root``.
+    """
+    cfg = Config.fromfile(find_config(path))
+    options = dict(options)
+    if 'data_root' in options:
+        set_data_root(cfg, options.pop('data_root'))
+    cfg.merge_from_dict(options)
+
+    scope = cfg.get('default_scope')
+    if scope not in SCOPES:
+        raise ValueError(
+            f'{path} has default_scope={scope!r}; these tools run configurations '
+            f'with one of {SCOPES}'
+        )
+    if scope == 'mmpretrain':
+        for split in ('train', 'val', 'test'):
+            if loader := cfg.get(f'{split}_dataloader'):
+                loader.setdefault('collate_fn', dict(type='default_collate'))
+                loader.setdefault('pin_memory', get_device() != 'cpu')
+                loader.setdefault(
+                    'persistent_workers', loader.get('num_workers', 0) > 0
+                )
+    return cfg
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Moves the data sets and evaluators of a configuration to another folder.
+
+    In a loaded configuration the old ``data_root`` is already part of other
+    values, such as an evaluator's ``ann_file``. The new folder replaces it in
+    every string of the data loaders and evaluators that is the old folder or
+    a path inside it.
+
+    Args:
+        cfg: Configuration, changed in place.
+        root: The new folder, with or without a slash at its end.
+
+    Raises:
+        ValueError: If the data sets do not have one ``data_root`` in common.
+    """
+    splits = ('train', 'val', 'test')
+    olds = {
+        node['data_root'].rstrip('/')
+        for split in splits
+        for node in dicts_in(cfg.get(f'{split}_dataloader'))
+        if node.get('data_root')
+    }
+    if cfg.get('data_root'):
+        olds &= {cfg.data_root.rstrip('/')}
+    if len(olds) != 1:
+        raise ValueError(
+            f'data_root={root} replaces the one folder that the data sets share, and '
+            f'here it is {sorted(olds) or "none"}; set it for each, as in '
+            f'train_dataloader.dataset.data_root={root}'
+        )
+    (old,) = olds
+    new = os.path.expanduser(root).rstrip('/')
+    for split in splits:
+        for name in (f'{split}_dataloader', f'{split}_evaluator'):
+            if cfg.get(name):
+                cfg[name] = _moved(cfg[name], old, new)
+    cfg.data_root = new + '/'
+
+
+def dicts_in(node: Any) -> Iterator[dict]:
+    """Yields all dicts in a part of a configuration, the outer ones first."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for value in node:
+            yield from dicts_in(value)
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """Returns a copy of a part of a configuration with another folder in its paths."""
+    if isinstance(node, dict):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(_moved(value, old, new) for value in node)
+    if isinstance(node, str) and (node == old or node.startswith(old + '/')):
+        return new + node[len(old) :]
+    return node
+
+
+# Data sets of mmpretrain that download themselves into their data_root.
+DOWNLOADED = ('CIFAR10', 'CIFAR100', 'FashionMNIST', 'MNIST')
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Checks that the files and folders of data sets and evaluators exist.
+
+    Addresses with ``://`` and data behind ``backend_args`` are not checked.
+
+    Args:
+        cfg: Configuration.
+        splits: Those of ``'train'``, ``'val'`` and ``'test'`` that are used.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+    """
+    for split in splits:
+        for part in (f'{split}_dataloader', f'{split}_evaluator'):
+            for node in dicts_in(cfg.get(part)):
+                if not node.get('backend_args'):
+                    _check_paths(node, part)
+
+
+def _check_paths(node: dict, part: str) -> None:
+    """Checks folder, annotations and images of one data set or evaluator."""
+    root = node.get('data_root') or ''
+    kind = node.get('type', '')
+    kind = kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+    if kind in DOWNLOADED or '://' in root:
+        return
+    ann_file = node.get('ann_file') or ''
+    prefixes = node.get('data_prefix') or ''
+    if isinstance(prefixes, str):
+        # ImageNet reads the folder with the name of its split.
+        prefixes = [prefixes or (node.get('split', '') if kind == 'ImageNet' else '')]
+    else:
+        prefixes = list(prefixes.values())
+
+    inside = [os.path.expanduser(path) for path in (ann_file, *prefixes) if path]
+    for path in dict.fromkeys((root, *(os.path.join(root, path) for path in inside))):
+        if path and '://' not in path and not os.path.exists(path):
+            raise FileNotFoundError(
+                f'{part}: there is no {path}; {kind} reads '
+                f'{" and ".join(inside) or "images"}{root and " in " + root}, and '
+                f'--cfg-options data_root=PATH moves all data sets and evaluators'
+            )
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Checks the checkpoints that weights are initialised from (``init_cfg``).
+
+    Args:
+        cfg: Configuration.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one is damaged or not safe to load.
+    """
+    for node in dicts_in(cfg.model):
+        # None keeps a place for one, see DSNet.
+        if node.get('type') == 'Pretrained' and node['checkpoint'] is not None:
+            check_file(
+                node['checkpoint'],
+                'checkpoint',
+                'the model starts from it (init_cfg); put it there or change the path '
+                'by --cfg-options, as in model.backbone.init_cfg.checkpoint=PATH',
+            )
+            if '://' not in node['checkpoint']:
+                read_checkpoint(node['checkpoint'])

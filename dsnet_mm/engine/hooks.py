@@ -1,0 +1,277 @@
+"""Hooks of training and testing."""
+
+import random
+import time
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from dsnet_mm.checkpoint import newest_first, read_checkpoint
+from dsnet_mm.models import fuse_for_inference
+from dsnet_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CpuTimeHook(Hook):
+    """Logs the processor seconds of each training iteration, ``train/cpu_time``.
+
+    They are those of all threads of this process and contain the loading of data
+    without workers. Other programs change them far less than the wall time.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Starts the clock."""
+        self._start = time.process_time()
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Logs the seconds since the last iteration."""
+        now = time.process_time()
+        runner.message_hub.update_scalar('train/cpu_time', now - self._start)
+        self._start = now
+
+    def after_val(self, runner: Runner) -> None:
+        """Starts the clock again, without the seconds of the validation."""
+        self._start = time.process_time()
+
+
+class NonFiniteLossError(ValueError):
+    """A loss is NaN or infinite."""
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stops a training in the iteration in which a loss is NaN or infinite.
+
+    The error names the iteration, the losses, the images of the batch and the newest
+    checkpoint without such weights. It is raised before a checkpoint of that iteration
+    is written.
+
+    Gradients are not checked. In mixed precision they overflow from time to time; the
+    gradient scaler then leaves out the step, and the loss stays finite.
+
+    Raises:
+        NonFiniteLossError: After the iteration.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Checks what the model calls a loss."""
+        wrong = [
+            f'{name} is {value.item()}'
+            for name, loss in (outputs or {}).items()
+            if 'loss' in name and not (value := torch.as_tensor(loss)).isfinite()
+        ]
+        if not wrong:
+            return
+        images = ', '.join(images_of(data_batch)) or 'not named by the data set'
+        good = last_good_checkpoint(runner.work_dir)
+        raise NonFiniteLossError(
+            f'iteration {runner.iter + 1}: {" and ".join(wrong)}; images of the '
+            f'batch: {images}; '
+            + (
+                f'the last good checkpoint is {good}'
+                if good
+                else f'{runner.work_dir} holds no good checkpoint yet'
+            )
+            + '; lower the learning rate, or look at these images and their '
+            'annotations (tools/check_data.py)'
+        )
+
+
+def images_of(batch: Any) -> list[str]:
+    """Returns the file names of the images of a batch, as far as it has them."""
+    samples = batch.get('data_samples') if isinstance(batch, dict) else None
+    return [str(s.img_path) for s in samples or [] if 'img_path' in s]
+
+
+def last_good_checkpoint(work_dir: str) -> str | None:
+    """Returns the newest checkpoint of a folder whose weights are all finite."""
+    for path in newest_first(work_dir):
+        try:
+            state = read_checkpoint(path).get('state_dict', {})
+        except ValueError:
+            continue
+        if state and all(
+            value.isfinite().all()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ):
+            return path
+    return None
+
+
+@HOOKS.register_module()
+class FuseHook(Hook):
+    """Fuses a copy of the model before it is tested.
+
+    It is not fused earlier because MMEngine loads the checkpoint into the
+    unfused model, and an EMAHook exchanges the weights of that. Validation
+    during training stays unfused.
+
+    Raises:
+        ValueError: By ``Runner.test``, if the model has no DS-blocks.
+    """
+
+    priority = 'VERY_LOW'
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Puts the fused copy in the place of ``runner.model``."""
+        model = runner.model
+        if is_model_wrapper(model):  # for several GPUs
+            model = model.module
+        runner.model = fuse_for_inference(deepcopy(model))
+
+
+LOADING, STEP = range(2)
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Seeds every batch and every training step by its number.
+
+    The random numbers of an iteration depend on the seed of the run, the rank
+    of the process and the number of the iteration, and on nothing else. A
+    resumed training therefore draws the same numbers as one that was never
+    interrupted. No state of a generator is stored.
+
+    - A worker is seeded before it loads a batch. Without workers, the main
+      process is.
+    - The main process is seeded before each training step.
+
+    Python's ``random``, NumPy and PyTorch are seeded. The number of workers
+    makes no difference.
+
+    The order of the data comes from the samplers of MMEngine, which depend on
+    the seed of the run. The resumed training needs the same
+    ``randomness.seed``; ``tools/train.py --resume`` takes it from the
+    checkpoint. It also needs the same batch size and number of processes. In
+    iteration-based training MMEngine must be able to skip batches, as 0.10.12
+    is, with a sampler that skips (InfiniteSampler) or by the steps of one that
+    has epochs (DefaultSampler). 0.10.7 is not.
+    """
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        """Makes the data loader seed its workers."""
+        loader = runner.train_loop.dataloader
+        self._key = (runner.seed, get_rank())
+        self.loading = _LoadingSeeds(loader, self._key)
+        loader.worker_init_fn = self.loading.start_worker
+        loader.collate_fn = self.loading.collate
+        # Its iterator would otherwise draw from the generator of the main process.
+        loader.generator = torch.Generator().manual_seed(runner.seed)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seeds the loading of the first batch."""
+        self._seed_loading(runner, runner.iter)
+        if hasattr(runner.train_loop, 'dataloader_iterator') and (
+            self.loading.batches_per_epoch
+        ):
+            # A sampler that cannot skip: the loop first loads all earlier batches.
+            self.loading.next_batch = 0
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Seeds the training step."""
+        _seed(*self._key, STEP, runner.iter)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Seeds the loading of the next batch."""
+        self._seed_loading(runner, runner.iter + 1)
+
+    def after_val(self, runner: Runner) -> None:
+        """Seeds the loading of the next batch again, after a validation."""
+        if hasattr(self, 'loading'):
+            self._seed_loading(runner, runner.iter)
+
+    def _seed_loading(self, runner: Runner, batch: int) -> None:
+        self.loading.next_batch = batch
+        _seed(*self._key, LOADING, batch)
+
+
+class _LoadingSeeds:
+    """Seeds the workers of a data loader before each batch that they load.
+
+    Of ``n`` workers, worker ``i`` loads the batches ``i``, ``i + n``,
+    ``i + 2 n`` and so on of each epoch.
+
+    Args:
+        loader: The data loader.
+        key: Seed of the run and rank of the process.
+
+    Attributes:
+        next_batch: Number of the batch that is loaded next. The workers start
+            with a copy of this object.
+        batches_per_epoch: None if the sampler never ends.
+    """
+
+    def __init__(self, loader: DataLoader, key: tuple[int, int]) -> None:
+        self.next_batch = 0
+        endless = hasattr(loader.sampler, 'skip')
+        self.batches_per_epoch = None if endless else len(loader)
+        self._key = key
+        self._sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+        self._init_worker, self._collate = loader.worker_init_fn, loader.collate_fn
+
+    def start_worker(self, worker: int) -> None:
+        """Seeds the first batch of a worker; its ``worker_init_fn``."""
+        if self._init_worker:
+            self._init_worker(worker)
+        if self.batches_per_epoch:
+            # A loop by iteration that skips epochs does not call the hook between them.
+            epoch = getattr(self._sampler, 'epoch', 0)
+            self.next_batch = max(self.next_batch, epoch * self.batches_per_epoch)
+        self.next_batch += worker
+        _seed(*self._key, LOADING, self.next_batch)
+
+    def collate(self, samples: list) -> object:
+        """Collates a batch, then seeds the worker for its next one."""
+        batch = self._collate(samples)
+        worker = get_worker_info()
+        if worker:
+            following = self.next_batch + worker.num_workers
+            if per_epoch := self.batches_per_epoch:
+                epoch = self.next_batch // per_epoch
+                if following >= (epoch + 1) * per_epoch:
+                    # Persistent workers begin the next epoch in the same order.
+                    following = (epoch + 1) * per_epoch + worker.id
+            self.next_batch = following
+            _seed(*self._key, LOADING, following)
+        return batch
+
+
+def _seed(*key: int) -> None:
+    """Seeds Python's ``random``, NumPy and PyTorch."""
+    state = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]))

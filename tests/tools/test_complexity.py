@@ -1,0 +1,206 @@
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.analysis import get_model_complexity_info
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsnet_mm.models import DSNet, fuse_for_inference
+from measure.complexity import count_complexity
+from tests.conftest import tool
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'dsnet'
+
+
+@pytest.fixture(scope='module')
+def get_flops():
+    return tool('analysis_tools/get_flops.py')
+
+
+def test_counts_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.LayerNorm(8)
+            self.linear = nn.Linear(8, 5, bias=False)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+            x = nn.functional.scaled_dot_product_attention(
+                x[:, None], x[:, None], x[:, None]
+            )
+            return self.linear(nn.functional.gelu(x))
+
+    tokens = 4 * 6
+    counts = count_complexity(Net(), torch.zeros(1, 3, 4, 6))
+    assert counts.params == 3 * 9 * 8 + 8 + 16 + 40
+    assert counts.multiply_adds == tokens * (27 * 8 + 2 * tokens * 8 + 8 * 5)
+    assert counts.elementwise == tokens * 8 * (1 + 5 + 1)
+    assert counts.uncounted == ()
+
+
+def test_attention_counts_in_a_process_that_has_not_loaded_our_ops():
+    code = (
+        'import torch\n'
+        'from dsnet_mm.cli.complexity import count_complexity\n'
+        'class Net(torch.nn.Module):\n'
+        '    def forward(self, x):\n'
+        '        return torch.nn.functional.scaled_dot_product_attention(x, x, x)\n'
+        'print(count_complexity(Net(), torch.zeros(1, 1, 6, 8)).multiply_adds)\n'
+    )
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.split() == [str(2 * 6 * 6 * 8)], out.stderr
+
+
+def test_operators_without_formula_are_listed():
+    @torch.library.custom_op('dsnet_mm_test::twice', mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    assert count_complexity(Net(), torch.zeros(2)).uncounted == (
+        'dsnet_mm_test::twice',
+    )
+
+
+def test_tables_2_and_4_of_the_paper(get_flops):
+    """All printed digits agree, in the order of operations of the public code."""
+    models = list(get_flops.published_models())
+    measured = {name: counts for name, _, _, counts, _ in models}
+    params = {name: f'{c.params / 1e6:.1f}' for name, c in measured.items()}
+    assert params == {
+        'DS-Net-T': '9.1',
+        'DS-Net-T*': '10.5',
+        'DS-Net-S': '19.6',  # 19.7 in the paper
+        'DS-Net-S*': '23.0',
+        'DS-Net-B': '41.8',  # 48.8 in the paper, which cannot be right
+        'DS-Net-B*': '49.3',
+        'T, alpha=0': '8.6',
+        'T, alpha=0.25': '8.7',
+        'T, alpha=0.5': '9.1',
+        'T, alpha=0.75': '9.8',
+        'T, alpha=1': '10.7',
+    }
+    products = {n: f'{c.multiply_adds / 1e9:.1f}' for n, c in measured.items()}
+    assert products['DS-Net-T'] == '1.6'
+    assert products['DS-Net-T*'] == '1.8'
+    assert products['DS-Net-S'] == '3.1'  # 3 in the paper, without a decimal
+    assert products['DS-Net-S*'] == '3.5'
+    assert products['DS-Net-B*'] == '8.3'  # 8.4 in the paper
+    # Table 2 has three decimals and includes element-wise operations.
+    all_operations = {
+        name.removeprefix('T, alpha='): f'{(c.multiply_adds + c.elementwise) / 1e9:.3f}'
+        for name, c in measured.items()
+        if 'alpha' in name
+    }
+    assert all_operations == {
+        '0': '1.573',
+        '0.25': '1.578',
+        '0.5': '1.592',
+        '0.75': '1.615',
+        '1': '1.647',
+    }
+    # The network saves the projections that it computes at low resolution.
+    computed = {name: counts for name, *_, counts in models}
+    assert computed['T, alpha=0'] == measured['T, alpha=0']
+    saved = {
+        n: measured[n].multiply_adds - c.multiply_adds for n, c in computed.items()
+    }
+    assert all(c.uncounted == () for c in computed.values())
+    pixels, tokens = (56, 28, 14, 7), (7, 7, 7, 3)
+    assert saved['T, alpha=1'] == sum(
+        # proj_in and proj_out of each block
+        depth * 2 * channels**2 * (side**2 - global_side**2)
+        for depth, channels, side, global_side in zip(
+            (2, 2, 4, 1), (64, 128, 320, 512), pixels, tokens, strict=True
+        )
+    )
+    assert 2 * saved['DS-Net-T*'] == 2 * saved['DS-Net-T'] == saved['T, alpha=1']
+
+
+WIDE = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
+
+
+@pytest.mark.parametrize('isa', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_counts_do_not_depend_on_dtype_and_fusion(dtype, isa):
+    net = DSNet(WIDE, isa=isa).eval()
+    image = torch.zeros(1, 3, 64, 64)
+    expected = count_complexity(net.double(), image.double())
+    assert expected.uncounted == ()
+    assert count_complexity(net.to(dtype), image.to(dtype)) == expected
+    fused = count_complexity(fuse_for_inference(net).to(dtype), image.to(dtype))
+    # A fused network has parameters in its output norm only. Its weights are buffers.
+    assert fused._replace(params=expected.params) == expected
+
+
+def flops(net, dtype, training=False):
+    """Counts the operations of a network with PyTorch's FlopCounterMode."""
+    net = net.to(dtype).train(training)
+    x = torch.randn(2, 3, 64, 64, dtype=dtype, requires_grad=training)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        (out,) = net(x)
+        if training:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_counter_of_pytorch():
+    """float32 uses the compiled operators, float64 those of PyTorch."""
+    net = DSNet(WIDE)
+    expected = flops(net, torch.float64)
+    assert expected == 2 * count_complexity(net, torch.zeros(2, 3, 64, 64).double())[1]
+    assert flops(net, torch.float32) == expected
+    assert flops(fuse_for_inference(net), torch.float32) == expected
+
+
+def test_counter_of_pytorch_in_training():
+    """In float32 the backward computes the hidden layers of the FFNs again."""
+    net = DSNet(WIDE)
+    again = sum(2 * 2 * (16 // 2**i) ** 2 * 64 * 256 for i in range(4))
+    assert flops(net, torch.float32, True) == flops(net, torch.float64, True) + again
+
+
+def test_counter_of_mmengine():
+    net = DSNet(WIDE).eval()
+    shape = (3, 64, 64)
+    counts = count_complexity(net, torch.zeros(1, *shape))
+    for model in (net, fuse_for_inference(deepcopy(net))):
+        analysis = get_model_complexity_info(
+            model, shape, show_table=False, show_arch=False
+        )
+        # MMEngine also counts resizing and norms, but no biases.
+        assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape', 'params'),
+    [
+        ('dsnet-tiny_8xb128_in1k.py', '224', '10.53'),
+        ('retinanet_dsnet_t_fpn_coco.py', '128', '19.68'),
+    ],
+)
+def test_configurations(get_flops, config, shape, params, monkeypatch, capsys):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmpretrain')
+    path = CONFIGS / config
+    monkeypatch.setattr('sys.argv', ['get_flops.py', str(path), '--shape', shape])
+    get_flops.main()
+    out = capsys.readouterr().out
+    assert f'{shape} x {shape}' in out
+    assert params in out
+
+
+def test_unknown_target(get_flops, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['get_flops.py', 'nothing.py'])
+    with pytest.raises(SystemExit):
+        get_flops.main()
+    assert 'nothing.py is neither' in capsys.readouterr().err

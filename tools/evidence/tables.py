@@ -1,0 +1,333 @@
+"""The tables and their rows. Each row is a configuration in configs/evidence."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        name: Name of the row, and of its results.
+        label: How the page calls it.
+        config: File in ``configs/evidence``, without suffix.
+        seeds: Number of trainings, with the seeds 0, 1 and so on.
+        options: Values of the configuration that the row sets, by dotted name.
+    """
+
+    name: str
+    label: str
+    config: str
+    seeds: int = 3
+    options: Mapping[str, Any] = {}
+
+
+class Table(NamedTuple):
+    """A table.
+
+    Attributes:
+        title: Title on the page.
+        rows: Its rows. Differences are those from the first one.
+        metrics: Metrics of the page and their column titles. The first one is
+            compared and plotted.
+        tolerance: Largest difference from the recorded first metric that passes as
+            reproduced. Other libraries and processors change the metric.
+        data: Where the data comes from.
+        licence: Licence of the data.
+        limits: What weights of this table are not good for.
+        size: Side of the square image for which multiply-adds are counted.
+        comparable: Rows whose backbones need the same multiply-adds within 5 %.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    metrics: Mapping[str, str]
+    tolerance: float
+    data: str
+    licence: str
+    limits: str
+    size: int
+    comparable: bool = True
+
+    def row(self, name: str) -> Row:
+        """Returns a row by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+COCO = {
+    'coco/segm_mAP': 'mask AP',
+    'coco/segm_mAP_50': 'AP50',
+    'coco/segm_mAP_75': 'AP75',
+    'coco/segm_mAP_s': 'small',
+    'coco/segm_mAP_m': 'medium',
+    'coco/bbox_mAP': 'box AP',
+    'coco/bbox_mAP_50': 'AP50',
+    'coco/bbox_mAP_75': 'AP75',
+    'coco/bbox_mAP_s': 'small',
+    'coco/bbox_mAP_m': 'medium',
+}
+NUCLEI_DATA = (
+    'the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted by '
+    'tools/dataset_converters/nuclei_to_coco.py into data/nuclei'
+)
+NUCLEI_LIMITS = (
+    'one class, images like those of the set (nuclei stained for light or '
+    'fluorescence microscopy, 256 to 696 pixels, enlarged twice); small training set, '
+    'no use in diagnosis'
+)
+CIFAR_LIMITS = (
+    'ten classes, images of 32 pixels enlarged to 64; trained for minutes, far from '
+    'what long training reaches'
+)
+CIFAR_LICENCE = 'CIFAR-10 is published without a licence, for research'
+CIFAR_DATA = (
+    'CIFAR-10 as a folder of images, written by '
+    'tools/dataset_converters/cifar10_to_folders.py into data/cifar10'
+)
+DETECTORS = {
+    'dsnet_dsfpn': 'DS-Net + DS-FPN',
+    'dsnet_fpn': 'DS-Net + FPN',
+    'resnet_fpn': 'ResNet + FPN',
+    'swin_fpn': 'Swin + FPN',
+    'convnext_fpn': 'ConvNeXt + FPN',
+}
+# Choices of DS-Net and DS-FPN.
+DETECTOR_CHOICES = {
+    'dsfpn_init': (
+        "DS-FPN, PyTorch's initial convolutions",
+        {
+            'neck.init_cfg.type': 'TruncNormal',
+            'neck.init_cfg.layer': 'Linear',
+            'neck.init_cfg.std': 0.02,
+        },
+    ),
+    'dsfpn_small_init': (
+        'DS-FPN, initial weights of 0.02',
+        {
+            'neck.init_cfg.type': 'TruncNormal',
+            'neck.init_cfg.layer': ['Linear', 'Conv2d'],
+            'neck.init_cfg.std': 0.02,
+        },
+    ),
+    'dsfpn_no_isa': ('DS-FPN without ISA', {'neck.isa': False}),
+    'dsfpn_coarse': (
+        'DS-FPN, blocks at strides 16 and 32 only',
+        {'neck.num_plain_levels': 2},
+    ),
+    'no_output_norm': (
+        'DS-FPN, no norms of the outputs of DS-Net',
+        {'backbone.output_norm': False},
+    ),
+}
+CLASSIFIERS = {
+    'dsnet': 'DS-Net*',
+    'dsnet_alpha0': 'DS-Net, alpha 0 (local stream alone)',
+    'dsnet_alpha1': 'DS-Net, alpha 1 (global stream alone)',
+    'resnet': 'ResNet',
+    'deit': 'DeiT',
+    'swin': 'Swin',
+    'convnext': 'ConvNeXt',
+    'dsnet_no_isa': 'DS-Net, no ISA (alpha 0.5)',
+    'dsnet_alpha25': 'DS-Net, alpha 0.25',
+    'dsnet_alpha75': 'DS-Net, alpha 0.75',
+    'dsnet_global_to_local': 'DS-Net*, global to local only',
+    'dsnet_local_to_global': 'DS-Net*, local to global only',
+    'dsnet_no_output_norm': 'DS-Net* without the norm of its output',
+}
+THREE_SEEDS = (
+    'dsnet',
+    'dsnet_alpha0',
+    'dsnet_alpha1',
+    'resnet',
+    'deit',
+    'dsnet_no_output_norm',
+    'dsfpn_coarse',
+)
+RATES = {
+    'dsnet': (1e-3, 2e-3, 4e-3, 8e-3),
+    'resnet': (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    'deit': (1e-3, 2e-3, 4e-3, 8e-3),
+    'swin': (1e-3, 2e-3, 4e-3, 8e-3),
+    'convnext': (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    # That of 0.004 is in the table of choices.
+    'dsnet_no_output_norm': (2e-3, 8e-3),
+}
+
+TABLES = {
+    'nuclei': Table(
+        'Nuclei, Mask R-CNN from random weights',
+        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items())
+        + tuple(
+            Row(
+                name,
+                label,
+                'nuclei_dsnet_dsfpn',
+                3 if name in THREE_SEEDS else 1,
+                {f'model.{key}': value for key, value in options.items()},
+            )
+            for name, (label, options) in DETECTOR_CHOICES.items()
+        ),
+        COCO,
+        tolerance=1.5,
+        data=NUCLEI_DATA,
+        licence='the images are CC0',
+        limits=NUCLEI_LIMITS,
+        size=256,
+    ),
+    'scenes': Table(
+        'Drawn scenes, Mask R-CNN',
+        (
+            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
+            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
+        ),
+        COCO,
+        tolerance=3.0,
+        data='the first two commands of `make demo`: the images and the warm-up of '
+        'the backbone',
+        licence='the images are drawn by this repository',
+        limits='drawn images only',
+        size=128,
+    ),
+    'cifar10': Table(
+        'CIFAR-10 at 64 pixels',
+        tuple(
+            Row(name, label, f'cifar10_{name}', 3 if name in THREE_SEEDS else 1)
+            for name, label in CLASSIFIERS.items()
+        ),
+        {'accuracy/top1': 'accuracy'},
+        tolerance=1.0,
+        data=CIFAR_DATA,
+        licence=CIFAR_LICENCE,
+        limits=CIFAR_LIMITS,
+        size=64,
+    ),
+}
+# Learning rates. Those of the nuclei are judged by the validation images: there are
+# few of them. The rate of 0.002 is in the table itself.
+TABLES['nuclei_rates'] = TABLES['nuclei']._replace(
+    title='Nuclei, other learning rates',
+    rows=tuple(
+        Row(
+            f'{name}_{rate:g}',
+            f'{label}, {rate:g}',
+            f'nuclei_{name}',
+            1,
+            {'optim_wrapper.optimizer.lr': rate},
+        )
+        for name, label in DETECTORS.items()
+        for rate in (1e-3, 4e-3)
+    ),
+)
+# Two epochs, judged by a tenth of the training images.
+SHORT = {
+    'train_cfg.max_epochs': 2,
+    'param_scheduler.1.T_max': 2,
+    'test_dataloader.dataset.ann_file': 'val.txt',
+    'test_dataloader.dataset.data_prefix': 'train',
+}
+TABLES['cifar10_rates'] = TABLES['cifar10']._replace(
+    title='CIFAR-10, learning rates',
+    rows=tuple(
+        Row(
+            f'{name}_{rate:g}',
+            f'{CLASSIFIERS[name]}, {rate:g}',
+            f'cifar10_{name}',
+            1,
+            {**SHORT, 'optim_wrapper.optimizer.lr': rate},
+        )
+        for name, rates in RATES.items()
+        for rate in rates
+    ),
+    tolerance=1.5,
+)
+CHOICES = {
+    'default': ('DS-Net*', {}),
+    'global_small': (
+        'global stream of 4, 2, 2, 2 rows',
+        {'model.backbone.global_factors': (4, 4, 2, 1)},
+    ),
+    'global_full': (
+        'global stream at full resolution',
+        {'model.backbone.global_factors': (1, 1, 1, 1)},
+    ),
+    'drop_path': ('drop path 0.1', {'model.backbone.drop_path_rate': 0.1}),
+    'decay_all': (
+        'weight decay of norms and biases too',
+        {
+            'optim_wrapper.paramwise_cfg.norm_decay_mult': 1.0,
+            'optim_wrapper.paramwise_cfg.bias_decay_mult': 1.0,
+        },
+    ),
+    'small_init': (
+        'all weights from a normal of 0.02',
+        {
+            'model.backbone.init_cfg.type': 'TruncNormal',
+            'model.backbone.init_cfg.layer': ['Linear', 'Conv2d'],
+            'model.backbone.init_cfg.std': 0.02,
+        },
+    ),
+    'no_output_norm': (
+        'no norm of the output',
+        {'model.backbone.output_norm': False},
+    ),
+}
+STEMS = {
+    'dsnet_resnet_stem': 'DS-Net* behind the stem of ResNet',
+    'dsnet_resnet_stem_no_output_norm': 'both: this stem, no norm of the output',
+    'resnet': 'ResNet',
+    'resnet_patches': 'ResNet behind patches of 4x4 pixels',
+}
+TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
+    title='CIFAR-10, choices of DS-Net*, and stems',
+    rows=tuple(
+        Row(name, label, 'cifar10_dsnet', 1, {**SHORT, **options})
+        for name, (label, options) in CHOICES.items()
+    )
+    + tuple(
+        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in STEMS.items()
+    ),
+    comparable=False,
+)
+
+
+# As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
+LONG_DETECTOR = {
+    'train_cfg.max_iters': 1400,
+    'train_cfg.val_interval': 1400,
+    'param_scheduler.1.T_max': 1400,
+    'model.backbone.norm_cfg.type': 'GN',
+    'model.backbone.norm_cfg.num_groups': 8,
+    'model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.train_cfg.rpn_proposal.nms_pre': 300,
+    'model.train_cfg.rpn_proposal.max_per_img': 200,
+}
+TABLES['nuclei_long'] = TABLES['nuclei']._replace(
+    title='Nuclei, a longer training',
+    rows=tuple(
+        Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
+        for name in ('dsnet_dsfpn', 'dsnet_fpn')
+    ),
+)
+LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}
+TABLES['cifar10_long'] = TABLES['cifar10']._replace(
+    title='CIFAR-10, a longer training',
+    rows=tuple(
+        Row(name, CLASSIFIERS[name], f'cifar10_{name}', 3, LONG)
+        for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
+    ),
+)
+# The order of `reproduce.py all`: learning rates are chosen before they are used.
+TABLES = {
+    name: TABLES[name]
+    for name in (
+        'nuclei',
+        'nuclei_long',
+        'scenes',
+        'cifar10_rates',
+        'cifar10',
+        'cifar10_choices',
+        'nuclei_rates',
+        'cifar10_long',
+    )
+}
