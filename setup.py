@@ -114,9 +114,12 @@ def why_not_cuda(torch_cuda: str | None, nvcc: str | None) -> str | None:
     if torch_cuda is None:
         return 'torch is compiled for the CPU'
     if nvcc is None:
-        return f'there is no nvcc of CUDA {torch_cuda}, which torch is compiled for'
+        return f'torch is compiled for CUDA {torch_cuda}, but there is no nvcc'
     if nvcc.split('.')[0] != torch_cuda.split('.')[0]:
-        return f'nvcc is of CUDA {nvcc}, but torch is compiled for CUDA {torch_cuda}'
+        return (
+            f'torch is compiled for CUDA {torch_cuda} and needs an nvcc of that major '
+            f'version, but nvcc is of CUDA {nvcc}'
+        )
     return None
 
 
