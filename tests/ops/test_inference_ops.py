@@ -494,7 +494,7 @@ def test_older_instruction_sets(capability, threads):
     if threads != 2:
         pytest.skip('one number of threads will do')
     code = (
-        'import torch; from tests.test_inference_ops import *\n'
+        'import torch; from tests.ops.test_inference_ops import *\n'
         'for channels in (24, 37):\n'
         '    for dtype in (torch.float32, torch.bfloat16):\n'
         '        test_residual_conv(channels, (11, 14), dtype)\n'

@@ -114,7 +114,7 @@ def test_flops_are_those_of_sdpa():
 @pytest.mark.parametrize('capability', ['default', 'avx2'])
 def test_older_instruction_sets(capability):
     code = (
-        'import torch; from tests.test_ops import *\n'
+        'import torch; from tests.ops.test_ops import *\n'
         'for shape in SHAPES[2:6]:\n'
         '    for dtype in TOLERANCE:\n'
         '        test_native_equals_reference(shape, dtype, 0.3)\n'
