@@ -87,6 +87,7 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weigh
   const int64_t channels = bias_in.size(0);
   const int64_t global_channels = weight("global_norm.bias").size(0);
   const int64_t local_channels = channels - global_channels;
+  TORCH_CHECK(channels > 0, "ds_block takes blocks of at least one channel, got none");
   const c10::SymInt size[2] = {(input.sym_size(2) / global_factor).max(1),
                                (input.sym_size(3) / global_factor).max(1)};
 
