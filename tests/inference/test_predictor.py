@@ -242,10 +242,17 @@ def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
     ('args', 'fact'),
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
+<<<<<<< HEAD
         ('CLASSIFIER a.pth none.png', 'none.png'),
         ('CLASSIFIER a.pth EMPTY', 'no image'),
         ('CLASSIFIER a.pth IMAGE', 'a.pth'),
         ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists'),
+=======
+        ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
+        ('CLASSIFIER a.pth EMPTY', 'no image in'),
+        ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
+        ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
+>>>>>>> main
     ],
 )
 def test_errors_are_a_sentence(
@@ -482,13 +489,3 @@ except SystemExit as exit:
     assert inherited == '3 small'
     assert found == str(site / 'dsnet_mm/.mim/configs/dsnet/dsnet-tiny_8xb128_in1k.py')
     assert '--overlap' in ' '.join(usage)
-
-
-def test_names_of_configurations() -> None:
-    path = dsnet_mm.find_config('mask_rcnn_dsnet_s_coco')
-    assert Path(path) == REPO / 'configs/dsnet/mask_rcnn_dsnet_s_coco.py'
-    assert dsnet_mm.find_config(path) == path
-    with pytest.raises(FileNotFoundError, match=r'such as .*dsnet-demo_scenes'):
-        dsnet_mm.find_config('dsnet-demo_scene')
-    with pytest.raises(FileNotFoundError, match='no configuration file dsnet_s_1x'):
-        dsnet_mm.find_config('dsnet_s_1x_coco')

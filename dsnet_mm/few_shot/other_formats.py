@@ -1,12 +1,8 @@
-"""Classifiers for other programs: ONNX, a weight matrix, open_clip; from MMEngine."""
+"""Classifiers in other formats: a weight matrix, open_clip; from MMEngine."""
 
 import copy
 import json
-import logging
-import os
-import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +11,10 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.environment import require
-from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
 from dsnet_mm.files import check_new, write_atomic
 
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
+<<<<<<< HEAD:dsnet_mm/few_shot/export.py
 
 MOST_IN_ONE_FILE = 1.5e9
 """Bytes of weights in an ONNX file, which cannot have more than 2 GiB in all."""
@@ -137,6 +133,9 @@ def export_onnx(
         for part in sorted(Path(folder).iterdir(), reverse=True):
             os.replace(part, path.parent / part.name)
     return worst
+=======
+from .methods.linear_adapter import LinearAdapter
+>>>>>>> main:dsnet_mm/few_shot/other_formats.py
 
 
 @torch.no_grad()
@@ -179,7 +178,7 @@ def export_matrix(
         ValueError: If the classifier is not linear.
     """
     check_new(path)
-    weight, bias = linear_weights(classifier, feature_width_of(classifier.state_dict()))
+    weight, bias = linear_weights(classifier, feature_width_of(classifier))
     about = {
         'class_names': json.dumps(class_names),
         'logits': 'normalise(f) @ weight.T + bias',
@@ -239,7 +238,7 @@ def convert_checkpoint(
 
     Args:
         checkpoint: The checkpoint.
-        config: Configuration that it was trained with.
+        config: Configuration that it was trained with, or name of one.
         path: File to write.
         pretrained: Weights of the encoder instead of those in the configuration.
         download: Whether weights that are not on this machine may be fetched.
@@ -252,14 +251,11 @@ def convert_checkpoint(
         ImportError: If mmengine is not installed.
     """
     require('mmengine', user='A checkpoint of MMEngine')
-    from mmengine.config import Config
-
     from dsnet_mm.checkpoint import read_checkpoint
+    from dsnet_mm.engine.config import read_config
 
     check_new(path)
-    if not Path(config).is_file():
-        raise FileNotFoundError(f'there is no configuration {config}.')
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     backbone = dict(cfg.get('model', {}).get('backbone', {}))
     head = cfg.get('model', {}).get('head', {})
     if 'CLIPAdapterHead' not in head.get('type', ''):
@@ -281,9 +277,9 @@ def convert_checkpoint(
             f'model.head.class_names.'
         )
     if len(names) != len(tensors['text_features']):
+        count = len(tensors['text_features'])
         raise ValueError(
-            f'{checkpoint} has {len(tensors["text_features"])} classes, but '
-            f'{len(names)} class names.'
+            f'{checkpoint} has {count} classes, but {len(names)} class names.'
         )
     adapter = CLIPAdapter(tensors['text_features'], 1.0, **head.get('adapter', {}))
     try:
