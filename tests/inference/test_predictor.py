@@ -242,17 +242,10 @@ def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
     ('args', 'fact'),
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
-<<<<<<< HEAD
         ('CLASSIFIER a.pth none.png', 'none.png'),
         ('CLASSIFIER a.pth EMPTY', 'no image'),
         ('CLASSIFIER a.pth IMAGE', 'a.pth'),
         ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists'),
-=======
-        ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
-        ('CLASSIFIER a.pth EMPTY', 'no image in'),
-        ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
-        ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
->>>>>>> main
     ],
 )
 def test_errors_are_a_sentence(
