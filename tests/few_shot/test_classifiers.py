@@ -334,12 +334,8 @@ def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, cap
     prepared = torch.stack([deployed.prepare(p) for p in images])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
     session = onnxruntime.InferenceSession(str(out))
-<<<<<<< HEAD:tests/few_shot/test_deployment.py
-    (found,) = session.run(None, {'images': (pixels * std + mean).numpy()})
-=======
     feed = {'images': (prepared * std + mean).numpy()}
     (found,) = session.run(None, feed)
->>>>>>> main:tests/few_shot/test_classifiers.py
     assert torch.allclose(torch.from_numpy(found), deployed(images), atol=1e-5)
     about = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert json.loads(about['class_names']) == list(NAMES)
@@ -352,12 +348,7 @@ def test_onnx(tool, encoder, elsewhere, image_folder, tmp_path, monkeypatch, cap
     assert {p.name for p in large.parent.iterdir()} == {'it.onnx', 'it.onnx.data'}
     assert large.stat().st_size < out.stat().st_size
     session = onnxruntime.InferenceSession(str(large))
-<<<<<<< HEAD:tests/few_shot/test_deployment.py
-    (same,) = session.run(None, {'images': (pixels * std + mean).numpy()})
-    assert (same == found).all()
-=======
     assert (session.run(None, feed)[0] == found).all()
->>>>>>> main:tests/few_shot/test_classifiers.py
     large.unlink()
     with pytest.raises(FileExistsError, match=r'it\.onnx\.data'):
         export_onnx(deployed, large)
