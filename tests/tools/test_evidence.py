@@ -163,9 +163,11 @@ def test_weights_are_small_and_have_cards_and_entries():
             meta = file.metadata()
         assert meta['configuration'] in card and meta['commit'] in card
         assert meta['configuration'] == entry['Config']
-        run = re.search(r'reproduce\.py (\S+) (\S+) --seed (\d+)', card).groups()
-        result = runs.RESULTS / run[0] / f'{run[1]}-seed{run[2]}.json'
-        publish.check_training(Path(entry['Config']), json.loads(result.read_text()))
+        found = re.search(r'reproduce\.py (\S+) (\S+) --seed (\d+)', card).groups()
+        row = TABLES[found[0]].row(found[1])
+        run = runs.Run(found[0], row, int(found[2]), Path('runs'), None)
+        result = json.loads(run.file.read_text())
+        publish.check_training(run, Path(entry['Config']), result)
         measured = re.findall(r'\| .* \| (\S+) \|\n', card)
         for value in entry['Results'][0]['Metrics'].values():
             assert str(value) in measured, 'the figure of the file itself'
