@@ -7,7 +7,8 @@ Environment variables:
     DSNET_MM_WITH_OPS: 1 makes the build fail if the ops cannot be compiled. 0 leaves
         the ops out.
     FORCE_CUDA: 1 compiles for CUDA on a machine without GPU. TORCH_CUDA_ARCH_LIST
-        names the architectures, sm_80 or later.
+        names the architectures, sm_80 or later. An nvcc of another CUDA than torch's
+        cannot compile for it: the ops are then compiled for the CPU only.
     MAX_JOBS: Number of files that are compiled at the same time.
     DSNET_MM_SANITIZE: 1 compiles the ops for ``make test-asan``, with AddressSanitizer
         and UndefinedBehaviorSanitizer, for the CPU only. AMX instructions are replaced
@@ -16,7 +17,9 @@ Environment variables:
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +94,35 @@ def why_not() -> str | None:
     return None
 
 
+def nvcc_release(cuda_home: str | None) -> str | None:
+    """Returns the release of the nvcc in a CUDA toolkit, such as '13.0', or None."""
+    nvcc = Path(cuda_home or '', 'bin/nvcc')
+    if not cuda_home or not nvcc.is_file():
+        return None
+    done = subprocess.run([nvcc, '--version'], capture_output=True, text=True)
+    release = re.search(r'release (\d+\.\d+)', done.stdout)
+    return release and release[1]
+
+
+def why_not_cuda(torch_cuda: str | None, nvcc: str | None) -> str | None:
+    """Returns why a GPU's ops cannot be compiled, or None if they can.
+
+    Args:
+        torch_cuda: CUDA version that torch is compiled for, or None.
+        nvcc: Release of the installed nvcc, or None.
+    """
+    if torch_cuda is None:
+        return 'torch is compiled for the CPU'
+    if nvcc is None:
+        return f'torch is compiled for CUDA {torch_cuda}, but there is no nvcc'
+    if nvcc.split('.')[0] != torch_cuda.split('.')[0]:
+        return (
+            f'torch is compiled for CUDA {torch_cuda} and needs an nvcc of that major '
+            f'version, but nvcc is of CUDA {nvcc}'
+        )
+    return None
+
+
 def ops() -> dict:
     """Returns the arguments of ``setup`` that compile the ops, empty if none can be."""
     reason = why_not()
@@ -110,14 +142,21 @@ def ops() -> dict:
         CUDAExtension,
     )
 
+    sanitize = os.environ.get('DSNET_MM_SANITIZE') == '1'
+    wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
+    no_cuda = None
+    if wanted and not sanitize:
+        no_cuda = why_not_cuda(torch.version.cuda, nvcc_release(CUDA_HOME))
+        if no_cuda:
+            print(f'The ops are built for the CPU only: {no_cuda}.', file=sys.stderr)
+    cuda = wanted and not sanitize and not no_cuda
+
     class BuildOps(BuildExtension):
         def run(self) -> None:
-            note(torch=torch.__version__, cuda=torch.version.cuda if cuda else None)
+            version = torch.version.cuda if cuda else None
+            note(torch=torch.__version__, cuda=version, no_cuda=no_cuda)
             super().run()
 
-    wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
-    sanitize = os.environ.get('DSNET_MM_SANITIZE') == '1'
-    cuda = bool(torch.version.cuda and CUDA_HOME and wanted and not sanitize)
     flags = ['-fno-math-errno', '-Wno-psabi']
     if sanitize:
         flags += ['-O1', '-g1', '-fno-omit-frame-pointer', *SANITIZE]
@@ -129,11 +168,10 @@ def ops() -> dict:
     extension = (CUDAExtension if cuda else CppExtension)(
         'dsnet_mm.ops._C',
         [str(CSRC / source) for source in SOURCES + CUDA_SOURCES * cuda],
-        include_dirs=[str(mmcv_headers())]
-        + [str(Path('tests/amx_on_cpu').resolve())] * sanitize,
+        include_dirs=[str(mmcv_headers())],
         depends=[str(path) for path in sorted(CSRC.rglob('*.*h'))],
         define_macros=[('MMCV_WITH_CUDA', None)] * cuda
-        + [('DSNET_AMX_ON_CPU', None)] * sanitize,
+        + [('DSNET_EMULATE_AMX', None)] * sanitize,
         extra_compile_args=dict(cxx=flags + openmp, nvcc=['-O3']),
         extra_link_args=openmp + SANITIZE * sanitize,
     )

@@ -76,8 +76,10 @@ def ops_build() -> str:
     """Returns the devices the ops are compiled for, or why there are no ops."""
     if native.WHY_NOT:
         return native.WHY_NOT
-    cuda = native.build_info().get('cuda')
-    devices = f'CPU and CUDA {cuda}' if cuda else 'the CPU'
+    info = native.build_info()
+    devices = f'CPU and CUDA {info["cuda"]}' if info.get('cuda') else 'the CPU'
+    if info.get('no_cuda'):
+        devices += f' only, because {info["no_cuda"]}'
     amx = ', bfloat16 by AMX' if torch.bfloat16 in PACKED_DTYPES else ''
     return f'compiled for {devices}{amx}'
 

@@ -98,6 +98,8 @@ if [ "$family" != none ] && ! mmcv_works; then
     mmcv_works || stop "mmcv was built, but its ops do not load; see $log"
 fi
 
+# If there is a GPU, the build notes why it leaves out the CUDA part of the ops.
+[ "$cuda" = no ] || export FORCE_CUDA=1
 say "This package with $extras"
 pip install -q --no-build-isolation -e ".[$extras]"
 

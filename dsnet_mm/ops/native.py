@@ -33,7 +33,11 @@ _OPS = (
 
 
 def build_info() -> dict[str, str | None]:
-    """Returns what the build noted: the versions of ``torch`` and ``cuda``."""
+    """Returns what the build noted.
+
+    The versions of ``torch`` and ``cuda``, and why it is ``no_cuda`` although there is
+    a GPU; or the ``reason`` why nothing was compiled.
+    """
     path = Path(__file__).with_name('build_info.json')
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -65,10 +69,12 @@ def why_not_cuda() -> str | None:
     """Tells why the compiled op cannot be used on a GPU, or returns None."""
     if not torch.cuda.is_available():
         return 'torch sees no GPU'
-    if WHY_NOT is None and build_info().get('cuda'):
+    info = build_info()
+    if WHY_NOT is None and info.get('cuda'):
         return None
     return (
-        f'there is a GPU, but the ops are not for it ({WHY_NOT or "CPU only"}); '
+        f'there is a GPU, but the ops are not for it '
+        f'({WHY_NOT or info.get("no_cuda") or "CPU only"}); '
         f'with nvcc of CUDA {torch.version.cuda}, build them: '
         f'DSNET_MM_WITH_OPS=1 pip install --no-build-isolation -e .'
     )

@@ -1,4 +1,4 @@
-"""Prompts by name, file and list. tests/few_shot/test_bad_input.py has encodings."""
+"""Prompts by name, file and list. test_weights.py has encodings."""
 
 import pytest
 

@@ -131,7 +131,7 @@ def check_all() -> None:
 def test_nothing_is_read_beyond_the_end(capability):
     done = run_python(
         'import torch\n'
-        'from tests.test_memory_bounds import check_all\n'
+        'from tests.ops.test_memory_bounds import check_all\n'
         'check_all()\n'
         'print(torch.backends.cpu.get_cpu_capability())',
         ATEN_CPU_CAPABILITY=capability,
@@ -145,7 +145,7 @@ def test_nothing_is_read_beyond_the_end(capability):
 def test_the_guard_page_cannot_be_read():
     done = run_python(
         'import ctypes, torch\n'
-        'from tests.test_memory_bounds import guard\n'
+        'from tests.ops.test_memory_bounds import guard\n'
         'x = guard(torch.zeros(3))\n'
         'print(ctypes.string_at(x.data_ptr(), 12) == bytes(12), flush=True)\n'
         'ctypes.string_at(x.data_ptr(), 13)'

@@ -60,6 +60,23 @@ def test_peak_of_the_process_is_linear_in_the_tokens():
 
 
 @needs_native
+def test_scratch_memory_is_what_the_type_needs():
+    sizes = []
+    for dtype in ('float32', 'float64'):
+        done = run_python(
+            'import torch; from tests.conftest import *\n'
+            f'qkv = streams(1, 64, 1, 1, 32, torch.{dtype}, grad=False)[0]\n'
+            'with torch.profiler.profile(profile_memory=True) as profile:\n'
+            '    torch.ops.dsnet_mm.self_attention(qkv, seed(), 1, 0.0)\n'
+            'print(max(event.self_cpu_memory_usage for event in profile.events()))',
+            OMP_NUM_THREADS='1',
+        )
+        assert done.returncode == 0, done.stderr
+        sizes.append(int(done.stdout))
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+@needs_native
 def test_result_does_not_depend_on_the_number_of_threads():
     local, global_ = streams(1, 1500, 600, 2, 32, torch.float32)
     threads = torch.get_num_threads()
@@ -97,7 +114,7 @@ def test_flops_are_those_of_sdpa():
 @pytest.mark.parametrize('capability', ['default', 'avx2'])
 def test_older_instruction_sets(capability):
     code = (
-        'import torch; from tests.test_ops import *\n'
+        'import torch; from tests.ops.test_ops import *\n'
         'for shape in SHAPES[2:6]:\n'
         '    for dtype in TOLERANCE:\n'
         '        test_native_equals_reference(shape, dtype, 0.3)\n'
@@ -231,6 +248,11 @@ def test_a_library_of_older_sources_is_not_taken(monkeypatch):
     [
         (dict(torch='2'), None, 'compiled for the CPU'),
         (dict(torch='2', cuda=None), None, 'compiled for the CPU'),
+        (
+            dict(torch='2', cuda=None, no_cuda='nvcc is old'),
+            None,
+            'compiled for the CPU only, because nvcc is old',
+        ),
         (dict(torch='2', cuda='13.0'), None, 'compiled for CPU and CUDA 13.0'),
         (dict(reason='no compiler'), 'not compiled (no compiler)', 'not compiled (no'),
     ],
@@ -248,26 +270,61 @@ def test_doctor_tells_what_the_op_is_compiled_for(
     if info.get('cuda'):
         assert native.why_not_cuda() is None
     else:
-        reason = re.escape(f'not for it ({why_not or "CPU only"}); ')
+        reason = why_not or info.get('no_cuda') or 'CPU only'
+        reason = re.escape(f'not for it ({reason}); ')
         assert re.match(f'there is a GPU.*{reason}.*pip install', native.why_not_cuda())
 
 
-@pytest.mark.parametrize('cuda', [None, '13.0'])
-def test_the_build_notes_what_it_is_for(cuda, tmp_path, monkeypatch):
+def run_setup(folder, monkeypatch):
+    """Runs setup.py up to the call of setup. Returns its names and the arguments."""
     arguments = {}
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(setuptools, 'setup', arguments.update)
+    return runpy.run_path(str(REPO / 'setup.py')), arguments
+
+
+@pytest.mark.parametrize(
+    ('of_torch', 'nvcc', 'facts'),
+    [
+        ('13.0', '13.0', None),
+        ('12.8', '12.4', None),  # of one major version
+        ('13.0', '12.4', ('13.0', '12.4')),
+        ('13.0', None, ('13.0',)),
+        (None, '13.0', ('CPU',)),
+    ],
+)
+def test_which_nvcc_can_compile_for_torch(of_torch, nvcc, facts, tmp_path, monkeypatch):
+    names, _ = run_setup(tmp_path, monkeypatch)
+    reason = names['why_not_cuda'](of_torch, nvcc)
+    assert reason is None if facts is None else all(fact in reason for fact in facts)
+
+
+@pytest.mark.parametrize(
+    ('of_torch', 'nvcc', 'cuda'),
+    [(None, '13.0', None), ('13.0', '13.0', '13.0'), ('13.0', '12.4', None)],
+)
+def test_the_build_notes_what_it_is_for(
+    of_torch, nvcc, cuda, tmp_path, monkeypatch, capsys
+):
     (tmp_path / 'dsnet_mm' / 'ops').mkdir(parents=True)
+    program = tmp_path / 'bin' / 'nvcc'
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho Cuda compilation tools, release {nvcc}, V1\n')
+    program.chmod(0o755)
     monkeypatch.setenv('FORCE_CUDA', '1')
-    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(torch.version, 'cuda', of_torch)
     monkeypatch.setattr(cpp_extension, 'CUDA_HOME', str(tmp_path))
     monkeypatch.setattr(cpp_extension.BuildExtension, 'run', lambda self: None)
-    monkeypatch.setattr(setuptools, 'setup', arguments.update)
-    runpy.run_path(str(REPO / 'setup.py'))
+    names, arguments = run_setup(tmp_path, monkeypatch)
     if 'ext_modules' not in arguments:
         pytest.skip('nothing to build the ops with')
+    sources = arguments['ext_modules'][0].sources
+    assert any(source.endswith('.cu') for source in sources) == bool(cuda)
     arguments['cmdclass']['build_ext'](setuptools.Distribution()).run()
     info = json.loads((tmp_path / 'dsnet_mm/ops/build_info.json').read_text())
-    assert info == dict(torch=torch.__version__, cuda=cuda)
+    reason = names['why_not_cuda'](of_torch, nvcc)
+    assert info == dict(torch=torch.__version__, cuda=cuda, no_cuda=reason)
+    assert (reason or '') in capsys.readouterr().err
 
 
 def test_doctor_tells_the_path_and_why(monkeypatch):

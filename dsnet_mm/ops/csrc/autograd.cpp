@@ -9,7 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "find_operator.h"
+#include "call_operator.h"
 
 namespace dsnet {
 namespace {
@@ -66,7 +66,7 @@ class Attention : public torch::autograd::Function<Attention> {
     const at::AutoDispatchBelowADInplaceOrView below;
     Stack stack(qkv.begin(), qkv.end());
     torch::jit::push(stack, seed, num_heads, dropout_p);
-    find_operator(name).callBoxed(stack);
+    call_boxed(name, stack);
     const variable_list outputs = to_tensors(stack);
     ctx->mark_non_differentiable({outputs.begin() + qkv.size(), outputs.end()});
     variable_list saved = qkv.vec();
@@ -86,7 +86,7 @@ class Attention : public torch::autograd::Function<Attention> {
     stack.insert(stack.end(), saved.begin(), saved.end());
     stack.push_back(ctx->saved_data["num_heads"]);
     stack.push_back(ctx->saved_data["dropout_p"]);
-    find_operator(ctx->saved_data["backward"].toStringRef()).callBoxed(stack);
+    call_boxed(ctx->saved_data["backward"].toStringRef(), stack);
     variable_list result = to_tensors(stack);
     result.resize(result.size() + 4);  // Of the seed and what is no tensor.
     return result;

@@ -1,5 +1,5 @@
 // Random numbers of the attention dropout. They are the same on every device and in
-// dsnet_mm/ops/reference.py, and no mask is stored:
+// dsnet_mm/ops/plain.py, and no mask is stored:
 //
 //   words(query) = hash(seed, query)             two words of 32 bits
 //   word(query, key) = hash(words(query), key)   one word of 32 bits

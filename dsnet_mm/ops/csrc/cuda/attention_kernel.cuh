@@ -48,6 +48,11 @@ struct Direction {
   }
   __device__ const S* k(int64_t head) const { return key_part(head, 1); }
   __device__ const S* v(int64_t head) const { return key_part(head, 2); }
+  // Where a row of a head begins in a contiguous tensor (N, tokens, parts * C).
+  __device__ int64_t row(int64_t head, int64_t token, int64_t tokens,
+                         int parts = 1) const {
+    return ((head / heads * tokens + token) * parts * heads + head % heads) * width;
+  }
 
   __device__ uint64_t random_words(int64_t head, int64_t query) const {
     return query_words(*seed, first_query + head * queries + query);
@@ -170,10 +175,8 @@ __global__ void __launch_bounds__(kThreads)
       accumulate<SPLIT>(weight, v + j * kWidth, accumulator);
     }
   }
-  const int64_t channels = d.heads * d.width;
-  store_channels<SPLIT>(
-      accumulator, d.width, exists, 1 / denominator,
-      out + (head / d.heads * d.queries + query) * channels + head % d.heads * d.width);
+  store_channels<SPLIT>(accumulator, d.width, exists, 1 / denominator,
+                        out + d.row(head, query, d.queries));
   if (exists && threadIdx.x % SPLIT == 0)
     lse[head * d.queries + query] = running_max + log2f(denominator);
 }
@@ -190,9 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t head = blockIdx.x / blocks;
   const int64_t query = blockIdx.x % blocks * kTokens + threadIdx.x / SPLIT;
   const bool exists = query < d.queries;
-  const int64_t channels = d.heads * d.width;
-  const int64_t at =
-      (head / d.heads * d.queries + query) * channels + head % d.heads * d.width;
+  const int64_t at = d.row(head, query, d.queries);
   const float scale = rsqrtf(float(d.width));
   float q[kChannels], g[kChannels], accumulator[kChannels];
   load_channels<SPLIT>(grad_out + at, d.width, exists, 1.f, g);
@@ -226,8 +227,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   store_channels<SPLIT>(accumulator, d.width, exists, scale,
-                        grad_q + (head / d.heads * d.queries + query) * 3 * channels +
-                            head % d.heads * d.width);
+                        grad_q + d.row(head, query, d.queries, 3));
 }
 
 // Backward of the keys and values. ``grad`` is the packed gradient of their stream.
@@ -249,8 +249,7 @@ __global__ void __launch_bounds__(kThreads)
   load_channels<SPLIT>(d.k(head) + key * d.kv_stride, d.width, exists, kLog2E * scale,
                        k);
   load_channels<SPLIT>(d.v(head) + key * d.kv_stride, d.width, exists, 1.f, v);
-  const S* grad_rows =
-      grad_out + head / d.heads * d.queries * channels + head % d.heads * d.width;
+  const S* grad_rows = grad_out + d.row(head, 0, d.queries);
 
   for (int64_t first = 0; first < d.queries; first += kTile) {
     __syncthreads();
@@ -274,8 +273,7 @@ __global__ void __launch_bounds__(kThreads)
                         grad_k);
     }
   }
-  S* row =
-      grad + (head / d.heads * d.keys + key) * 3 * channels + head % d.heads * d.width;
+  S* row = grad + d.row(head, key, d.keys, 3);
   store_channels<SPLIT>(grad_k, d.width, exists, scale, row + channels);
   store_channels<SPLIT>(grad_v, d.width, exists, 1.f, row + 2 * channels);
 }

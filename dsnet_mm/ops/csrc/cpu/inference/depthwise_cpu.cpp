@@ -38,6 +38,24 @@ namespace {
 
 using at::Tensor;
 
+// The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel]. A
+// pixel on the top edge has no tap above, and so on. ``taps`` is the weight.
+std::vector<float> offsets(int64_t channels, const std::vector<float>& taps,
+                           const std::vector<float>& bias,
+                           const std::vector<float>& shift) {
+  std::vector<float> all(16 * channels);
+  for (int edges = 0; edges < 16; ++edges) {
+    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
+    float* offset = all.data() + edges * channels;
+    std::copy(bias.begin(), bias.end(), offset);
+    for (int i = top; i < 3 - bottom; ++i)
+      for (int j = left; j < 3 - right; ++j)
+        for (int64_t c = 0; c < channels; ++c)
+          offset[c] += shift[c] * taps[(3 * i + j) * channels + c];
+  }
+  return all;
+}
+
 // The numbers of x as float, or ``otherwise`` for each channel if there is no x.
 template <typename S>
 std::vector<float> to_float(const std::optional<Tensor>& x, int64_t count,
@@ -53,24 +71,12 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
               const Tensor& out) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const S* w = weight.const_data_ptr<S>();
-  const auto b = to_float<S>(bias, channels, 0);
-  const auto factor = to_float<S>(scale, channels, 1);
-  const auto added = to_float<S>(shift, channels, 0);
-  std::vector<float> taps(9 * channels);  // [tap][channel], first without the scale
+  std::vector<float> taps(9 * channels);  // [tap][channel]
   for (int64_t c = 0; c < channels; ++c)
     for (int i = 0; i < 9; ++i) taps[i * channels + c] = w[c * 9 + i];
-  // The offsets of all kinds of pixels: [top + 2 * bottom][left + 2 * right][channel].
-  // A pixel on the top edge has no tap above, and so on.
-  std::vector<float> offsets(16 * channels);
-  for (int edges = 0; edges < 16; ++edges) {
-    const bool left = edges & 1, right = edges & 2, top = edges & 4, bottom = edges & 8;
-    float* offset = offsets.data() + edges * channels;
-    std::copy(b.begin(), b.end(), offset);
-    for (int i = top; i < 3 - bottom; ++i)
-      for (int j = left; j < 3 - right; ++j)
-        for (int64_t c = 0; c < channels; ++c)
-          offset[c] += added[c] * taps[(3 * i + j) * channels + c];
-  }
+  const auto all_offsets = offsets(channels, taps, to_float<S>(bias, channels, 0),
+                                   to_float<S>(shift, channels, 0));
+  const auto factor = to_float<S>(scale, channels, 1);
   for (int i = 0; i < 9; ++i)
     for (int64_t c = 0; c < channels; ++c)
       taps[i * channels + c] = taps[i * channels + c] * factor[c] + (i == 4);
@@ -89,7 +95,7 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor& bias,
         in.strides[j] = inside ? channels : 0;
       }
       const int edges = 4 * ((y == 0) + 2 * (y == height - 1));
-      kernel(in, width, channels, taps.data(), offsets.data() + edges * channels,
+      kernel(in, width, channels, taps.data(), all_offsets.data() + edges * channels,
              dst + i * row_size);
     }
   });

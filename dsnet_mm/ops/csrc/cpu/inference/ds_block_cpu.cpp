@@ -24,9 +24,8 @@
 #include <torch/library.h>
 
 #include <string>
-#include <tuple>
 
-#include "../../find_operator.h"
+#include "../../call_operator.h"
 
 namespace dsnet {
 namespace {
@@ -34,47 +33,12 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// An operator of this library, as a function.
-template <typename Signature>
-auto find(const char* name) {
-  return [op = find_operator(name).typed<Signature>()](auto&&... args) {
-    return op.call(std::forward<decltype(args)>(args)...);
-  };
-}
-
 // (N, C, H, W), channels-last, as (N, H * W, C), and back
 Tensor to_tokens(const Tensor& x) { return x.permute({0, 2, 3, 1}).flatten(1, 2); }
 
 Tensor to_map(const Tensor& x, c10::SymIntArrayRef size) {
   return x.unflatten_symint(1, size).permute({0, 3, 1, 2});
 }
-
-// --------------------------------------------------------------------- weights
-
-// The weights of a block by their names in DSBlock. A packed one is in the order of
-// dsnet_mm.ops.pack: its first axis is panels of outputs, and its second one is inputs
-// (in bfloat16, blocks of 32). Where the machine has no kernels for a type, packed ones
-// are (C_out, C_in) as well.
-class Weights {
- public:
-  explicit Weights(const c10::Dict<std::string, Tensor>& named) : named_(named) {}
-
-  bool has(const std::string& name) const { return named_.contains(name); }
-
-  Tensor operator()(const std::string& name) const {
-    const auto found = named_.find(name);
-    TORCH_CHECK(found != named_.end(), "ds_block takes the weights of a fused block ",
-                "by name, and ", name, " is not among them");
-    return found->value();
-  }
-
-  Tensor packed(const std::string& layer) const { return (*this)(layer + ".packed"); }
-  Tensor weight(const std::string& layer) const { return (*this)(layer + ".weight"); }
-  Tensor bias(const std::string& layer) const { return (*this)(layer + ".bias"); }
-
- private:
-  const c10::Dict<std::string, Tensor> named_;
-};
 
 // Numbers [begin, end) of the ``all`` outputs (axis 0) or inputs (axis 1) of a weight,
 // packed or not.
@@ -84,9 +48,11 @@ Tensor part(const Tensor& weight, int64_t axis, int64_t begin, int64_t end,
   return weight.narrow(axis, begin * blocks / all, (end - begin) * blocks / all);
 }
 
-// ----------------------------------------------------------------------- block
-
-Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named,
+// The weights of a block come by their names in DSBlock. A packed one is in the order
+// of dsnet_mm.ops.pack: its first axis is panels of outputs, and its second one is
+// inputs (in bfloat16, blocks of 32). Where the machine has no kernels for a type,
+// packed ones are (C_out, C_in) as well.
+Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weights,
                 int64_t num_heads, int64_t global_factor) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && input.requires_grad()),
               "ds_block has no gradients, and its input requires one");
@@ -94,91 +60,78 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& named
               "ds_block takes a map (N, C, H, W) and positive numbers of heads and ",
               "factor, got ", input.dim(), " axes, ", num_heads, " and ",
               global_factor);
-  const Weights weights(named);
+  const auto weight = [&](const std::string& name) {
+    const auto found = weights.find(name);
+    TORCH_CHECK(found != weights.end(), "ds_block takes the weights of a fused block ",
+                "by name, and ", name, " is not among them");
+    return found->value();
+  };
+  const auto convolve = [&](const Tensor& x, const std::string& layer,
+                            const Optional& scale, const Optional& shift) {
+    return call("dsnet_mm::residual_conv", x.contiguous(at::MemoryFormat::ChannelsLast),
+                weight(layer + ".weight"), weight(layer + ".bias"), scale, shift)[0]
+        .toTensor();
+  };
+  const auto linear = [&](const Tensor& x, const Tensor& w, const Tensor& b) {
+    return call("dsnet_mm::linear", x, w, b)[0].toTensor();
+  };
+  const auto project = [&](const Tensor& x, const std::string& layer) {
+    return linear(x, weight(layer + ".packed"), weight(layer + ".bias"));
+  };
+  const auto normalize = [&](const Tensor& x, const std::string& layer) {
+    return at::layer_norm_symint(x, {x.sym_size(-1)}, weight(layer + ".weight"),
+                                 weight(layer + ".bias"));
+  };
   const Tensor seed = at::zeros({1}, at::kLong);  // unused, there is no dropout
-  const Tensor bias_in = weights.bias("proj_in");
+  const Tensor bias_in = weight("proj_in.bias");
   const int64_t channels = bias_in.size(0);
-  const int64_t global_channels = weights.bias("global_norm").size(0);
+  const int64_t global_channels = weight("global_norm.bias").size(0);
   const int64_t local_channels = channels - global_channels;
-  const auto at_low_resolution = [&](const c10::SymInt& side) {
-    return (side / global_factor).max(1);
-  };
-  const c10::SymInt height = input.sym_size(2), width = input.sym_size(3);
-  const c10::SymInt size[2] = {at_low_resolution(height), at_low_resolution(width)};
+  TORCH_CHECK(channels > 0, "ds_block takes blocks of at least one channel, got none");
+  const c10::SymInt size[2] = {(input.sym_size(2) / global_factor).max(1),
+                               (input.sym_size(3) / global_factor).max(1)};
 
-  // The operators, as functions of their arguments and the name of a layer.
-  static const auto residual_conv =
-      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
-                  const Optional&)>("dsnet_mm::residual_conv");
-  static const auto linear =
-      find<Tensor(const Tensor&, const Tensor&, const Optional&)>("dsnet_mm::linear");
-  static const auto linear_ =
-      find<void(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-          "dsnet_mm::linear_");
-  static const auto self_attention =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>(
-          "dsnet_mm::self_attention");
-  static const auto co_attention = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
-      "dsnet_mm::co_attention");
-  static const auto resize_add_ =
-      find<void(const Tensor&, const Tensor&)>("dsnet_mm::resize_add_");
-  static const auto merge_ =
-      find<void(const Tensor&, const Tensor&, const Optional&, const Optional&,
-                const Optional&, const Tensor&, const Tensor&, const Tensor&,
-                const Tensor&, const Tensor&)>("dsnet_mm::merge_");
-  const auto convolve = [&](const Tensor& x, const char* layer, const Optional& scale,
-                            const Optional& shift) {
-    return residual_conv(x.contiguous(at::MemoryFormat::ChannelsLast),
-                         weights.weight(layer), weights.bias(layer), scale, shift);
-  };
-  const auto project = [&](const Tensor& x, const char* layer) {
-    return linear(x, weights.packed(layer), weights.bias(layer));
-  };
-  const auto normalize = [&](const Tensor& x, const char* layer) {
-    return at::layer_norm_symint(x, {x.sym_size(-1)}, weights.weight(layer),
-                                 weights.bias(layer));
-  };
-
-  Tensor x = convolve(input, "pos_embed", {}, {});
+  const Tensor x = convolve(input, "pos_embed", {}, {});
 
   // Split
-  const Tensor proj_in = weights.packed("proj_in");
+  const Tensor proj_in = weight("proj_in.packed");
   const Tensor low = at::upsample_bilinear2d_symint(x, size, false);
-  Tensor f_g = to_tokens(linear(low, part(proj_in, 0, 0, global_channels, channels),
-                                bias_in.narrow(0, 0, global_channels)));
+  const Tensor f_g =
+      to_tokens(linear(low, part(proj_in, 0, 0, global_channels, channels),
+                       bias_in.narrow(0, 0, global_channels)));
   Tensor f_l = linear(x, part(proj_in, 0, global_channels, channels, channels),
                       bias_in.narrow(0, global_channels, local_channels));
 
   // Intra-scale propagation
-  f_l = convolve(f_l, "local_conv", weights("local_norm.scale"),
-                 weights("local_norm.shift"));
+  f_l = convolve(f_l, "local_conv", weight("local_norm.scale"),
+                 weight("local_norm.shift"));
   const Tensor qkv = project(normalize(f_g, "global_norm"), "global_qkv");
-  f_g.add_(std::get<0>(self_attention(qkv, seed, num_heads, 0.)));
+  f_g.add_(call("dsnet_mm::self_attention", qkv, seed, num_heads, 0.)[0].toTensor());
 
   // Inter-scale alignment
   Optional h_l, local_w, local_b;
-  if (weights.has("isa.local_qkv.packed")) {
+  if (weights.contains("isa.local_qkv.packed")) {
     const Tensor local_qkv = project(to_tokens(f_l), "isa.local_qkv");
     const Tensor global_qkv =
         project(normalize(f_g, "isa.global_norm"), "isa.global_qkv");
-    Tensor h_g;
-    std::tie(h_l, h_g, std::ignore, std::ignore) =
-        co_attention(local_qkv, global_qkv, seed, num_heads, 0.);
-    local_w = weights.packed("isa.local_proj");
-    local_b = weights.bias("isa.local_proj");
-    linear_(f_g, h_g, weights.packed("isa.global_proj"),
-            weights.bias("isa.global_proj"));
+    const auto h =
+        call("dsnet_mm::co_attention", local_qkv, global_qkv, seed, num_heads, 0.);
+    h_l = h[0].toTensor();
+    local_w = weight("isa.local_proj.packed");
+    local_b = weight("isa.local_proj.bias");
+    call("dsnet_mm::linear_", f_g, h[1].toTensor(), weight("isa.global_proj.packed"),
+         weight("isa.global_proj.bias"));
   }
 
   // Merge and feed-forward network
-  const Tensor proj_out = weights.packed("proj_out");
-  resize_add_(x, linear(to_map(f_g, size),
-                        part(proj_out, 1, local_channels, channels, channels),
-                        weights.bias("proj_out")));
-  merge_(x, f_l, h_l, local_w, local_b, part(proj_out, 1, 0, local_channels, channels),
-         weights.packed("ffn.fc1"), weights.bias("ffn.fc1"), weights.packed("ffn.fc2"),
-         weights.bias("ffn.fc2"));
+  const Tensor proj_out = weight("proj_out.packed");
+  const Tensor merged =
+      linear(to_map(f_g, size), part(proj_out, 1, local_channels, channels, channels),
+             weight("proj_out.bias"));
+  call("dsnet_mm::resize_add_", x, merged);
+  call("dsnet_mm::merge_", x, f_l, h_l, local_w, local_b,
+       part(proj_out, 1, 0, local_channels, channels), weight("ffn.fc1.packed"),
+       weight("ffn.fc1.bias"), weight("ffn.fc2.packed"), weight("ffn.fc2.bias"));
   return x;
 }
 

@@ -62,14 +62,16 @@ void resize_add(const Tensor& out, const Tensor& x) {
 
 void resize_add_op(const Tensor& out, const Tensor& x) {
   const auto layout = at::MemoryFormat::ChannelsLast;
-  TORCH_CHECK(out.dim() == 4 && x.dim() == 4 && out.size(0) == x.size(0) &&
-                  out.size(1) == x.size(1) && x.size(2) > 0 && x.size(3) > 0 &&
-                  out.scalar_type() == x.scalar_type() && out.is_contiguous(layout) &&
-                  x.is_contiguous(layout),
-              "resize_add_ takes channels-last maps (N, C, H, W) of one dtype and any "
-              "two sizes, got ",
-              out.scalar_type(), " of ", out.sizes(), " and ", x.scalar_type(), " of ",
-              x.sizes());
+  TORCH_CHECK(
+      out.dim() == 4 && x.dim() == 4 && out.size(0) == x.size(0) &&
+          out.size(1) == x.size(1) && x.size(2) > 0 && x.size(3) > 0 &&
+          out.scalar_type() == x.scalar_type() &&
+          (out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16) &&
+          out.is_contiguous(layout) && x.is_contiguous(layout),
+      "resize_add_ takes channels-last maps (N, C, H, W) of any two sizes, both "
+      "in float32 or both in bfloat16, got ",
+      out.scalar_type(), " of ", out.sizes(), " and ", x.scalar_type(), " of ",
+      x.sizes());
   DSNET_FLOAT_OR_BFLOAT16(out.scalar_type(), "resize_add_",
                           [&] { resize_add<scalar_t>(out, x); });
 }
