@@ -1,12 +1,17 @@
-"""Imports of the package: from lower folders only, and in no circle."""
+"""Imports of the package, from lower folders only, and the files of its wheel."""
 
 import ast
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import setuptools
+from setuptools.command.build_py import build_py
 
-PACKAGE = Path(__file__).resolve().parents[1] / 'dsnet_mm'
+from .conftest import REPO
+
+PACKAGE = REPO / 'dsnet_mm'
 
 # Lowest first. A module imports from its own folder and from lower ones. The modules
 # beside __init__ are lowest, and __init__ and __main__ are on top of all.
@@ -67,3 +72,25 @@ def test_tools_are_not_imported():
         text = path.read_text()
         assert 'import measure' not in text and 'from measure' not in text, module
         assert 'import evidence' not in text and 'from evidence' not in text, module
+
+
+def test_wheel_has_no_tool_of_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Tools that need the recorded results or the repository stay there."""
+    arguments = {}
+    monkeypatch.setattr(setuptools, 'setup', arguments.update)
+    monkeypatch.setattr(build_py, 'run', lambda self: None)
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv('DSNET_MM_WITH_OPS', '0')
+    runpy.run_path('setup.py')
+    distribution = setuptools.Distribution(dict(ext_modules=[...]))
+    command = arguments['cmdclass']['build_py'](distribution)
+    command.build_lib, command.editable_mode = str(tmp_path), False
+    command.run()
+    mim = tmp_path / 'dsnet_mm' / '.mim'
+    files = {path.relative_to(mim).as_posix() for path in mim.rglob('*')}
+    assert {'tools/train.py', 'configs/dsnet/dsnet_cifar10.py'} <= files
+    assert 'tools/measure/complexity.py' in files
+    names = {Path(file).name for file in files}
+    assert not names & {'evidence', 'reproduce.py', 'publish_weights.py'}

@@ -8,7 +8,9 @@ a detector are not exported (docs/export.md).
 """
 
 import argparse
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +35,7 @@ from dsnet_mm.inference.export import (
     export,
 )
 from dsnet_mm.models import fuse_for_inference
-from measure.calls import time_call
+from measure.turns import time_in_turns
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,17 +143,16 @@ def latencies(
         turns: Each turn runs each once. There is one turn more, which is dropped.
 
     Returns:
-        The median milliseconds of each.
+        The median milliseconds of each. A network that cannot be fused has no such one.
     """
-    fused = fuse_for_inference(deepcopy(net))
     image = torch.randn(1, 3, *shape)
-    forms = {'PyTorch, as built': net, 'PyTorch, fused': fused, 'exported': run}
-    times = {name: [] for name in forms}
+    forms = {'PyTorch, as built': net, 'exported': run}
+    with suppress(ValueError):
+        forms['PyTorch, fused'] = fuse_for_inference(deepcopy(net))
+    calls = {name: partial(form, image) for name, form in forms.items()}
     with torch.inference_mode():
-        for _ in range(turns + 1):
-            for name, form in forms.items():
-                times[name].append(time_call(lambda form=form: form(image), 'cpu'))
-    return {name: median(seconds[1:]) * 1e3 for name, seconds in times.items()}
+        times = time_in_turns(calls, range(turns + 1))
+    return {name: median(seconds) * 1e3 for name, seconds in times.items()}
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ from dsnet_mm.engine.launch import user_errors
 from dsnet_mm.environment import commit
 from dsnet_mm.files import write_atomic
 from evidence.runs import RESULTS, check_cost, runs_of
-from evidence.tables import TABLES
+from evidence.tables import TABLES, is_sweep
 
 
 def print_tables() -> None:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                 f'--time times all rows of a table in turns; leave out {args.rows}'
             )
         for name in names:
-            if TABLES[name].comparable and '_rates' not in name:
+            if TABLES[name].comparable and not is_sweep(name):
                 check_cost(name)
         if args.time:
             from evidence.timing import time_rows

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
-from mmengine.runner import FlexibleRunner
+from mmengine.runner import FlexibleRunner, Runner
 
 from dsnet_mm.checkpoint import (
     check_match,
@@ -30,189 +30,17 @@ from dsnet_mm.engine.launch import (
 )
 from dsnet_mm.models import DSNet
 
-
-def set_amp(cfg: Config) -> None:
-    """Switches to mixed precision.
-
-    Args:
-        cfg: Configuration, changed in place.
-
-    Raises:
-        ValueError: If MMEngine has none for this machine.
-    """
-    device = get_device()
-    if device in ('cpu', 'mps'):
-        raise ValueError(
-            f'--amp needs a GPU, and this machine trains on {device}, where MMEngine '
-            f'has no mixed precision; leave --amp out'
-        )
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-
-
-def set_ema(cfg: Config) -> None:
-    """Keeps an exponential average of the weights, and evaluates that.
-
-    Args:
-        cfg: Configuration, changed in place.
-
-    Raises:
-        ValueError: If it keeps one already.
-    """
-    hooks = cfg.get('custom_hooks') or []
-    if any('EMAHook' in str(hook['type']) for hook in hooks):
-        raise ValueError(
-            '--ema adds an EMAHook and the configuration has one; leave --ema out'
-        )
-    ema = dict(type='EMAHook', momentum=2e-4, update_buffers=True)
-    cfg.custom_hooks = [*hooks, ema]
-
-
-def set_fsdp(cfg: Config, launcher: str) -> None:
-    """Splits weights, gradients and optimizer state over the processes.
-
-    Args:
-        cfg: Configuration, changed in place.
-        launcher: What started the processes.
-
-    Raises:
-        ValueError: If there is one process, or if a hook does not work with it.
-    """
-    if launcher == 'none':
-        raise ValueError(
-            '--fsdp splits the model over the processes of a distributed run; start '
-            'them by tools/dist_train.sh or torchrun, with --launcher pytorch'
-        )
-    if any('EMAHook' in str(hook['type']) for hook in cfg.get('custom_hooks') or []):
-        raise ValueError(
-            '--fsdp leaves each process a part of the weights, and an EMAHook averages '
-            'whole ones; leave the hook out, as by --cfg-options custom_hooks=[]'
-        )
-    cfg.runner_type = 'FlexibleRunner'
-    cfg.strategy = dict(type='dsnet_mm.FSDPStrategy')
-
-
-def set_loggers(cfg: Config, tensorboard: bool, wandb: str | None) -> None:
-    """Writes losses, learning rates and metrics for TensorBoard and W&B too.
-
-    Args:
-        cfg: Configuration with its working directory, changed in place.
-        tensorboard: Whether to write files of TensorBoard, beside the log.
-        wandb: Project of Weights & Biases, None for no run there.
-
-    Raises:
-        ValueError: If a package is missing.
-    """
-    backends = {}
-    if tensorboard:
-        backends['tensorboard'] = dict(type='TensorboardVisBackend')
-    if wandb is not None:
-        init = dict(project=wandb, name=Path(cfg.work_dir).name)
-        backends['wandb'] = dict(type='WandbVisBackend', init_kwargs=init)
-    for package, backend in backends.items():
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:  # a folder of that name has no origin
-            raise ValueError(
-                f'--{package} takes the package {package}, which is not installed; '
-                f'install it by pip install {package}'
-            )
-        local = dict(type='LocalVisBackend')  # as in a Runner without a visualizer
-        cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[local]))
-        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, backend]
-
-
-def set_auto_scale_lr(cfg: Config) -> None:
-    """Scales the learning rate with the total batch size.
-
-    Args:
-        cfg: Configuration, changed in place.
-
-    Raises:
-        ValueError: If it does not tell for which batch size its rate is.
-    """
-    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
-        raise ValueError(
-            '--auto-scale-lr needs the batch size for which the learning rate was '
-            'chosen, and the configuration has none; add --cfg-options '
-            'auto_scale_lr.base_batch_size=N'
-        )
-    cfg.auto_scale_lr.enable = True
-
-
-def set_start(cfg: Config, resume: str | None) -> None:
-    """Sets where training starts: anew, from weights, or from a checkpoint.
-
-    A resumed training takes the seed of its checkpoint.
-
-    Args:
-        cfg: Configuration, changed in place.
-        resume: Checkpoint to resume from, ``'auto'`` for the latest of the
-            working directory (if there is none, training starts anew), or None
-            for what the configuration says.
-
-    Raises:
-        FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If it cannot be loaded, or if checkpoints in the working
-            directory would be lost.
-    """
-    if resume is None and cfg.get('resume'):
-        resume = cfg.get('load_from') or 'auto'
-    folder = Path(cfg.work_dir)
-    kept = (folder / 'last_checkpoint').is_file() or any(folder.glob('*.pth'))
-    if resume is None and kept:
-        raise ValueError(
-            f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
-            f'it by --resume, or choose another --work-dir'
-        )
-    if resume == 'auto':
-        resume = find_checkpoint_to_resume(cfg.work_dir)
-    cfg.resume = resume is not None
-    if cfg.resume:
-        cfg.load_from = resume
-        checkpoint = read_training_state(resume)
-        # With FSDP the optimizer has parameters by name.
-        groups = checkpoint['optimizer'].get('param_groups', [])
-        by_name = any(isinstance(p, str) for group in groups for p in group['params'])
-        if by_name != ('FSDP' in str(cfg.get('strategy'))):
-            raise ValueError(
-                f'{resume} comes from a training {"with" if by_name else "without"} '
-                f'--fsdp, and goes on only so; start from its weights by --cfg-options '
-                f'load_from={resume}'
-            )
-        seed = checkpoint['meta'].get('seed')
-        cfg.merge_from_dict({'randomness.seed': seed})
-
-
-def set_seeds(cfg: Config) -> None:
-    """Makes random numbers independent of where a training was interrupted.
-
-    Args:
-        cfg: Configuration, changed in place.
-    """
-    hooks = cfg.get('custom_hooks') or []
-    if not any('IterationSeedHook' in str(hook['type']) for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='dsnet_mm.IterationSeedHook')]
-
-
-def set_guards(cfg: Config, skip_unreadable: bool) -> None:
-    """Lets a training stop at a loss that is no number and at an unreadable image.
-
-    Args:
-        cfg: Configuration with its working directory, changed in place.
-        skip_unreadable: Whether to leave out such images instead.
-    """
-    guard = dict(finite_loss=dict(type='dsnet_mm.FiniteLossHook'))
-    cfg.default_hooks = guard | (cfg.get('default_hooks') or {})
-    for node in dicts_in(cfg.train_dataloader):
-        if str(node.get('type')).rpartition('.')[2] == 'LoadImageFromFile':
-            node['type'] = 'dsnet_mm.LoadImageFromFile'
-            if skip_unreadable:
-                node['skipped'] = str(skipped_file(cfg))
-
-
-def skipped_file(cfg: Config) -> Path:
-    """Returns the file that names the images that were skipped."""
-    return Path(cfg.work_dir, 'unreadable.txt')
+FLAGS = {
+    '--amp': 'train in mixed precision (GPU only)',
+    '--ema': 'keep and evaluate an average of the weights',
+    '--fsdp': 'split weights, gradients and optimizer state over the processes',
+    '--no-validate': 'do not evaluate while training',
+    '--tensorboard': 'log for TensorBoard too',
+    '--auto-scale-lr': 'scale the learning rate with the batch size of all GPUs '
+    'together',
+    '--skip-unreadable': 'leave out images that cannot be read, and count them '
+    '(default: stop)',
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,35 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         metavar='CHECKPOINT',
         help='go on from a checkpoint, without a name from the latest in --work-dir',
     )
-    parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision (GPU only)'
-    )
-    parser.add_argument(
-        '--ema', action='store_true', help='keep and evaluate an average of the weights'
-    )
-    parser.add_argument(
-        '--fsdp',
-        action='store_true',
-        help='split weights, gradients and optimizer state over the processes',
-    )
-    parser.add_argument(
-        '--no-validate', action='store_true', help='do not evaluate while training'
-    )
-    parser.add_argument(
-        '--tensorboard', action='store_true', help='log for TensorBoard too'
-    )
+    for flag, text in FLAGS.items():
+        parser.add_argument(flag, action='store_true', help=text)
     parser.add_argument(
         '--wandb', metavar='PROJECT', help='log to this project of Weights & Biases too'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate with the batch size of all GPUs together',
-    )
-    parser.add_argument(
-        '--skip-unreadable',
-        action='store_true',
-        help='leave out images that cannot be read, and count them (default: stop)',
     )
     add_trust_argument(parser)
     args = parser.parse_args(argv)
@@ -286,23 +89,13 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             set_fsdp(cfg, args.launcher)
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
-        set_seeds(cfg)
         check_data(cfg, ('train', 'val'))
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
         set_loggers(cfg, args.tensorboard, args.wandb)
-        set_guards(cfg, args.skip_unreadable)
-        runner = RUNNERS.build(cfg)  # of the type runner_type
-        if isinstance(runner, FlexibleRunner):  # builds the model when it trains
-            runner.model = runner.strategy.build_model(runner.model)
-        for module in runner.model.modules():
-            if isinstance(module, DSNet):
-                module.check_checkpoint()
-        if cfg.resume:
-            load_checkpoint(runner.model, cfg.load_from)
-        elif cfg.get('load_from'):
-            check_match(runner.model, cfg.load_from)
+        set_hooks(cfg, args.skip_unreadable)
+        runner = build_runner(cfg)
     if args.resume and not cfg.resume:
         runner.logger.info(
             f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
@@ -314,17 +107,185 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         sentence = str(error).strip().splitlines()[-1]
         sentence = sentence.rpartition(f'{type(error).__name__}: ')[2]
         parser.exit(1, f'{parser.prog}: training stopped: {sentence}\n')
-    skipped = skipped_file(cfg)
-    if args.skip_unreadable and is_main_process() and skipped.is_file():
-        names = skipped.read_text().splitlines()
-        print(
-            f'{len(set(names))} images could not be read and were skipped '
-            f'{len(names)} times; {skipped} names them.'
-        )
     if is_main_process():
+        skipped = skipped_file(cfg)
+        if args.skip_unreadable and skipped.is_file():
+            names = skipped.read_text().splitlines()
+            print(
+                f'{len(set(names))} images could not be read and were skipped '
+                f'{len(names)} times; {skipped} names them.'
+            )
         logs = Path(cfg.work_dir, runner.timestamp)
         print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')
     end_run()
+
+
+def build_runner(cfg: Config) -> Runner | FlexibleRunner:
+    """Builds the runner, and checks that the checkpoints it starts from fit."""
+    runner = RUNNERS.build(cfg)  # of the type runner_type
+    if isinstance(runner, FlexibleRunner):  # builds the model when it trains
+        runner.model = runner.strategy.build_model(runner.model)
+    for module in runner.model.modules():
+        if isinstance(module, DSNet):
+            module.check_checkpoint()
+    if cfg.resume:
+        load_checkpoint(runner.model, cfg.load_from)
+    elif cfg.get('load_from'):
+        check_match(runner.model, cfg.load_from)
+    return runner
+
+
+# Each of the following changes a configuration in place, and raises ValueError or
+# FileNotFoundError if what is asked for is not possible.
+
+
+def set_amp(cfg: Config) -> None:
+    """Switches to mixed precision."""
+    device = get_device()
+    if device in ('cpu', 'mps'):
+        raise ValueError(
+            f'--amp needs a GPU, and this machine trains on {device}, where MMEngine '
+            f'has no mixed precision; leave --amp out'
+        )
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def set_ema(cfg: Config) -> None:
+    """Keeps an exponential average of the weights, and evaluates that."""
+    if has_hook(cfg, 'EMAHook'):
+        raise ValueError(
+            '--ema adds an EMAHook and the configuration has one; leave --ema out'
+        )
+    add_hook(cfg, type='EMAHook', momentum=2e-4, update_buffers=True)
+
+
+def set_fsdp(cfg: Config, launcher: str) -> None:
+    """Splits weights, gradients and optimizer state over the processes."""
+    if launcher == 'none':
+        raise ValueError(
+            '--fsdp splits the model over the processes of a distributed run; start '
+            'them by tools/dist_train.sh or torchrun, with --launcher pytorch'
+        )
+    if has_hook(cfg, 'EMAHook'):
+        raise ValueError(
+            '--fsdp leaves each process a part of the weights, and an EMAHook averages '
+            'whole ones; leave the hook out, as by --cfg-options custom_hooks=[]'
+        )
+    cfg.runner_type = 'FlexibleRunner'
+    cfg.strategy = dict(type='dsnet_mm.FSDPStrategy')
+
+
+def set_auto_scale_lr(cfg: Config) -> None:
+    """Scales the learning rate with the total batch size."""
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise ValueError(
+            '--auto-scale-lr needs the batch size for which the learning rate was '
+            'chosen, and the configuration has none; add --cfg-options '
+            'auto_scale_lr.base_batch_size=N'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def set_start(cfg: Config, resume: str | None) -> None:
+    """Sets where training starts: anew, from weights, or from a checkpoint.
+
+    A resumed training takes the seed of its checkpoint.
+
+    Args:
+        cfg: Configuration.
+        resume: Checkpoint to resume from, ``'auto'`` for the latest of the
+            working directory (if there is none, training starts anew), or None
+            for what the configuration says.
+    """
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    folder = Path(cfg.work_dir)
+    kept = (folder / 'last_checkpoint').is_file() or any(folder.glob('*.pth'))
+    if resume is None and kept:
+        raise ValueError(
+            f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
+            f'it by --resume, or choose another --work-dir'
+        )
+    if resume == 'auto':
+        resume = find_checkpoint_to_resume(cfg.work_dir)
+    cfg.resume = resume is not None
+    if not cfg.resume:
+        return
+    cfg.load_from = resume
+    checkpoint = read_training_state(resume)
+    # With FSDP the optimizer has parameters by name.
+    groups = checkpoint['optimizer'].get('param_groups', [])
+    by_name = any(isinstance(p, str) for group in groups for p in group['params'])
+    if by_name != ('FSDP' in str(cfg.get('strategy'))):
+        raise ValueError(
+            f'{resume} comes from a training {"with" if by_name else "without"} '
+            f'--fsdp, and goes on only so; start from its weights by --cfg-options '
+            f'load_from={resume}'
+        )
+    cfg.merge_from_dict({'randomness.seed': checkpoint['meta'].get('seed')})
+
+
+def set_loggers(cfg: Config, tensorboard: bool, wandb: str | None) -> None:
+    """Writes losses, learning rates and metrics for TensorBoard and W&B too.
+
+    Args:
+        cfg: Configuration with its working directory.
+        tensorboard: Whether to write files of TensorBoard, beside the log.
+        wandb: Project of Weights & Biases, None for no run there.
+    """
+    backends = {}
+    if tensorboard:
+        backends['tensorboard'] = dict(type='TensorboardVisBackend')
+    if wandb is not None:
+        init = dict(project=wandb, name=Path(cfg.work_dir).name)
+        backends['wandb'] = dict(type='WandbVisBackend', init_kwargs=init)
+    for package, backend in backends.items():
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:  # a folder of that name has no origin
+            raise ValueError(
+                f'--{package} takes the package {package}, which is not installed; '
+                f'install it by pip install {package}'
+            )
+        local = dict(type='LocalVisBackend')  # as in a Runner without a visualizer
+        cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[local]))
+        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, backend]
+
+
+def set_hooks(cfg: Config, skip_unreadable: bool) -> None:
+    """Adds what every training of this tool has.
+
+    Random numbers do not depend on where it was interrupted. It stops at a loss that is
+    no number and at an image that cannot be read.
+
+    Args:
+        cfg: Configuration with its working directory.
+        skip_unreadable: Whether to leave out such images instead.
+    """
+    if not has_hook(cfg, 'IterationSeedHook'):
+        add_hook(cfg, type='dsnet_mm.IterationSeedHook')
+    guard = dict(finite_loss=dict(type='dsnet_mm.FiniteLossHook'))
+    cfg.default_hooks = guard | (cfg.get('default_hooks') or {})
+    for node in dicts_in(cfg.train_dataloader):
+        if str(node.get('type')).rpartition('.')[2] == 'LoadImageFromFile':
+            node['type'] = 'dsnet_mm.LoadImageFromFile'
+            if skip_unreadable:
+                node['skipped'] = str(skipped_file(cfg))
+
+
+def skipped_file(cfg: Config) -> Path:
+    """Returns the file that names the images that were skipped."""
+    return Path(cfg.work_dir, 'unreadable.txt')
+
+
+def has_hook(cfg: Config, name: str) -> bool:
+    """Tells whether a configuration has a hook among its ``custom_hooks``."""
+    return any(name in str(hook['type']) for hook in cfg.get('custom_hooks') or [])
+
+
+def add_hook(cfg: Config, **hook) -> None:
+    """Adds a hook to ``custom_hooks``."""
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 
 if __name__ == '__main__':

@@ -42,13 +42,7 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
 ]
 
-# As in the public code, the weights are averaged, and the raw weights are evaluated.
-custom_hooks = [
-    dict(
-        type='EMAHook',
-        momentum=4e-5,
-        update_buffers=True,
-        evaluate_on_ema=False,
-        evaluate_on_origin=True,
-    )
-]
+# As in the public code, the weights are averaged. Checkpoints hold the average, so that
+# is what every tool takes, and what validation and tools/test.py evaluate. The public
+# code evaluates the raw weights; evaluate_on_origin=True does so in addition.
+custom_hooks = [dict(type='EMAHook', momentum=4e-5, update_buffers=True)]

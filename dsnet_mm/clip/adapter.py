@@ -5,8 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRESETS: dict[str, dict] = {
-    # The equations of the paper. The paper searches alpha.
-    'paper': dict(),
+    # The equations of the paper, which searches alpha. The others change some values.
+    'paper': dict(
+        alpha=0.2,
+        bias=False,
+        second_relu=False,
+        input_norm=False,
+        output_norm=True,
+        learn_classifier=False,
+    ),
     # github.com/gaopengcuhk/CLIP-Adapter, also used by CLAP and ProLIP.
     'released': dict(second_relu=True),
     # CLIP-Adapter as in the paper of Tip-Adapter.
@@ -24,14 +31,14 @@ PRESETS: dict[str, dict] = {
 class CLIPAdapter(nn.Module):
     r"""Classifier of frozen CLIP features with a residual bottleneck.
 
-    ::
+    The equations of the paper, with image features f and text features W::
 
-        f -- W1 -- ReLU -- W2 --> A(f)
-        f* = alpha A(f) + (1 - alpha) f,     W* likewise with beta
+        A_v(f) = ReLU(f W1) W2,  A_t(W) likewise
+        f* = alpha A_v(f) + (1 - alpha) f
+        W* = beta A_t(W) + (1 - beta) W
         logits = logit_scale * cos(f*, W*)
 
-    ``alpha`` and ``beta`` are the weights of the adapters, as in the paper. With 0 for
-    both, the logits are exactly those of zero-shot CLIP.
+    With alpha and beta 0, the logits are exactly those of zero-shot CLIP.
 
     Args:
         text_features: Text features (K, D), rows of unit norm.
@@ -79,37 +86,20 @@ class CLIPAdapter(nn.Module):
         zero_init: bool = False,
         learn_classifier: bool | None = None,
     ) -> None:
+        given = locals()
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(
                 f'preset must be one of {", ".join(PRESETS)}, got {preset!r}.'
             )
-        base = PRESETS[preset]
-
-        def switch(name: str, value: bool | float | None, default: bool | float):
-            return base.get(name, default) if value is None else value
-
-        alpha = switch('alpha', alpha, 0.2)
-        bias = switch('bias', bias, False)
-        self.second_relu = switch('second_relu', second_relu, False)
-        self.input_norm = switch('input_norm', input_norm, False)
-        self.output_norm = switch('output_norm', output_norm, True)
-        learn_classifier = switch('learn_classifier', learn_classifier, False)
-        self.options = dict(
-            preset=preset,
-            visual=visual,
-            text=text,
-            reduction=reduction,
-            alpha=alpha,
-            beta=beta,
-            learn_ratio=learn_ratio,
-            bias=bias,
-            second_relu=self.second_relu,
-            input_norm=self.input_norm,
-            output_norm=self.output_norm,
-            zero_init=zero_init,
-            learn_classifier=learn_classifier,
-        )
+        of_preset = PRESETS['paper'] | PRESETS[preset]
+        self.options = {
+            name: of_preset[name] if value is None else value
+            for name, value in given.items()
+            if name not in ('self', '__class__', 'text_features', 'logit_scale')
+        }
+        bias, second_relu = self.options['bias'], self.options['second_relu']
+        learn_classifier = self.options['learn_classifier']
         if text_features.dim() != 2 or not text_features.is_floating_point():
             raise ValueError(
                 f'text_features must be floats of shape (K, D), got '
@@ -119,15 +109,14 @@ class CLIPAdapter(nn.Module):
             raise ValueError('visual=False and text=False leave nothing to learn.')
         if text and learn_classifier:
             raise ValueError(
-                'text=True and learn_classifier=True both learn the text features; '
-                'use one of them.'
+                'text=True and learn_classifier=True exclude each other: both learn W.'
             )
-        if zero_init and self.second_relu:
+        if zero_init and second_relu:
             raise ValueError(
-                'zero_init=True and second_relu=True together give no gradient; use '
-                'one of them.'
+                'zero_init=True and second_relu=True exclude each other: no gradient.'
             )
-        for name, value in (('alpha', alpha), ('beta', beta)):
+        for name in ('alpha', 'beta'):
+            value = self.options[name]
             if not 0 <= value <= 1 or (learn_ratio and value in (0, 1)):
                 raise ValueError(
                     f'{name} must be from 0 to 1, and neither 0 nor 1 with '
@@ -146,9 +135,7 @@ class CLIPAdapter(nn.Module):
             if zero_init:
                 for parameter in layers[2].parameters():
                     nn.init.zeros_(parameter)
-            if self.second_relu:
-                layers.append(nn.ReLU(inplace=True))
-            return nn.Sequential(*layers)
+            return nn.Sequential(*layers, *[nn.ReLU(inplace=True)] * second_relu)
 
         text_features = text_features.detach().float().clone()
         if learn_classifier:
@@ -158,23 +145,38 @@ class CLIPAdapter(nn.Module):
         self.register_buffer('logit_scale', torch.tensor(float(logit_scale)))
         self.visual_adapter = adapter() if visual else None
         self.text_adapter = adapter() if text else None
-        self.learn_ratio = learn_ratio
-        for name, value, used in (('alpha', alpha, visual), ('beta', beta, text)):
+        for name, used in (('alpha', visual), ('beta', text)):
             if learn_ratio and used:
-                logit = torch.logit(torch.tensor(float(value), dtype=torch.float64))
-                self.register_parameter(f'{name}_logit', nn.Parameter(logit.float()))
-            else:
-                setattr(self, f'_{name}', float(value))
+                value = torch.tensor(self.options[name], dtype=torch.float64)
+                logit = nn.Parameter(torch.logit(value).float())
+                self.register_parameter(f'{name}_logit', logit)
 
-    @property
-    def alpha(self) -> Tensor | float:
-        """Weight of the visual adapter."""
-        return self._alpha if hasattr(self, '_alpha') else self.alpha_logit.sigmoid()
+    def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns f* (N, D) and W* (K, D), whose product :meth:`forward` scales.
 
-    @property
-    def beta(self) -> Tensor | float:
-        """Weight of the text adapter."""
-        return self._beta if hasattr(self, '_beta') else self.beta_logit.sigmoid()
+        Args:
+            image_features: Features of the image tower (N, D), not normalised.
+
+        Raises:
+            ValueError: If the features have another width than the text features.
+        """
+        f, w = image_features, self.text_features
+        alpha, beta = self.alpha, self.beta
+        if f.dim() != 2 or f.shape[1] != w.shape[1]:
+            raise ValueError(
+                f'image features must be (N, {w.shape[1]}), as wide as the text '
+                f'features, got {tuple(f.shape)}; both must come from one CLIP model.'
+            )
+        if self.options['input_norm']:
+            f = F.normalize(f, dim=-1)
+        if self.visual_adapter is not None:  # f* = alpha A_v(f) + (1 - alpha) f
+            f = alpha * self.visual_adapter(f) + (1 - alpha) * f
+        if self.options['output_norm']:
+            f = F.normalize(f, dim=-1)
+        if self.text_adapter is not None and self.options['beta'] != 0:  # W*
+            w = beta * self.text_adapter(w) + (1 - beta) * w
+            w = F.normalize(w, dim=-1)
+        return f, w
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Classifies image features.
@@ -190,31 +192,6 @@ class CLIPAdapter(nn.Module):
         """
         f, w = self.adapt(image_features)
         return self.logit_scale * f @ w.t()
-
-    def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns f* (N, D) and W* (K, D), whose product :meth:`forward` scales.
-
-        Args:
-            image_features: Features of the image tower (N, D), not normalised.
-
-        Raises:
-            ValueError: If the features have another width than the text features.
-        """
-        f, w = image_features, self.text_features
-        if f.dim() != 2 or f.shape[1] != w.shape[1]:
-            raise ValueError(
-                f'image features must be (N, {w.shape[1]}), as wide as the text '
-                f'features, got {tuple(f.shape)}; both must come from one CLIP model.'
-            )
-        if self.input_norm:
-            f = F.normalize(f, dim=-1)
-        if self.visual_adapter is not None:
-            f = _blend(self.visual_adapter, f, self.alpha)
-        if self.output_norm:
-            f = F.normalize(f, dim=-1)
-        if self.text_adapter is not None and not _is_zero(self.beta):
-            w = F.normalize(_blend(self.text_adapter, w, self.beta), dim=-1)
-        return f, w
 
     def logits_and_distance(
         self, image_features: Tensor, labels: Tensor
@@ -250,20 +227,22 @@ class CLIPAdapter(nn.Module):
             moved = moved + (w_star - w)[labels].square().sum(-1)
         return self.logit_scale * f_star @ w_star.t(), (k * moved).mean()
 
+    @property
+    def alpha(self) -> Tensor | float:
+        """Weight of the visual adapter."""
+        return self._ratio('alpha')
+
+    @property
+    def beta(self) -> Tensor | float:
+        """Weight of the text adapter."""
+        return self._ratio('beta')
+
+    def _ratio(self, name: str) -> Tensor | float:
+        logit = getattr(self, f'{name}_logit', None)
+        return float(self.options[name]) if logit is None else logit.sigmoid()
+
     def extra_repr(self) -> str:
-        return (
-            f'input_norm={self.input_norm}, output_norm={self.output_norm}, '
-            f'learn_ratio={self.learn_ratio}'
-        )
-
-
-def _is_zero(ratio: Tensor | float) -> bool:
-    return isinstance(ratio, float) and ratio == 0
-
-
-def _blend(adapter: nn.Module, x: Tensor, ratio: Tensor | float) -> Tensor:
-    """Returns ``ratio * adapter(x) + (1 - ratio) * x``."""
-    return x if _is_zero(ratio) else ratio * adapter(x) + (1 - ratio) * x
+        return ', '.join(f'{name}={value!r}' for name, value in self.options.items())
 
 
 def zero_shot_logits(

@@ -3,17 +3,15 @@
 import copy
 import hashlib
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loading import import_open_clip, load_towers
+from .loading import import_open_clip, load_towers, model_config, register_model
 from .prompts import resolve_prompts
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
@@ -77,11 +75,9 @@ class OpenCLIPEncoder(nn.Module):
         open_clip = import_open_clip()
         self.amp = _checked_amp(amp)
         self._origin = _origin(model, pretrained)
-        name = _registered_name(model)
+        name = register_model(model)
         self.model_name = name if isinstance(model, dict) else str(model)
         self.pretrained = pretrained
-        if not name.startswith(('hf-hub:', 'local-dir:')):
-            check_model(name, pretrained)
         self.clip, self.tokenizer = load_towers(name, pretrained, download)
         self.config = open_clip.get_model_config(name)
         self.requires_grad_(False)
@@ -97,54 +93,6 @@ class OpenCLIPEncoder(nn.Module):
         self._loaded = self._state()
         self._digest: dict[tuple, str] = {}
         _encoders.add(self)
-
-    @classmethod
-    def shared(
-        cls,
-        model: str | dict,
-        pretrained: str | None = None,
-        *,
-        amp: str | None = None,
-        device: str | torch.device = 'cpu',
-        download: bool = True,
-    ) -> 'OpenCLIPEncoder':
-        """Returns an encoder, with the towers of an existing one if possible.
-
-        Towers are reused if they have the same model and weights, are on the device,
-        and have not been changed since they were loaded. Otherwise they are loaded.
-        Only the encoders that use the towers keep them in memory.
-
-        Args:
-            model: See the class.
-            pretrained: See the class. A checkpoint file is identified by path, size
-                and modification time.
-            amp: See the class. It need not be that of the existing encoder.
-            device: Device of the towers.
-            download: See the class.
-
-        Returns:
-            The encoder.
-        """
-        origin = _origin(model, pretrained)
-        device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
-        for other in _encoders:
-            if (
-                other._origin == origin
-                and next(other.parameters()).device == device
-                and other._state() == other._loaded
-            ):
-                encoder = copy.copy(other)
-                encoder.amp = _checked_amp(amp)
-                _encoders.add(encoder)
-                return encoder
-        return cls(model, pretrained, amp=amp, download=download).to(device)
-
-    def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
-        """Stays in eval mode, whatever ``mode`` is."""
-        return super().train(False)
-
-    def init_weights(self) -> None:
-        """Keeps the weights that the constructor loaded."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Encodes images.
@@ -199,17 +147,63 @@ class OpenCLIPEncoder(nn.Module):
             other = seen.setdefault(rows.numpy().tobytes(), name)
             if other != name:
                 raise ValueError(
-                    f'the prompts of the classes {other!r} and {name!r} have the same '
-                    f'first {tokens.shape[1]} tokens, which are all that the text '
-                    f'tower reads; rename the classes or shorten their names.'
+                    f'the classes {other!r} and {name!r} have the same first '
+                    f'{tokens.shape[1]} tokens, all that the text tower reads; rename '
+                    f'or shorten them.'
                 )
         device = next(self.parameters()).device
-        features = [
-            F.normalize(self.encode_text(part.to(device)), dim=-1)
-            for part in tokens.split(256)
-        ]
-        grouped = torch.cat(features).view(len(names), len(prompts), -1)
-        return F.normalize(grouped.mean(1), dim=-1)
+        features = [self.encode_text(part.to(device)) for part in tokens.split(256)]
+        features = F.normalize(torch.cat(features), dim=-1)
+        means = features.view(len(names), len(prompts), -1).mean(1)
+        return F.normalize(means, dim=-1)
+
+    def train(self, mode: bool = True) -> 'OpenCLIPEncoder':
+        """Stays in eval mode, whatever ``mode`` is."""
+        return super().train(False)
+
+    def init_weights(self) -> None:
+        """Keeps the weights that the constructor loaded."""
+
+    @classmethod
+    def shared(
+        cls,
+        model: str | dict,
+        pretrained: str | None = None,
+        *,
+        amp: str | None = None,
+        device: str | torch.device = 'cpu',
+        download: bool = True,
+    ) -> 'OpenCLIPEncoder':
+        """Returns an encoder, with the towers of an existing one if possible.
+
+        Towers are reused if they have the same model and weights, are on the device,
+        and have not been changed since they were loaded. Otherwise they are loaded.
+        Only the encoders that use the towers keep them in memory.
+
+        Args:
+            model: See the class.
+            pretrained: See the class. A checkpoint file is identified by path, size
+                and modification time.
+            amp: See the class. It need not be that of the existing encoder.
+            device: Device of the towers.
+            download: See the class.
+
+        Returns:
+            The encoder.
+        """
+        origin = _origin(model, pretrained)
+        device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        for other in _encoders:
+            if (
+                other._origin == origin
+                and next(other.parameters()).device == device
+                and other._state() == other._loaded
+            ):
+                encoder = copy.copy(other)
+                encoder.amp = _checked_amp(amp)
+                _encoders.add(encoder)
+                return encoder
+        return cls(model, pretrained, amp=amp, download=download).to(device)
 
     def digest(self) -> str:
         """Returns the SHA-256 of all weights."""
@@ -242,12 +236,7 @@ class OpenCLIPEncoder(nn.Module):
             'weights': self.digest(),
             'config': self.config,
             'tokenizer': hashlib.sha256(shape + tokens.numpy().tobytes()).hexdigest(),
-            'preprocessing': {
-                **self.preprocess,
-                'size': self.image_size,
-                'mean': self.mean,
-                'std': self.std,
-            },
+            'preprocessing': {**self.preprocess, 'size': self.image_size},
             'open_clip': open_clip.__version__,
         }
         return json.loads(json.dumps(identity))
@@ -277,8 +266,7 @@ class OpenCLIPEncoder(nn.Module):
         on_cpu = x.device.type == 'cpu'
         if on_cpu and (self.amp == 'float16' or x.dtype == torch.float16):
             raise ValueError(
-                'float16 does not run on the CPU; use amp=None or amp="bfloat16", or '
-                'move the encoder to a GPU.'
+                'float16 does not run on the CPU; use a GPU, or amp None or bfloat16.'
             )
         return torch.autocast(
             x.device.type,
@@ -301,15 +289,12 @@ def feature_width(model: str) -> int:
         ValueError: If the model is unknown.
         FileNotFoundError: If the configuration file does not exist.
     """
-    return _model_config(_registered_name(model))['embed_dim']
+    return model_config(register_model(model))['embed_dim']
 
 
 def _checked_amp(amp: str | None) -> str | None:
     if amp not in (None, 'float16', 'bfloat16'):
-        raise ValueError(
-            f"amp must be None, 'float16' or 'bfloat16', got {amp!r}; the weights "
-            f'stay in float32.'
-        )
+        raise ValueError(f"amp must be None, 'float16' or 'bfloat16', got {amp!r}.")
     return amp
 
 
@@ -327,108 +312,3 @@ def _origin(model: str | dict, pretrained: str | None) -> tuple:
         return tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in stats)
 
     return files(model), files(pretrained)
-
-
-def _registered_name(model: str | dict) -> str:
-    """Returns the name by which open_clip knows a model; registers a configuration."""
-    if isinstance(model, dict):
-        text = json.dumps(model, sort_keys=True)
-        name = f'model-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / f'{name}.json'
-            file.write_text(text, encoding='utf-8')
-            import_open_clip().add_model_config(file)
-        return name
-    if not model.endswith('.json'):
-        return model
-    if not Path(model).is_file():
-        raise FileNotFoundError(f'there is no model configuration {model}.')
-    import_open_clip().add_model_config(model)
-    return Path(model).stem
-
-
-def _model_config(name: str) -> dict:
-    config = import_open_clip().get_model_config(name)
-    if config is None:
-        raise ValueError(
-            f'open_clip has no model {name!r}; use a name of open_clip.list_models(), '
-            f'or a JSON file with the configuration of a model.'
-        )
-    return config
-
-
-def check_model(name: str, pretrained: str | None) -> None:
-    """Refuses unknown models, and weights trained with another kind of GELU."""
-    config = _model_config(name)
-    if pretrained is None:
-        return
-    open_clip = import_open_clip()
-    other = (
-        name.removesuffix('-quickgelu')
-        if name.endswith('-quickgelu')
-        else f'{name}-quickgelu'
-    )
-    if Path(pretrained).is_file():
-        trained_quick = _quick_gelu_of_file(Path(pretrained))
-    else:
-        tags = [open_clip.get_pretrained_cfg(c, pretrained) for c in (name, other)]
-        if not any(tags):
-            known = open_clip.list_pretrained_tags_by_model(name)
-            has = f'its tags are {", ".join(known)}' if known else 'it has no tags'
-            raise ValueError(
-                f'{pretrained!r} is neither a file nor a tag of {name!r}; {has}.'
-            )
-        if other not in open_clip.list_models():
-            # roberta-ViT-B-32 and its only weights were published together, and the
-            # tag lacks the QuickGELU of the configuration.
-            return
-        trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
-    has_quick = bool(config.get('quick_gelu', False))
-    if trained_quick not in (None, has_quick):
-        kind = 'QuickGELU' if trained_quick else 'plain GELU'
-        advice = (
-            f'use model={other!r}'
-            if other in open_clip.list_models()
-            else f'set quick_gelu to {str(trained_quick).lower()} in its configuration'
-        )
-        raise ValueError(
-            f'the weights {pretrained!r} were trained with {kind}, but {name!r} has '
-            f'the other one; {advice}.'
-        )
-
-
-def _quick_gelu_of_file(file: Path) -> bool | None:
-    """Tells whether weights were trained with QuickGELU, None if it is unknown.
-
-    It is known for OpenAI's archives (TorchScript, or a state dict with their extra
-    entries), for files and folders named as open_clip publishes them, and for a file
-    with an ``open_clip_config.json`` beside it.
-    """
-    open_clip = import_open_clip()
-    beside = file.with_name('open_clip_config.json')
-    if beside.is_file():
-        config = json.loads(beside.read_text(encoding='utf-8'))
-        return bool(config.get('model_cfg', config).get('quick_gelu', False))
-    for model, tag in open_clip.list_pretrained():
-        published = open_clip.get_pretrained_cfg(model, tag)
-        url, repository = published.get('url', ''), published.get('hf_hub', '')
-        repository, _, name = repository.rpartition('/')
-        # The names of open_clip's own files end with a hash. OpenAI's do not, so a file
-        # of that name may be anything.
-        if ('mlfoundations' in url and url.endswith(f'/{file.name}')) or (
-            repository
-            and name in ('', file.name)
-            and {f'models--{repository.replace("/", "--")}', repository.split('/')[-1]}
-            & set(file.absolute().parts)
-        ):
-            return bool(published.get('quick_gelu', False))
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            names = [Path(member).name for member in archive.namelist()]
-            if 'constants.pkl' in names:  # TorchScript: only OpenAI published any
-                return True
-            index = next((n for n in archive.namelist() if n.endswith('data.pkl')), '')
-            keys = archive.read(index) if index else b''
-            if b'input_resolution' in keys and b'context_length' in keys:
-                return True
-    return None

@@ -1,11 +1,14 @@
 """Loading of open_clip's models, with one sentence for each thing that goes wrong."""
 
+import hashlib
+import json
 import logging
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
@@ -25,6 +28,45 @@ def import_open_clip() -> ModuleType:
             'OpenCLIPEncoder needs open_clip: pip install open_clip_torch.'
         ) from error
     return open_clip
+
+
+def register_model(model: str | dict) -> str:
+    """Returns the name by which open_clip knows a model; registers a configuration.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        FileNotFoundError: If the configuration file does not exist.
+    """
+    if isinstance(model, dict):
+        text = json.dumps(model, sort_keys=True)
+        name = f'model-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / f'{name}.json'
+            file.write_text(text, encoding='utf-8')
+            import_open_clip().add_model_config(file)
+        return name
+    if not model.endswith('.json'):
+        return model
+    if not Path(model).is_file():
+        raise FileNotFoundError(f'there is no model configuration {model}.')
+    import_open_clip().add_model_config(model)
+    return Path(model).stem
+
+
+def model_config(name: str) -> dict:
+    """Returns the configuration of a model of open_clip.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If the model is unknown.
+    """
+    config = import_open_clip().get_model_config(name)
+    if config is None:
+        raise ValueError(
+            f'open_clip has no model {name!r}; use a name of open_clip.list_models(), '
+            f'or a JSON file with the configuration of a model.'
+        )
+    return config
 
 
 def load_towers(
@@ -47,19 +89,23 @@ def load_towers(
     Raises:
         ImportError: If a library that the model needs is missing.
         FileNotFoundError: If a file is neither on this machine nor can be fetched.
-        ValueError: If the weights are damaged, incomplete, not finite, or those of
-            another model.
+        ValueError: If the model or its weights are unknown, or the weights are damaged,
+            incomplete, not finite, or those of another model.
     """
     open_clip = import_open_clip()
     if name.startswith('local-dir:'):
         config = Path(name.removeprefix('local-dir:')) / 'open_clip_config.json'
         if not config.is_file():
             raise FileNotFoundError(f'there is no {config}; it describes the model.')
+    elif not name.startswith('hf-hub:'):
+        check_model(name, pretrained)
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-    what = f'the weights {pretrained!r} of {name!r}' if pretrained else repr(name)
     archive = file is not None and _is_torchscript(file)
-    try:
-        with fetching(download), _quiet(archive or not download):
+    what = repr(name)
+    if pretrained:
+        what = f'the weights {"" if file else f"{pretrained!r} "}of {name!r}'
+    with fetching(download), _quiet(archive or not download):
+        with _explained(what, file, download):
             model = open_clip.create_model(
                 name,
                 None if archive else pretrained,
@@ -71,42 +117,8 @@ def load_towers(
                 for key in ('input_resolution', 'context_length', 'vocab_size'):
                     state.pop(key, None)
                 model.load_state_dict(state)
-            what = f'the tokenizer of {name!r}'
+        with _explained(f'the tokenizer of {name!r}', None, download):
             tokenizer = open_clip.get_tokenizer(name)
-    except ImportError as error:
-        raise ImportError(
-            f'{name!r} needs a library that is not installed ({error}); pip install '
-            f"'dsnet_mm[clip]', or timm for the towers of timm."
-        ) from error
-    except Exception as error:  # unpicklers and state dicts raise errors of many types
-        # torch.load goes on with advice for those who trust the file.
-        text = str(error).partition(' In PyTorch 2.6')[0]
-        reason = ' '.join(text.split())[:300] or type(error).__name__
-        if file is not None and what.startswith('the weights'):
-            problem = (
-                'is empty'
-                if file.stat().st_size == 0
-                else f'is damaged, incomplete or of another model ({reason})'
-            )
-            raise ValueError(
-                f'{file} {problem}; it must hold the weights of {name!r}.'
-            ) from error
-        if isinstance(error, OSError) or 'ownload' in reason:
-            why = (
-                'cannot be downloaded'
-                if download
-                else 'is not fetched without --download (download=True)'
-            )
-            advice = (
-                'get it elsewhere and give its file as pretrained'
-                if what.startswith('the weights')
-                else 'fetch it where there is a network'
-            )
-            raise FileNotFoundError(
-                f'a file of {what} is not on this machine and {why}; {advice} '
-                f'({reason}).'
-            ) from error
-        raise ValueError(f'{what} cannot be built ({reason}).') from error
     for key, value in model.named_parameters():
         if not value.isfinite().all():
             raise ValueError(
@@ -116,35 +128,144 @@ def load_towers(
     return model, tokenizer
 
 
+@contextmanager
+def _explained(what: str, file: Path | None, download: bool) -> Iterator[None]:
+    """Turns the errors of open_clip and the libraries below it into one sentence."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f'{what} cannot be built without a library that is not installed '
+            f"({error}); pip install 'dsnet_mm[clip]', or timm for the towers of timm."
+        ) from error
+    except Exception as error:  # unpicklers and state dicts raise errors of many types
+        # torch.load goes on with advice for those who trust the file.
+        text = str(error).partition(' In PyTorch 2.6')[0]
+        reason = ' '.join(text.split())[:300] or type(error).__name__
+        if file is not None:
+            problem = f'is damaged, incomplete or of another model ({reason})'
+            if file.stat().st_size == 0:
+                problem = 'is empty'
+            raise ValueError(f'{file} {problem}; it must hold {what}.') from error
+        if isinstance(error, OSError) or 'ownload' in reason:
+            why = 'is not fetched without --download (download=True)'
+            if download:
+                why = 'cannot be downloaded'
+            raise FileNotFoundError(
+                f'a file of {what} is not on this machine and {why}; fetch it where '
+                f'there is a network, or give its file as pretrained ({reason}).'
+            ) from error
+        raise ValueError(f'{what} cannot be built ({reason}).') from error
+
+
+def check_model(name: str, pretrained: str | None) -> None:
+    """Refuses unknown models, and weights trained with another kind of GELU.
+
+    With the other kind of GELU open_clip only warns, and the features are wrong.
+
+    Args:
+        name: Name of a model in open_clip's list.
+        pretrained: Tag of its weights, a file, or None.
+
+    Raises:
+        ValueError: If the model or the tag is unknown, or the two do not fit.
+    """
+    config = model_config(name)
+    if pretrained is None:
+        return
+    open_clip = import_open_clip()
+    plain = name.removesuffix('-quickgelu')
+    other = f'{name}-quickgelu' if name == plain else plain
+    if Path(pretrained).is_file():
+        trained_quick = _quick_gelu_of_file(Path(pretrained))
+    else:
+        tags = [open_clip.get_pretrained_cfg(c, pretrained) for c in (name, other)]
+        if not any(tags):
+            known = open_clip.list_pretrained_tags_by_model(name)
+            has = f'its tags are {", ".join(known)}' if known else 'it has no tags'
+            raise ValueError(
+                f'{pretrained!r} is neither a file nor a tag of {name!r}; {has}.'
+            )
+        if other not in open_clip.list_models():
+            # roberta-ViT-B-32 and its only weights were published together, and the
+            # tag lacks the QuickGELU of the configuration.
+            return
+        trained_quick = bool((tags[0] or tags[1]).get('quick_gelu', False))
+    has_quick = bool(config.get('quick_gelu', False))
+    if trained_quick not in (None, has_quick):
+        advice = f'set quick_gelu to {str(trained_quick).lower()} in its configuration'
+        if other in open_clip.list_models():
+            advice = f'use model={other!r}'
+        raise ValueError(
+            f'the weights {pretrained!r} were trained with '
+            f'{"QuickGELU" if trained_quick else "plain GELU"}, but {name!r} has the '
+            f'other one; {advice}.'
+        )
+
+
+def _quick_gelu_of_file(file: Path) -> bool | None:
+    """Tells whether weights were trained with QuickGELU, None if it is unknown.
+
+    It is known for OpenAI's archives (TorchScript, or a state dict with their extra
+    entries), for files and folders named as open_clip publishes them, and for a file
+    with an ``open_clip_config.json`` beside it.
+    """
+    open_clip = import_open_clip()
+    beside = file.with_name('open_clip_config.json')
+    if beside.is_file():
+        config = json.loads(beside.read_text(encoding='utf-8'))
+        return bool(config.get('model_cfg', config).get('quick_gelu', False))
+    for model, tag in open_clip.list_pretrained():
+        published = open_clip.get_pretrained_cfg(model, tag)
+        url, repository = published.get('url', ''), published.get('hf_hub', '')
+        repository, _, name = repository.rpartition('/')
+        folders = f'models--{repository.replace("/", "--")}', repository.split('/')[-1]
+        # The names of open_clip's own files end with a hash. OpenAI's do not, so a file
+        # of that name may be anything.
+        if ('mlfoundations' in url and url.endswith(f'/{file.name}')) or (
+            repository
+            and name in ('', file.name)
+            and not {*folders}.isdisjoint(file.absolute().parts)
+        ):
+            return bool(published.get('quick_gelu', False))
+    if _is_torchscript(file):  # only OpenAI published any
+        return True
+    if index := next((n for n in _members(file) if n.endswith('data.pkl')), None):
+        with zipfile.ZipFile(file) as archive:
+            keys = archive.read(index)
+        if b'input_resolution' in keys and b'context_length' in keys:
+            return True
+    return None
+
+
 def _is_torchscript(file: Path) -> bool:
+    return any(Path(member).name == 'constants.pkl' for member in _members(file))
+
+
+def _members(file: Path) -> list[str]:
+    """Returns the names of the files in a zip archive, none of another file."""
     if not zipfile.is_zipfile(file):
-        return False
+        return []
     with zipfile.ZipFile(file) as archive:
-        return any(Path(name).name == 'constants.pkl' for name in archive.namelist())
+        return archive.namelist()
 
 
 def _preprocessing_of_tags(name: str) -> dict[str, object] | None:
     """Returns the preprocessing that all tags of a model share, None if they differ."""
     open_clip = import_open_clip()
     keys = ('mean', 'std', 'interpolation', 'resize_mode')
-    found = [
-        {key: cfg[key] for key in keys if cfg.get(key) is not None}
-        for cfg in (
-            open_clip.get_pretrained_cfg(name, tag)
-            for tag in open_clip.list_pretrained_tags_by_model(name)
-        )
-    ]
-    if not found or any(other != found[0] for other in found):
-        if found:
-            logging.getLogger(__name__).warning(
-                'the weights of %s differ in their preprocessing, and a file does not '
-                "name its own: CLIP's is used; to set another, put the file into a "
-                'folder with an open_clip_config.json, and take local-dir:FOLDER as '
-                'the model.',
-                name,
-            )
-        return None
-    return found[0]
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    found = [{k: c[k] for k in keys if c.get(k) is not None} for c in configs]
+    if all(other == found[0] for other in found):
+        return found[0] if found else None
+    logging.getLogger(__name__).warning(
+        'the weights of %s differ in their preprocessing, and a file does not name its '
+        "own: CLIP's is used; to set another, put the file into a folder with an "
+        'open_clip_config.json, and take local-dir:FOLDER as the model.',
+        name,
+    )
+    return None
 
 
 @contextmanager

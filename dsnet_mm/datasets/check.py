@@ -44,10 +44,8 @@ def diagnose(
             ),
         ):
             if here != published:
-                problems.append(
-                    f'{info.title} has {here} {what} here and {published} in the '
-                    f'papers.'
-                )
+                of_papers = f'{published} in the papers'
+                problems.append(f'{info.title} has {here} {what} here and {of_papers}.')
     bad: dict[str, list[str]] = {}
     pixels: dict[str, str] = {}
     paths = sorted({item[0] for items in task.split.values() for item in items})
@@ -111,7 +109,6 @@ def describe_copies(copies: Mapping[str, str]) -> str:
     """Formats what :func:`find_copies` found as a sentence."""
     path, other = next(iter(copies.items()))
     return (
-        f'{len(copies)} test images are also training or validation images, with '
-        f'the same file or the same pixels, such as {path} and {other}; remove one of '
-        f'each.'
+        f'{len(copies)} test images are also training or validation images, by the '
+        f'same file or the same pixels, such as {path} and {other}; remove one of each.'
     )

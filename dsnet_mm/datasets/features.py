@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -100,9 +101,7 @@ class FeatureCache:
             )
         self.folder = Path(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(
-                f'the cache {self.folder} is a file; choose a folder for the features.'
-            )
+            raise ValueError(f'the cache {self.folder} is a file; choose a folder.')
         self._shards: dict[Path, _Shards] = {}
 
     def images(self, items: Sequence[Item], views: int = 0) -> Features:
@@ -239,8 +238,10 @@ class FeatureCache:
     ) -> Iterator[list['tuple[Tensor, Tensor] | str']]:
         """Yields batches of features (V, D) and pixel hashes, or of error messages."""
         device = next(self.encoder.parameters()).device
+        crop = self.crop_scale if views else None
+        transform = build_transform(self.encoder, self.preprocessing, crop)
         loader = DataLoader(
-            _Images(paths, views, self.encoder, self.preprocessing, self.crop_scale),
+            _Images(paths, views, transform),
             max(1, self.batch_size // max(views, 1)),
             num_workers=self.workers,
             collate_fn=list,
@@ -325,20 +326,13 @@ class _Shards:
         self._seen.add(path)
 
 
+@dataclass
 class _Images(Dataset):
     """Inputs of the encoder with pixel hashes, and messages for unreadable images."""
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        views: int,
-        encoder: OpenCLIPEncoder,
-        preprocessing: str,
-        crop_scale: tuple[float, float],
-    ) -> None:
-        self.paths, self.views = paths, views
-        self.plain = build_transform(encoder, preprocessing)
-        self.augmented = build_transform(encoder, preprocessing, crop_scale)
+    paths: Sequence[str]
+    views: int
+    transform: Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -350,14 +344,14 @@ class _Images(Dataset):
             return str(error)
         pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
         if self.views == 0:
-            return self.plain(image)[None], pixels
+            return self.transform(image)[None], pixels
         place = Path(self.paths[index])
         augmented = []
         for view in range(self.views):
             with torch.random.fork_rng(devices=[]):
                 name = f'{place.parent.name}/{place.name}/{view}'
                 torch.manual_seed(zlib.crc32(name.encode()))  # it takes 32 bits
-                augmented.append(self.augmented(image))
+                augmented.append(self.transform(image))
         return torch.stack(augmented), pixels
 
 

@@ -57,7 +57,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
             raise FileNotFoundError(f'there is no image or folder {path}.')
     if not found:
         sentence = (
-            f'there is no image in {", ".join(map(str, paths))}; their names end with '
+            f'no image in {", ".join(map(str, paths))}; their names end with '
             f'one of {" ".join(IMAGE_SUFFIXES)}.'
         )
         raise FileNotFoundError(' '.join([sentence, *notes]))
@@ -79,7 +79,8 @@ def count_other_files(folder: Path) -> str:
         for path in folder.rglob('*')
         if not (is_image(path) or path.name.startswith('.')) and path.is_file()
     )
-    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common())
+    ordered = sorted(suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ', '.join(f'{count} {suffix}' for suffix, count in ordered)
 
 
 def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
@@ -91,7 +92,7 @@ def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
 
     Returns:
         What is wrong and the reader's error, or None if the file is sound. Wrong is
-        ``'missing'``, ``'empty'``, ``'unreadable'`` (of no format that Pillow knows),
+        ``'missing'``, ``'empty'``, ``'unreadable'`` (forbidden, or of no known format),
         ``'too large'`` (more pixels than Pillow reads) or ``'cut off'`` (the format is
         known, and the pixels cannot be read).
     """
@@ -103,7 +104,7 @@ def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
         if decode:
             with Image.open(path) as image:
                 image.load()
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, PermissionError) as error:
         return 'unreadable', str(error)
     except Image.DecompressionBombError as error:
         return 'too large', str(error)

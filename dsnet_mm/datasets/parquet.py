@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from dsnet_mm.progress import progress_bar
 
-from .readers import PART_NAMES
+from .readers import PART_NAMES, number_classes
 from .splits import Split, read_split
 
 UNPACKED = Path('work_dirs/few_shot_images')
@@ -79,7 +79,7 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
         raise ImportError(
             f"reading {files[0]} needs pyarrow: pip install 'dsnet_mm[parquet]'."
         ) from error
-    rows: list[tuple[str, str, int | str | None]] = []  # part, path, label
+    rows: list[tuple[str, str, str]] = []  # part, path, class name
     names: Sequence[str] = ()
     with progress_bar(len(files), 'unpacking', 'files') as bar:
         for number, file in enumerate(files):
@@ -88,57 +88,46 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
             (folder / part).mkdir(parents=True, exist_ok=True)
             try:
                 table = parquet.ParquetFile(file)
-                names = _label_names(table.schema_arrow) or names
                 columns = table.schema_arrow.names
                 if not {'image', 'label'} <= set(columns):
                     raise ValueError(
                         f'{file} must have the columns image and label, found '
                         f'{", ".join(columns)}.'
                     )
-                found = (
-                    row
-                    for batch in table.iter_batches(64, columns=['image', 'label'])
-                    for row in batch.to_pylist()
-                )
+                names = _label_names(table.schema_arrow) or names
+                batches = table.iter_batches(64, columns=['image', 'label'])
+                found = (row for batch in batches for row in batch.to_pylist())
                 for count, row in enumerate(found):
-                    image = row['image']
-                    if not isinstance(image, dict):
-                        image = {'bytes': image}
-                    if not isinstance(image.get('bytes'), bytes):
+                    image, cls = row['image'], row['label']
+                    content = image.get('bytes') if isinstance(image, dict) else image
+                    if not isinstance(content, bytes):
                         raise ValueError(
                             f'{file}: row {count} of the column image holds no bytes '
                             f'of an image; save the data set with its images.'
                         )
-                    suffix = Path(image.get('path') or '').suffix
+                    if isinstance(cls, int) and 0 <= cls < len(names):
+                        cls = names[cls]
+                    if not isinstance(cls, str):
+                        raise ValueError(
+                            f'{file} has the label {cls!r} in row {count}, and '
+                            f'{len(names) or "no"} names of labels; labels must be '
+                            f'numbers or names: save the data set with a ClassLabel '
+                            f'column, or with the names as label.'
+                        )
+                    named = image.get('path') if isinstance(image, dict) else None
+                    suffix = Path(named or '').suffix
                     path = f'{part}/{number:04d}_{count:07d}{suffix}'
-                    (folder / path).write_bytes(image['bytes'])
-                    rows.append((part, path, row['label']))
+                    (folder / path).write_bytes(content)
+                    rows.append((part, path, cls))
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
                     f'{file} cannot be read as parquet ({error}).'
                 ) from error
             bar.update()
-    beside = f'{files[0]} and the files beside it'
     if not rows:
-        raise ValueError(f'{beside} have no rows.')
-    if not all(isinstance(label, int | float | str | None) for *_, label in rows):
-        raise ValueError(f'{beside}: labels must be numbers or names of classes.')
-    labels = {label for *_, label in rows}
-    if all(isinstance(label, str) for label in labels):
-        names = sorted(labels)
-        index = {name: i for i, name in enumerate(names)}
-    else:
-        index = {i: i for i in range(len(names))}
-    if unknown := sorted(map(repr, labels - index.keys())):
-        raise ValueError(
-            f'{beside} have the label {unknown[0]}, but '
-            f'{len(names) or "no"} names of labels; save the data set with a '
-            f'ClassLabel column, or with the names as label.'
-        )
-    split: Split = {'train': [], 'val': [], 'test': []}
-    for part, path, label in rows:
-        split[part].append((path, index[label], names[index[label]]))
-    (folder / 'split.json').write_text(json.dumps(split), encoding='utf-8')
+        raise ValueError(f'{files[0]} and the files beside it have no rows.')
+    split = json.dumps(number_classes(rows, names))
+    (folder / 'split.json').write_text(split, encoding='utf-8')
 
 
 def _label_names(schema) -> list[str] | None:

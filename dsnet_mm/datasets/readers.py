@@ -204,9 +204,15 @@ def read_csv(path: Path) -> Split:
     return number_classes(rows)
 
 
-def number_classes(rows: Sequence[tuple[str, str, str]]) -> Split:
-    """Makes a split of (part, path, class name). Labels are in order of the names."""
-    labels = {cls: i for i, cls in enumerate(sorted({cls for *_, cls in rows}))}
+def number_classes(
+    rows: Sequence[tuple[str, str, str]], names: Sequence[str] = ()
+) -> Split:
+    """Makes a split of (part, path, class name).
+
+    Labels are in the order of ``names``. Other names come after them, sorted.
+    """
+    names = dict.fromkeys([*names, *sorted({cls for *_, cls in rows})])
+    labels = {cls: label for label, cls in enumerate(names)}
     split: Split = {'train': [], 'val': [], 'test': []}
     for part, path, cls in rows:
         split.setdefault(part, []).append((path, labels[cls], cls))

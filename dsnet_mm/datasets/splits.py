@@ -36,10 +36,8 @@ def read_split(split_file: str | Path) -> Split:
     try:
         content = json.loads(split_file.read_text(encoding='utf-8'))
         return {
-            part: [(str(path), int(label), str(cls)) for path, label, cls in items]
-            for part, items in (
-                (part, content[part]) for part in ('train', 'val', 'test')
-            )
+            part: [(str(p), int(label), str(cls)) for p, label, cls in content[part]]
+            for part in ('train', 'val', 'test')
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -111,8 +109,7 @@ def split_within_classes(items: Iterable[Item]) -> Split:
     for group in _group_by_label(items):
         if len(group) < 2:
             raise ValueError(
-                f'class {group[0][2]!r} has {len(group)} image; at least two are '
-                f'needed, one to train and one to test.'
+                f'class {group[0][2]!r} has one image; at least two are needed.'
             )
         group = random.Random(0).sample(group, len(group))
         train = max(1, len(group) // 2)

@@ -109,9 +109,7 @@ def _build_task(
     names: dict[int, str] = {}
     for path, label, cls in (item for items in split.values() for item in items):
         if names.setdefault(label, cls.replace('_', ' ')) != cls.replace('_', ' '):
-            raise ValueError(
-                f'label {label} is {names[label]!r}, but {cls!r} for {path}.'
-            )
+            raise ValueError(f'label {label} is {names[label]!r}; of {path}, {cls!r}.')
     if not split['test']:
         raise ValueError('there are no test images.')
     missing = sorted(set(range(max(names) + 1)) - set(names))
@@ -123,19 +121,11 @@ def _build_task(
     if test_only:
         split = {'train': [], 'val': [], 'test': split['test']}
     elif len(names) < 2:
-        raise ValueError(
-            f'there must be at least two classes, found {class_names[0]!r}.'
-        )
+        raise ValueError(f'at least two classes are needed, found {class_names[0]!r}.')
     if split['train']:
         trained = {item[1] for item in split['train']}
-        empty = [cls for label, cls in enumerate(class_names) if label not in trained]
+        empty = [repr(cls) for i, cls in enumerate(class_names) if i not in trained]
         if empty:
-            raise ValueError(
-                f'there is no training image of {", ".join(map(repr, empty))}.'
-            )
-    return FewShotTask(
-        name,
-        split,
-        class_names,
-        resolve_prompts('photo' if prompts is None else prompts),
-    )
+            raise ValueError(f'there is no training image of {", ".join(empty)}.')
+    prompts = resolve_prompts('photo' if prompts is None else prompts)
+    return FewShotTask(name, split, class_names, prompts)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.files import check_file
 
 SCOPES = ('mmdet', 'mmpretrain')
+
+TASK = 'DSNET_MM_TASK'
+"""Environment variable with the data set of the configurations of CLIP-Adapter."""
 
 
 def find_config(name: str | Path) -> str:
@@ -43,6 +47,13 @@ def find_config(name: str | Path) -> str:
     stem = str(name).removesuffix('.py')
     if stem in own:
         return own[stem]
+    old = re.fullmatch(r'(clip-adapter_(?:rn50|vit-b16))_(\w+)', os.path.basename(stem))
+    if old:
+        task = re.sub('_(images|pictures)$', '', old[2])
+        new = old[1] + '_images' * (task != old[2])
+        raise FileNotFoundError(
+            f'{name} is called {new} now, with --cfg-options task={task}'
+        )
     close = difflib.get_close_matches(stem, own) or ['mask_rcnn_dsnet_s_coco']
     raise FileNotFoundError(
         f'there is no configuration file {name}; give the path of one, or the name '
@@ -50,13 +61,44 @@ def find_config(name: str | Path) -> str:
     )
 
 
+def read_config(path: str | Path, task: str | None = None) -> Config:
+    """Reads a configuration, for a data set if it has a choice of them.
+
+    Args:
+        path: Configuration file, or name of one (see :func:`find_config`).
+        task: Data set, see :func:`dsnet_mm.datasets.load_task`. None leaves it to the
+            configuration.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the configuration has no choice of data sets.
+    """
+    file, before = find_config(path), os.environ.get(TASK)
+    if task is None:
+        return Config.fromfile(file)
+    os.environ[TASK] = str(task)
+    try:
+        cfg = Config.fromfile(file)
+    finally:
+        del os.environ[TASK]
+        if before is not None:
+            os.environ[TASK] = before
+    if cfg.get('task') != str(task):
+        raise ValueError(
+            f'{path} has no choice of data sets, so it does not take task={task}; '
+            f'clip-adapter_rn50 and clip-adapter_vit-b16 have one'
+        )
+    return cfg
+
+
 def load_config(path: str, options: dict[str, Any]) -> Config:
     """Loads a configuration of mmdet or mmpretrain.
 
     Args:
         path: Configuration file, or name of one (see :func:`find_config`).
-        options: Values to set, by dotted name. ``data_root`` moves the data
-            (see :func:`set_data_root`) before the others are merged.
+        options: Values to set, by dotted name. ``task`` chooses a data set (see
+            :func:`read_config`), and ``data_root`` moves the data (see
+            :func:`set_data_root`), before the others are merged.
 
     Returns:
         The configuration. Data loaders of mmpretrain have the defaults that
@@ -66,8 +108,8 @@ def load_config(path: str, options: dict[str, Any]) -> Config:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of neither code base, or has no ``data_root``.
     """
-    cfg = Config.fromfile(find_config(path))
     options = dict(options)
+    cfg = read_config(path, options.pop('task', None))
     if 'data_root' in options:
         set_data_root(cfg, options.pop('data_root'))
     cfg.merge_from_dict(options)

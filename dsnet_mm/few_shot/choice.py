@@ -10,12 +10,7 @@ REFERENCE = 'clip_adapter'
 
 @dataclass(frozen=True)
 class Choice:
-    """A classifier of a run.
-
-    Attributes:
-        record: Its content of ``runs/*.json``.
-        why: How it was chosen, as a sentence.
-    """
+    """A classifier of a run: its content of ``runs/*.json``, and a sentence why."""
 
     record: dict
     why: str
@@ -34,45 +29,37 @@ def choose(records: Sequence[dict]) -> Choice:
     with the highest accuracy. Of equal ones it is that with the lowest loss.
 
     Args:
-        records: Content of ``runs/*.json``.
-
-    Returns:
-        The choice.
+        records: Content of ``runs/*.json``, zero-shot CLIP first.
     """
     fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
     if not fitted:
         return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)
     fitted = [r for r in fitted if r['shots'] == most]
-    with_val = [r for r in fitted if r['val_accuracy'] is not None]
-    if not with_val:
-        methods = [r['method'] for r in fitted]
-        method = REFERENCE if REFERENCE in methods else methods[0]
-        record = next(r for r in fitted if r['method'] == method)
+    scored: dict[str, list[dict]] = {}
+    for r in fitted:
+        if r['val_accuracy'] is not None:
+            scored.setdefault(r['method'], []).append(r)
+    if not scored:
+        record = next((r for r in fitted if r['method'] == REFERENCE), fitted[0])
+        which = 'default' if record['method'] == REFERENCE else 'first'
         return Choice(
             record,
-            f'There are no validation images to choose by. It is the default method '
-            f'at {shots_text(most)}.'
-            if method == REFERENCE
-            else f'There are no validation images to choose by. It is the first '
-            f'method at {shots_text(most)}.',
+            f'There are no validation images to choose by. It is the {which} method '
+            f'at {shots_text(most)}.',
         )
-    scores = {
-        method: _score([r for r in with_val if r['method'] == method])
-        for method in dict.fromkeys(r['method'] for r in with_val)
-    }
-    best = max(scores, key=scores.get)
-    zero = [r['val_zero_shot'] for r in with_val if r['method'] == best]
-    if None not in zero and mean(zero) >= scores[best][0]:
+    best = max(scored.values(), key=_score)
+    accuracy, zero = _score(best)[0], [r['val_zero_shot'] for r in best]
+    if None not in zero and mean(zero) >= accuracy:
         return Choice(
             next(r for r in records if r['method'] == 'zero_shot'),
             f'No method is above its validation accuracy, {mean(zero):.2f} % on the '
             f'images of {shots_text(most)}.',
         )
     return Choice(
-        max((r for r in with_val if r['method'] == best), key=lambda r: _score([r])),
+        max(best, key=lambda r: _score([r])),
         f'Its method has the highest mean validation accuracy at {shots_text(most)}, '
-        f'{scores[best][0]:.2f} %, and this is the best of its seeds.',
+        f'{accuracy:.2f} %, and this is the best of its seeds.',
     )
 
 
@@ -84,7 +71,5 @@ def shots_text(shots: int) -> str:
 def _score(records: Sequence[dict]) -> tuple[float, float]:
     """Returns mean validation accuracy, and minus the mean loss if it is known."""
     losses = [r['val_loss'] for r in records]
-    return (
-        mean(r['val_accuracy'] for r in records),
-        0.0 if None in losses else -mean(losses),
-    )
+    loss = 0.0 if None in losses else mean(losses)
+    return mean(r['val_accuracy'] for r in records), -loss

@@ -57,15 +57,8 @@ class FewShotConfig:
     data_root: str = 'data'
     prompts: str | list[str] | None = None
     methods: tuple[str, ...] = (
-        'linear_probe',
-        'linear_probe_zs',
-        'clap',
-        'lp++',
-        'gda',
-        'tip_adapter',
-        'tip_adapter_f',
-        'task_res',
-        'clip_adapter',
+        *('linear_probe', 'linear_probe_zs', 'clap', 'lp++', 'gda'),
+        *('tip_adapter', 'tip_adapter_f', 'task_res', 'clip_adapter'),
     )
     oracle: tuple[str, ...] = ()
     shots: tuple[int, ...] | None = None
@@ -82,60 +75,41 @@ class FewShotConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.features is None:
-            missing = [k for k in ('dataset', 'model') if getattr(self, k) is None]
-            if missing:
-                raise ValueError(
-                    f'name the {" and the ".join(missing)}, or a file of features.'
-                )
-            if self.shots is None:
-                object.__setattr__(self, 'shots', (1, 2, 4, 8, 16))
-        elif self.dataset is not None:
+        if self.features is not None and self.dataset is not None:
             raise ValueError(
                 'name either a dataset or a file of features, not both: the file has '
                 'its own images.'
             )
-        self._check_types()
-        for name in (*self.methods, *self.oracle, *self.overrides):
-            if name in COPIES:
-                raise ValueError(
-                    f'{name} is called clip_adapter_released now, with overrides='
-                    f'{{"clip_adapter_released": {COPIES[name]}}}.'
-                )
-            if name not in METHODS:
-                raise ValueError(
-                    f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
-                )
-        for name, options in self.overrides.items():
-            METHODS[name].check(options)
-            for key, value in options.items():
-                default = METHODS[name].defaults[key]
-                if isinstance(value, str) and not isinstance(default, str):
-                    raise ValueError(f'{key} of {name} must be a number, got {value!r}.')
-        if self.selection is not None and self.selection not in SELECTIONS:
+        missing = [key for key in ('dataset', 'model') if getattr(self, key) is None]
+        if self.features is None and missing:
+            raise ValueError(
+                f'name the {" and the ".join(missing)}, or a file of features.'
+            )
+        if self.features is None and self.shots is None:
+            object.__setattr__(self, 'shots', (1, 2, 4, 8, 16))
+        self._check_numbers()
+        self._check_methods()
+        if self.selection not in (None, *SELECTIONS):
             raise ValueError(
                 f'selection must be one of {SELECTIONS}, got {self.selection!r}; to '
                 f'select on the test split, name methods in oracle.'
             )
         object.__setattr__(self, 'device', existing_device(self.device))
 
-    def _check_types(self) -> None:
+    def _check_numbers(self) -> None:
         """Checks numbers and lists. A single value becomes a tuple of one."""
-        for what, kind in (
-            ('methods', str),
-            ('oracle', str),
-            ('shots', int),
-            ('seeds', int),
+        for what, kind, called in (
+            ('methods', str, 'names'),
+            ('oracle', str, 'names'),
+            ('shots', int, 'integers'),
+            ('seeds', int, 'integers'),
         ):
             values = getattr(self, what)
             if values is None:
                 continue
             values = [values] if isinstance(values, str | int) else values
             if not all(isinstance(value, kind) for value in values):
-                raise ValueError(
-                    f'{what} must be {"names" if kind is str else "integers"}, got '
-                    f'{values!r}.'
-                )
+                raise ValueError(f'{what} must be {called}, got {values!r}.')
             object.__setattr__(self, what, tuple(dict.fromkeys(values)))
         if self.shots == () or not self.seeds:
             raise ValueError('shots and seeds must each have at least one value.')
@@ -146,18 +120,37 @@ class FewShotConfig:
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f'{what} must be an integer from 0 on, got {value!r}.')
         scale = self.crop_scale
-        if (
-            not isinstance(scale, list | tuple)
-            or len(scale) != 2
-            or not (0 < scale[0] <= scale[1] <= 1)
-        ):
+        is_pair = isinstance(scale, list | tuple) and len(scale) == 2
+        if not is_pair or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(
                 f'crop_scale must be the least and the most area of a crop, from 0 to '
                 f'1, got {scale!r}.'
             )
-        if not isinstance(self.overrides, dict) or not all(
-            isinstance(options, dict) for options in self.overrides.values()
+
+    def _check_methods(self) -> None:
+        """Checks the names of methods and their options."""
+        found = self.overrides
+        if not isinstance(found, dict) or not all(
+            isinstance(options, dict) for options in found.values()
         ):
             raise ValueError(
-                f'overrides must have a dict for each method, got {self.overrides!r}.'
+                f'overrides must have a dict for each method, got {found}.'
             )
+        for name in (*self.methods, *self.oracle, *found):
+            if name in COPIES:
+                raise ValueError(
+                    f'{name} is now clip_adapter_released with the overrides '
+                    f'{COPIES[name]}.'
+                )
+            if name not in METHODS:
+                raise ValueError(
+                    f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
+                )
+        for name, options in found.items():
+            METHODS[name].check(options)
+            for key, value in options.items():
+                is_name = isinstance(METHODS[name].defaults[key], str)
+                if isinstance(value, str) and not is_name:
+                    raise ValueError(
+                        f'{key} of {name} must be a number, got {value!r}.'
+                    )

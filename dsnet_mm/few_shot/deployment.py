@@ -120,15 +120,14 @@ class DeployedClassifier:
             images = [images]
         found = [torch.empty(0, len(self.class_names))]
         for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            found.append(self.probabilities([self.prepare(x) for x in batch]))
+            batch = [self.prepare(x) for x in images[start : start + batch_size]]
+            found.append(self.probabilities(batch))
         return torch.cat(found)
 
     def prepare(self, image: str | Path | Image.Image) -> Tensor:
         """Returns the input of the encoder for a file or PIL image, (3, H, W)."""
-        if isinstance(image, Image.Image):
-            return self.transform(upright_rgb(image))
-        return self.transform(open_image(image))
+        is_open = isinstance(image, Image.Image)
+        return self.transform(upright_rgb(image) if is_open else open_image(image))
 
     @torch.no_grad()
     def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
@@ -180,9 +179,9 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """Builds the classifier of a description, and checks that the two fit."""
-    for key, kind in (('model', str), ('pretrained', str), ('identity', dict)):
+    for key, cls in (('model', str), ('pretrained', str), ('identity', dict)):
         # None if the classifier was fitted to features from elsewhere.
-        if about[key] is not None and not isinstance(about[key], kind):
+        if not isinstance(about[key], cls | None):
             raise ValueError(f'{key} is {about[key]!r}')
     if about['identity'] is not None:
         if about['model'] is None:
@@ -191,28 +190,30 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
             raise ValueError('the configuration of the encoder is no dict')
     if about['preprocessing'] not in PREPROCESSINGS:
         raise ValueError(f'unknown preprocessing {about["preprocessing"]!r}')
-    names = about['class_names']
+    names, kind = about['class_names'], about['kind']
     if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
         raise ValueError('class names must be a list of text')
-    if about['kind'] not in CLASSIFIERS:
-        raise ValueError(f'unknown kind {about["kind"]!r}')
+    if kind not in CLASSIFIERS:
+        raise ValueError(
+            f'unknown kind {kind!r}; import the module that registers its class'
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f'{name} holds values that are not finite')
-    cls, arguments = CLASSIFIERS[about['kind']]
+    cls, arguments = CLASSIFIERS[kind]
     classifier = cls(*(tensors[name] for name in arguments), **about['options'])
     classifier.load_state_dict(tensors)
     classifier.requires_grad_(False).eval()
-    classes = classifier(torch.ones(1, feature_width_of(tensors))).shape[1]
+    classes = classifier(torch.ones(1, feature_width_of(classifier))).shape[1]
     if classes != len(names):
         raise ValueError(f'{classes} classes, but {len(names)} names')
     return classifier
 
 
-def feature_width_of(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the width D of the features of a classifier, from its tensors."""
-    name = 'weight' if 'weight' in tensors else 'text_features'
-    return tensors[name].shape[1]
+def feature_width_of(classifier: nn.Module) -> int:
+    """Returns the width D of the features of a classifier."""
+    _, (first, *_) = CLASSIFIERS[type(classifier).__name__]
+    return classifier.state_dict()[first].shape[1]
 
 
 def load_classifier(
@@ -257,7 +258,7 @@ def load_classifier(
             f'{path} was saved for {about["model"]!r} with the weights '
             f'{about["pretrained"]!r}, but the encoder has other {", ".join(other)}.'
         )
-    width = feature_width_of(classifier.state_dict())
+    width = feature_width_of(classifier)
     if width != encoder.embed_dims:
         raise ValueError(
             f'{path} classifies features of width {width}, but those of '

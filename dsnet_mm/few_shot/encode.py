@@ -5,13 +5,17 @@ import json
 import os
 from pathlib import Path
 
-from dsnet_mm.clip import OpenCLIPEncoder
-from dsnet_mm.datasets import FewShotTask, load_task
+from dsnet_mm.datasets import FewShotTask
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
-from dsnet_mm.datasets.features import FeatureCache, image_keys
+from dsnet_mm.datasets.features import image_keys
 
 from .config import FewShotConfig
-from .sources import collect_draws, encode_parts, refuse_copies
+from .sources import (
+    collect_draws,
+    encode_parts,
+    load_train_task,
+    open_cache,
+)
 
 SEED = 1
 """Seed of the draws in a file."""
@@ -48,28 +52,13 @@ def encode(
         ValueError: If the data set has too few images, an image cannot be read, or a
             test image is also a training or validation image.
     """
-    task = load_task(config.dataset, config.data_root, config.prompts)
-    if not task.split['train']:
-        raise ValueError(f'{task.name} has no training images.')
-    train, val, views = task.split['train'], task.split['val'], config.views
+    task = load_train_task(config)
+    parts, views = task.split, config.views
     if shots is not None:
-        train, _ = collect_draws(task.split, [(k, SEED) for k in shots])
-    encoder = OpenCLIPEncoder.shared(
-        config.model,
-        config.pretrained,
-        amp=config.amp,
-        device=config.device,
-        download=config.download,
-    )
-    cache = FeatureCache(
-        config.cache_dir,
-        encoder,
-        preprocessing=config.preprocessing,
-        crop_scale=tuple(config.crop_scale),
-        workers=config.workers,
-        on_bad_image=config.on_bad_image,
-        quiet=quiet,
-    )
+        draws = collect_draws(task, [(k, SEED) for k in shots])
+        parts = {**draws, 'val': task.split['val']}
+    cache = open_cache(config, quiet)
+    encoder = cache.encoder
     about = {
         'dataset': task.name,
         'model': str(config.model),
@@ -88,20 +77,13 @@ def encode(
                 f'{out} exists, with other content; choose another file, or remove it.'
             )
         return 0
-    parts = {'train': train, 'val': val, 'test': task.split['test']}
-    plain = views > 0  # for cross-validation
-    encode_parts(cache, parts, views, share, plain)
-    missing = sum(
-        cache.count_missing(items, views if name == 'train' else 0)
-        for name, items in parts.items()
-    )
-    missing += cache.count_missing(train) if plain else 0
-    if missing:
+    # Plain features are for cross-validation.
+    if missing := encode_parts(task, cache, parts, views, True, share):
         return missing
-    refuse_copies(task, cache, {'train': train, 'val': val}, views)
+    train, val = parts['train'], parts['val']
     draws = {None: train}
     if shots is not None:
-        draws = {k: collect_draws(task.split, [(k, SEED)])[0] for k in shots}
+        draws = {k: collect_draws(task, [(k, SEED)])['train'] for k in shots}
     drawn = {k: cache.images(items, views) for k, items in draws.items()}
     for k, part in drawn.items():
         if k is not None and len(part) < len(draws[k]):
@@ -115,8 +97,8 @@ def encode(
         encoder.logit_scale,
         drawn,
         cache.images(val) if val else None,
-        cache.images(task.split['test']),
-        {k: cache.images(items) for k, items in draws.items()} if plain else {},
+        cache.images(parts['test']),
+        {k: cache.images(items) for k, items in draws.items()} if views else {},
         about,
     ).write(out)
     return 0

@@ -12,13 +12,7 @@ from dsnet_mm.datasets.features import Features
 
 @dataclass(frozen=True)
 class Score:
-    """Score of a classifier.
-
-    Attributes:
-        accuracy: Top-1 accuracy in percent.
-        ece: Expected calibration error over 15 bins, in percent.
-        loss: Mean cross-entropy.
-    """
+    """Top-1 accuracy and expected calibration error in percent, mean cross-entropy."""
 
     accuracy: float
     ece: float
@@ -35,9 +29,6 @@ def evaluate(
         classifier: Features (N, D) to logits (N, K).
         data: The features.
         chunk: Number of images evaluated at once. It bounds the memory.
-
-    Returns:
-        The score.
     """
     confidence, correct, loss = [], [], 0.0
     for f, labels in zip(
@@ -49,11 +40,8 @@ def evaluate(
         confidence.append(top.values)
         correct.append(top.indices == labels)
     confidence, correct = torch.cat(confidence), torch.cat(correct).float()
-    return Score(
-        100 * correct.mean().item(),
-        100 * calibration_error(confidence, correct),
-        loss / len(data),
-    )
+    ece = calibration_error(confidence, correct)
+    return Score(100 * correct.mean().item(), 100 * ece, loss / len(data))
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:

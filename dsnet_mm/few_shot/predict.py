@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,28 +14,13 @@ from dsnet_mm.progress import progress_bar
 from .deployment import DeployedClassifier
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Most probable classes of an image.
-
-    Attributes:
-        image: File of the image.
-        classes: Class names, the most probable first.
-        probabilities: Their probabilities.
-    """
-
-    image: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
-
-
 def predict(
     classifier: DeployedClassifier,
     images: Sequence[str | Path],
     top: int = 3,
     batch_size: int = 64,
     quiet: bool = False,
-) -> tuple[list[Prediction], list[str]]:
+) -> tuple[list[dict], list[str]]:
     """Classifies files of images, in batches.
 
     Args:
@@ -47,7 +31,9 @@ def predict(
         quiet: Whether to hide the bar.
 
     Returns:
-        The predictions, and a sentence for each image that cannot be read.
+        For each image a dict of ``image``, its file, and ``classes``, the most probable
+        first: dicts of ``class`` and ``probability``. And a sentence for each image
+        that cannot be read.
 
     Raises:
         ValueError: If ``top`` or ``batch_size`` is below 1.
@@ -67,59 +53,55 @@ def predict(
                 except (ValueError, FileNotFoundError) as error:
                     problems.append(f'skipped: {error}')
             if prepared:
-                best = classifier.probabilities([*prepared.values()])
-                best = best.topk(min(top, len(names)))
+                found = classifier.probabilities([*prepared.values()])
+                best = found.topk(min(top, len(names)))
                 for image, values, labels in zip(
                     prepared, best.values.tolist(), best.indices.tolist(), strict=True
                 ):
-                    classes = tuple(names[label] for label in labels)
-                    predictions.append(Prediction(image, classes, tuple(values)))
+                    classes = [
+                        {'class': names[label], 'probability': round(value, 6)}
+                        for value, label in zip(values, labels, strict=True)
+                    ]
+                    predictions.append({'image': image, 'classes': classes})
             bar.update(len(batch))
     return predictions, problems
 
 
-def as_table(predictions: Sequence[Prediction]) -> Table:
+def _rows(predictions: Sequence[dict], scale: int, digits: int) -> list[list[str]]:
+    """Returns image, class, probability, class and so on of each prediction."""
+    rows = []
+    for p in predictions:
+        pairs = (
+            (c['class'], f'{scale * c["probability"]:.{digits}f}') for c in p['classes']
+        )
+        rows.append([p['image'], *(cell for pair in pairs for cell in pair)])
+    return rows
+
+
+def as_table(predictions: Sequence[dict]) -> Table:
     """Formats predictions for the screen."""
     table = Table('image')
-    for rank in range(len(predictions[0].classes)):
-        table.add_column('class' if rank == 0 else f'{rank + 1}.', overflow='fold')
-        table.add_column('%', justify='right')
     table.columns[0].overflow = 'fold'
-    for p in predictions:
-        cells = zip(p.classes, p.probabilities, strict=True)
-        pairs = ((name, f'{100 * value:.1f}') for name, value in cells)
-        row = (p.image, *(cell for pair in pairs for cell in pair))
+    for rank in range(len(predictions[0]['classes'])):
+        table.add_column(f'{rank + 1}.' if rank else 'class', overflow='fold')
+        table.add_column('%', justify='right')
+    for row in _rows(predictions, 100, 1):
         table.add_row(*map(escape, row))
     return table
 
 
-def as_json(predictions: Sequence[Prediction], problems: Sequence[str]) -> str:
+def as_json(predictions: Sequence[dict], problems: Sequence[str]) -> str:
     """Formats predictions as JSON: a list of images, and the skipped ones."""
-    content = {
-        'predictions': [
-            {
-                'image': p.image,
-                'classes': [
-                    {'class': name, 'probability': round(value, 6)}
-                    for name, value in zip(p.classes, p.probabilities, strict=True)
-                ],
-            }
-            for p in predictions
-        ],
-        'skipped': list(problems),
-    }
+    content = {'predictions': predictions, 'skipped': list(problems)}
     return json.dumps(content, indent=2, ensure_ascii=False) + '\n'
 
 
-def as_csv(predictions: Sequence[Prediction]) -> str:
+def as_csv(predictions: Sequence[dict]) -> str:
     """Formats predictions as CSV: image, class_1, probability_1, class_2 ..."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    ranks = range(1, len(predictions[0].classes) + 1)
+    ranks = range(1, len(predictions[0]['classes']) + 1)
     head = [cell for rank in ranks for cell in (f'class_{rank}', f'probability_{rank}')]
     writer.writerow(['image', *head])
-    for p in predictions:
-        cells = zip(p.classes, p.probabilities, strict=True)
-        pairs = ((name, f'{value:.6f}') for name, value in cells)
-        writer.writerow([p.image, *(cell for pair in pairs for cell in pair)])
+    writer.writerows(_rows(predictions, 1, 6))
     return text.getvalue()

@@ -1,5 +1,6 @@
 """Table and plot of a few-shot run."""
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +21,17 @@ class Cell:
     Attributes:
         label: Method, and ``oracle`` if it was selected on the test split.
         shots: Shots, 0 for zero-shot.
-        accuracies: Test accuracy by seed, in percent.
-        ece: Mean expected calibration error, in percent.
-        fit_seconds: Mean time of a fit.
-        select_seconds: Mean time of selection and fit.
-        parameters: Number of learnt parameters.
-        selections: How the hyper-parameters were chosen, each value once.
+        records: Content of ``runs/*.json``, one for each seed.
     """
 
     label: str
     shots: int
-    accuracies: dict[int, float]
-    ece: float
-    fit_seconds: float
-    select_seconds: float
-    parameters: int
-    selections: tuple[str, ...]
+    records: list[dict]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy by seed, in percent."""
+        return {r['seed']: r['test']['accuracy'] for r in self.records}
 
     @property
     def mean(self) -> float:
@@ -45,6 +41,26 @@ class Cell:
     def interval(self) -> float | None:
         """Half of the width of the 95 % confidence interval of the mean over seeds."""
         return half_interval(list(self.accuracies.values()))
+
+    @property
+    def is_oracle(self) -> bool:
+        return self.records[0]['selection'] == 'oracle'
+
+    @property
+    def ece(self) -> float:
+        """Mean expected calibration error, in percent."""
+        return float(np.mean([r['test']['ece'] for r in self.records]))
+
+    def seconds(self, what: str) -> float:
+        """Mean time of a fit (``'fit'``), or of selection and fit (``'select'``)."""
+        return float(np.mean([r[f'{what}_seconds'] for r in self.records]))
+
+    def gaps(self, reference: 'Cell | None') -> list[float]:
+        """Differences from a method on the same draws, none from itself."""
+        if reference is None or reference is self:
+            return []
+        mine, other = self.accuracies, reference.accuracies
+        return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
 
 
 def half_interval(values: list[float]) -> float | None:
@@ -60,28 +76,6 @@ def half_interval(values: list[float]) -> float | None:
         return None
     quantile = stats.t.ppf(0.975, len(values) - 1)
     return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def collect(records: list[dict]) -> list[Cell]:
-    """Groups the records of a run by method and shots."""
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for record in records:
-        oracle = ' (oracle)' if record['selection'] == 'oracle' else ''
-        label = METHODS[record['method']].title + oracle
-        groups.setdefault((label, record['shots']), []).append(record)
-    return [
-        Cell(
-            label,
-            shots,
-            {r['seed']: r['test']['accuracy'] for r in group},
-            float(np.mean([r['test']['ece'] for r in group])),
-            float(np.mean([r['fit_seconds'] for r in group])),
-            float(np.mean([r['select_seconds'] for r in group])),
-            group[0]['parameters'],
-            tuple(sorted({r['selection'] for r in group})),
-        )
-        for (label, shots), group in groups.items()
-    ]
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -102,6 +96,16 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
+    """Groups the records of a run by label and shots."""
+    cells: dict[tuple[str, int], Cell] = {}
+    for record in records:
+        oracle = ' (oracle)' if record['selection'] == 'oracle' else ''
+        key = METHODS[record['method']].title + oracle, record['shots']
+        cells.setdefault(key, Cell(*key, [])).records.append(record)
+    return cells
+
+
 def table(records: list[dict], about: dict) -> str:
     """Formats a run as Markdown.
 
@@ -117,43 +121,37 @@ def table(records: list[dict], about: dict) -> str:
         by Holm, calibration, time and parameters. Sentences name the methods whose gain
         over zero-shot is not larger than the interval, and the classifier to use.
     """
-    cells = {(cell.label, cell.shots): cell for cell in collect(records)}
+    cells = collect(records)
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
-    shots = sorted({cell.shots for cell in cells.values()} - {0})
-    labels = list(dict.fromkeys(label for label, k in cells if k))
-    results = [_describe(records, about), '']
+    shots = sorted({k for _, k in cells} - {0})
+    labels = dict.fromkeys(label for label, k in cells if k)
     columns = [*map(shots_text, shots)] or ['accuracy']
-    results += [
+    lines = [
         f'| method | {" | ".join(columns)} |',
         '|---|' + '--:|' * len(columns),
         f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
     ]
-    selection = about['config']['selection']
     for label in labels:
-        row = [_with_interval(cells.get((label, k)), selection) for k in shots]
-        results.append(f'| {label} | ' + ' | '.join(row) + ' |')
-    parts = [
-        [f'# {about["title"]}'],
-        results,
-        *([x] for x in _notes(list(cells.values()), records, about)),
-    ]
+        row = [_accuracy(cells.get((label, k)), about) for k in shots]
+        lines.append(f'| {label} | ' + ' | '.join(row) + ' |')
+    parts = [f'# {about["title"]}', _describe(records, about), '\n'.join(lines)]
+    parts += _notes([*cells.values()], records, about)
     if shots:
-        parts += [
-            [f'## At {shots_text(shots[-1])}'],
-            *_most_shots(cells, labels, shots[-1]),
+        rows = [
+            cells[label, shots[-1]] for label in labels if (label, shots[-1]) in cells
         ]
+        parts += [f'## At {shots_text(shots[-1])}', *_most_shots(rows, zero_shot)]
     chosen = choose(records)
-    parts.append([f'Classifier to use: `{chosen.file}`. {chosen.why}'])
-    return '\n\n'.join('\n'.join(lines) for lines in parts) + '\n'
+    parts.append(f'Classifier to use: `{chosen.file}`. {chosen.why}')
+    return '\n\n'.join(parts) + '\n'
 
 
 def _describe(records: list[dict], about: dict) -> str:
     """Describes data and protocol of a run in a few sentences."""
     config, prompts = about['config'], about['prompts']
     facts = [
-        f'{len(about["class_names"])} classes, '
-        f'{records[0]["test"]["pictures"]} test images, seeds '
-        f'{", ".join(map(str, config["seeds"]))}'
+        f'{len(about["class_names"])} classes, {records[0]["test"]["pictures"]} test '
+        f'images, seeds {", ".join(map(str, config["seeds"]))}'
     ]
     if config['features'] is None:
         facts.append(f'preprocessing `{config["preprocessing"]}`')
@@ -170,16 +168,14 @@ def _describe(records: list[dict], about: dict) -> str:
 
 def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
     """Returns what a reader of the first table must know."""
-    notes = list(about['notes'])
-    selection = about['config']['selection']
-    if selection != 'fixed' and any(
-        'fixed' in cell.selections for cell in cells if cell.shots
-    ):
+    notes, config = list(about['notes']), about['config']
+    selections = {r['selection'] for r in records if r['shots']}
+    if config['selection'] != 'fixed' and 'fixed' in selections:
         notes.append(
             'f: nothing was selected. The method has a fixed setting, or there was '
             'nothing to select by.'
         )
-    if any('val' in cell.selections for cell in cells):
+    if 'val' in selections:
         notes.append(
             'Selection by `val` uses min(shots, 4) more labelled images of each '
             'class: "1 shot" is two labels a class, "16 shots" is 20.'
@@ -191,114 +187,97 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
             f'draw: all seeds have the same training images, and the intervals are '
             f'only those of initialisation, order and validation images.'
         )
-    if overrides := about['config']['overrides']:
-        options = (
-            f'{METHODS[name].title} {key}={value}'
-            for name, values in overrides.items()
-            for key, value in values.items()
-        )
+    options = [
+        f'{METHODS[name].title} {key}={value}'
+        for name, values in config['overrides'].items()
+        for key, value in values.items()
+    ]
+    if options:
         notes.append(f'Set, not selected: {", ".join(options)}.')
-    if any('(oracle)' in cell.label for cell in cells):
+    if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
-    software = dict.fromkeys(
-        record.get('made_with', 'an older version') for record in records
-    )
-    notes.append(f'Made with {"; and with ".join(software)}.')
-    return notes
+    software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
+    return [*notes, f'Made with {"; and with ".join(software)}.']
 
 
-def _most_shots(
-    cells: dict[tuple[str, int], Cell], labels: list[str], most: int
-) -> list[list[str]]:
-    """Returns the table for the largest number of shots, and a sentence on it."""
-    zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
-    reference = cells.get((METHODS[REFERENCE].title, most))
-    rows = [cells[label, most] for label in labels if (label, most) in cells]
-    p_values = holm([_p_value(cell, reference) for cell in rows])
+def _most_shots(rows: list[Cell], zero_shot: Cell) -> list[str]:
+    """Returns the table of methods with the same shots, and a sentence on it."""
+    title = METHODS[REFERENCE].title
+    reference = next((cell for cell in rows if cell.label == title), None)
     lines = [
         '| method | gain over zero-shot | minus CLIP-Adapter, paired (p, Holm) | ECE '
         '| fit, s | with selection, s | parameters |',
         '|---|--:|--:|--:|--:|--:|--:|',
         f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
     ]
-    results, behind = 0, []
+    p_values = holm([_p_value(cell, reference) for cell in rows])
     for cell, p in zip(rows, p_values, strict=True):
-        gain = cell.mean - zero_shot.mean
-        is_result = '(oracle)' not in cell.label
-        results += is_result
-        if is_result and (cell.interval is None or gain <= cell.interval):
-            behind.append(cell.label)
-        interval = '' if cell.interval is None else f' ± {cell.interval:.2f}'
+        gain, gaps, paired = cell.mean - zero_shot.mean, cell.gaps(reference), '-'
+        if gaps:
+            paired = f'{np.mean(gaps):+.2f}{_plus_minus(half_interval(gaps))}'
+            paired += '' if np.isnan(p) else f' ({p:.2f})'
         lines.append(
-            f'| {cell.label} | {gain:+.2f}{interval} | {_paired(cell, reference, p)} | '
-            f'{cell.ece:.1f} | {cell.fit_seconds:.2f} | {cell.select_seconds:.2f} | '
-            f'{cell.parameters:,} |'
+            f'| {cell.label} | {gain:+.2f}{_plus_minus(cell.interval)} | {paired} | '
+            f'{cell.ece:.1f} | {cell.seconds("fit"):.2f} | '
+            f'{cell.seconds("select"):.2f} | {cell.records[0]["parameters"]:,} |'
         )
-    if not results:
-        return [lines]
+    results = [cell for cell in rows if not cell.is_oracle]
+    behind = [
+        cell.label
+        for cell in results
+        if cell.interval is None or cell.mean - zero_shot.mean <= cell.interval
+    ]
+    at, sentences = shots_text(rows[0].shots), []
     if behind:
-        few = any(len(cell.accuracies) < 3 for cell in rows)
+        few = any(len(cell.records) < 3 for cell in rows)
         why = ' (three seeds or more are needed to tell)' if few else ''
-        sentence = (
-            f'Not above zero-shot by more than the confidence interval at '
-            f'{shots_text(most)}{why}: {", ".join(behind)}.'
-        )
-    else:
-        sentence = (
+        sentences = [
+            f'Not above zero-shot by more than the confidence interval at {at}{why}: '
+            f'{", ".join(behind)}.'
+        ]
+    elif results:
+        sentences = [
             f'All methods are above zero-shot by more than the confidence interval at '
-            f'{shots_text(most)}.'
-        )
-    return [lines, [sentence]]
+            f'{at}.'
+        ]
+    return ['\n'.join(lines), *sentences]
 
 
-def _with_interval(cell: Cell | None, selection: str) -> str:
+def _plus_minus(half: float | None) -> str:
+    return '' if half is None else f' ± {half:.2f}'
+
+
+def _accuracy(cell: Cell | None, about: dict) -> str:
+    """Formats a cell of the first table."""
     if cell is None:
         return '-'
-    half = '' if cell.interval is None else f' ± {cell.interval:.2f}'
-    fixed = ' f' if 'fixed' in cell.selections and selection != 'fixed' else ''
-    return f'{cell.mean:.2f}{half}{fixed}'
-
-
-def _gaps(cell: Cell, reference: Cell) -> list[float]:
-    """Returns the differences of two methods on the same draws."""
-    seeds = sorted(cell.accuracies.keys() & reference.accuracies.keys())
-    return [cell.accuracies[s] - reference.accuracies[s] for s in seeds]
+    fixed = any(r['selection'] == 'fixed' for r in cell.records)
+    mark = ' f' if fixed and about['config']['selection'] != 'fixed' else ''
+    return f'{cell.mean:.2f}{_plus_minus(cell.interval)}{mark}'
 
 
 def _p_value(cell: Cell, reference: Cell | None) -> float:
     """Returns the p-value of a paired t-test, NaN if there is none."""
-    if reference is None or cell is reference or '(oracle)' in cell.label:
-        return float('nan')
-    gaps = _gaps(cell, reference)
+    gaps = [] if cell.is_oracle else cell.gaps(reference)
     if len(gaps) < 3 or np.std(gaps) == 0:
         return float('nan')
     return float(stats.ttest_1samp(gaps, 0).pvalue)
 
 
-def _paired(cell: Cell, reference: Cell | None, p: float) -> str:
-    """Formats the mean difference on the same draws, its interval and p-value."""
-    if reference is None or cell is reference:
-        return '-'
-    gaps = _gaps(cell, reference)
-    half = half_interval(gaps)
-    interval = '' if half is None else f' ± {half:.2f}'
-    return f'{np.mean(gaps):+.2f}{interval}' + ('' if np.isnan(p) else f' ({p:.2f})')
-
-
-def plot(records: list[dict], about: dict, path: str | Path) -> None:
+def plot(records: list[dict], about: dict) -> bytes:
     """Plots the accuracy over shots with confidence intervals.
 
     Args:
         records: What ``run`` returned.
         about: Content of ``run.json``.
-        path: PNG file to write.
-    """
-    import io
 
+    Returns:
+        The image, a PNG file.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    cells = collect(records)
+    cells = collect(records).values()
     zero_shot = next(cell for cell in cells if cell.shots == 0)
     figure = Figure((7.2, 4.6), dpi=150, layout='constrained')
     axes = figure.subplots()
@@ -317,7 +296,7 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
             label=label,
             color='black' if is_main else colormaps['tab20'](2 * i % 20 + i // 10),
             marker=markers[i % len(markers)],
-            ls=':' if 'oracle' in label else '-',
+            ls=':' if line[0].is_oracle else '-',
             lw=2.4 if is_main else 1.3,
             ms=5,
             elinewidth=1,
@@ -328,16 +307,14 @@ def plot(records: list[dict], about: dict, path: str | Path) -> None:
     shots = sorted({c.shots for c in cells} - {0})
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
-    axes.set(
-        xlabel='training images of each class',
-        ylabel='test accuracy, %',
-        title=about['title'],
-    )
+    axes.set_xlabel('training images of each class')
+    axes.set_ylabel('test accuracy, %')
+    axes.set_title(about['title'])
     axes.grid(color='0.9')
     axes.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png')
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_report(work_dir: str | Path, records: list[dict]) -> str:
@@ -354,5 +331,5 @@ def write_report(work_dir: str | Path, records: list[dict]) -> str:
     about = json.loads((work_dir / 'run.json').read_text(encoding='utf-8'))
     text = table(records, about)
     write_atomic(work_dir / 'results.md', text)
-    plot(records, about, work_dir / 'accuracy.png')
+    write_atomic(work_dir / 'accuracy.png', plot(records, about))
     return text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.logging import RichHandler
-from tqdm import tqdm
+from torch import nn
 
 from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import write_atomic
@@ -82,26 +82,29 @@ def run(
     config, source = _resolve(config, quiet)
     source.prepare()
     config = claim_work_dir(work_dir, config, source)
+    draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
     jobs = [_Job('zero_shot', 0, 0)] + [
-        _Job(method, shots, seed, oracle)
-        for shots in config.shots
-        for seed in config.seeds
+        _Job(method, *draw, oracle)
+        for draw in draws
         for oracle, methods in ((False, config.methods), (True, config.oracle))
         for method in methods
         if method != 'zero_shot'
     ]
-    draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
     with _log_to(work_dir / 'run.log'):
         for note in source.notes:
             logger.warning(note)
-        plain = config.selection == 'cv'
-        source.encode(draws, plain)
+        source.encode(draws, plain=config.selection == 'cv')
+        runner = _Runner(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
-            runner = _Runner(config, work_dir, source, bar)
+            for job in (job for job in jobs if not job.oracle):
+                bar.set_postfix_str(job.name, refresh=False)
+                runner.fit(job)
+                bar.update()
+            test = runner.open_test(jobs)
+            records = []
             for job in jobs:
-                if not job.oracle:
-                    runner.fit(job)
-            records = runner.test(jobs)
+                records.append(runner.test(job, test))
+                bar.update(job.oracle)
         if final:
             runner.fit_final(records)
     return records
@@ -109,13 +112,9 @@ def run(
 
 def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]:
     """Opens the data, and replaces options that depend on it."""
-    if config.features is None:
-        source: Source = ImageSource(config, quiet)
-    else:
-        source = FeatureSource(config)
-    if config.selection is None:
-        config = replace(config, selection='val' if source.has_val else 'fixed')
-    elif config.selection == 'val' and not source.has_val:
+    source: Source = FeatureSource(config) if config.features else None
+    source = source or ImageSource(config, quiet)
+    if config.selection == 'val' and not source.has_val:
         raise ValueError(
             f'{config.features or config.dataset} has no validation images; use '
             f'selection cv or fixed.'
@@ -129,62 +128,69 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         source.notes.append(
             f'Left out, because they need the encoder: {", ".join(left_out)}.'
         )
-    return (
-        replace(
-            config,
-            shots=source.shots,
-            methods=tuple(m for m in config.methods if m not in left_out),
-            oracle=tuple(m for m in config.oracle if m not in left_out),
-        ),
-        source,
+    resolved = replace(
+        config,
+        selection=config.selection or ('val' if source.has_val else 'fixed'),
+        shots=source.shots,
+        methods=tuple(m for m in config.methods if m not in left_out),
+        oracle=tuple(m for m in config.oracle if m not in left_out),
     )
+    return resolved, source
 
 
 class _Runner:
-    def __init__(
-        self, config: FewShotConfig, work_dir: Path, source: Source, bar: tqdm
-    ) -> None:
+    """Fits and tests the classifiers of a run that are not there yet."""
+
+    def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
-        self.bar = bar
         self.made_with = describe_software()
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
+    def files(self, name: str) -> tuple[Path, Path]:
+        """Returns the record and the classifier of a job."""
+        classifier = self.work_dir / 'classifiers' / f'{name}.safetensors'
+        return self.work_dir / 'runs' / f'{name}.json', classifier
+
     def drawn(self, shots: int, seed: int) -> Drawn:
         """Returns the images of a draw. The last one is kept."""
+        if shots == 0:
+            width = self.source.text_features.shape[1]
+            none = Features(torch.empty(1, 0, width), torch.empty(0).long())
+            return Drawn(none, None, None)
         if self._draw is None or self._draw[0] != (shots, seed):
             plain = self.config.selection == 'cv'
             self._draw = (shots, seed), self.source.draw(shots, seed, plain)
         return self._draw[1]
 
-    def data(self, train: Features, shots: int, seed: int) -> FewShotData:
+    def data(self, drawn: Drawn, shots: int, seed: int) -> FewShotData:
+        """Returns the training data of a method."""
         return FewShotData(
-            train,
+            drawn.train,
             shots,
             self.source.text_features,
             self.source.logit_scale,
             self.source.class_names,
             self.source.encoder,
-            seed=seed,
+            seed,
+            drawn.plain,
         )
+
+    def save(self, name: str, classifier: nn.Module, record: dict) -> None:
+        """Writes a classifier."""
+        source = self.source
+        names, preprocessing = source.class_names, source.preprocessing
+        file = self.files(name)[1]
+        save_classifier(file, classifier, source.made_by, names, preprocessing, record)
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
         """Selects and fits one classifier. Oracles are selected on ``test``."""
-        path = self.work_dir / 'runs' / f'{job.name}.json'
-        self.bar.set_postfix_str(job.name, refresh=False)
+        path, _ = self.files(job.name)
         if path.is_file():
-            self.bar.update()
             return
-        if job.shots:
-            drawn = self.drawn(job.shots, job.seed)
-            data = self.data(drawn.train, job.shots, job.seed)
-            data = replace(data, plain=drawn.plain)
-        else:
-            width = self.source.text_features.shape[1]
-            empty = Features(torch.empty(1, 0, width), torch.empty(0).long())
-            drawn, data = Drawn(empty, None, None), self.data(empty, 0, 0)
+        drawn = self.drawn(job.shots, job.seed)
         fit = select(
             METHODS[job.method],
-            data,
+            self.data(drawn, job.shots, job.seed),
             test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
             self.config.overrides.get(job.method),
@@ -204,19 +210,11 @@ class _Runner:
             'redrawn': drawn.redrawn,
             'made_with': self.made_with,
         }
-        save_classifier(
-            self.work_dir / 'classifiers' / f'{job.name}.safetensors',
-            fit.classifier,
-            self.source.made_by,
-            self.source.class_names,
-            self.source.preprocessing,
-            record,
-        )
+        self.save(job.name, fit.classifier, record)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
             'fitted %s, selection %s, %d tried', job.name, fit.selection, fit.tried
         )
-        self.bar.update()
 
     def validate(self, fit: Fit, drawn: Drawn | None) -> dict[str, float | None]:
         """Returns what :func:`choose` compares: nothing of oracles (None)."""
@@ -230,89 +228,74 @@ class _Runner:
         elif val is not None:
             score = evaluate(fit.classifier, val)
             accuracy, loss = score.accuracy, score.loss
-        if accuracy is not None:
-            zero_shot = METHODS['zero_shot'].fit(self.data(val, 0, 0))
-            found = {
-                'val_accuracy': accuracy,
-                'val_loss': loss,
-                'val_zero_shot': evaluate(zero_shot, val).accuracy,
-            }
-        return found
+        if accuracy is None:
+            return found
+        zero_shot = METHODS['zero_shot'].fit(self.data(drawn, 0, 0))
+        zero_accuracy = evaluate(zero_shot, val).accuracy
+        return dict(zip(found, (accuracy, loss, zero_accuracy), strict=True))
 
-    def test(self, jobs: list[_Job]) -> list[dict]:
-        """Opens the test split and tests the classifiers that are not tested yet."""
-        paths = {job: self.work_dir / 'runs' / f'{job.name}.json' for job in jobs}
-        done = [
-            path.is_file() and read_json(path)['test'] is not None
-            for path in paths.values()
-        ]
-        if not all(done):
-            test = self.source.test()
-            logger.info(
-                'test split opened: %d images; %d classifiers are fixed',
-                len(test),
-                sum(path.is_file() for path in paths.values()),
-            )
-        records = []
-        for (job, path), tested in zip(paths.items(), done, strict=True):
-            if job.oracle:
-                self.fit(job, None if tested else test)
-            record = read_json(path)
-            if not tested:
-                classifier, _ = read_classifier(
-                    self.work_dir / 'classifiers' / f'{job.name}.safetensors'
-                )
-                record['test'] = {
-                    **asdict(evaluate(classifier, test)),
-                    'pictures': len(test),
-                }
-                write_atomic(path, json.dumps(record, indent=2))
-                logger.info('tested %s', job.name)
-            records.append(record)
-        return records
+    def open_test(self, jobs: list[_Job]) -> Features | None:
+        """Returns the test images, or None if all classifiers are tested."""
+        paths = [self.files(job.name)[0] for job in jobs]
+        fitted = [path for path in paths if path.is_file()]
+        if len(fitted) == len(jobs) and all(read_json(p)['test'] for p in fitted):
+            return None
+        test = self.source.test()
+        logger.info(
+            'test split opened: %d images; %d classifiers are fixed',
+            *(len(test), len(fitted)),
+        )
+        return test
+
+    def test(self, job: _Job, test: Features | None) -> dict:
+        """Tests a classifier, if it is not tested yet. Returns its record."""
+        if job.oracle:
+            self.fit(job, test)
+        path, classifier = self.files(job.name)
+        record = read_json(path)
+        if record['test'] is None:
+            score = evaluate(read_classifier(classifier)[0], test)
+            record['test'] = {**asdict(score), 'pictures': len(test)}
+            write_atomic(path, json.dumps(record, indent=2))
+            logger.info('tested %s', job.name)
+        return record
 
     def fit_final(self, records: list[dict]) -> None:
         """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
-        train = self.source.all_labelled()
+        train, seed = self.source.all_labelled(), chosen['seed']
         shots = max(1, len(train) // len(self.source.class_names))
         classifier = METHODS[chosen['method']].fit(
-            self.data(train, shots, chosen['seed']), **chosen['options']
+            self.data(Drawn(train, None, None), shots, seed), **chosen['options']
         )
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
             'name': 'final',
             'shots': shots,
-            'seed': chosen['seed'],
+            'seed': seed,
             'pictures': len(train),
             'made_with': self.made_with,
         }
-        save_classifier(
-            self.work_dir / 'classifiers' / 'final.safetensors',
-            classifier,
-            self.source.made_by,
-            self.source.class_names,
-            self.source.preprocessing,
-            record,
-        )
+        self.save('final', classifier, record)
         logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
 
 
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding='utf-8')
-    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    console = RichHandler(logging.WARNING, show_path=False)
+    """Logs the package to a file, and its warnings to the screen."""
+    file = logging.FileHandler(path, encoding='utf-8')
+    file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    handlers = (file, RichHandler(logging.WARNING, show_path=False))
     package = logging.getLogger('dsnet_mm')
     level, package.propagate = package.level, False
     package.setLevel(logging.INFO)
-    package.addHandler(handler)
-    package.addHandler(console)
+    for handler in handlers:
+        package.addHandler(handler)
     try:
         yield
     finally:
-        package.removeHandler(handler)
-        package.removeHandler(console)
+        for handler in handlers:
+            package.removeHandler(handler)
         package.propagate = True
         package.setLevel(level)
-        handler.close()
+        file.close()

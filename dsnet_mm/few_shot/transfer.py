@@ -72,9 +72,6 @@ def transfer(
         data_root: Folder of the public data sets.
         cache_dir: Folder of the features.
 
-    Returns:
-        The result.
-
     Raises:
         ValueError: If the classifier does not know a class.
         FileNotFoundError: If a file is missing.
@@ -82,20 +79,18 @@ def transfer(
     task = load_task(dataset, data_root, test_only=True)
     if not isinstance(classifier, DeployedClassifier):
         classifier = load_classifier(classifier)
-    known = classifier.class_names
-    unknown = sorted(set(task.class_names) - set(known))
-    if unknown:
+    known, count = classifier.class_names, len(task.class_names)
+    if unknown := sorted(set(task.class_names) - set(known)):
         raise ValueError(
-            f'{dataset}: the classifier does not know {len(unknown)} of the '
-            f'{len(task.class_names)} classes, such as {unknown[0]!r}; it knows '
+            f'{dataset}: the classifier does not know {len(unknown)} of the {count} '
+            f'classes, such as {unknown[0]!r}; it knows '
             f'{", ".join(map(repr, known[:5]))}{" ..." if len(known) > 5 else ""}.'
         )
     # ImageNet has two pairs of classes with the same name, so names are used only where
     # the lists differ.
-    columns = [
-        label if task.class_names == known else known.index(name)
-        for label, name in enumerate(task.class_names)
-    ]
+    columns = list(range(count))
+    if task.class_names != known:
+        columns = [known.index(name) for name in task.class_names]
     cache = FeatureCache(
         cache_dir,
         classifier.encoder,
@@ -107,32 +102,26 @@ def transfer(
     predicted = []
 
     def classify(features: Tensor) -> Tensor:
-        features = features.to(classifier.device)
-        logits = classifier.classifier(features)[:, columns].cpu()
+        logits = classifier.classifier(features.to(classifier.device))[:, columns].cpu()
         predicted.append(logits.argmax(1))
         return logits
 
     score = evaluate(classify, data)
-    count = len(columns)
     pairs = data.labels * count + torch.cat(predicted)
     confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
-    return Transfer(
-        task.name, score, task.class_names, confusion, len(items) - len(data)
-    )
+    skipped = len(items) - len(data)
+    return Transfer(task.name, score, task.class_names, confusion, skipped)
 
 
 def table(result: Transfer) -> str:
     """Formats a result as Markdown: the accuracy, and a row for each class."""
     low, high = result.interval
-    skipped = (
-        f' Not counted, because they cannot be read: {result.skipped}.'
-        if result.skipped
-        else ''
-    )
+    skipped = f' Not counted, because they cannot be read: {result.skipped}.'
     lines = [
         f'# {result.dataset}',
         '',
-        f'{result.images} images of {len(result.class_names)} classes.{skipped}',
+        f'{result.images} images of {len(result.class_names)} classes.'
+        f'{skipped if result.skipped else ""}',
         '',
         f'Accuracy {result.score.accuracy:.2f} % (95 % interval over images '
         f'{low:.1f} to {high:.1f}), expected calibration error '
@@ -144,10 +133,8 @@ def table(result: Transfer) -> str:
     # A | would end the cell.
     names = [name.replace('|', r'\|') for name in result.class_names]
     for label, name in enumerate(names):
-        row = result.confusion[label]
-        total, right = int(row.sum()), int(row[label])
-        wrong = row.clone()
-        wrong[label] = 0
+        wrong = result.confusion[label].clone()
+        total, right, wrong[label] = int(wrong.sum()), int(wrong[label]), 0
         other = int(wrong.argmax())
         taken = f'{names[other]} ({wrong[other]})' if wrong.any() else '-'
         share = f'{100 * right / total:.1f}' if total else '-'
@@ -170,27 +157,22 @@ def plot_confusion(result: Transfer) -> bytes:
     figure = Figure((side + 1.5, side), dpi=150 if side < 12 else 110)
     figure.set_layout_engine('constrained')
     axes = figure.subplots()
-    image = axes.imshow(
-        100 * shares, cmap='Blues', vmin=0, vmax=100, interpolation='none'
-    )
+    image = axes.imshow(100 * shares, 'Blues', vmin=0, vmax=100, interpolation='none')
     figure.colorbar(image, ax=axes, label='% of the true class', shrink=0.8)
     if named:
-        ticks = range(len(names))
-        axes.set_xticks(ticks, names, rotation=90)
-        axes.set_yticks(ticks, names)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
     if len(names) <= 30:
         for true, guessed in counts.nonzero().tolist():
-            number = int(counts[true, guessed])
+            number = str(int(counts[true, guessed]))
             colour = 'white' if shares[true, guessed] > 0.5 else 'black'
-            axes.text(
-                *(guessed, true, number),
-                **dict(ha='center', va='center', color=colour, fontsize=8),
-            )
-    axes.set(
-        xlabel='predicted class',
-        ylabel='true class',
-        title=f'{result.dataset}: {result.score.accuracy:.1f} % of '
-        f'{result.images} images right',
+            style = dict(ha='center', va='center', color=colour, fontsize=8)
+            axes.text(guessed, true, number, **style)
+    axes.set_xlabel('predicted class')
+    axes.set_ylabel('true class')
+    axes.set_title(
+        f'{result.dataset}: {result.score.accuracy:.1f} % of {result.images} images '
+        f'right'
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png')
@@ -200,22 +182,18 @@ def plot_confusion(result: Transfer) -> bytes:
 def write_transfer(
     folder: str | Path, classifier_file: str | Path, result: Transfer
 ) -> str:
-    """Writes ``test.md``, ``test.json`` and ``confusion.png``.
+    """Writes ``test.md``, ``test.json`` and ``confusion.png``. Returns the table.
 
     Args:
         folder: Folder of the files.
         classifier_file: File of the classifier.
         result: What :func:`transfer` returned.
 
-    Returns:
-        The table.
-
     Raises:
         FileExistsError: If the folder has the test of another classifier.
     """
     folder, text = Path(folder), table(result)
-    source = str(Path(classifier_file).resolve())
-    about = folder / 'test.json'
+    source, about = str(Path(classifier_file).resolve()), folder / 'test.json'
     if about.is_file():
         found = json.loads(about.read_text(encoding='utf-8'))
         if (found.get('classifier'), found.get('dataset')) != (source, result.dataset):

@@ -15,6 +15,12 @@ from .config import FewShotConfig
 from .methods import METHODS
 from .sources import Source
 
+FREE = ('device', 'workers', 'cache_dir', 'on_bad_image', 'download')
+"""Options that may change when a run is continued: they change no result."""
+
+GROWING = ('methods', 'oracle', 'shots', 'seeds')
+"""Options that may have other values when a run is continued: they are added."""
+
 
 def read_json(path: Path) -> dict:
     """Reads a JSON file of a run.
@@ -28,13 +34,6 @@ def read_json(path: Path) -> dict:
         raise ValueError(
             f'{path} is damaged ({error}); choose another folder for the run.'
         ) from error
-
-
-FREE = ('device', 'workers', 'cache_dir', 'on_bad_image', 'download')
-"""Options that may change when a run is continued: they change no result."""
-
-GROWING = ('methods', 'oracle', 'shots', 'seeds')
-"""Options that may have other values when a run is continued: they are added."""
 
 
 def claim_work_dir(
@@ -62,8 +61,7 @@ def claim_work_dir(
     about = work_dir / 'run.json'
     # A run without results, which a bad image has stopped, is begun again.
     if about.is_file() and any((work_dir / 'runs').glob('*.json')):
-        found = read_json(about)
-        wanted = _merge(work_dir, found, wanted, source.fingerprint)
+        wanted = _merge(work_dir, read_json(about), wanted, source.fingerprint)
     elif not about.is_file() and work_dir.exists() and any(work_dir.iterdir()):
         raise FileExistsError(
             f'{work_dir} is not empty and not a few-shot run; choose another folder.'
@@ -83,12 +81,19 @@ def claim_work_dir(
 
 def _recipes(config: dict) -> dict[str, list]:
     """Returns the hyper-parameters of the methods of a run, and what they may be."""
-    recipes = {
-        name: [dict(m.defaults), dict(m.grid)]
-        for name in (*config['methods'], *config['oracle'])
-        for m in [METHODS[name]]
-    }
+    methods = {name: METHODS[name] for name in (*config['methods'], *config['oracle'])}
+    recipes = {name: [dict(m.defaults), dict(m.grid)] for name, m in methods.items()}
     return json.loads(json.dumps(recipes))
+
+
+def _is_changed(old: list[dict], new: list[dict]) -> bool:
+    """Tells whether a method has other hyper-parameters than in an earlier run.
+
+    An older version wrote only a part of them, and two grids.
+    """
+    grid = {key: values for part in old[1:] for key, values in part.items()}
+    known = {key: new[0][key] for key in old[0] if key in new[0]}
+    return known != old[0] or grid != new[1]
 
 
 def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
@@ -111,22 +116,22 @@ def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
             f'{work_dir} contains another run, with other {", ".join(other)}; choose '
             f'another folder.'
         )
-    changed = [
-        key for key, value in data.items() if found.get('data', {}).get(key) != value
-    ]
+    old = found.get('data', {})
+    changed = [key for key, value in data.items() if old.get(key) != value]
     if changed:
         raise FileExistsError(
-            f'{work_dir} contains a run with other data: {", ".join(changed)} changed '
-            f'since it was made, so its results cannot be continued; choose another '
-            f'folder.'
+            f'{work_dir} contains a run with other data: '
+            f'{", ".join(changed).replace("pictures", "images")} changed since it was '
+            f'made, so its results cannot be continued; choose another folder.'
         )
     grown = {key: list(dict.fromkeys([*known[key], *wanted[key]])) for key in GROWING}
     for key in ('shots', 'seeds'):
         grown[key].sort()
     overrides = {**known['overrides'], **wanted['overrides']}
     merged = {**wanted, **grown, 'overrides': overrides}
+    FewShotConfig(**merged)  # raises for methods of older versions
     recipes = _recipes(merged)
-    changed = [k for k, recipe in found['recipes'].items() if recipes[k] != recipe]
+    changed = [k for k, old in found['recipes'].items() if _is_changed(old, recipes[k])]
     if changed:
         raise FileExistsError(
             f'{work_dir} contains a run of another version of this package, with other '

@@ -8,18 +8,12 @@ import argparse
 import json
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from dsnet_mm.checkpoint import restricted_loading
@@ -30,6 +24,7 @@ from dsnet_mm.engine.launch import (
     user_errors,
 )
 from dsnet_mm.files import write_atomic
+from dsnet_mm.progress import progress_bar
 
 from .drawing import draw
 from .prediction import Prediction
@@ -98,16 +93,19 @@ def main(argv: list[str] | None = None) -> None:
         )
     root = args.image if args.image.is_dir() else args.image.parent
     written, entries, labels, counts = [], [], set(), Counter()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(TextColumn('{task.description}'), *columns) as progress:
-        bar = progress.add_task('images', total=len(paths))
-        tiles = progress.add_task('tiles', visible=args.tile is not None)
+    # The files that cannot be read are named at the end.
+    with (
+        progress_bar(len(paths), 'reading', 'images') as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings('ignore', message='.*cannot be read as an image')
 
-        def track(chunks: list) -> list:
-            progress.reset(tiles, total=len(chunks))
-            return progress.track(chunks, task_id=tiles)
+        def track(chunks: list) -> Iterator:
+            for i, chunk in enumerate(chunks, 1):
+                bar.set_postfix_str(f'forward {i} of {len(chunks)}')
+                yield chunk
 
-        for prediction in _quietly(predictor(paths, track)):
+        for prediction in predictor(paths, track if args.tile else iter):
             name = Path(prediction.image).relative_to(root)
             written.append(
                 dict(
@@ -125,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
                 counts[int(prediction.scores.argmax())] += 1
             if not args.no_images:
                 write_image(predictor, prediction, args.out / 'images' / name)
-            progress.update(bar, completed=len(written) + len(predictor.unreadable))
-        progress.update(bar, completed=len(paths))
+            bar.update(len(written) + len(predictor.unreadable) - bar.n)
+        bar.update(len(paths) - bar.n)
 
     if not written:
         parser.error(f'none of {len(paths)} images in {args.image} can be read')
@@ -149,13 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f'{len(written)} of {len(paths)} images were read. Results are in {args.out}.'
     )
-
-
-def _quietly(predictions):
-    """Leaves out the warnings of single files, which are named at the end."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*cannot be read as an image')
-        yield from predictions
 
 
 def write_image(predictor: Predictor, prediction: Prediction, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +115,14 @@ class Prediction:
     class_names: list[str]
     objects: list[DetectedObject] = field(default_factory=list)
     scores: np.ndarray | None = None
+
+    @property
+    def picture(self) -> str:
+        """The old name of ``image``."""
+        warnings.warn(
+            'Prediction.picture is called image now.', FutureWarning, stacklevel=2
+        )
+        return self.image
 
     @property
     def label(self) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -16,9 +14,9 @@ import cv2
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, init_default_scope
-from torch import nn
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from dsnet_mm.checkpoint import load_checkpoint
 from dsnet_mm.datasets.images import find_images
@@ -83,8 +81,7 @@ class View(NamedTuple):
 class Predictor:
     """A detector or a classifier with its weights.
 
-    It prepares images and runs the network by mmdet's ``DetInferencer`` or
-    mmpretrain's ``ImageClassificationInferencer``.
+    Images are prepared by the test pipeline of the configuration.
 
     - A side of more than 4096 pixels is reduced to that before the test pipeline,
       unless the image is cut into tiles.
@@ -105,7 +102,10 @@ class Predictor:
         cfg_options: Values of the configuration to set, by dotted name.
 
     Attributes:
+        model: The network, in evaluation mode.
+        detects: Whether it is a detector.
         class_names: Names of the classes.
+        palette: Colours of the classes, None if the checkpoint has none.
         unreadable: Images that could not be read, in order.
 
     Raises:
@@ -146,16 +146,17 @@ class Predictor:
         self.tile, self.overlap = tile, overlap
         self.unreadable: list[str] = []
 
-        self._load = self._loader(cfg)
-        with _quiet():
-            self._inferencer = self._make_inferencer(cfg, device)
-            model = self._inferencer.model
-            checkpoint = load_checkpoint(model, str(weights))
+        init_default_scope(cfg.default_scope)
+        if cfg.get('data_preprocessor'):
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        self._load, self._transform = _split_pipeline(cfg)
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        checkpoint = load_checkpoint(model, str(weights))
         meta = checkpoint.get('meta', {}).get('dataset_meta') or self._metainfo(cfg)
         self.class_names = list(meta.get('classes') or [])
         self.palette = meta.get('palette')
-        if fuse:
-            self._inferencer.model = fuse_for_inference(model)
+        model = model.to(device).eval()
+        self.model = fuse_for_inference(model) if fuse else model
 
     def __call__(
         self,
@@ -184,11 +185,6 @@ class Predictor:
                     name, image.shape[:2], parts, list(islice(found, len(parts)))
                 )
 
-    @property
-    def model(self) -> nn.Module:
-        """The network, in eval mode."""
-        return self._inferencer.model
-
     def read(self, path: str) -> np.ndarray | None:
         """Reads an image as the test pipeline does, None if it cannot be read."""
         try:
@@ -196,15 +192,22 @@ class Predictor:
         except (OSError, AssertionError, ValueError, cv2.error):
             return None
 
-    def prepare(self, images: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-        """Yields batches of images as the test pipeline makes them.
+    def prepare(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Makes a batch of images as the test pipeline does.
 
         Args:
             images: BGR arrays of shape (H, W, 3).
+
+        Returns:
+            What the data preprocessor of the model takes.
         """
-        for data in self._inferencer.preprocess(images, batch_size=len(images)):
-            # mmdet adds the inputs.
-            yield data[1] if self.detects else data
+        sizes = [dict(img_shape=x.shape[:2], ori_shape=x.shape[:2]) for x in images]
+        return pseudo_collate(
+            [
+                self._transform(dict(img=image, img_path=None, img_id=0, **size))
+                for image, size in zip(images, sizes, strict=True)
+            ]
+        )
 
     def _read(self, images: list[Image]) -> Iterator[tuple[str, np.ndarray]]:
         for i, image in enumerate(images):
@@ -239,14 +242,11 @@ class Predictor:
         chunks = [views[i : i + size] for i in range(0, len(views), size)]
         found = []
         for chunk in track(chunks):
-            for data in self.prepare([view.image for view in chunk]):
-                samples = self._inferencer.forward(data)
-                if self.detects:
-                    found += map(self._objects, chunk, samples)
-                else:
-                    found += [
-                        sample.pred_score.float().cpu().numpy() for sample in samples
-                    ]
+            samples = self.model.test_step(self.prepare([v.image for v in chunk]))
+            if self.detects:
+                found += map(self._objects, chunk, samples)
+            else:
+                found += [sample.pred_score.float().cpu().numpy() for sample in samples]
         return found
 
     def _prediction(
@@ -281,28 +281,6 @@ class Predictor:
                 objects.append(found)
         return objects
 
-    def _make_inferencer(self, cfg: Any, device: str) -> Any:
-        """Returns the inferencer of mmdet or mmpretrain, with random weights."""
-        cfg = deepcopy(cfg)
-        init_default_scope(cfg.default_scope)
-        if self.detects:
-            from mmdet.apis import DetInferencer
-
-            return DetInferencer(cfg, device=device, show_progress=False)
-        from mmpretrain import ImageClassificationInferencer
-
-        return ImageClassificationInferencer(cfg, pretrained=False, device=device)
-
-    @staticmethod
-    def _loader(cfg: Any) -> LoadImageFromFile:
-        """Returns the loading of the test pipeline, for BGR arrays of any image."""
-        for step in cfg.test_dataloader.dataset.pipeline:
-            if str(step['type']).endswith('LoadImageFromFile'):
-                return LoadImageFromFile(
-                    **{key: value for key, value in step.items() if key != 'type'}
-                )
-        return LoadImageFromFile()
-
     @staticmethod
     def _metainfo(cfg: Any) -> dict:
         """Returns what the test data set says of its classes, without its files."""
@@ -311,18 +289,15 @@ class Predictor:
         return DATASETS.build(dataset).metainfo
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out what the inferencers say of a network that has no weights yet."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.setLevel(level)
+def _split_pipeline(cfg: Any) -> tuple[LoadImageFromFile, Compose]:
+    """Returns the loading of the test pipeline, and the steps after it."""
+    load, steps = LoadImageFromFile(), []
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if str(step['type']).endswith('LoadImageFromFile'):
+            load = LoadImageFromFile(**{k: v for k, v in step.items() if k != 'type'})
+        else:
+            steps.append(step)
+    return load, Compose(steps)
 
 
 def list_images(images: Image | Sequence[Image]) -> list[Image]:

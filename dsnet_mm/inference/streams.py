@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dsnet_mm.inference import Predictor
 from dsnet_mm.models.layers import DSBlock
@@ -96,12 +96,10 @@ def captured(block: DSBlock) -> Iterator[Callable[[], Streams]]:
 
         return hook
 
-    handles: list[RemovableHandle] = [
-        block.register_forward_hook(keep('block')),
-        isa.register_forward_hook(keep('isa')),
-        isa.local_qkv.register_forward_hook(keep('local_qkv')),
-        isa.global_qkv.register_forward_hook(keep('global_qkv')),
-    ]
+    modules = dict(
+        block=block, isa=isa, local_qkv=isa.local_qkv, global_qkv=isa.global_qkv
+    )
+    handles = [x.register_forward_hook(keep(name)) for name, x in modules.items()]
 
     def streams() -> Streams:
         (local, global_), (aligned_local, aligned_global) = kept['isa']
@@ -182,7 +180,7 @@ def draw_streams(
     model = predictor.model
     height, width = image.shape[:2]
     view = make_view(image, Tile(0, 0, width, height))
-    (data,) = predictor.prepare([view.image])
+    data = predictor.prepare([view.image])
     data = model.data_preprocessor(data, False)
     with captured(find_block(model, block)) as streams_of:
         (sample,) = model(**data, mode='predict')
@@ -265,105 +263,66 @@ def plot_streams(
     """
     height, width = pixels.shape[:2]
     extent = (0, width, height, 0)
+    # Without pyplot, which keeps figures and is not for threads.
+    size = (10, 4.6 * height / width + 0.6)
+    figure = Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(2, 4)
+    for ax in axes.flat:
+        ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
-    def cell(size: torch.Size) -> tuple[int, int]:
-        """The row and the column of the point in a map."""
+    def cell(values: Tensor) -> tuple[int, int]:
+        """The row and the column of the point in a map (C, H, W)."""
+        sides = values.shape[1:]
         return tuple(
-            min(int(fraction * side), side - 1)
-            for fraction, side in zip(reversed(point), size, strict=True)
+            min(int(x * n), n - 1) for x, n in zip(point[::-1], sides, strict=True)
         )
 
-    local_size, global_size = streams.local.shape[1:], streams.global_.shape[1:]
-    place, token = cell(local_size), cell(global_size)
-    aspect = height / width
-    # Without pyplot, which keeps figures and is not for threads.
-    figure = Figure(figsize=(10, 4.6 * aspect + 0.6), layout='constrained')
-    axes = figure.subplots(2, 4)
-
-    def show(ax: Axes, title: str, background: bool = True) -> None:
-        if background:
-            grey = pixels.mean(2) * 0.6 + 0.4
-            ax.imshow(grey, cmap='gray', vmin=0, vmax=1, extent=extent)
+    def show(ax: Axes, image: np.ndarray, title: str, **options: Any) -> AxesImage:
         ax.set_title(title, fontsize=8.5)
-        ax.set_xlim(0, width)
-        ax.set_ylim(height, 0)
-        ax.set_xticks([])
-        ax.set_yticks([])
+        return ax.imshow(image, extent=extent, **options)
 
     def heat(ax: Axes, values: Tensor, title: str) -> None:
-        """Draws weights over the image, each relative to the largest."""
-        show(ax, title)
+        """Draws weights over the grey image, each relative to the largest."""
+        show(ax, pixels.mean(2) * 0.6 + 0.4, title, cmap='gray', vmin=0, vmax=1)
         values = (values / values.max().clamp(min=1e-12)).cpu().numpy()
-        opacity = 0.2 + 0.7 * values**0.5
-        ax.imshow(values, cmap='inferno', alpha=opacity, extent=extent)
+        show(ax, values, title, cmap='inferno', alpha=0.2 + 0.7 * values**0.5)
 
     def mark(ax: Axes) -> None:
-        ax.plot(
-            point[0] * width,
-            point[1] * height,
-            marker='+',
-            markersize=11,
-            markeredgewidth=2.2,
-            color='cyan',
-        )
+        at = point[0] * width, point[1] * height
+        ax.plot(*at, marker='+', markersize=11, markeredgewidth=2.2, color='cyan')
 
-    show(axes[0, 0], 'image', background=False)
-    axes[0, 0].imshow(pixels, extent=extent)
+    def frame(ax: Axes, left: float, top: float, right: float, bottom: float) -> None:
+        sides = right - left, bottom - top
+        ax.add_patch(Rectangle((left, top), *sides, fill=False, color='cyan', lw=1.5))
+
+    show(axes[0, 0], pixels, 'image')
     mark(axes[0, 0])
-    if cam is None:
-        axes[1, 0].set_visible(False)
-    else:
+    axes[1, 0].set_visible(cam is not None)
+    if cam is not None:
         heat(axes[1, 0], cam, cam_title)
-    if cam is not None and box is not None:
-        left, top, right, bottom = box
-        axes[1, 0].add_patch(
-            Rectangle(
-                (left, top),
-                right - left,
-                bottom - top,
-                fill=False,
-                color='cyan',
-                lw=1.5,
-            )
-        )
+        if box is not None:
+            frame(axes[1, 0], *box)
 
+    local, global_ = streams.local, streams.global_
     rows = (
-        ('local', streams.local, streams.aligned_local, local_size),
-        ('global', streams.global_, streams.aligned_global, global_size),
+        ('local', local, streams.aligned_local),
+        ('global', global_, streams.aligned_global),
     )
-    for row, (name, before, after, size) in zip(axes, rows, strict=True):
+    for row, (name, before, after) in zip(axes, rows, strict=True):
         norms = [x.norm(dim=0).cpu().numpy() for x in (before, after)]
         limits = dict(vmin=min(map(np.min, norms)), vmax=max(map(np.max, norms)))
-        shape = f'{size[0]} x {size[1]}'
-        titles = f'{name} stream, {shape}', f'{name} stream, aligned'
-        for ax, values, title in zip(row[1:3], norms, titles, strict=True):
-            show(ax, title, background=False)
-            image = ax.imshow(values, cmap='viridis', extent=extent, **limits)
+        shape = ' x '.join(map(str, before.shape[1:]))
+        show(row[1], norms[0], f'{name} stream, {shape}', **limits)
+        image = show(row[2], norms[1], f'{name} stream, aligned', **limits)
         bar = figure.colorbar(image, cax=row[2].inset_axes([1.03, 0, 0.05, 1]))
         bar.ax.tick_params(labelsize=7)
 
-    heat(
-        axes[0, 3],
-        streams.local_weights.mean(0)[place],
-        'attention of the marked position',
-    )
+    weights = streams.local_weights.mean(0)[cell(local)]
+    heat(axes[0, 3], weights, 'attention of the marked position')
     mark(axes[0, 3])
-    heat(
-        axes[1, 3],
-        streams.global_weights.mean(0)[token],
-        'attention of the global token',
-    )
-    rows_of_token, columns_of_token = (
-        side / count for side, count in zip((height, width), global_size, strict=True)
-    )
-    axes[1, 3].add_patch(
-        Rectangle(
-            (token[1] * columns_of_token, token[0] * rows_of_token),
-            columns_of_token,
-            rows_of_token,
-            fill=False,
-            color='cyan',
-            lw=1.5,
-        )
-    )
+    row, column = cell(global_)
+    weights = streams.global_weights.mean(0)[row, column]
+    heat(axes[1, 3], weights, 'attention of the global token')
+    high, wide = height / global_.shape[1], width / global_.shape[2]
+    frame(axes[1, 3], column * wide, row * high, (column + 1) * wide, (row + 1) * high)
     return figure

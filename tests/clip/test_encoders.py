@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
+from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.images import build_transform
 from dsnet_mm.few_shot import FewShotConfig, load_classifier, run, save_classifier
 from dsnet_mm.few_shot.encode import encode
 from dsnet_mm.few_shot.methods.coop import PromptLearner
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
-from dsnet_mm.models import OpenCLIPEncoder
 
 VISION = {
     'image_size': 32,
@@ -95,35 +95,31 @@ def other_encoder(request, tmp_path_factory):
 
 
 def test_preprocessing_of_the_model(other_encoder):
-    wide = np.zeros((32, 96, 3), np.uint8)
-    wide[:, :32] = 255
-    found = build_transform(other_encoder, 'clip')(Image.fromarray(wide))
-    assert found.shape == (3, 32, 32)
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, :32] = 255
+    wide = Image.fromarray(pixels)
+    found = build_transform(other_encoder, 'clip')(wide)
+    views = build_transform(other_encoder, 'clip', (0.5, 1))(wide)
+    assert found.shape == views.shape == (3, 32, 32)
     if other_encoder.preprocess['resize_mode'] == 'squash':
         assert found[:, :, :8].mean() > 0.99 and found[:, :, 14:].mean() < -0.99
+        assert -1 <= views.min() < 0 and views.max() <= 1
     else:
         assert found.abs().max() == 0, 'the centre, neither shifted nor scaled'
-    views = build_transform(other_encoder, 'clip', (0.5, 1))(Image.fromarray(wide))
-    assert views.shape == (3, 32, 32)
-    low, high = (
-        (-1, 1) if other_encoder.preprocess['resize_mode'] == 'squash' else (0, 1)
-    )
-    assert low <= views.min() and views.max() <= high
+        assert views.min() >= 0 and views.max() <= 1
 
 
 def test_coop_with_other_padding(other_encoder):
     learner = PromptLearner(other_encoder, ['cat', 'two dogs'], n_ctx=3)
     start = int(other_encoder.tokenizer(['x'])[0, 0] == 2)
     assert learner.places.tolist() == [start, start + 1, start + 2]
-    embedding = learner.embedding[0].weight
-    learner.context.data = embedding[other_encoder.tokenizer(['x'])[0, start]].repeat(
-        3, 1
-    )
+    token = other_encoder.tokenizer(['x'])[0, start]
+    learner.context.data = learner.embedding[0].weight[token].repeat(3, 1)
     expected = other_encoder.encode_classes(['cat.', 'two dogs.'], ['X X X {}'])
     assert torch.allclose(learner.classifier(), expected, atol=1e-6)
     learner.classifier().square().sum().backward()
     assert learner.context.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r'fill the 24 tokens .* smaller n_ctx'):
+    with pytest.raises(ValueError, match=r'24 tokens .*n_ctx'):
         PromptLearner(other_encoder, ['cat', 'very ' * 10 + 'old dog'], n_ctx=16)
 
 
@@ -139,7 +135,7 @@ def test_classifier_of_a_folder_model(other_encoder, tmp_path, monkeypatch):
     assert deployed([image]).sum() == pytest.approx(1)
 
 
-def test_file_has_the_preprocessing_of_the_tags(tmp_path, encoder, monkeypatch):
+def test_file_has_the_preprocessing_of_the_tags():
     """All of open_clip's weights of a SigLIP are squashed; a file does not say so."""
     from dsnet_mm.clip import loading
 
@@ -147,23 +143,6 @@ def test_file_has_the_preprocessing_of_the_tags(tmp_path, encoder, monkeypatch):
     assert found['resize_mode'] == 'squash' and found['mean'] == (0.5, 0.5, 0.5)
     assert loading._preprocessing_of_tags('RN50')['resize_mode'] == 'shortest'
     assert loading._preprocessing_of_tags('ViT-L-14') is None, 'they differ'
-
-
-def test_refused_pairs_name_a_model_that_has_the_weights():
-    import open_clip
-
-    from dsnet_mm.clip.encoder import check_model
-
-    check_model('roberta-ViT-B-32', 'laion2b_s12b_b32k')
-    refused = 0
-    for model, tag in open_clip.list_pretrained():
-        try:
-            check_model(model, tag)
-        except ValueError as error:
-            advice = str(error).split("use model='")[1].removesuffix("'.")
-            check_model(advice, tag)
-            refused += 1
-    assert refused > 20
 
 
 def test_nothing_is_fetched_unless_asked(tmp_path, image_folder, monkeypatch):
@@ -186,7 +165,7 @@ def test_nothing_is_fetched_unless_asked(tmp_path, image_folder, monkeypatch):
     ):
         made_by = {'model': model, 'pretrained': pretrained, 'identity': None}
         save_classifier(file, classifier, made_by, ['a', 'b'], 'clip')
-        with pytest.raises(FileNotFoundError, match='not on this machine; fetch them'):
+        with pytest.raises(FileNotFoundError, match='not on this machine'):
             load_classifier(file)
     with pytest.raises(AskedError):
         load_classifier(file, download=True)
@@ -198,14 +177,12 @@ def test_nothing_is_fetched_unless_asked(tmp_path, image_folder, monkeypatch):
         cache_dir=str(tmp_path / 'cache'),
     )
     for command in (run, encode):
-        with pytest.raises(FileNotFoundError, match='not fetched without --download'):
+        with pytest.raises(FileNotFoundError, match='--download'):
             command(config, tmp_path / 'out')
         with pytest.raises(AskedError):
             command(replace(config, download=True), tmp_path / 'out')
 
 
 def test_folder_that_is_not_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r'there is no .*open_clip_config\.json'
-    ):
+    with pytest.raises(FileNotFoundError, match=r'open_clip_config\.json'):
         OpenCLIPEncoder(f'local-dir:{tmp_path / "none"}')

@@ -1,15 +1,14 @@
-"""Splits, few-shot draws, prompts, folders, and the check of a data set."""
+"""Splits, few-shot draws, the layouts of data sets, and the check of a data set."""
 
-import csv
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dsnet_mm.clip.prompts import resolve_prompts
 from dsnet_mm.datasets import PUBLIC_DATASETS, load_task, read_split, sample_few_shot
 from dsnet_mm.datasets.check import diagnose
 
@@ -63,47 +62,37 @@ def test_all_classes_share_one_random_stream(tmp_path):
 
 def test_bad_arguments_of_a_draw(tmp_path):
     split_file = write_split(tmp_path / 'split_zhou_X.json')
-    with pytest.raises(ValueError, match=r"'hare' has 6 .* fewer than the 7 shots"):
-        sample_few_shot(split_file, 7, 1)
-    with pytest.raises(ValueError, match='at least 1, got 0'):
-        sample_few_shot(split_file, 0, 1)
-    with pytest.raises(TypeError, match='shots must be an integer'):
-        sample_few_shot(split_file, 1.5, 1)
-    with pytest.raises(FileNotFoundError, match='split_zhou'):
+    for shots, error, fact in (
+        (7, ValueError, "'hare' has 6"),
+        (0, ValueError, 'got 0'),
+        (1.5, TypeError, 'shots'),
+    ):
+        with pytest.raises(error, match=fact):
+            sample_few_shot(split_file, shots, 1)
+    with pytest.raises(FileNotFoundError, match=r'none\.json'):
         sample_few_shot(tmp_path / 'none.json', 1, 1)
     split_file.write_text('{"train": []}')
-    with pytest.raises(ValueError, match='is not a split file'):
+    with pytest.raises(ValueError, match='split_zhou_X'):
         sample_few_shot(split_file, 1, 1)
-
-
-def test_prompts_by_name_file_and_list(tmp_path):
-    assert resolve_prompts('dtd') == ('{} texture.',)
-    assert len(resolve_prompts('imagenet_7')) == 7
-    assert len(resolve_prompts('imagenet_80')) == 80
-    file = tmp_path / 'prompts.txt'
-    file.write_text('a {}.\n\nthe {}.\n')
-    assert resolve_prompts(file) == ('a {}.', 'the {}.')
-    with pytest.raises(ValueError, match=r'must contain \{\} once'):
-        resolve_prompts(['a photo'])
-    with pytest.raises(ValueError, match=r'has no \{\}'):
-        resolve_prompts('a photo')
 
 
 def make_folder(root, counts):
     for cls, count in counts.items():
         (root / cls).mkdir(parents=True)
         for i in range(count):
-            Image.new('RGB', (8, 8), (i, 0, 0)).save(root / cls / f'{i}.png')
+            Image.new('RGB', (8, 8), (i, ord(cls[0]), 0)).save(root / cls / f'{i}.png')
     return root
+
+
+def sizes(task):
+    return {part: len(items) for part, items in task.split.items()}
 
 
 def test_folder_without_split(tmp_path):
     task = load_task(make_folder(tmp_path / 'mine', {'red_fox': 10, 'hare': 4}))
     assert task.class_names == ('hare', 'red fox')
-    sizes = {part: len(items) for part, items in task.split.items()}
-    assert sizes == {'train': 7, 'val': 2, 'test': 5}
-    paths = [item[0] for items in task.split.values() for item in items]
-    assert len(set(paths)) == 14
+    assert sizes(task) == {'train': 7, 'val': 2, 'test': 5}
+    assert len({item[0] for items in task.split.values() for item in items}) == 14
     assert task == load_task(tmp_path / 'mine')
 
 
@@ -111,83 +100,80 @@ def test_folder_with_split_and_empty_class(tmp_path):
     make_folder(tmp_path / 'train', {'a': 2, 'b': 2})
     make_folder(tmp_path / 'test', {'a': 1, 'b': 1})
     task = load_task(tmp_path, prompts='{} texture.')
-    assert [len(task.split[p]) for p in ('train', 'val', 'test')] == [4, 0, 2]
+    assert sizes(task) == {'train': 4, 'val': 0, 'test': 2}
     assert task.prompts == ('{} texture.',)
     (tmp_path / 'train' / 'c').mkdir()
-    with pytest.raises(ValueError, match='contains no image'):
+    with pytest.raises(ValueError, match=r'train.c'):
         load_task(tmp_path)
 
 
-def test_duplicate_class_names(tmp_path):
-    make_folder(tmp_path / 'mine', {'red fox': 2, 'red_fox': 2})
-    with pytest.raises(ValueError, match="duplicate class names 'red fox'"):
-        load_task(tmp_path / 'mine')
-
-
-def test_csv(tmp_path):
-    make_folder(tmp_path, {'a': 2, 'b': 2})
+def test_csv_with_split(tmp_path):
+    lines = [f'{c}/{i}.png,{c},{("train", "test")[i]}' for c in 'ba' for i in (0, 1)]
     file = tmp_path / 'list.csv'
-    with file.open('w', newline='') as handle:
-        writer = csv.writer(handle)
-        writer.writerow(['path', 'class', 'split'])
-        for cls in 'ab':
-            writer.writerow([f'{cls}/0.png', cls, 'train'])
-            writer.writerow([f'{cls}/1.png', cls, 'test'])
+    file.write_text('\n'.join(['path,class,split', '', *lines]))
     task = load_task(file)
-    assert [item[2] for item in task.split['test']] == ['a', 'b']
-    assert all(Path(item[0]).is_file() for item in task.split['train'])
-    file.write_text('path,name\n')
-    with pytest.raises(ValueError, match='columns path and class'):
-        load_task(file)
+    assert task.split['train'] == [
+        (f'{tmp_path}/{c}/0.png', 'ab'.index(c), c) for c in 'ba'
+    ]
+    assert [item[1:] for item in task.split['test']] == [(1, 'b'), (0, 'a')]
 
 
-def test_doctor_names_missing_and_damaged_files(tmp_path):
-    (problem,) = diagnose('eurosat', tmp_path)
-    assert PUBLIC_DATASETS['eurosat'].source in problem
-    assert 'split_zhou_EuroSAT.json' in problem
-
-    folder = make_folder(tmp_path / 'mine', {'a': 4, 'b': 4})
+def test_check_of_a_folder(tmp_path):
+    folder = make_folder(tmp_path / 'mine', {'a': 10, 'b': 10})
     assert diagnose(folder, decode=True) == []
+    (train, *_), (test, *_) = (load_task(folder).split[p] for p in ('train', 'test'))
+    Image.open(train[0]).save(test[0], compress_level=0)
+    (problem,) = diagnose(folder, decode=True)
+    assert train[0] in problem and test[0] in problem, 'the pixels are the same'
+    assert diagnose(folder) == [], 'the files are not'
+    shutil.copy(train[0], test[0])
+    assert test[0] in diagnose(folder)[0]
+
     (folder / 'a' / '0.png').write_bytes(b'')
     (folder / 'b' / '0.png').write_bytes(b'no image')
+    Image.new('F', (8, 8)).save(folder / 'b' / '1.tif')
     problems = ' '.join(diagnose(folder, decode=True))
-    assert '1 images are empty' in problems
-    assert '1 images are damaged' in problems
+    assert '1 images are empty' in problems and 'a/0.png' in problems
+    assert '2 images are unreadable' in problems and 'b/0.png' in problems
 
 
-def test_doctor_compares_counts_with_the_papers(tmp_path):
-    folder = tmp_path / 'dtd'
-    folder.mkdir()
-    write_split(folder / 'split_zhou_DescribableTextures.json')
-    problems = ' '.join(diagnose('dtd', tmp_path))
-    assert '2 classes here and 47' in problems
-    assert '12 train images here and 2820' in problems
-    assert '36 images are missing' in problems
+def test_check_of_a_public_data_set(tmp_path):
+    (problem,) = diagnose('dtd', tmp_path)
+    assert PUBLIC_DATASETS['dtd'].source in problem
+    assert PUBLIC_DATASETS['dtd'].split_file in problem
+    (tmp_path / 'dtd').mkdir()
+    write_split(tmp_path / 'dtd' / 'split_zhou_DescribableTextures.json')
+    problems = diagnose('dtd', tmp_path)
+    for fact in ('2 classes here and 47', '12 train images here and 2820', '36 images'):
+        assert sum(fact in problem for problem in problems) == 1
 
 
 def test_imagenet_layouts(tmp_path):
-    words = 'n01 tench\nn02 gold fish\n'
-    layouts = {
-        'imagenet': {'images/train': ('n01', 'n02'), 'images/val': ('n01', 'n02')},
-        'imagenetv2': {'imagenetv2-matched-frequency-format-val': ('0', '1')},
-        'imagenet-adversarial': {'imagenet-a': ('n01', 'n02')},
-    }
-    for folder, places in layouts.items():
-        for place, classes in places.items():
-            make_folder(tmp_path / folder / place, dict.fromkeys(classes, 1))
-        (tmp_path / folder / 'classnames.txt').write_text(words)
-    for name in ('imagenet', 'imagenetv2', 'imagenet_a'):
+    wnids, numbers = [f'n{i:02d}' for i in range(11)], [str(i) for i in range(11)]
+    v2 = 'imagenetv2/imagenetv2-matched-frequency-format-val'
+    for place, classes in {
+        'imagenet/images/train': wnids,
+        'imagenet/images/val': wnids,
+        v2: numbers,  # in the order of numbers
+        'imagenet-rendition/imagenet-r': wnids,
+    }.items():
+        make_folder(tmp_path / place, dict.fromkeys(classes, 1))
+        lines = [f'{wnid} gold fish {i}\n' for i, wnid in enumerate(wnids)]
+        names = tmp_path / place.split('/')[0] / 'classnames.txt'
+        names.write_text(''.join(lines))
+    for name in ('imagenet', 'imagenetv2', 'imagenet_r'):
         task = load_task(name, tmp_path)
-        assert task.class_names == ('tench', 'gold fish')
-        assert len(task.split['test']) == 2
-        assert len(task.split['train']) == (2 if name == 'imagenet' else 0)
-
-
-def test_imagenet_may_have_duplicate_class_names(tmp_path):
-    place = tmp_path / 'imagenet-rendition'
-    make_folder(place / 'imagenet-r', {'n01': 1, 'n02': 1})
-    (place / 'classnames.txt').write_text('n01 missile\nn02 missile\n')
-    assert load_task('imagenet_r', tmp_path).class_names == ('missile', 'missile')
+        assert task.class_names == tuple(f'gold fish {i}' for i in range(11))
+        train = 11 if name == 'imagenet' else 0
+        assert sizes(task) == {'train': train, 'val': 0, 'test': 11}
+    with pytest.raises(FileNotFoundError, match='imagenet-sketch'):
+        load_task('imagenet_sketch', tmp_path)
+    # ImageNet has classes of the same name.
+    names.write_text(''.join(f'{wnid} missile\n' for wnid in wnids))
+    assert load_task('imagenet_r', tmp_path).class_names == ('missile',) * 11
+    names.write_text('n00 missile\n')
+    with pytest.raises(ValueError, match='n01'):
+        load_task('imagenet_r', tmp_path)
 
 
 def test_aircraft_layout(tmp_path):
@@ -201,3 +187,6 @@ def test_aircraft_layout(tmp_path):
     assert task.class_names == ('707-320', 'A340 200')
     assert task.split['val'][0][1] == 1
     assert task.prompts == ('a photo of a {}, a type of aircraft.',)
+    (folder / 'variants.txt').write_text('707-320\n')
+    with pytest.raises(ValueError, match='A340 200'):
+        load_task('fgvc_aircraft', tmp_path)

@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from dsnet_mm.demo.scenes import (
-    COLOURS,
-    DETECTION_CLASSES,
-    SHAPES,
-    TEXTURES,
-    SceneObject,
-    SceneSettings,
-    draw_scene,
-    make_scenes,
-    sample_scene,
-)
-from tests.conftest import tool
+import make_scenes as tool
+from dsnet_mm.demo.scenes import COLOURS, SHAPES, TEXTURES, SceneObject, draw_scene
+from make_scenes import DETECTION_CLASSES, SceneSettings, make_scenes, sample_scene
 
 SMALL = SceneSettings(train=12, val=6, cls_train=2, cls_val=1, seed=3)
 
@@ -159,7 +150,7 @@ ARGUMENTS = ['--train=1', '--val=1', '--size=64', '--cls-train=1', '--cls-val=0'
 
 
 def test_tool(tmp_path, capsys):
-    main, out = tool('make_scenes.py').main, tmp_path / 'scenes'
+    main, out = tool.main, tmp_path / 'scenes'
     call = [str(out), *ARGUMENTS]
     main(call)
     assert f'preview: {out / "preview.png"}' in capsys.readouterr().out
@@ -189,7 +180,7 @@ def test_folder_with_other_files_is_not_replaced(option, tmp_path):
     (tmp_path / 'manifest.json').write_text('{"settings": 1}')
     for out in (tmp_path, tmp_path / 'photo.png'):
         with pytest.raises(SystemExit, match='no data set of this generator'):
-            tool('make_scenes.py').main([str(out), *ARGUMENTS, *option])
+            tool.main([str(out), *ARGUMENTS, *option])
     assert (tmp_path / 'photo.png').read_bytes() == b'mine'
 
 
@@ -197,10 +188,10 @@ def test_failure_keeps_the_old_data_set(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError('disk full')
 
-    main, out = tool('make_scenes.py').main, tmp_path / 'scenes'
+    main, out = tool.main, tmp_path / 'scenes'
     main([str(out), *ARGUMENTS])
     before = content(out)
-    monkeypatch.setattr('dsnet_mm.demo.scenes._write_classification', fail)
+    monkeypatch.setattr(tool, '_write_classification', fail)
     with pytest.raises(SystemExit, match='disk full'):
         main([str(out), *ARGUMENTS, '--seed', '9', '--overwrite'])
     assert content(out) == before

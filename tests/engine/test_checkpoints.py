@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,12 @@ def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         MARK.rmdir()
 
 
-@pytest.fixture(params=[True, False], ids=['zip', 'legacy'])
-def harmful(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture
+def harmful(tmp_path: Path) -> Path:
     """A checkpoint that leaves a file when it is loaded."""
     path = tmp_path / 'harmful.pth'
-    checkpoint = dict(
-        state_dict={}, meta={}, message_hub={}, optimizer=Runs(os.mkdir, str(MARK))
-    )
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=request.param)
+    run = Runs(os.mkdir, str(MARK))
+    torch.save(dict(state_dict={}, meta={}, message_hub={}, optimizer=run), path)
     return path
 
 
@@ -77,27 +76,29 @@ def test_no_tool_runs_what_is_in_a_checkpoint(
         tool(name).main(args)
     assert not MARK.exists()
     error = capsys.readouterr().err
-    assert f'{harmful} is not safe to load: it names ' in error
-    assert '--trust-checkpoint' in error
+    for fact in (str(harmful), 'posix.mkdir', '--trust-checkpoint'):
+        assert fact in error
 
 
-def test_addresses_of_the_network_are_restricted_too(
-    harmful: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``torch.hub`` keeps what it has downloaded, and reads it from there."""
+def test_no_program_runs_it(harmful: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of either format, by its address, and by init_cfg."""
+    old = harmful.with_name('old.pth')
+    content = Runs(os.mkdir, str(MARK))
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    # torch.hub keeps what it has downloaded, and reads it from there.
     monkeypatch.setenv('TORCH_HOME', str(harmful.parent))
     cache = harmful.parent / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
-    harmful.rename(cache / harmful.name)
-    with pytest.raises(ValueError, match='is not safe to load'):
-        read_checkpoint(f'https://example.org/{harmful.name}')
-    assert not MARK.exists()
-
-
-def test_a_backbone_in_any_program_does_not_run_it(harmful: Path) -> None:
+    shutil.copy(harmful, cache / 'far.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(harmful))
-    with pytest.raises(ValueError, match='is not safe to load: it names'):
-        DSNet(ARCH, init_cfg=init_cfg).init_weights()
+    for load in (
+        lambda: read_checkpoint(str(harmful)),
+        lambda: read_checkpoint(str(old)),
+        lambda: read_checkpoint('https://example.org/far.pth'),
+        DSNet(ARCH, init_cfg=init_cfg).init_weights,
+    ):
+        with pytest.raises(ValueError, match=r'names posix\.mkdir'):
+            load()
     assert not MARK.exists()
 
 
@@ -112,7 +113,7 @@ def test_trust_is_explicit(harmful: Path, capsys: pytest.CaptureFixture) -> None
         read_checkpoint(str(harmful))
     assert MARK.is_dir()
     MARK.rmdir()
-    with pytest.raises(ValueError, match='is not safe to load'):
+    with pytest.raises(ValueError, match='not safe'):
         read_checkpoint(str(harmful))
     assert not MARK.exists()
 
@@ -120,12 +121,13 @@ def test_trust_is_explicit(harmful: Path, capsys: pytest.CaptureFixture) -> None
 def test_getattr_is_refused(tmp_path: Path) -> None:
     """A pickle gets from it to ``exec``; MMEngine's own allow-list has it."""
     path = tmp_path / 'a.pth'
-    torch.save(Runs(getattr, Runs(getattr, getattr, '__self__'), 'exec'), path)
-    with pytest.raises(ValueError, match='it names getattr'):
-        read_checkpoint(str(path))
-    torch.save(Runs(getattr, getattr, '__self__'), path)
-    with pytest.raises(ValueError, match='it names getattr'):
-        read_checkpoint(str(path))
+    for content in (
+        Runs(getattr, Runs(getattr, getattr, '__self__'), 'exec'),
+        Runs(getattr, getattr, '__self__'),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match='names getattr'):
+            read_checkpoint(str(path))
 
 
 def test_text_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -140,11 +142,13 @@ def test_what_mmengine_writes_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """EMA, AdamW, schedules, scores, and a training that goes on from them."""
-    args = ['retinanet.py', f'--work-dir={tmp_path}', '--resume', '--cfg-options', COCO]
+    args = ['classifier.py', f'--work-dir={tmp_path}', '--ema', '--resume']
     args += [
+        *('--cfg-options', FOLDERS),
         'optim_wrapper.optimizer._delete_=True',
         'optim_wrapper.optimizer.type=AdamW',
         'optim_wrapper.optimizer.lr=0.001',
+        'param_scheduler.type=ConstantLR',
         'default_hooks.checkpoint.save_best=auto',
     ]
     train = tool('train.py')
@@ -158,30 +162,15 @@ def test_what_mmengine_writes_is_read(
     assert 'resumed epoch: 1' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    'value',
-    [
-        np.arange(3),
-        np.float64(0.5),
-        np.float32(0.5),
-        np.array(['a', 'bc']),
-        np.array([True]),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_arrays_and_numbers_are_read(value: Any, tmp_path: Path) -> None:
+def test_arrays_and_numbers_are_read(tmp_path: Path) -> None:
+    """Also of NumPy 1, which had ``numpy.core`` for what is ``numpy._core`` now."""
     path = tmp_path / 'a.pth'
-    torch.save(dict(value=value), path)
-    assert np.array_equal(read_checkpoint(str(path))['value'], value)
-
-
-def test_arrays_of_numpy_1_are_read(tmp_path: Path) -> None:
-    """It had ``numpy.core`` for what is ``numpy._core`` now."""
-    path = tmp_path / 'a.pth'
-    torch.save(dict(value=np.arange(3)), path, _use_new_zipfile_serialization=False)
-    old = path.read_bytes().replace(b'numpy._core.', b'numpy.core.')
-    path.write_bytes(old)
-    assert read_checkpoint(str(path))['value'].tolist() == [0, 1, 2]
+    values = [np.arange(3), np.float64(0.5), np.float32(0.5), np.array(['a', 'bc'])]
+    torch.save(dict(values=values), path, _use_new_zipfile_serialization=False)
+    for name in (b'numpy._core.', b'numpy.core.'):
+        path.write_bytes(path.read_bytes().replace(b'numpy._core.', name))
+        read = read_checkpoint(str(path))['values']
+        assert all(map(np.array_equal, read, values))
 
 
 def test_loading_elsewhere_is_left_alone(tmp_path: Path) -> None:
@@ -198,7 +187,7 @@ def test_loading_elsewhere_is_left_alone(tmp_path: Path) -> None:
 def test_damage_is_told(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='damaged or something else'):
+    with pytest.raises(ValueError, match='damaged'):
         read_checkpoint(str(path))
 
 
@@ -253,5 +242,5 @@ def test_weights_are_checked(tmp_path: Path) -> None:
         write_safetensors(path, dict(a=torch.tensor([1e6])), {})
     assert not path.exists()
     path.write_bytes(b'no weights')
-    with pytest.raises(ValueError, match='damaged or something else'):
+    with pytest.raises(ValueError, match='damaged'):
         read_checkpoint(str(path))

@@ -2,17 +2,21 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
 from torch import nn
 
 from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.datasets.loading import LoadImageFromFile, UnreadableImageError
 from dsnet_mm.engine.hooks import FiniteLossHook, NonFiniteLossError
-from tests.conftest import FOLDERS, tool
+from tests.conftest import FOLDERS, REPO, tool
 
 # An untrained weight that is NaN from the second iteration on.
 POISON = """
@@ -47,24 +51,49 @@ def copy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_nan_stops_the_training(copy: Path, capsys: pytest.CaptureFixture) -> None:
     (copy / 'poisoned.py').write_text(POISON)
     (copy / 'poison.py').write_text(HOOK)
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match='1'):
         tool('train.py').main(
             ['poisoned.py', '--work-dir=out', '--cfg-options', FOLDERS]
         )
-    assert exit_.value.code == 1
-    (line,) = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if 'training stopped' in line
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if 'training stopped' in line]
     # The weight is NaN after iteration 2, and the checkpoint of it too.
-    assert 'iteration 3: loss is nan; images of the batch: ' in line
+    for fact in ('iteration 3:', 'loss is nan', f'{copy}/out/iter_1.pth'):
+        assert fact in line
     assert line.count('sets/folders/train/disc/') == 4
-    assert not torch.isfinite(
-        read_checkpoint('out/iter_2.pth')['state_dict']['head.fc.bias']
-    ).all()
-    assert f'the last good checkpoint is {copy}/out/iter_1.pth; ' in line
+    bias = read_checkpoint('out/iter_2.pth')['state_dict']['head.fc.bias']
+    assert not bias.isfinite().all()
     assert not os.path.exists('out/iter_3.pth')
+
+
+def test_averaged_weights_are_evaluated_and_saved(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hook of the ImageNet recipe: in validation and in tools/test.py."""
+    config = 'configs/dsnet/dsnet-tiny_8xb128_in1k.py'
+    hooks = Config.fromfile(REPO / config).custom_hooks
+    (hook,) = (dict(hook, momentum=0.5) for hook in hooks)
+    (copy / 'ema.py').write_text(
+        f"_base_ = 'classifier.py'\ncustom_hooks = [{hook}]\ntrain_cfg = "
+        'dict(max_epochs=1)\n'
+    )
+    seen = []
+
+    def step(model: nn.Module, data: dict, original: Callable) -> list:
+        seen.append(model.head.fc.weight.clone())
+        return original(model, data)
+
+    for name in ('val_step', 'test_step'):
+        original = partial(step, original=getattr(BaseModel, name))
+        monkeypatch.setattr(BaseModel, name, partialmethod(original))
+    tool('train.py').main(['ema.py', '--work-dir=out', '--cfg-options', FOLDERS])
+    path = 'out/epoch_1.pth'
+    tool('test.py').main(['ema.py', path, '--work-dir=out', '--cfg-options', FOLDERS])
+    checkpoint, key = read_checkpoint(path), 'head.fc.weight'
+    averaged = checkpoint['state_dict'][key]
+    assert len(seen) == 4 and all(torch.equal(weight, averaged) for weight in seen)
+    raw = checkpoint['ema_state_dict'][f'module.{key}']
+    assert not torch.equal(averaged, raw)
 
 
 def test_overflow_in_mixed_precision_goes_on() -> None:
@@ -94,16 +123,14 @@ def test_overflow_in_mixed_precision_goes_on() -> None:
 def test_an_unreadable_image_stops_the_training_with_its_name(
     workers: int, copy: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    image = copy / 'sets/folders/train/disc/2.png'
-    image.write_text('no image')
-    args = ['classifier.py', '--work-dir=out', '--no-validate']
-    options = ['--cfg-options', FOLDERS, f'train_dataloader.num_workers={workers}']
-    with pytest.raises(SystemExit) as exit_:
-        tool('train.py').main([*args, *options])
-    assert exit_.value.code == 1
-    assert (
-        'training stopped: sets/folders/train/disc/2.png cannot be read as an image; '
-    ) in capsys.readouterr().err
+    (copy / 'sets/folders/train/disc/2.png').write_text('no image')
+    args = ['classifier.py', '--work-dir=out', '--no-validate', '--cfg-options']
+    with pytest.raises(SystemExit, match='1'):
+        tool('train.py').main(
+            [*args, FOLDERS, f'train_dataloader.num_workers={workers}']
+        )
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert 'training stopped: sets/folders/train/disc/2.png' in line
 
 
 def test_a_missing_image(tmp_path: Path) -> None:
@@ -116,28 +143,18 @@ def test_a_missing_image(tmp_path: Path) -> None:
     assert skipped.read_text() == 'none.png\n' * 2
 
 
-@pytest.mark.parametrize('workers', [0, 2])
 def test_unreadable_images_are_skipped_and_counted(
-    workers: int, copy: Path, capsys: pytest.CaptureFixture
+    copy: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ('square/1.png', 'disc/2.png'):
         (copy / 'sets/folders/train' / name).write_text('no image')
-    tool('train.py').main(
-        [
-            'classifier.py',
-            '--work-dir=out',
-            '--no-validate',
-            '--skip-unreadable',
-            '--cfg-options',
-            FOLDERS,
-            f'train_dataloader.num_workers={workers}',
-        ]
-    )
+    args = ['classifier.py', '--work-dir=out', '--no-validate', '--skip-unreadable']
+    options = [FOLDERS, 'train_dataloader.num_workers=2']
+    tool('train.py').main([*args, '--cfg-options', *options])
     names = Path('out/unreadable.txt').read_text().splitlines()
     assert {Path(name).name for name in names} == {'1.png', '2.png'}
     # Two epochs; a sample at random in the place of one may be unreadable too.
     assert len(names) >= 4
-    assert (
-        f'2 images could not be read and were skipped {len(names)} times; '
-        'out/unreadable.txt names them.'
-    ) in capsys.readouterr().out
+    line = capsys.readouterr().out.splitlines()[-2]
+    for fact in ('2 images', f'{len(names)} times', 'out/unreadable.txt'):
+        assert fact in line

@@ -124,12 +124,12 @@ def uninterrupted(
     return {name: root / name for name in ('by_epoch', 'by_iter')}
 
 
-@pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize(
-    'name',
+    ('name', 'workers'),
     [
-        'by_epoch',
-        pytest.param('by_iter', marks=needs_skip),
+        ('by_epoch', 0),
+        ('by_epoch', 2),
+        pytest.param('by_iter', 2, marks=needs_skip),
     ],
 )
 def test_resumed_weights_are_equal(
@@ -143,18 +143,6 @@ def test_resumed_weights_are_equal(
     train(name, tmp_path, '--resume', loader, 'randomness.seed=None')
     expected = weights(uninterrupted[name], name)
     for key, value in weights(tmp_path, name).items():
-        assert torch.equal(value, expected[key]), key
-
-
-def test_workers_that_do_not_persist(
-    uninterrupted: dict[str, Path], tmp_path: Path
-) -> None:
-    """Any number of workers draws what the main process draws."""
-    options = ['train_dataloader.num_workers=2', 'randomness.seed=3']
-    options += ['train_dataloader.persistent_workers=False']
-    train('by_epoch', tmp_path, *options)
-    expected = weights(uninterrupted['by_epoch'], 'by_epoch')
-    for key, value in weights(tmp_path, 'by_epoch').items():
         assert torch.equal(value, expected[key]), key
 
 
@@ -182,10 +170,12 @@ def test_a_loop_by_iteration_resumes_in_a_later_epoch(
 def test_another_seed_trains_other_weights(
     uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    train('by_epoch', tmp_path, 'randomness.seed=4')
-    expected = weights(uninterrupted['by_epoch'], 'by_epoch')
-    found = weights(tmp_path, 'by_epoch')
-    assert any(not torch.equal(found[key], expected[key]) for key in expected)
+    train('by_epoch', tmp_path, 'randomness.seed=4', 'train_cfg.max_epochs=1')
+    first, other = (
+        torch.load(folder / 'epoch_1.pth', weights_only=False)['state_dict']
+        for folder in (uninterrupted['by_epoch'], tmp_path)
+    )
+    assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 # --- Damaged checkpoints --------------------------------------------------------
@@ -207,21 +197,9 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
 
     damaged = str(work_dir / 'epoch_3.pth')
     with pytest.raises(SystemExit):
-        tool('train.py').main(
-            [
-                'by_epoch.py',
-                '--resume',
-                damaged,
-                '--cfg-options',
-                'data_root=sets/folders',
-            ]
-        )
-    assert f'{damaged} cannot be read as a checkpoint' in capsys.readouterr().err
-
-    sentence = (
-        rf'{damaged} cannot be .* damaged .*; training goes on from .*epoch_1\.pth'
-    )
-    with pytest.warns(UserWarning, match=sentence):
+        train('by_epoch', work_dir, f'--resume={damaged}')
+    assert damaged in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=rf'{damaged} .*epoch_1\.pth'):
         train('by_epoch', work_dir, '--resume')
     expected = weights(uninterrupted['by_epoch'], 'by_epoch')
     for key, value in weights(work_dir, 'by_epoch').items():

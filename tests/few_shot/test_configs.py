@@ -1,6 +1,7 @@
-"""Training and testing with each configuration, with a tiny CLIP and few images."""
+"""The configurations of CLIP-Adapter, and training with them and a tiny CLIP."""
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -8,98 +9,112 @@ import torch
 
 pytest.importorskip('mmpretrain', reason='the configurations inherit from it')
 
-from mmengine.config import Config
 from mmengine.runner import Runner
 
 from dsnet_mm.datasets import PUBLIC_DATASETS, load_task
+from dsnet_mm.engine.config import TASK, find_config, load_config, read_config
 from dsnet_mm.few_shot import METHODS, FeatureCache, FewShotConfig
-from dsnet_mm.few_shot.methods.training import train
+from dsnet_mm.few_shot.methods.training import RECIPE
+from dsnet_mm.models.heads import CLIPAdapterHead
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs' / 'clip_adapter'
+NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
 TRAINED = [name for name, info in PUBLIC_DATASETS.items() if info.counts[0]]
-
-
-def load(name):
-    return Config.fromfile(FOLDER / f'clip-adapter_{name}.py')
-
-
-@pytest.mark.parametrize('encoder', ['rn50', 'vit-b16'])
-@pytest.mark.parametrize('dataset', TRAINED)
-def test_all_parts_have_the_same_data_set_and_encoder(encoder, dataset):
-    cfg = load(f'{encoder}_{dataset}')
-    few_shot = FewShotConfig(**cfg.few_shot)
-    model = {'rn50': 'RN50-quickgelu', 'vit-b16': 'ViT-B-16-quickgelu'}[encoder]
-    assert (few_shot.dataset, few_shot.model) == (dataset, model)
-    assert few_shot.pretrained == 'openai'
-    assert cfg.model.head.class_names == dataset
-    assert cfg.model.backbone.model == cfg.model.head.encoder.model == model
-    for part in ('train', 'val', 'test'):
-        loader = cfg[f'{part}_dataloader']
-        if loader is None:
-            assert (part, dataset) == ('val', 'imagenet')
-            continue
-        assert (loader.dataset.dataset, loader.dataset.part) == (dataset, part)
-        assert loader.dataset.features.encoder.model == model
 
 
 def test_number_of_public_data_sets_with_training_images():
     assert len(TRAINED) == 11
+    assert [f'clip-adapter_{x}' for x in ('rn50', 'rn50_images', 'vit-b16')] == NAMES
 
 
-def test_recipe_is_that_of_the_default_method():
-    cfg, recipe = load('rn50_eurosat'), METHODS['clip_adapter'].defaults
-    head, optimizer = cfg.model.head, cfg.optim_wrapper.optimizer
-    found = dict(
-        alpha=head.adapter.alpha,
-        keep=head.keep,
-        optimizer=optimizer.type,
-        lr=optimizer.lr,
-        iterations=cfg.train_cfg.max_iters,
+@pytest.mark.parametrize('task', [None, *TRAINED])
+@pytest.mark.parametrize('name', NAMES)
+def test_all_parts_have_the_same_data_set_and_encoder(name, task):
+    if task not in (None, 'eurosat') and name != 'clip-adapter_rn50':
+        return  # they inherit the parts
+    cfg, task = read_config(name, task), task or 'imagenet'
+    few_shot, is_imagenet = FewShotConfig(**cfg.few_shot), task == 'imagenet'
+    model = 'RN50-quickgelu' if 'rn50' in name else 'ViT-B-16-quickgelu'
+    assert (few_shot.dataset, few_shot.model) == (task, model)
+    assert few_shot.pretrained == 'openai'
+    head, prompts = cfg.model.head, 'imagenet_7' if is_imagenet else None
+    assert (head.class_names, head.prompts) == (task, prompts)
+    assert few_shot.prompts == prompts
+    assert cfg.model.backbone.model == head.encoder.model == model
+    assert few_shot.selection == ('cv' if is_imagenet else None)
+    overrides = {'clip_adapter_released': {'epochs': 50}} if is_imagenet else {}
+    assert few_shot.overrides == overrides
+    for key in ('val_dataloader', 'val_evaluator', 'val_cfg'):
+        assert (cfg[key] is None) == is_imagenet, 'it has no validation images'
+    for part in ('train', 'test') if is_imagenet else ('train', 'val', 'test'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        assert (dataset.dataset, dataset.part) == (task, part)
+        if 'images' not in name:
+            assert dataset.features.encoder.model == model
+    assert cfg.work_dir == f'work_dirs/{name}_{task}'
+
+
+def test_choice_of_the_data_set(monkeypatch, tmp_path):
+    cfg = load_config(
+        'clip-adapter_rn50', {'task': 'my/data/', 'train_cfg.max_iters': 3}
     )
-    assert found == recipe
-    assert cfg.param_scheduler.end == recipe['iterations']
-    settings = inspect.signature(train).parameters
-    assert optimizer.weight_decay == settings['weight_decay'].default
-    assert cfg.train_dataloader.batch_size == settings['batch_size'].default
+    assert (cfg.task, cfg.train_cfg.max_iters) == ('my/data/', 3)
+    assert cfg.work_dir.endswith('clip-adapter_rn50_data')
+    assert TASK not in os.environ, 'as before'
+    monkeypatch.setenv(TASK, 'dtd')
+    assert read_config('clip-adapter_rn50').model.head.class_names == 'dtd'
+    assert read_config('clip-adapter_rn50', 'sun397').task == 'sun397'
+    assert os.environ[TASK] == 'dtd', 'as before'
+    (tmp_path / 'own.py').write_text('model = dict()')
+    with pytest.raises(ValueError, match=r'own\.py.*task=dtd'):
+        read_config(tmp_path / 'own.py', 'dtd')
 
 
 @pytest.mark.parametrize(
-    'name', sorted(p.stem.removeprefix('clip-adapter_') for p in FOLDER.glob('*.py'))
+    ('old', 'new', 'task'),
+    [
+        ('clip-adapter_rn50_eurosat', 'clip-adapter_rn50', 'eurosat'),
+        ('configs/x/clip-adapter_vit-b16_dtd.py', 'clip-adapter_vit-b16', 'dtd'),
+        ('clip-adapter_rn50_eurosat_images.py', 'clip-adapter_rn50_images', 'eurosat'),
+    ],
 )
-def test_configuration_trains(
-    name, tiny_clip, encoder, image_folder, tmp_path, monkeypatch
-):
-    # The Runner formats the configuration six times, which is most of the time.
-    monkeypatch.setattr(Config, 'pretty_text', property(repr))
-    cfg = load(name)
-    cfg.work_dir, cfg.log_level = str(tmp_path), 'WARNING'
-    cfg.model.backbone.update(tiny_clip)
-    cfg.model.head.update(encoder=tiny_clip, class_names=str(image_folder))
-    for part in ('train', 'val', 'test'):
-        if cfg[f'{part}_dataloader'] is None:
-            continue
-        dataset = cfg[f'{part}_dataloader'].dataset
-        dataset.update(dataset=str(image_folder), shots=4)
-        if dataset.features is None:
-            size = {'RandomResizedCrop': 'scale', 'ResizeEdge': 'scale'}
-            for step in dataset.pipeline:
-                if step.type in size:
-                    step.scale = 32
-                if step.type == 'CenterCrop':
-                    step.crop_size = 32
-        else:
-            dataset.features.update(folder=str(tmp_path / 'cache'), encoder=tiny_clip)
-    cfg.train_cfg.update(max_iters=2, val_interval=1)
-    runner = Runner.from_cfg(cfg)
+def test_old_names_say_the_new_form(old, new, task):
+    with pytest.raises(FileNotFoundError, match=rf'{new} .*task={task}$'):
+        find_config(old)
+
+
+def test_recipe_is_that_of_the_default_method():
+    cfg, recipe = read_config('clip-adapter_rn50'), METHODS['clip_adapter'].defaults
+    head, optimizer = cfg.model.head, cfg.optim_wrapper.optimizer
+    found = dict(
+        RECIPE,
+        **head.adapter,
+        keep=head.keep,
+        optimizer=optimizer.type,
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        iterations=cfg.train_cfg.max_iters,
+        batch_size=cfg.train_dataloader.batch_size,
+    )
+    assert found == {key: recipe[key] for key in found}
+    assert cfg.param_scheduler.end == recipe['iterations']
+    of_head = inspect.signature(CLIPAdapterHead).parameters
+    assert of_head['keep'].default == recipe['keep']
+    assert of_head['adapter'].default == dict(preset=recipe['preset'])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_configuration_trains(name, tiny_config, encoder, image_folder, tmp_path):
+    runner = Runner.from_cfg(tiny_config(name))
     runner.model.head.encode_class_names()
     before = {k: v.clone() for k, v in runner.model.state_dict().items()}
     runner.train()
     model = runner.model.eval()
-    changed = {
-        k for k, v in model.state_dict().items() if not torch.equal(v, before[k])
-    }
+    state = model.state_dict()
+    changed = {k for k, v in state.items() if not torch.equal(v, before[k])}
     adapter = 'head.adapter.visual_adapter'
     assert changed == {f'{adapter}.0.weight', f'{adapter}.2.weight'}
+    assert not model.backbone.clip.training
 
     accuracy = runner.test()['accuracy/top1']
     inputs = [
@@ -113,3 +128,13 @@ def test_configuration_trains(
     assert error < 0.05 * spread.norm(), 'preprocessing as in the few-shot protocol'
     correct = model.head((features,)).argmax(1) == expected.labels
     assert accuracy == pytest.approx(100 * correct.float().mean().item())
+
+
+def test_imagenet_trains_without_validation(tiny_config, image_folder):
+    cfg = tiny_config(task='imagenet')
+    cfg.model.head.update(class_names=str(image_folder), prompts=None)
+    for part in ('train', 'test'):
+        cfg[f'{part}_dataloader'].dataset.dataset = str(image_folder)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert runner.test()['accuracy/top1'] > 0

@@ -5,21 +5,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dsnet_mm.datasets.features import Features
-from dsnet_mm.few_shot import METHODS, load_classifier, save_classifier
+from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, save_classifier
 from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
-from dsnet_mm.few_shot.methods import FewShotData, Method, num_learnt
+from dsnet_mm.few_shot.methods import (
+    FewShotData,
+    Method,
+    register_classifier,
+    register_method,
+)
+from dsnet_mm.few_shot.methods.base import CLASSIFIERS, num_learnt
+from dsnet_mm.few_shot.methods.clip_adapter import COPIES
 from dsnet_mm.few_shot.methods.coop import PromptLearner
-from dsnet_mm.few_shot.methods.table import method_table
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
 from dsnet_mm.few_shot.methods.training import num_epochs
-from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier, fit_zero_shot
+from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.few_shot.selection import select
 
 CLASSES, WIDTH, SHOTS = 4, 16, 8
 QUICK = {
-    'clip_adapter_paper': dict(alpha=0.8, epochs='coop'),
+    'clip_adapter_paper': dict(alpha=0.8, epochs={1: 50, 8: 200}),
     'linear_adapter': dict(lr=1e-2),
     'coop': dict(n_ctx=4, lr=0.1),
 }
@@ -55,10 +62,11 @@ def data(encoder):
 def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
     method, test = METHODS[name], draw(200, 3)
     short = dict(epochs=30, iterations=100)
-    short = {k: v for k, v in short.items() if k in method.defaults}
-    options = {**method.defaults, **short, **QUICK.get(name, {})}
+    short = {k: v for k, v in short.items() if method.defaults.get(k)}
+    options = {**short, **QUICK.get(name, {})}
     classifier = method.fit(data, **options)
-    start = fit_zero_shot(data)
+    assert type(classifier) is method.returns
+    start = METHODS['zero_shot'].fit(data)
     if name == 'coop':  # starts from the class names, and this encoder is random
         start = CosineClassifier(
             encoder.encode_classes(data.class_names, 'photo'), data.logit_scale
@@ -71,20 +79,92 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
     file = tmp_path / 'classifier.safetensors'
     save_classifier(file, classifier, encoder, data.class_names, 'clip')
     loaded = load_classifier(file, encoder)
+    again = method.fit(data, **options)
     with torch.no_grad():
         expected = classifier(test.features[0])
         torch.testing.assert_close(loaded.classifier(test.features[0]), expected)
+        assert torch.equal(again(test.features[0]), expected), 'the seed is the same'
     assert loaded.class_names == data.class_names
-    again = method.fit(data, **options)
-    with torch.no_grad():
-        assert torch.equal(again(test.features[0]), expected), (
-            'a second fit gives the same classifier'
-        )
 
 
-def test_docs_have_the_table_of_methods():
-    docs = Path(__file__).parents[2] / 'docs' / 'clip_adapter.md'
-    assert method_table() in docs.read_text(encoding='utf-8')
+def test_docs_have_all_methods_and_what_is_searched():
+    text = (Path(__file__).parents[2] / 'docs' / 'clip_adapter.md').read_text()
+    for name, method in METHODS.items():
+        star = ' *' if name in ('zero_shot', *FewShotConfig.methods) else ''
+        (row,) = (x for x in text.splitlines() if x.startswith(f'| `{name}`{star} |'))
+        assert row.endswith(f'| {", ".join(method.grid) or "-"} |')
+
+
+# --- Registries -------------------------------------------------------------------
+
+
+@register_classifier('centres')
+class Nearest(nn.Module):
+    """A classifier of a user."""
+
+    def __init__(self, centres, power=1.0):
+        super().__init__()
+        self.register_buffer('centres', centres)
+        self.options = dict(power=power)
+
+    def forward(self, f):
+        return -(torch.cdist(f, self.centres) ** self.options['power'])
+
+
+def test_own_method(data, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr('dsnet_mm.few_shot.methods.base.METHODS', {})
+    register = register_method('own', Nearest, 'Own', defaults=dict(power=1.0))
+
+    @register
+    def fit(data, *, power):
+        return Nearest(data.text_features, power)
+
+    from dsnet_mm.few_shot.methods.base import METHODS
+
+    classifier = METHODS['own'].fit(data, power=2.0)
+    file = tmp_path / 'own.safetensors'
+    save_classifier(file, classifier, encoder, data.class_names, 'clip')
+    f = torch.randn(3, WIDTH)
+    assert torch.equal(load_classifier(file, encoder).classifier(f), classifier(f))
+    monkeypatch.delitem(CLASSIFIERS, 'Nearest')
+    with pytest.raises(ValueError, match='Nearest'):
+        load_classifier(file, encoder)
+
+
+def test_method_whose_classifier_cannot_be_saved_is_refused_before_its_fit(tmp_path):
+    fitted = []
+    with pytest.raises(ValueError, match=r'Linear.*register_classifier'):
+        Method('Own', lambda data: fitted.append(data), nn.Linear)
+    with pytest.raises(ValueError, match=r'Linear.*register_classifier'):
+        save_classifier(tmp_path / 'a', nn.Linear(1, 1), {}, ['a'], 'clip')
+    assert not fitted and not list(tmp_path.iterdir())
+
+
+def test_unknown_options_are_refused(data):
+    for name, method in METHODS.items():
+        with pytest.raises(ValueError, match="'gamma'"):
+            method.fit(data, gamma=1)
+        with pytest.raises(ValueError, match="'gamma'"):
+            FewShotConfig('a', 'b', overrides={name: dict(gamma=1)})
+    with pytest.raises(ValueError, match="'beta'"):
+        Method('Own', None, CosineClassifier, dict(alpha=1), dict(beta=(1, 2)))
+
+
+@pytest.mark.parametrize('name', COPIES)
+def test_old_names_of_copies_say_their_settings(name, data):
+    with pytest.raises(ValueError, match='clip_adapter_released') as error:
+        FewShotConfig('a', 'b', methods=(name,))
+    found = dict(x.split('=') for x in str(error.value).rstrip('.').split() if '=' in x)
+    options = {
+        k: v if k in ('preset', 'optimizer', 'decay_by') else eval(v)
+        for k, v in found.items()
+    }
+    long = {k: 5 for k in ('epochs', 'iterations') if options.get(k)}
+    METHODS['clip_adapter_released'].fit(data, **{**options, **long})
+    FewShotConfig('a', 'b', overrides={'clip_adapter_released': options})
+
+
+# --- Formulas and recipes ---------------------------------------------------------
 
 
 def test_tip_adapter_formula(data):
@@ -106,78 +186,91 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
     torch.testing.assert_close(learner.classifier(), expected)
     learner.classifier().sum().backward()
     assert learner.context.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match='use a smaller n_ctx'):
+    with pytest.raises(ValueError, match='n_ctx'):
         PromptLearner(encoder, ['disc'], n_ctx=40)
 
 
 def test_num_epochs():
     shots = (1, 2, 4, 8, 16)
-    assert [num_epochs('coop', k) for k in shots] == [50, 100, 100, 200, 200]
-    assert [num_epochs('task_res', k) for k in shots] == [100, 100, 100, 200, 200]
+    coop, task_res = (METHODS[name].defaults['epochs'] for name in ('coop', 'task_res'))
+    assert [num_epochs(coop, k) for k in shots] == [50, 100, 100, 200, 200]
+    assert [num_epochs(task_res, k) for k in shots] == [100, 100, 100, 200, 200]
     assert num_epochs(7, 1) == 7
-    with pytest.raises(ValueError, match="must be a number, 'coop' or 'task_res'"):
-        num_epochs('clap', 1)
-
-
-def test_epochs_and_iterations_exclude_each_other(data):
-    method = METHODS['clip_adapter']
-    with pytest.raises(ValueError, match='exactly one of them must be None'):
-        method.fit(data, **{**method.defaults, 'epochs': 3})
+    assert num_epochs({'1': 3, '16': 4, '2': 5}, 15) == 5, 'as in JSON'
+    for bad in ('coop', {2: 50}):
+        with pytest.raises(ValueError, match='epochs'):
+            num_epochs(bad, 1)
+    with pytest.raises(ValueError, match='epochs'):
+        FewShotConfig('a', 'b', overrides={'coop': dict(epochs='coop')})
 
 
 @pytest.mark.parametrize(
-    ('option', 'sentence'),
+    ('option', 'fact'),
     [
-        (dict(iterations=-5), 'number of steps must be at least 0, got -5'),
-        (dict(batch_size=0), 'batch_size must be None or at least 1, got 0'),
+        (dict(epochs=3), 'epochs=3 and iterations=200'),
+        (dict(iterations=-5), '-5'),
+        (dict(batch_size=0), 'at least 1, got 0'),
         (dict(batch_size=1, text_batches=True), 'at least 2, got 1'),
-        (dict(optimizer='Lion'), 'optimizer must be one of'),
-        (dict(decay_by='step'), 'decay_by must be one of'),
+        (dict(optimizer='Lion'), "optimizer.*'Lion'"),
+        (dict(decay_by='step'), "decay_by.*'step'"),
     ],
 )
-def test_bad_recipes(data, option, sentence):
-    method = METHODS['clip_adapter']
-    with pytest.raises(ValueError, match=sentence):
-        method.fit(data, **{**method.defaults, **option})
+def test_bad_recipes(data, option, fact):
+    with pytest.raises(ValueError, match=fact):
+        METHODS['clip_adapter'].fit(data, **option)
 
 
 # --- Selection --------------------------------------------------------------------
 
 
 def test_val_selection_takes_the_best_accuracy(data):
-    val = draw(4, 5)
-    fit = select(METHODS['tip_adapter'], data, val)
+    val, method = draw(4, 5), METHODS['tip_adapter']
+    fit = select(method, data, val)
     assert (fit.selection, fit.tried) == ('val', 72)
     assert evaluate(fit.classifier, val).accuracy == fit.val_accuracy
     everything = [
-        evaluate(METHODS['tip_adapter'].fit(data, alpha=a, beta=b), val).accuracy
-        for a in METHODS['tip_adapter'].late_grid['alpha']
-        for b in METHODS['tip_adapter'].late_grid['beta']
+        evaluate(method.fit(data, alpha=a, beta=b), val).accuracy
+        for a in method.grid['alpha']
+        for b in method.grid['beta']
     ]
     assert fit.val_accuracy == max(everything)
-    assert len(fit.classifier.keys) == CLASSES * SHOTS
+    assert fit.options == fit.classifier.options
+
+
+def test_nothing_is_fitted_again_for_attributes(data, monkeypatch):
+    fits = []
+
+    def fit(data, **options):
+        fits.append(options)
+        return METHODS['tip_adapter'].fit(data, alpha=options['alpha'], beta=1.0)
+
+    grid = dict(power=(1, 2), alpha=(0.5, 1.0, 2.0))
+    defaults = dict(power=0, alpha=0.0)
+    method = Method('spy', fit, TipAdapter, defaults, grid, ('alpha',))
+    assert select(method, data, draw(4, 5)).tried == 6
+    assert fits == [dict(power=1, alpha=0.0), dict(power=2, alpha=0.0)]
 
 
 def test_cross_validation_fits_to_all_images_at_the_end(data):
-    fit = select(METHODS['linear_probe'], data, None, 'cv')
+    method = METHODS['linear_probe']
+    fit = select(method, data, None, 'cv')
     assert (fit.selection, fit.tried) == ('cv', 4)
-    again = METHODS['linear_probe'].fit(data, weight_decay=fit.options['weight_decay'])
+    again = method.fit(data, **fit.options)
     assert torch.equal(fit.classifier.weight, again.weight)
-    overrides = dict(weight_decay=fit.options['weight_decay'])
-    same = select(METHODS['linear_probe'], data, None, 'cv', overrides)
+    same = select(method, data, None, 'cv', fit.options)
     assert (same.selection, same.tried) == ('fixed', 1)
     assert same.val_accuracy == fit.val_accuracy
     assert torch.equal(same.classifier.weight, again.weight)
 
 
-def test_cross_validation_folds_are_balanced(data, monkeypatch):
+def test_cross_validation_folds_are_balanced(data):
     seen = []
 
-    def fit(part):
+    def fit(part, x):
         seen.append(part)
-        return fit_zero_shot(part)
+        return METHODS['zero_shot'].fit(part)
 
-    method = Method('spy', lambda part, x: fit(part), dict(x=0), dict(x=(0, 1)))
+    method = Method('spy', fit, CosineClassifier, dict(x=0), dict(x=(0, 1)))
     select(method, data, None, 'cv')
     for part in seen[:-1]:
         assert part.shots == 6
@@ -186,16 +279,15 @@ def test_cross_validation_folds_are_balanced(data, monkeypatch):
 
 
 def test_defaults_are_taken_without_validation_features(data):
+    method = METHODS['linear_probe']
     for val, selection in ((None, 'val'), (draw(4, 5), 'fixed')):
-        fit = select(METHODS['linear_probe'], data, val, selection)
+        fit = select(method, data, val, selection)
         assert (fit.selection, fit.tried) == ('fixed', 1)
-        assert fit.options == dict(METHODS['linear_probe'].defaults)
-    overridden = select(
-        METHODS['linear_probe'], data, draw(4, 5), 'val', dict(weight_decay=0.5)
-    )
+        assert fit.options == method.defaults
+    overridden = select(method, data, draw(4, 5), 'val', dict(weight_decay=0.5))
     assert overridden.options == dict(weight_decay=0.5)
-    with pytest.raises(ValueError, match='selection must be one of'):
-        select(METHODS['linear_probe'], data, None, 'test')
+    with pytest.raises(ValueError, match="'test'"):
+        select(method, data, None, 'test')
 
 
 def test_calibration_error():
@@ -208,7 +300,7 @@ def test_calibration_error():
 
 
 def test_evaluation_does_not_depend_on_the_chunk_size(data):
-    test, classifier = draw(50, 6), fit_zero_shot(data)
+    test, classifier = draw(50, 6), METHODS['zero_shot'].fit(data)
     whole, parts = evaluate(classifier, test), evaluate(classifier, test, chunk=7)
     assert parts.accuracy == whole.accuracy
     assert parts.loss == pytest.approx(whole.loss)

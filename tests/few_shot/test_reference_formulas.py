@@ -65,8 +65,7 @@ def test_zs_lp_and_clap(name, start):
         lr = 1e-5 if step == 0 else 0.1 * 0.5 * (1 + math.cos(math.pi * step / 3))
         p = p - lr * speed
     method = METHODS[name]
-    options = {**method.defaults, 'epochs': 3, 'length': start}
-    actual, x = logits_of(method.fit(data, **options))
+    actual, x = logits_of(method.fit(data, epochs=3, length=start))
     close(actual, SCALE * x @ F.normalize(p, dim=-1).t())
     assert (method.defaults['lr'], method.defaults['length']) == (0.1, 1.0)
     assert method.defaults['epochs'] == 300
@@ -163,8 +162,7 @@ def test_linear_adapter():
         lr = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 2))
         matrix = matrix - lr * mean / (square.sqrt() + 1e-4)
     method = METHODS['linear_adapter']
-    options = {**method.defaults, 'lr': 1e-2, 'epochs': 2}
-    actual, x = logits_of(method.fit(data, **options))
+    actual, x = logits_of(method.fit(data, lr=1e-2, epochs=2))
     close(actual, SCALE * F.normalize(x @ matrix.t(), dim=-1) @ t.t())
 
 
@@ -184,19 +182,16 @@ def test_cross_modal_batches_are_half_text():
 def test_released_clip_adapter():
     """A step of the released network: two ReLUs, ratio 0.2, SGD."""
     data = make_data()
-    fit, options = (
-        METHODS['clip_adapter_released'].fit,
-        dict(METHODS['clip_adapter_released'].defaults),
-    )
-    options.update(batch_size=None, warmup_epochs=0)
-    start = fit(replace_float(data), **{**options, 'epochs': 0}).double()
+    fit = METHODS['clip_adapter_released'].fit
+    options = dict(batch_size=None, warmup_epochs=0)
+    start = fit(replace_float(data), **options, epochs=0).double()
     w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
     w1.requires_grad_(), w2.requires_grad_()
     f, t = data.train.features[0].float().double(), data.text_features.float().double()
     mixed = 0.2 * ((f @ w1.t()).relu() @ w2.t()).relu() + 0.8 * f
     cosine = mixed @ t.t() / mixed.norm(dim=1, keepdim=True)
     F.cross_entropy(SCALE * cosine, data.train.labels).backward()
-    step = fit(replace_float(data), **{**options, 'epochs': 1}).double()
+    step = fit(replace_float(data), **options, epochs=1).double()
     for i, w in ((0, w1), (2, w2)):
         expected = w - 0.002 * (w.grad + 5e-4 * w)
         moved = step.visual_adapter[i].weight - w
@@ -206,8 +201,7 @@ def test_released_clip_adapter():
 def test_default_clip_adapter():
     """A step of AdamW on the paper's network, kept close to zero-shot."""
     data, method = replace_float(make_data()), METHODS['clip_adapter']
-    options = {**method.defaults, 'batch_size': None}
-    start = method.fit(data, **{**options, 'iterations': 0}).double()
+    start = method.fit(data, batch_size=None, iterations=0).double()
     w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
     w1.requires_grad_(), w2.requires_grad_()
     f, t = data.train.features[0].double(), data.text_features.double()
@@ -220,7 +214,7 @@ def test_default_clip_adapter():
     weight = ((right - 1 / count) / (1 - 1 / count)).clamp(min=0)
     loss = F.cross_entropy(SCALE * unit @ t.t(), y)
     (loss + method.defaults['keep'] * (weight * moved).mean()).backward()
-    step = method.fit(data, **{**options, 'iterations': 1}).double()
+    step = method.fit(data, batch_size=None, iterations=1).double()
     for i, w in ((0, w1), (2, w2)):
         expected = -1e-3 * (w.grad / (w.grad.abs() + 1e-8) + 0.01 * w)
         moved = step.visual_adapter[i].weight - w
@@ -250,31 +244,27 @@ def test_task_res_recipe():
     F.cross_entropy(SCALE * f @ unit.t(), data.train.labels).backward()
     g = residual.grad
     expected = F.normalize(t - 0.5 * 1e-5 * g / (g.abs() + 1e-8), dim=-1)
-    actual, x = logits_of(method.fit(data, **{**method.defaults, 'epochs': 1}))
+    actual, x = logits_of(method.fit(data, epochs=1))
     close(actual, SCALE * x @ expected.t())
-    wanted = dict(weight_decay=5e-4, beta2=0.99, epochs='task_res', decay_by='epoch')
+    wanted = dict(weight_decay=5e-4, beta2=0.99, decay_by='epoch')
     assert wanted.items() <= method.defaults.items()
 
 
 def test_hoso_learns_the_ratio_on_held_out_images():
     data = replace_float(make_data(shots=4))
     method = METHODS['clip_adapter_hoso']
-    options = {**method.defaults, 'iterations': 40}
-    adapter = method.fit(data, **options)
-    assert adapter.alpha != options['alpha']
+    adapter = method.fit(data, iterations=40)
+    assert adapter.alpha != method.defaults['alpha']
     assert adapter.options['alpha'] == pytest.approx(adapter.alpha)
-    shots = make_data(shots=1)
-    fixed = method.fit(replace_float(shots), **options)
-    assert fixed.alpha == options['alpha']
+    fixed = method.fit(replace_float(make_data(shots=1)), iterations=40)
+    assert fixed.alpha == method.defaults['alpha']
 
 
 def test_seed_reaches_the_methods():
     data = replace_float(make_data(views=3))
     for name in ('clip_adapter', 'linear_probe_zs', 'task_res', 'tip_adapter_f'):
         method = METHODS[name]
-        options = {**method.defaults}
-        if 'epochs' in options:
-            options['epochs'] = 3
+        options = dict(epochs=3) if method.defaults['epochs'] else {}
         first, same, other = (
             logits_of(method.fit(replace(data, seed=seed), **options))[0]
             for seed in (1, 1, 2)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,8 @@ def test_a_path_and_an_array_give_the_same(
     assert [p.image for p in predictions] == [str(tmp_path / 'a.png'), '2']
     assert np.array_equal(predictions[0].scores, predictions[1].scores)
     assert predictions[0].label in ('square', 'disc')
+    with pytest.warns(FutureWarning, match='image'):
+        assert predictions[1].picture == '2'
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn', 'classifier'])
@@ -202,58 +205,51 @@ def test_numbers_instead_of_unknown_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Predictor, '_metainfo', lambda self, cfg: {})
-    weights = torch.load(checkpoints[name])
-    torch.save(dict(state_dict=weights['state_dict']), tmp_path / 'bare.pth')
-    image, _ = draw(np.random.default_rng(1), 1)
-    cv2.imwrite(str(tmp_path / 'a.png'), image)
-    args = [str(folder / f'{name}.py'), tmp_path / 'bare.pth', tmp_path / 'a.png']
-    out = tmp_path / 'out'
-    tool('infer.py').main([*map(str, args), f'--out={out}', '--score-thr=0'])
-    index = json.loads((out / 'images.json').read_text())
+    bare, image, out = (tmp_path / name for name in ('bare.pth', 'a.png', 'out'))
+    torch.save(dict(state_dict=torch.load(checkpoints[name])['state_dict']), bare)
+    cv2.imwrite(str(image), draw(np.random.default_rng(1), 1)[0])
+    args = [str(folder / f'{name}.py'), str(bare), str(image), f'--out={out}']
+    tool('infer.py').main([*args, '--score-thr=0'])
+    categories = json.loads((out / 'images.json').read_text())['categories']
+    assert all(c['name'] == str(c['id'] - 1) for c in categories)
     entries = json.loads((out / 'predictions.json').read_text())
-    known = {category['id']: category['name'] for category in index['categories']}
-    assert {entry['category_id'] for entry in entries} <= set(known)
-    assert all(name == str(number - 1) for number, name in known.items())
+    assert {e['category_id'] for e in entries} <= {c['id'] for c in categories}
     assert (out / 'images' / 'a.png').is_file()
 
 
 @pytest.mark.parametrize(
-    ('options', 'sentence'),
+    ('options', 'fact'),
     [
-        (dict(batch_size=0), 'the batch size is at least 1, got 0'),
-        (dict(score_thr=30), 'the least score is from 0 to 1, got 30'),
-        (dict(tile=64, overlap=64), 'less than their side, got 64 and 64'),
-        (dict(tile=64, overlap=8), 'is a classifier; tiles are for detectors'),
-        (dict(device='cuda:99'), "there is no device 'cuda:99' here"),
+        (dict(batch_size=0), '0'),
+        (dict(score_thr=30), '30'),
+        (dict(tile=64, overlap=64), '64 and 64'),
+        (dict(tile=64, overlap=8), 'classifier'),
+        (dict(device='cuda:99'), 'cuda:99'),
     ],
 )
-def test_wrong_options(options: dict, sentence: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_wrong_options(options: dict, fact: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=fact):
         Predictor(folder / 'classifier.py', 'none.pth', **options)
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (8, 8, 4), (0, 8, 3), (2, 8, 8, 3)])
 def test_arrays_that_are_no_images(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r'of shape \(H, W, 3\), got'):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
         list_images(np.zeros(shape, np.uint8))
 
 
 @pytest.mark.parametrize(
-    ('args', 'sentence'),
+    ('args', 'fact'),
     [
         ('mask_rcnn_dsnet_x_coco a.pth IMAGE', 'such as mask_rcnn_dsnet_'),
-        ('CLASSIFIER a.pth none.png', 'there is no image or folder none.png'),
-        ('CLASSIFIER a.pth EMPTY', 'there is no image in'),
-        ('CLASSIFIER a.pth IMAGE', 'there is no checkpoint a.pth'),
-        ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists and is left alone'),
+        ('CLASSIFIER a.pth none.png', 'none.png'),
+        ('CLASSIFIER a.pth EMPTY', 'no image'),
+        ('CLASSIFIER a.pth IMAGE', 'a.pth'),
+        ('CLASSIFIER a.pth IMAGE --out TAKEN', 'exists'),
     ],
 )
 def test_errors_are_a_sentence(
-    args: str,
-    sentence: str,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
+    args: str, fact: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     places = dict(
         CLASSIFIER=folder / 'classifier.py',
@@ -265,10 +261,9 @@ def test_errors_are_a_sentence(
     cv2.imwrite(str(places['IMAGE']), np.zeros((8, 8, 3), np.uint8))
     for name, path in places.items():
         args = args.replace(name, str(path))
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match='2'):
         tool('infer.py').main([f'--out={tmp_path / "new"}', *args.split()])
-    assert exit_.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert fact in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- Views and masks --------------------------------------------------------------
@@ -443,27 +438,17 @@ def test_the_wheel_has_the_configurations(tmp_path: Path) -> None:
     """Built without the ops, installed elsewhere, used from an empty folder."""
     source, site, empty = (tmp_path / name for name in ('source', 'site', 'empty'))
     empty.mkdir()
+    ignore = shutil.ignore_patterns('__pycache__', '*.so', 'csrc')
     for name in ('dsnet_mm', 'configs', 'tools'):
-        ignore = shutil.ignore_patterns('__pycache__', '*.so', 'csrc')
         shutil.copytree(REPO / name, source / name, ignore=ignore)
-    for name in (
-        'setup.py',
-        'pyproject.toml',
-        'README.md',
-        'LICENSE',
-        'model-index.yml',
-    ):
-        shutil.copy(REPO / name, source)
-    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    for path in REPO.glob('*.*'):
+        if path.is_file():
+            shutil.copy(path, source)
+    shutil.copy(REPO / 'LICENSE', source)
     subprocess.run(
         [
-            *pip,
-            'install',
-            '--no-deps',
-            '--no-build-isolation',
-            '--target',
-            site,
-            source,
+            *(sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check'),
+            *('install', '--no-deps', '--no-build-isolation', '--target', site, source),
         ],
         check=True,
         env=dict(os.environ, DSNET_MM_WITH_OPS='0'),

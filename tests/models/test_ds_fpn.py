@@ -81,7 +81,7 @@ def test_every_parameter_has_a_gradient(options):
     torch.manual_seed(0)
     neck = DSFPN(**(dict(in_channels=CHANNELS, out_channels=32, num_outs=5) | options))
     neck.init_weights()
-    outs = neck(maps(128, 160))
+    outs = neck(maps(75, 333))
     assert len(outs) == neck.num_outs
     for finer, coarser in pairwise(outs):
         assert coarser.shape[2] == -(-finer.shape[2] // 2)
@@ -94,31 +94,18 @@ def test_every_parameter_has_a_gradient(options):
     assert not [name for name in silent if not name.endswith('bias')]
 
 
-def test_odd_sizes():
-    neck = DSFPN(CHANNELS, 32, num_outs=5).eval()
-    with torch.no_grad():
-        outs = neck(maps(75, 333, batch=1))
-    assert [tuple(o.shape[2:]) for o in outs] == [
-        (19, 84),
-        (10, 42),
-        (5, 21),
-        (3, 11),
-        (2, 6),
-    ]
-
-
 @pytest.mark.parametrize(
-    ('options', 'sentence'),
+    ('options', 'facts'),
     [
-        (dict(start_level=4), 'start_level=4 .*4 levels'),
+        (dict(start_level=4), 'start_level=4.*4 levels'),
         (dict(end_level=0, start_level=1), 'end_level=0'),
-        (dict(num_outs=3), 'num_outs=3 is less than the 4 levels'),
+        (dict(num_outs=3), 'num_outs=3.*4 levels'),
         (dict(add_extra_convs='on_top'), "add_extra_convs .*'on_top'"),
-        (dict(global_factors=(2, 1)), 'global_factors takes 4 values'),
-        (dict(num_heads=5), 'num_heads=5 does not divide'),
+        (dict(global_factors=(2, 1)), 'global_factors.*4'),
+        (dict(num_heads=5), 'num_heads=5'),
     ],
     ids=str,
 )
-def test_bad_arguments(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_bad_arguments(options, facts):
+    with pytest.raises(ValueError, match=facts):
         DSFPN(**(dict(in_channels=CHANNELS, out_channels=32, num_outs=5) | options))

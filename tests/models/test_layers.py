@@ -14,7 +14,6 @@ from dsnet_mm.models.reference import reference_block, reference_net
 from dsnet_mm.ops import feed_forward, resize
 from tests.conftest import TINY, VARIANTS, WIDE, build, error, images
 
-SMALL = dict(embed_dims=(8, 16, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
 GN = dict(norm_cfg=dict(type='GN', num_groups=4))
 
 
@@ -48,24 +47,6 @@ def test_memory_format_of_the_input_changes_nothing(model: str) -> None:
             outs = net(x), net(x.contiguous(memory_format=torch.channels_last))
         first, last = (out if model == 'block' else out[-1] for out in outs)
         assert torch.equal(first, last)
-
-
-def test_names_of_the_parameters() -> None:
-    names = DSNet('tiny').state_dict()
-    layers = {name.removeprefix('stages.3.0.').rpartition('.')[0] for name in names
-              if name.startswith('stages.3.0.')}  # fmt: skip
-    assert layers == {
-        *('pos_embed', 'norm1', 'proj_in', 'local_norm', 'local_conv'),
-        *('global_norm', 'global_qkv', 'proj_out', 'norm2', 'ffn.fc1', 'ffn.fc2'),
-        *('isa.local_norm', 'isa.local_qkv', 'isa.local_proj'),
-        *('isa.global_norm', 'isa.global_qkv', 'isa.global_proj'),
-    }
-    rest = {name for name in names if not name.startswith(('stages.', 'norm3.'))}
-    assert rest == {
-        f'patch_embeds.{i}.projection.{kind}'
-        for i in range(4)
-        for kind in ('weight', 'bias')
-    }
 
 
 # ------------------------------------------- layers that do more than their weights
@@ -146,19 +127,25 @@ def test_hooks_see_what_the_layers_compute() -> None:
 
 
 @pytest.mark.parametrize('strict', [False, True])
-def test_hooks_are_compiled_and_exported(strict: bool) -> None:
+@pytest.mark.parametrize('hooks', [False, True])
+def test_blocks_compile_and_export(hooks: bool, strict: bool) -> None:
+    """To one graph; an exported one has operators of PyTorch only."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = DSBlock(8, 2, global_factor=2).eval()
-    for name in ('proj_in', 'ffn.fc2'):
+    for name in ('proj_in', 'ffn.fc2') if hooks else ():
         double_output(block.get_submodule(name))
     x = torch.randn(1, 8, 6, 8)
     with torch.no_grad():
         expected = [block(x).double()]
-        program = torch.export.export(block, (x,), strict=strict).module()
-        assert error([program(x)], expected) < 1e-5
+        program = torch.export.export(block, (x,), strict=strict)
+        assert error([program.module()(x)], expected) < 1e-5
+        # Everything but inductor, whose first kernel takes minutes to compile.
         compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
         assert error([compiled(x)], expected) < 1e-5
+    for node in program.graph.nodes:
+        if node.op == 'call_function' and node.target is not operator.getitem:
+            assert node.target.namespace == 'aten', node
 
 
 @pytest.mark.parametrize('width', [16, 64])
@@ -187,10 +174,9 @@ def test_inputs_are_left_alone(width: int) -> None:
             assert torch.equal(arg, kept) if isinstance(arg, torch.Tensor) else True
 
 
-@pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
-def test_float32_in_any_number_of_threads(training: bool, threads: int) -> None:
+def test_float32_in_any_number_of_threads(threads: int) -> None:
     """The compiled operators are in it; float64 runs without most of them."""
-    net = build({}, WIDE).train(training)
+    net = build({}, WIDE).train()
     x = images()
     results = []
     for model, forward in ((net.float(), type(net).forward), (net, reference_net)):
@@ -202,32 +188,7 @@ def test_float32_in_any_number_of_threads(training: bool, threads: int) -> None:
     assert error(*results) < 5e-4
 
 
-# -------------------------------------------------- compile, export, autocast
-
-
-def test_compiles_to_one_graph() -> None:
-    """In evaluation; test_export.py compiles training steps."""
-    torch._dynamo.reset()
-    net = build({}, SMALL).float().eval()
-    # Everything but inductor, whose first kernel takes minutes to compile.
-    compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
-    x = images(64, 64).float()
-    with torch.no_grad():
-        assert error(compiled(x), net(x)) < 1e-5
-
-
-@pytest.mark.parametrize('fused', [False, True], ids=['as built', 'fused'])
-def test_exports_to_operators_of_pytorch(fused: bool) -> None:
-    net = build({}, SMALL).float().eval()
-    if fused:
-        fuse_for_inference(net)
-    x = images(64, 64).float()
-    program = torch.export.export(net, (x,))
-    for node in program.graph.nodes:
-        if node.op == 'call_function' and node.target is not operator.getitem:
-            assert node.target.namespace == 'aten', node
-    with torch.no_grad():
-        assert error(program.module()(x), net(x)) < 1e-5
+# -------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize('grad', [False, True], ids=['no grad', 'grad'])

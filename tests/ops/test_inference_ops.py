@@ -52,7 +52,7 @@ def test_resize_add_refuses_what_does_not_fit():
     for wrong in (add[0], add[:, :1], add.double(), torch.zeros(1, 2, 4, 4)):
         with pytest.raises(RuntimeError, match='takes channels-last maps'):
             ops.resize_add_(add, wrong)
-    with pytest.raises(RuntimeError, match='float32 .* bfloat16, got Double'):
+    with pytest.raises(RuntimeError, match=r'float32 .* bfloat16, got Double'):
         ops.resize_add_(add.double(), add.double())
     small = add[:, :, :2, :2].contiguous(**LAYOUT)
     torch.library.opcheck(ops.resize_add_.default, (add, small))

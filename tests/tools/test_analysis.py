@@ -4,7 +4,7 @@ import importlib
 import json
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,213 +16,159 @@ from mmengine.config import Config
 from dsnet_mm import find_config
 from tests.conftest import COCO, FOLDERS, clear_instances, tool
 
+# The visualizer comes from a configuration of mmpretrain, and MMEngine adds a `_scope_`
+# to it, which the tool hands to the visualizer. The modes but `original` call a private
+# function of matplotlib, which 3.11 has changed.
+ORIGINAL = (
+    '--mode original --cfg-options visualizer._delete_=True '
+    'visualizer.type=UniversalVisualizer'
+)
+# By iteration the size is of no meaning, but IterBasedTrainLoop waits 2 s an epoch.
+RATES = '--not-show --dataset-size {} --save-path {{out}}/lr.png'
+# Package, tool, arguments, and a file that it writes. DET and CLS are configurations.
+TOOLS = [
+    (
+        'mmdet',
+        'analysis_tools/browse_dataset.py',
+        'DET --not-show --output-dir {out}',
+        '4.png',
+    ),
+    (
+        'mmdet',
+        'analysis_tools/analyze_logs.py',
+        'plot_curve {det_log} --keys loss segm_mAP --out {out}/curves.png',
+        'curves.png',
+    ),
+    (
+        'mmdet',
+        'analysis_tools/coco_error_analysis.py',
+        'det/predictions.segm.json {out} --ann truth.json --types segm',
+        'segm/segm-allclass-allarea.png',
+    ),
+    (
+        'mmdet',
+        'analysis_tools/confusion_matrix.py',
+        'DET det/predictions.pkl {out}',
+        'confusion_matrix.png',
+    ),
+    (
+        'mmdet',
+        'analysis_tools/analyze_results.py',
+        'DET det/predictions.pkl {out} --topk 1',
+        'bad/*',
+    ),
+    (
+        'mmpretrain',
+        'visualization/browse_dataset.py',
+        f'CLS --not-show --output-dir {{out}} {ORIGINAL}',
+        '*',
+    ),
+    (
+        'mmpretrain',
+        'analysis_tools/analyze_logs.py',
+        'plot_curve {cls_log} --keys loss accuracy/top1 --out {out}/curves.png',
+        'curves.png',
+    ),
+    (
+        'mmpretrain',
+        'analysis_tools/confusion_matrix.py',
+        'CLS cls/predictions.pkl --show-path {out}/confusion.png --include-values',
+        'confusion.png',
+    ),
+    (
+        'mmpretrain',
+        'visualization/vis_scheduler.py',
+        f'{find_config("mask_rcnn_dsnet_nuclei")} {RATES.format(100_000)}',
+        'lr.png',
+    ),
+    (
+        'mmpretrain',
+        'visualization/vis_scheduler.py',
+        f'{find_config("dsnet-demo_scenes")} {RATES.format(320)}',
+        'lr.png',
+    ),
+]
 
-@pytest.fixture(scope='module', autouse=True)
-def _in_folder(folder: Path) -> Iterator[None]:
+
+@pytest.fixture(scope='module')
+def logs(folder: Path) -> Iterator[dict[str, Path]]:
+    """Logs of a Mask R-CNN and a classifier, whose working directories are det and cls.
+
+    These have predictions, and det a TensorBoard log. DET and CLS are configurations
+    with the data root in them, as their user would write them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield
+        for name, old, new, alias in (
+            ('mask_rcnn', 'data/coco', 'sets/coco', 'DET'),
+            ('classifier', 'data/none', 'sets/folders', 'CLS'),
+        ):
+            text = Config.fromfile(f'{name}.py').pretty_text.replace(old, new)
+            Path(f'{alias}.py').write_text(text)
+        truth = Path('sets/coco/annotations/instances_val2017.json').read_text()
+        truth = json.loads(truth)
+        for category in truth['categories']:
+            category['supercategory'] = 'shape'  # the tool fails without
+        Path('truth.json').write_text(json.dumps(truth))
+
+        one = ['--cfg-options', 'default_hooks.logger.interval=1']
+        det = [*one, COCO, 'train_cfg.max_epochs=1']
+        det += ['model.test_cfg.rcnn.max_per_img=20']
+        flags = ['--tensorboard'] if find_spec('tensorboard') else []
+        tool('train.py').main(['mask_rcnn.py', '--work-dir=det', *flags, *det])
+        det += ['test_evaluator.outfile_prefix=det/predictions']
+        det += ['model.test_cfg.rcnn.score_thr=0']  # it has learnt next to nothing
+        args = ['det/epoch_1.pth', '--work-dir=det', '--out=det/predictions.pkl']
+        tool('test.py').main(['mask_rcnn.py', *args, *det])
+        cls = [*one, FOLDERS]
+        tool('train.py').main(['classifier.py', '--work-dir=cls', *cls])
+        args = ['cls/epoch_2.pth', '--out=cls/predictions.pkl']
+        tool('test.py').main(['classifier.py', *args, *cls])
+        yield {
+            f'{name}_log': min(Path(name).glob('*/vis_data/scalars.json'))
+            for name in ('det', 'cls')
+        }
     torch.set_num_threads(threads)
 
 
-def moved(config: str, root: str) -> str:
-    """Writes a configuration with another ``data_root``, as its user would."""
-    text = Config.fromfile(config).pretty_text.replace('data/coco', root)
-    text = text.replace('data/none', root)
-    Path(f'moved_{config}').write_text(text)
-    return f'moved_{config}'
-
-
-@pytest.fixture(scope='module')
-def detector(folder: Path) -> Path:
-    """Working directory of a Mask R-CNN, with its predictions and a TensorBoard log."""
-    work_dir = folder / 'detector'
-    flags = ['--tensorboard'] if find_spec('tensorboard') else []
-    options = ['--cfg-options', COCO, 'default_hooks.logger.interval=1']
-    options += ['train_cfg.max_epochs=1', 'model.test_cfg.rcnn.max_per_img=20']
-    tool('train.py').main(['mask_rcnn.py', f'--work-dir={work_dir}', *flags, *options])
-    tool('test.py').main(
-        [
-            'mask_rcnn.py',
-            f'{work_dir}/epoch_1.pth',
-            f'--work-dir={work_dir}',
-            f'--out={work_dir}/predictions.pkl',
-            *options,
-            f'test_evaluator.outfile_prefix={work_dir}/predictions',
-            'model.test_cfg.rcnn.score_thr=0',  # it has learnt next to nothing
-        ]
-    )
-    return work_dir
-
-
-@pytest.fixture(scope='module')
-def classifier(folder: Path) -> Path:
-    """Working directory of a classifier."""
-    work_dir = folder / 'classifier'
-    options = ['--cfg-options', FOLDERS, 'default_hooks.logger.interval=1']
-    tool('train.py').main(['classifier.py', f'--work-dir={work_dir}', *options])
-    return work_dir
-
-
-def path_of(package: str, name: str) -> Path:
-    """Finds a tool of mmdet or mmpretrain."""
+@pytest.mark.parametrize(('package', 'name', 'args', 'written'), TOOLS)
+def test_tools_of_openmmlab(
+    package: str,
+    name: str,
+    args: str,
+    written: str,
+    logs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ``python PATH ARGUMENTS`` does."""
     folder = Path(importlib.import_module(package).__file__).parent
     path = folder / '.mim' / 'tools' / name
     if not path.is_file():
         pytest.skip(f'this {package} has no {name}')
-    return path
-
-
-@pytest.fixture
-def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs a tool of mmdet or mmpretrain, as ``python PATH ...`` does."""
-
-    def run(package: str, name: str, *args: str) -> None:
-        path = path_of(package, name)
-        clear_instances()
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        runpy.run_path(str(path), run_name='__main__')
-
-    return run
-
-
-def log_of(work_dir: Path) -> Path:
-    """The log of losses and metrics that analyze_logs reads."""
-    return min(work_dir.glob('*/vis_data/scalars.json'))
-
-
-# --------------------------------------------------------------------- detectors
-
-
-def test_browse_detection(upstream: Callable, tmp_path: Path) -> None:
-    args = ['--not-show', '--output-dir', tmp_path]
-    upstream(
-        'mmdet',
-        'analysis_tools/browse_dataset.py',
-        moved('mask_rcnn.py', 'sets/coco'),
-        *args,
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f'{i}.png' for i in range(1, 5)
-    ]
-
-
-def test_detection_logs(detector: Path, upstream: Callable, tmp_path: Path) -> None:
-    args = ['plot_curve', log_of(detector), '--keys', 'loss', 'segm_mAP']
-    args += ['--out', tmp_path / 'curves.png']
-    if (
-        'import seaborn'
-        in path_of('mmdet', 'analysis_tools/analyze_logs.py').read_text()
-    ):
-        pytest.importorskip('seaborn')  # mmdet 3.3.0
-    else:
-        args += ['--style', 'default']
-    upstream('mmdet', 'analysis_tools/analyze_logs.py', *args)
-    assert (tmp_path / 'curves.png').is_file()
-
-
-def test_coco_errors(detector: Path, upstream: Callable, tmp_path: Path) -> None:
-    content = json.loads(
-        Path('sets/coco/annotations/instances_val2017.json').read_text()
-    )
-    for category in content['categories']:
-        category['supercategory'] = 'shape'  # the tool fails without
-    (tmp_path / 'truth.json').write_text(json.dumps(content))
-    results = detector / 'predictions.segm.json'
-    args = ['--ann', tmp_path / 'truth.json', '--types', 'segm']
-    upstream('mmdet', 'analysis_tools/coco_error_analysis.py', results, tmp_path, *args)
-    assert (tmp_path / 'segm' / 'segm-allclass-allarea.png').is_file()
-
-
-def test_detection_confusion(
-    detector: Path, upstream: Callable, tmp_path: Path
-) -> None:
-    config = moved('mask_rcnn.py', 'sets/coco')
-    predictions = detector / 'predictions.pkl'
-    upstream(
-        'mmdet', 'analysis_tools/confusion_matrix.py', config, predictions, tmp_path
-    )
-    assert (tmp_path / 'confusion_matrix.png').is_file()
-
-
-def test_best_and_worst(detector: Path, upstream: Callable, tmp_path: Path) -> None:
-    config = moved('mask_rcnn.py', 'sets/coco')
-    predictions = detector / 'predictions.pkl'
-    args = ['--topk', '1']
-    upstream(
-        'mmdet',
-        'analysis_tools/analyze_results.py',
-        config,
-        predictions,
-        tmp_path,
-        *args,
-    )
-    for kind in ('good', 'bad'):
-        assert len(list((tmp_path / kind).iterdir())) == 1
-
-
-# -------------------------------------------------------------------- classifiers
-
-
-def test_browse_classification(upstream: Callable, tmp_path: Path) -> None:
-    # The visualizer comes from a configuration of mmpretrain, and MMEngine adds
-    # a `_scope_` to it, which the tool hands to the visualizer.
-    options = ['visualizer._delete_=True', 'visualizer.type=UniversalVisualizer']
-    # The other modes call a private function of matplotlib, which 3.11 has changed.
-    args = ['--not-show', '--output-dir', tmp_path, '--mode', 'original']
-    args += ['--cfg-options', *options]
-    config = moved('classifier.py', 'sets/folders')
-    upstream('mmpretrain', 'visualization/browse_dataset.py', config, *args)
-    assert any(tmp_path.iterdir())
-
-
-def test_classification_logs(
-    classifier: Path, upstream: Callable, tmp_path: Path
-) -> None:
-    args = ['plot_curve', log_of(classifier), '--keys', 'loss', 'accuracy/top1']
-    args += ['--out', tmp_path / 'curves.png']
-    upstream('mmpretrain', 'analysis_tools/analyze_logs.py', *args)
-    assert (tmp_path / 'curves.png').is_file()
-
-
-def test_classification_confusion(
-    classifier: Path, upstream: Callable, tmp_path: Path
-) -> None:
-    predictions = tmp_path / 'predictions.pkl'
-    args = ['classifier.py', f'{classifier}/epoch_2.pth', f'--out={predictions}']
-    tool('test.py').main([*args, '--cfg-options', FOLDERS])
-    args = ['--show-path', tmp_path / 'confusion.png', '--include-values']
-    config = moved('classifier.py', 'sets/folders')
-    upstream(
-        'mmpretrain', 'analysis_tools/confusion_matrix.py', config, predictions, *args
-    )
-    assert (tmp_path / 'confusion.png').is_file()
-
-
-# By iteration the size is of no meaning, but IterBasedTrainLoop waits 2 s an epoch.
-@pytest.mark.parametrize(
-    ('config', 'size'),
-    [('mask_rcnn_dsnet_nuclei', 100_000), ('dsnet-demo_scenes', 320)],
-)
-def test_learning_rates(
-    config: str, size: int, upstream: Callable, tmp_path: Path
-) -> None:
-    args = ['--not-show', '--dataset-size', size, '--save-path', tmp_path / 'lr.png']
-    path = find_config(config)
-    upstream('mmpretrain', 'visualization/vis_scheduler.py', path, *args)
-    assert (tmp_path / 'lr.png').is_file()
+    words = [word.format(out=tmp_path, **logs) for word in args.split()]
+    words = [f'{word}.py' if word in ('DET', 'CLS') else word for word in words]
+    if 'segm_mAP' in words:
+        if 'import seaborn' in path.read_text():
+            pytest.importorskip('seaborn')  # mmdet 3.3.0
+        else:
+            words += ['--style', 'default']
+    clear_instances()
+    monkeypatch.setattr(sys, 'argv', [name, *words])
+    runpy.run_path(str(path), run_name='__main__')
+    assert any(file.is_file() for file in tmp_path.glob(written))
 
 
 # ------------------------------------------------------------------------ loggers
 
 
-def test_tensorboard(detector: Path) -> None:
+def test_tensorboard(logs: dict[str, Path]) -> None:
     accumulator = pytest.importorskip(
         'tensorboard.backend.event_processing.event_accumulator'
     )
-    log = log_of(detector)
+    log = logs['det_log']
     events = accumulator.EventAccumulator(str(log.parent)).Reload()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for name, num in (('loss', 2), ('coco/segm_mAP', 1)):
@@ -232,7 +178,7 @@ def test_tensorboard(detector: Path) -> None:
         assert len(measured) == num
 
 
-def test_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb(logs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: it writes a run that ``wandb sync`` sends later."""
     wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
@@ -246,12 +192,12 @@ def test_wandb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('visualizer', [True, False])
 def test_wandb_gets_project_and_name(
-    visualizer: bool, monkeypatch: pytest.MonkeyPatch
+    visualizer: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = tool('train.py')
     found = SimpleNamespace(origin='__init__.py')
     monkeypatch.setattr(train, 'find_spec', lambda package: found)
-    cfg = Config.fromfile('classifier.py')
+    cfg = Config.fromfile(folder / 'classifier.py')
     if not visualizer:
         cfg.pop('visualizer')
     cfg.work_dir = 'runs/first'
@@ -262,21 +208,15 @@ def test_wandb_gets_project_and_name(
     assert wandb.init_kwargs == dict(project='dsnet', name='first')
 
 
-@pytest.mark.parametrize('option', ['--tensorboard', '--wandb=dsnet'])
+@pytest.mark.parametrize('package', ['tensorboard', 'wandb'])
 @pytest.mark.parametrize('spec', [None, SimpleNamespace(origin=None)])
 def test_missing_logger(
-    option: str,
-    spec: SimpleNamespace | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    package: str, spec: SimpleNamespace | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of that name, or only a folder, such as W&B writes."""
     train = tool('train.py')
     monkeypatch.setattr(train, 'find_spec', lambda package: spec)
-    with pytest.raises(SystemExit):
-        args = ['classifier.py', '--work-dir=no_logger', option]
-        train.main([*args, '--cfg-options', FOLDERS])
-    package = option.removeprefix('--').partition('=')[0]
-    message = ' '.join(capsys.readouterr().err.split())
-    assert f'install it by pip install {package}' in message
-    assert not Path('no_logger').exists()
+    cfg = Config(dict(work_dir='none'))
+    chosen = dict(tensorboard=False, wandb=None) | {package: 'dsnet'}
+    with pytest.raises(ValueError, match=f'pip install {package}'):
+        train.set_loggers(cfg, **chosen)

@@ -1,7 +1,6 @@
-import subprocess
-import sys
+"""Parameters and operations: count_complexity, get_flops.py, and other counters."""
+
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.models import DSNet, fuse_for_inference
 from measure.complexity import count_complexity
-from tests.conftest import tool
+from tests.conftest import REPO, tool
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'dsnet'
-
-
-@pytest.fixture(scope='module')
-def get_flops():
-    return tool('analysis_tools/get_flops.py')
+WIDE = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
 
 
 def test_counts_by_hand():
@@ -44,19 +38,6 @@ def test_counts_by_hand():
     assert counts.uncounted == ()
 
 
-def test_attention_counts_in_a_process_that_has_not_loaded_our_ops():
-    code = (
-        'import torch\n'
-        'from dsnet_mm.cli.complexity import count_complexity\n'
-        'class Net(torch.nn.Module):\n'
-        '    def forward(self, x):\n'
-        '        return torch.nn.functional.scaled_dot_product_attention(x, x, x)\n'
-        'print(count_complexity(Net(), torch.zeros(1, 1, 6, 8)).multiply_adds)\n'
-    )
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert out.stdout.split() == [str(2 * 6 * 6 * 8)], out.stderr
-
-
 def test_operators_without_formula_are_listed():
     @torch.library.custom_op('dsnet_mm_test::twice', mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
@@ -66,14 +47,13 @@ def test_operators_without_formula_are_listed():
         def forward(self, x):
             return twice(x)
 
-    assert count_complexity(Net(), torch.zeros(2)).uncounted == (
-        'dsnet_mm_test::twice',
-    )
+    counts = count_complexity(Net(), torch.zeros(2))
+    assert counts.uncounted == ('dsnet_mm_test::twice',)
 
 
-def test_tables_2_and_4_of_the_paper(get_flops):
+def test_tables_2_and_4_of_the_paper():
     """All printed digits agree, in the order of operations of the public code."""
-    models = list(get_flops.published_models())
+    models = list(tool('analysis_tools/get_flops.py').published_models())
     measured = {name: counts for name, _, _, counts, _ in models}
     params = {name: f'{c.params / 1e6:.1f}' for name, c in measured.items()}
     assert params == {
@@ -126,9 +106,6 @@ def test_tables_2_and_4_of_the_paper(get_flops):
     assert 2 * saved['DS-Net-T*'] == 2 * saved['DS-Net-T'] == saved['T, alpha=1']
 
 
-WIDE = dict(embed_dims=(64,) * 4, depths=(1,) * 4, num_heads=(1,) * 4)
-
-
 @pytest.mark.parametrize('isa', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_counts_do_not_depend_on_dtype_and_fusion(dtype, isa):
@@ -142,40 +119,31 @@ def test_counts_do_not_depend_on_dtype_and_fusion(dtype, isa):
     assert fused._replace(params=expected.params) == expected
 
 
-def flops(net, dtype, training=False):
-    """Counts the operations of a network with PyTorch's FlopCounterMode."""
-    net = net.to(dtype).train(training)
-    x = torch.randn(2, 3, 64, 64, dtype=dtype, requires_grad=training)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        (out,) = net(x)
-        if training:
-            out.sum().backward()
-    return counter.get_total_flops()
-
-
-def test_counter_of_pytorch():
+def test_counters_of_pytorch_and_mmengine():
     """float32 uses the compiled operators, float64 those of PyTorch."""
-    net = DSNet(WIDE)
-    expected = flops(net, torch.float64)
-    assert expected == 2 * count_complexity(net, torch.zeros(2, 3, 64, 64).double())[1]
-    assert flops(net, torch.float32) == expected
-    assert flops(fuse_for_inference(net), torch.float32) == expected
 
+    def flops(net, dtype, training=False):
+        net = net.to(dtype).train(training)
+        x = torch.randn(2, 3, 64, 64, dtype=dtype, requires_grad=training)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.set_grad_enabled(training):
+            (out,) = net(x)
+            if training:
+                out.sum().backward()
+        return counter.get_total_flops()
 
-def test_counter_of_pytorch_in_training():
-    """In float32 the backward computes the hidden layers of the FFNs again."""
     net = DSNet(WIDE)
+    counts = count_complexity(net, torch.zeros(1, 3, 64, 64))
+    assert flops(net, torch.float64) == 2 * 2 * counts.multiply_adds
+    assert flops(net, torch.float32) == 2 * 2 * counts.multiply_adds
+    # In float32 the backward computes the hidden layers of the FFNs again.
     again = sum(2 * 2 * (16 // 2**i) ** 2 * 64 * 256 for i in range(4))
     assert flops(net, torch.float32, True) == flops(net, torch.float64, True) + again
-
-
-def test_counter_of_mmengine():
-    net = DSNet(WIDE).eval()
-    shape = (3, 64, 64)
-    counts = count_complexity(net, torch.zeros(1, *shape))
-    for model in (net, fuse_for_inference(deepcopy(net))):
+    fused = fuse_for_inference(deepcopy(net.float().eval()))
+    assert flops(fused, torch.float32) == 2 * 2 * counts.multiply_adds
+    for model in (net.eval(), fused):
         analysis = get_model_complexity_info(
-            model, shape, show_table=False, show_arch=False
+            model, (3, 64, 64), show_table=False, show_arch=False
         )
         # MMEngine also counts resizing and norms, but no biases.
         assert counts.multiply_adds < analysis['flops'] < 1.05 * counts.multiply_adds
@@ -188,19 +156,11 @@ def test_counter_of_mmengine():
         ('retinanet_dsnet_t_fpn_coco.py', '128', '19.68'),
     ],
 )
-def test_configurations(get_flops, config, shape, params, monkeypatch, capsys):
+def test_configurations(config, shape, params, capsys):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmpretrain')
-    path = CONFIGS / config
-    monkeypatch.setattr('sys.argv', ['get_flops.py', str(path), '--shape', shape])
-    get_flops.main()
+    path = str(REPO / 'configs' / 'dsnet' / config)
+    tool('analysis_tools/get_flops.py').main([path, '--shape', shape])
     out = capsys.readouterr().out
     assert f'{shape} x {shape}' in out
     assert params in out
-
-
-def test_unknown_target(get_flops, monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', ['get_flops.py', 'nothing.py'])
-    with pytest.raises(SystemExit):
-        get_flops.main()
-    assert 'nothing.py is neither' in capsys.readouterr().err

@@ -163,9 +163,11 @@ def test_weights_are_small_and_have_cards_and_entries():
             meta = file.metadata()
         assert meta['configuration'] in card and meta['commit'] in card
         assert meta['configuration'] == entry['Config']
-        run = re.search(r'reproduce\.py (\S+) (\S+) --seed (\d+)', card).groups()
-        result = runs.RESULTS / run[0] / f'{run[1]}-seed{run[2]}.json'
-        publish.check_training(Path(entry['Config']), json.loads(result.read_text()))
+        found = re.search(r'reproduce\.py (\S+) (\S+) --seed (\d+)', card).groups()
+        row = TABLES[found[0]].row(found[1])
+        run = runs.Run(found[0], row, int(found[2]), Path('runs'), None)
+        result = json.loads(run.file.read_text())
+        publish.check_training(run, Path(entry['Config']), result)
         measured = re.findall(r'\| .* \| (\S+) \|\n', card)
         for value in entry['Results'][0]['Metrics'].values():
             assert str(value) in measured, 'the figure of the file itself'
@@ -305,9 +307,9 @@ def test_report(table: Path):
     results = report.read_results('small')
     text = report.section('small', results)
     # Student's t for three values: 4.303 standard errors. The gaps are -10, -8, -9.
-    assert '| Ours | 3 | 2.00 | 3.0 | 61.0 ± 2.5 | 10 |' in text
-    assert '| Theirs | 3 | -9.0 ± 2.5 |' in text
-    assert '6 of 6 runs' in text and 'commits c0ffee' in text
+    assert '| Ours | 3 | 3.0 | 61.0 ± 2.5 | - |' in text
+    assert '| Theirs | 3 | 3.0 | 52.0 ± 5.0 | -9.0 ± 2.5 |' in text
+    assert '6 of 6 runs' in text
     assert report.summary([60.0, 62.0]) == '61.0', 'two values have no interval'
     assert report.plot('small', results)[1:4] == b'PNG'
 

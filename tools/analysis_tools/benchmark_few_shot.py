@@ -18,7 +18,6 @@ from rich.table import Table
 from dsnet_mm.datasets.features import Features
 from dsnet_mm.few_shot.evaluation import evaluate
 from dsnet_mm.few_shot.methods import METHODS, FewShotData
-from dsnet_mm.few_shot.methods.zero_shot import fit_zero_shot
 from dsnet_mm.models import OpenCLIPEncoder
 
 CLASSES, SHOTS, WIDTH, TESTS, BATCH = 1000, 16, 1024, 50_000, 256
@@ -90,17 +89,16 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     table = Table('what', 'seconds', 'CPU seconds', title=f'{threads} threads')
-    seconds = timed(lambda: evaluate(fit_zero_shot(data), test))
+    seconds = timed(lambda: evaluate(METHODS['zero_shot'].fit(data), test))
     table.add_row(f'zero-shot on {TESTS:,} features', *columns(seconds))
-    tip = METHODS['tip_adapter']
-    classifier = tip.fit(data, **tip.defaults)
+    classifier = METHODS['tip_adapter'].fit(data)
     seconds = timed(lambda: evaluate(classifier, test))
     table.add_row(f'Tip-Adapter on {TESTS:,} features', *columns(seconds))
     table.add_row('most memory of the process so far, MiB', str(peak()))
 
     method = METHODS['clip_adapter']
     steps = method.defaults['iterations']
-    training = timed(lambda: method.fit(data, **method.defaults, batch_size=BATCH))
+    training = timed(lambda: method.fit(data, batch_size=BATCH))
     table.add_row(f'clip_adapter, {steps} steps of batch {BATCH}', *columns(training))
     released = [steps * seconds for seconds in released_step(args.images, args.texts)]
     table.add_row('the same by the released procedure, scaled', *columns(released))

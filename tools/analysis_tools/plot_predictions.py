@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('out', type=Path, help='image to write, .png or .jpg')
     parser.add_argument('--num', type=int, default=6, help='number of images')
     parser.add_argument(
-        '--score-thr', type=float, default=0.5, help='least score of a prediction'
+        '--score-thr', type=float, default=0.5, help='minimum score of a prediction'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the image')
     add_trust_argument(parser)

@@ -15,7 +15,7 @@ from dsnet_mm.engine.config import load_config
 from dsnet_mm.files import check_new, write_atomic
 
 from .runs import ROOT, Run, as_json, differing, own_keys
-from .tables import TABLES
+from .tables import TABLES, percent
 
 WEIGHTS = ROOT / 'weights'
 # What makes weights what they are: the network and its training.
@@ -62,7 +62,7 @@ def publish(
         )
     result = json.loads(run.file.read_text())
     if config is not None:
-        check_training(config, result)
+        check_training(run, config, result)
         run.config = config
     meta = dict(
         configuration=str(run.config), seed=str(run.seed), commit=result['commit']
@@ -73,18 +73,18 @@ def publish(
     return make_entry(run, name, result, metrics)
 
 
-def check_training(config: Path, result: dict[str, Any]) -> None:
+def check_training(run: Run, config: Path, result: dict[str, Any]) -> None:
     """Checks that a configuration is that of a recorded training.
 
     Args:
+        run: The run.
         config: Configuration, relative to the root of the repository.
-        result: Result of the run.
+        result: Its recorded result.
 
     Raises:
         ValueError: If it has another model, other data or another schedule.
     """
     now = as_json(load_config(str(ROOT / config), {}))
-    run = Run(result['table'], TABLES[result['table']].row(result['row']), 0, ROOT, None)
     keys = {k for k in run.keys | own_keys(ROOT / config) if k[0] in TRAINING}
     if others := differing(result['config'], now, keys):
         raise ValueError(
@@ -93,37 +93,29 @@ def check_training(config: Path, result: dict[str, Any]) -> None:
         )
 
 
+def digits(key: str, metrics: dict[str, float]) -> float:
+    """Returns a metric in percent, with one digit after the point."""
+    return round(percent(key, metrics[key]), 1)
+
+
 def make_entry(
     run: Run, name: str, result: dict[str, Any], metrics: dict[str, float]
 ) -> str:
     """Returns an entry of a metafile; arguments as those of :func:`make_card`."""
     table = TABLES[run.table]
     kept = list(table.metrics)[:1] + [m for m in table.metrics if m == 'coco/bbox_mAP']
-    entry = dict(
-        Name=name,
-        Config=str(run.config),
-        Weights=f'weights/{name}.safetensors',
-        Metadata={
-            'Training Data': table.title.split(',')[0],
-            'Parameters': result['model']['params'],
-        },
-        Results=[
-            dict(
-                Task='Instance Segmentation'
-                if len(kept) > 1
-                else 'Image Classification',
-                Dataset=table.title.split(',')[0],
-                Metrics={table.metrics[m]: percent(m, metrics) for m in kept},
-            )
-        ],
-    )
-    entry['In Collection'] = 'DS-Net'
+    tasks = ('Image Classification', 'Instance Segmentation')
+    data = table.title.split(',')[0]
+    metrics = {table.metrics[m]: digits(m, metrics) for m in kept}
+    entry = {
+        'Name': name,
+        'Config': str(run.config),
+        'Weights': f'weights/{name}.safetensors',
+        'Metadata': {'Training Data': data, 'Parameters': result['model']['params']},
+        'Results': [dict(Task=tasks[len(kept) > 1], Dataset=data, Metrics=metrics)],
+        'In Collection': 'DS-Net',
+    }
     return yaml.safe_dump([entry], sort_keys=False)
-
-
-def percent(key: str, metrics: dict[str, float]) -> float:
-    """Returns a metric in percent, with one digit after the point."""
-    return round(metrics[key] * (1 if key == 'accuracy/top1' else 100), 1)
 
 
 def make_card(
@@ -144,7 +136,7 @@ def make_card(
     megabytes = (WEIGHTS / f'{name}.safetensors').stat().st_size / 1e6
     test = f'python tools/test.py {run.config} {weights}'
     rows = [
-        f'| {key} | {percent(key, result["metrics"])} | {percent(key, metrics)} |'
+        f'| {key} | {digits(key, result["metrics"])} | {digits(key, metrics)} |'
         for key in table.metrics
     ]
     return '\n'.join(

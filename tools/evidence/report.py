@@ -18,7 +18,7 @@ from dsnet_mm.few_shot.report import half_interval
 from dsnet_mm.files import write_atomic
 
 from .runs import RESULTS, ROOT
-from .tables import TABLES, Row, Table
+from .tables import TABLES, Row, is_sweep, percent
 
 PAGE = ROOT / 'docs' / 'results.md'
 PLOTS = ROOT / 'docs' / 'images'
@@ -42,9 +42,8 @@ def read_results(name: str) -> Results:
 
 def values(results: Results, row: str, metric: str) -> dict[int, float]:
     """Returns a metric of a row by seed, in percent; -1 stands for no objects."""
-    scale = 1 if metric == 'accuracy/top1' else 100
     return {
-        seed: scale * result['metrics'][metric]
+        seed: percent(metric, result['metrics'][metric])
         for seed, result in results.get(row, {}).items()
         if result['metrics'][metric] != -1
     }
@@ -135,11 +134,6 @@ def section(name: str, results: Results) -> str:
         f'torch {runs[0]["versions"]["torch"]}; {", ".join(machines)}.'
     )
     return '\n\n'.join(parts)
-
-
-def is_sweep(name: str) -> bool:
-    """Tells whether a table is a learning-rate sweep, which has no plot."""
-    return name.endswith('_rates')
 
 
 def plot(name: str, results: Results) -> bytes:
@@ -261,7 +255,7 @@ def compare(name: str, row: Row, seed: int, result: dict, recorded: dict) -> str
     Raises:
         ValueError: If they differ by more than the tolerance of the table.
     """
-    table: Table = TABLES[name]
+    table = TABLES[name]
     metric, title = next(iter(table.metrics.items()))
     new, old = (
         values({row.name: {seed: found}}, row.name, metric)[seed]

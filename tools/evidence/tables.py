@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+Options = Mapping[str, Any]
+"""Values of a configuration, by dotted name."""
+
 
 class Row(NamedTuple):
     """A row of a table.
@@ -19,7 +22,7 @@ class Row(NamedTuple):
     label: str
     config: str
     seeds: int = 3
-    options: Mapping[str, Any] = {}
+    options: Options = {}
 
 
 class Table(NamedTuple):
@@ -52,6 +55,16 @@ class Table(NamedTuple):
     def row(self, name: str) -> Row:
         """Returns a row by its name."""
         return next(row for row in self.rows if row.name == name)
+
+
+def is_sweep(table: str) -> bool:
+    """Tells whether a table is a learning-rate sweep."""
+    return table.endswith('_rates')
+
+
+def percent(metric: str, value: float) -> float:
+    """Returns a metric in percent. Those of COCO are fractions."""
+    return value * (1 if metric == 'accuracy/top1' else 100)
 
 
 COCO = {
@@ -91,34 +104,6 @@ DETECTORS = {
     'swin_fpn': 'Swin + FPN',
     'convnext_fpn': 'ConvNeXt + FPN',
 }
-# Choices of DS-Net and DS-FPN.
-DETECTOR_CHOICES = {
-    'dsfpn_init': (
-        "DS-FPN, PyTorch's initial convolutions",
-        {
-            'neck.init_cfg.type': 'TruncNormal',
-            'neck.init_cfg.layer': 'Linear',
-            'neck.init_cfg.std': 0.02,
-        },
-    ),
-    'dsfpn_small_init': (
-        'DS-FPN, initial weights of 0.02',
-        {
-            'neck.init_cfg.type': 'TruncNormal',
-            'neck.init_cfg.layer': ['Linear', 'Conv2d'],
-            'neck.init_cfg.std': 0.02,
-        },
-    ),
-    'dsfpn_no_isa': ('DS-FPN without ISA', {'neck.isa': False}),
-    'dsfpn_coarse': (
-        'DS-FPN, blocks at strides 16 and 32 only',
-        {'neck.num_plain_levels': 2},
-    ),
-    'no_output_norm': (
-        'DS-FPN, no norms of the outputs of DS-Net',
-        {'backbone.output_norm': False},
-    ),
-}
 CLASSIFIERS = {
     'dsnet': 'DS-Net*',
     'dsnet_alpha0': 'DS-Net, alpha 0 (local stream alone)',
@@ -135,14 +120,88 @@ CLASSIFIERS = {
     'dsnet_no_output_norm': 'DS-Net* without the norm of its output',
 }
 THREE_SEEDS = (
-    'dsnet',
-    'dsnet_alpha0',
-    'dsnet_alpha1',
-    'resnet',
-    'deit',
-    'dsnet_no_output_norm',
-    'dsfpn_coarse',
+    *('dsnet', 'dsnet_alpha0', 'dsnet_alpha1', 'resnet', 'deit'),
+    *('dsnet_no_output_norm', 'dsfpn_coarse'),
 )
+
+
+def normal(part: str, *layers: str) -> Options:
+    """Returns the options of initial weights from a normal distribution of 0.02."""
+    values = dict(type='TruncNormal', layer=list(layers), std=0.02)
+    return {f'model.{part}.init_cfg.{key}': value for key, value in values.items()}
+
+
+# Choices of DS-Net and DS-FPN.
+DETECTOR_CHOICES = {
+    'dsfpn_init': (
+        "DS-FPN, PyTorch's initial convolutions",
+        {**normal('neck'), 'model.neck.init_cfg.layer': 'Linear'},
+    ),
+    'dsfpn_small_init': (
+        'DS-FPN, initial weights of 0.02',
+        normal('neck', 'Linear', 'Conv2d'),
+    ),
+    'dsfpn_no_isa': ('DS-FPN without ISA', {'model.neck.isa': False}),
+    'dsfpn_coarse': (
+        'DS-FPN, blocks at strides 16 and 32 only',
+        {'model.neck.num_plain_levels': 2},
+    ),
+    'no_output_norm': (
+        'DS-FPN, no norms of the outputs of DS-Net',
+        {'model.backbone.output_norm': False},
+    ),
+}
+NUCLEI = Table(
+    'Nuclei, Mask R-CNN from random weights',
+    (
+        *(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items()),
+        *(
+            Row(
+                name, label, 'nuclei_dsnet_dsfpn', 3 if name in THREE_SEEDS else 1, opts
+            )
+            for name, (label, opts) in DETECTOR_CHOICES.items()
+        ),
+    ),
+    COCO,
+    tolerance=1.5,
+    data=NUCLEI_DATA,
+    licence='the images are CC0',
+    limits=NUCLEI_LIMITS,
+    size=256,
+)
+# As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
+LONG_DETECTOR = {
+    'train_cfg.max_iters': 1400,
+    'train_cfg.val_interval': 1400,
+    'param_scheduler.1.T_max': 1400,
+    'model.backbone.norm_cfg.type': 'GN',
+    'model.backbone.norm_cfg.num_groups': 8,
+    'model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 1,
+    'model.train_cfg.rpn_proposal.nms_pre': 300,
+    'model.train_cfg.rpn_proposal.max_per_img': 200,
+}
+CIFAR10 = Table(
+    'CIFAR-10 at 64 pixels',
+    tuple(
+        Row(name, label, f'cifar10_{name}', 3 if name in THREE_SEEDS else 1)
+        for name, label in CLASSIFIERS.items()
+    ),
+    {'accuracy/top1': 'accuracy'},
+    tolerance=1.0,
+    data=CIFAR_DATA,
+    licence=CIFAR_LICENCE,
+    limits=CIFAR_LIMITS,
+    size=64,
+)
+LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}
+# Two epochs, judged by a tenth of the training images.
+SHORT = {
+    'train_cfg.max_epochs': 2,
+    'param_scheduler.1.T_max': 2,
+    'test_dataloader.dataset.ann_file': 'val.txt',
+    'test_dataloader.dataset.data_prefix': 'train',
+}
 RATES = {
     'dsnet': (1e-3, 2e-3, 4e-3, 8e-3),
     'resnet': (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -152,94 +211,6 @@ RATES = {
     # That of 0.004 is in the table of choices.
     'dsnet_no_output_norm': (2e-3, 8e-3),
 }
-
-TABLES = {
-    'nuclei': Table(
-        'Nuclei, Mask R-CNN from random weights',
-        tuple(Row(name, label, f'nuclei_{name}') for name, label in DETECTORS.items())
-        + tuple(
-            Row(
-                name,
-                label,
-                'nuclei_dsnet_dsfpn',
-                3 if name in THREE_SEEDS else 1,
-                {f'model.{key}': value for key, value in options.items()},
-            )
-            for name, (label, options) in DETECTOR_CHOICES.items()
-        ),
-        COCO,
-        tolerance=1.5,
-        data=NUCLEI_DATA,
-        licence='the images are CC0',
-        limits=NUCLEI_LIMITS,
-        size=256,
-    ),
-    'scenes': Table(
-        'Drawn scenes, Mask R-CNN',
-        (
-            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
-            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
-        ),
-        COCO,
-        tolerance=3.0,
-        data='the first two commands of `make demo`: the images and the warm-up of '
-        'the backbone',
-        licence='the images are drawn by this repository',
-        limits='drawn images only',
-        size=128,
-    ),
-    'cifar10': Table(
-        'CIFAR-10 at 64 pixels',
-        tuple(
-            Row(name, label, f'cifar10_{name}', 3 if name in THREE_SEEDS else 1)
-            for name, label in CLASSIFIERS.items()
-        ),
-        {'accuracy/top1': 'accuracy'},
-        tolerance=1.0,
-        data=CIFAR_DATA,
-        licence=CIFAR_LICENCE,
-        limits=CIFAR_LIMITS,
-        size=64,
-    ),
-}
-# Learning rates. Those of the nuclei are judged by the validation images: there are
-# few of them. The rate of 0.002 is in the table itself.
-TABLES['nuclei_rates'] = TABLES['nuclei']._replace(
-    title='Nuclei, other learning rates',
-    rows=tuple(
-        Row(
-            f'{name}_{rate:g}',
-            f'{label}, {rate:g}',
-            f'nuclei_{name}',
-            1,
-            {'optim_wrapper.optimizer.lr': rate},
-        )
-        for name, label in DETECTORS.items()
-        for rate in (1e-3, 4e-3)
-    ),
-)
-# Two epochs, judged by a tenth of the training images.
-SHORT = {
-    'train_cfg.max_epochs': 2,
-    'param_scheduler.1.T_max': 2,
-    'test_dataloader.dataset.ann_file': 'val.txt',
-    'test_dataloader.dataset.data_prefix': 'train',
-}
-TABLES['cifar10_rates'] = TABLES['cifar10']._replace(
-    title='CIFAR-10, learning rates',
-    rows=tuple(
-        Row(
-            f'{name}_{rate:g}',
-            f'{CLASSIFIERS[name]}, {rate:g}',
-            f'cifar10_{name}',
-            1,
-            {**SHORT, 'optim_wrapper.optimizer.lr': rate},
-        )
-        for name, rates in RATES.items()
-        for rate in rates
-    ),
-    tolerance=1.5,
-)
 CHOICES = {
     'default': ('DS-Net*', {}),
     'global_small': (
@@ -260,11 +231,7 @@ CHOICES = {
     ),
     'small_init': (
         'all weights from a normal of 0.02',
-        {
-            'model.backbone.init_cfg.type': 'TruncNormal',
-            'model.backbone.init_cfg.layer': ['Linear', 'Conv2d'],
-            'model.backbone.init_cfg.std': 0.02,
-        },
+        normal('backbone', 'Linear', 'Conv2d'),
     ),
     'no_output_norm': (
         'no norm of the output',
@@ -277,57 +244,84 @@ STEMS = {
     'resnet': 'ResNet',
     'resnet_patches': 'ResNet behind patches of 4x4 pixels',
 }
-TABLES['cifar10_choices'] = TABLES['cifar10_rates']._replace(
-    title='CIFAR-10, choices of DS-Net*, and stems',
-    rows=tuple(
-        Row(name, label, 'cifar10_dsnet', 1, {**SHORT, **options})
-        for name, (label, options) in CHOICES.items()
+
+
+def sweep_rows(
+    data: str, rates: Mapping[str, tuple], labels: Mapping[str, str], options: Options
+) -> tuple[Row, ...]:
+    """Returns a row for each network and learning rate."""
+    lr = 'optim_wrapper.optimizer.lr'
+    return tuple(
+        Row(
+            f'{name}_{rate:g}',
+            f'{labels[name]}, {rate:g}',
+            f'{data}_{name}',
+            1,
+            {**options, lr: rate},
+        )
+        for name in rates
+        for rate in rates[name]
     )
-    + tuple(
-        Row(name, label, f'cifar10_{name}', 1, SHORT) for name, label in STEMS.items()
-    ),
-    comparable=False,
-)
 
 
-# As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
-LONG_DETECTOR = {
-    'train_cfg.max_iters': 1400,
-    'train_cfg.val_interval': 1400,
-    'param_scheduler.1.T_max': 1400,
-    'model.backbone.norm_cfg.type': 'GN',
-    'model.backbone.norm_cfg.num_groups': 8,
-    'model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio': 1,
-    'model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 1,
-    'model.train_cfg.rpn_proposal.nms_pre': 300,
-    'model.train_cfg.rpn_proposal.max_per_img': 200,
-}
-TABLES['nuclei_long'] = TABLES['nuclei']._replace(
-    title='Nuclei, a longer training',
-    rows=tuple(
-        Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
-        for name in ('dsnet_dsfpn', 'dsnet_fpn')
-    ),
-)
-LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}
-TABLES['cifar10_long'] = TABLES['cifar10']._replace(
-    title='CIFAR-10, a longer training',
-    rows=tuple(
-        Row(name, CLASSIFIERS[name], f'cifar10_{name}', 3, LONG)
-        for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
-    ),
-)
-# The order of `reproduce.py all`: learning rates are chosen before they are used.
+# In the order of `reproduce.py all`: learning rates are chosen before they are used.
 TABLES = {
-    name: TABLES[name]
-    for name in (
-        'nuclei',
-        'nuclei_long',
-        'scenes',
-        'cifar10_rates',
-        'cifar10',
-        'cifar10_choices',
-        'nuclei_rates',
-        'cifar10_long',
-    )
+    'nuclei': NUCLEI,
+    'nuclei_long': NUCLEI._replace(
+        title='Nuclei, a longer training',
+        rows=tuple(
+            Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
+            for name in ('dsnet_dsfpn', 'dsnet_fpn')
+        ),
+    ),
+    'scenes': Table(
+        'Drawn scenes, Mask R-CNN',
+        (
+            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
+            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
+        ),
+        COCO,
+        tolerance=3.0,
+        data='the first two commands of `make demo`: the images and the warm-up of '
+        'the backbone',
+        licence='the images are drawn by this repository',
+        limits='drawn images only',
+        size=128,
+    ),
+    'cifar10_rates': CIFAR10._replace(
+        title='CIFAR-10, learning-rate sweep',
+        rows=sweep_rows('cifar10', RATES, CLASSIFIERS, SHORT),
+        tolerance=1.5,
+    ),
+    'cifar10': CIFAR10,
+    'cifar10_choices': CIFAR10._replace(
+        title='CIFAR-10, choices of DS-Net*, and stems',
+        rows=(
+            *(
+                Row(name, label, 'cifar10_dsnet', 1, {**SHORT, **options})
+                for name, (label, options) in CHOICES.items()
+            ),
+            *(
+                Row(name, label, f'cifar10_{name}', 1, SHORT)
+                for name, label in STEMS.items()
+            ),
+        ),
+        tolerance=1.5,
+        comparable=False,
+    ),
+    # Judged by the validation images: there are few of them. The rate of 0.002 is in
+    # the table itself.
+    'nuclei_rates': NUCLEI._replace(
+        title='Nuclei, learning-rate sweep',
+        rows=sweep_rows(
+            'nuclei', dict.fromkeys(DETECTORS, (1e-3, 4e-3)), DETECTORS, {}
+        ),
+    ),
+    'cifar10_long': CIFAR10._replace(
+        title='CIFAR-10, a longer training',
+        rows=tuple(
+            Row(name, CLASSIFIERS[name], f'cifar10_{name}', 3, LONG)
+            for name in ('dsnet', 'dsnet_no_output_norm', 'resnet')
+        ),
+    ),
 }

@@ -94,9 +94,7 @@ class Worker:
         return line
 
 
-def compare(
-    old: Path, panels: list[Panel], turns: int, threads: int
-) -> Iterator[dict]:
+def compare(old: Path, panels: list[Panel], turns: int, threads: int) -> Iterator[dict]:
     """Times both checkouts in alternating turns.
 
     Args:

@@ -194,7 +194,9 @@ def measure(panel: Panel, rows: list[Row], turns: Iterable) -> dict[Row, dict]:
     height, inner, width = PRODUCT
     options = dict(dtype=DTYPES[panel.dtype], device=panel.device)
     a, b = torch.randn(height, inner, **options), torch.randn(inner, width, **options)
-    calls['product'] = partial(torch.mm, a, b, out=torch.empty(height, width, **options))
+    calls['product'] = partial(
+        torch.mm, a, b, out=torch.empty(height, width, **options)
+    )
     times = time_in_turns(calls, turns, panel.device)
     seconds = {row: median(measured) for row, measured in times.items()}
     rate = 2 * height * inner * width / seconds['product']

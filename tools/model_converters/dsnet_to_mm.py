@@ -28,7 +28,7 @@ from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import DSNet
 
-# Inside a block: public name -> name in dsnet_mm.
+# Inside a block: public name -> ours.
 BLOCK_NAMES = {
     'pos_embed': 'pos_embed',
     'norm1': 'norm1',
@@ -54,100 +54,77 @@ STATISTICS = {'running_mean': '_mean', 'running_var': '_variance'}
 COUNTER = 'num_batches_tracked'
 
 
-def convert_key(key: str) -> str:
-    """Renames one tensor of a public checkpoint.
-
-    Raises:
-        ValueError: If the name is not one of the public code.
-    """
-    module, _, tensor = key.rpartition('.')
-    if module in ('norm', 'head'):
-        return dict(norm='backbone.norm3.', head='head.fc.')[module] + tensor
-    if match := re.fullmatch(r'patch_embed([1-4])\.proj', module):
-        return f'backbone.patch_embeds.{int(match[1]) - 1}.projection.{tensor}'
-    match = re.fullmatch(r'blocks([1-4])\.(\d+)\.(.+)', module)
-    if match and match[3] in BLOCK_NAMES:
-        name = BLOCK_NAMES[match[3]]
-        return f'backbone.stages.{int(match[1]) - 1}.{match[2]}.{name}.{tensor}'
-    raise ValueError(
-        f'{key!r} is not a tensor of the public DS-Net code; the checkpoint is of '
-        f'another model, or converted already.'
-    )
+def public_name(key: str) -> str:
+    """Returns the public name of a tensor of :class:`DSNet`."""
+    part, *rest, tensor = key.split('.')
+    if part == 'norm3':
+        return f'norm.{tensor}'
+    if part == 'patch_embeds':
+        return f'patch_embed{int(rest[0]) + 1}.proj.{tensor}'
+    stage, block, *name = rest
+    return f'blocks{int(stage) + 1}.{block}.{PUBLIC_NAMES[".".join(name)]}.{tensor}'
 
 
-def public_key(key: str) -> str:
-    """Renames one tensor of ours; the inverse of :func:`convert_key`.
+def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]:
+    """Renames all tensors of a classifier and checks that none is missing.
 
-    Raises:
-        ValueError: If it is not one of a classifier with DS-Net.
-    """
-    module, _, tensor = key.rpartition('.')
-    if module in ('backbone.norm3', 'head.fc'):
-        return {'backbone.norm3': 'norm.', 'head.fc': 'head.'}[module] + tensor
-    if match := re.fullmatch(r'backbone\.patch_embeds\.([0-3])\.projection', module):
-        return f'patch_embed{int(match[1]) + 1}.proj.{tensor}'
-    match = re.fullmatch(r'backbone\.stages\.([0-3])\.(\d+)\.(.+)', module)
-    if match and match[3] in PUBLIC_NAMES:
-        name = PUBLIC_NAMES[match[3]]
-        return f'blocks{int(match[1]) + 1}.{match[2]}.{name}.{tensor}'
-    raise ValueError(
-        f'{key!r} is not a tensor of a classifier with DS-Net; only those have public '
-        f'names.'
-    )
-
-
-def check_complete(state: dict[str, Tensor]) -> None:
-    """Checks names and shapes against a DS-Net of the same depths and widths.
+    Names and shapes are those of a DS-Net with the depths and widths of the state dict.
 
     Args:
-        state: State dict of ours.
+        state: State dict with public names, or with ours if ``reverse``.
+        reverse: Whether to give the tensors public names.
 
     Raises:
         ValueError: If a tensor is missing, left over, or of another shape.
     """
-    depths, widths = [0] * 4, [0] * 4
-    for key, tensor in state.items():
-        if match := re.match(r'backbone\.stages\.([0-3])\.(\d+)\.', key):
-            stage = int(match[1])
-            depths[stage] = max(depths[stage], int(match[2]) + 1)
-        elif match := re.match(r'backbone\.patch_embeds\.([0-3])\..*bias', key):
-            widths[int(match[1])] = len(tensor)
+    stages = range(4) if reverse else range(1, 5)
+    block = r'backbone\.stages\.{}\.(\d+)\.' if reverse else r'blocks{}\.(\d+)\.'
+    patches = 'backbone.patch_embeds.{}.projection' if reverse else 'patch_embed{}.proj'
+    bias = f'{"head.fc" if reverse else "head"}.bias'
+    depths, widths = [], []
+    for stage in stages:
+        found = (re.match(block.format(stage), key) for key in state)
+        depths.append(max((int(match[1]) + 1 for match in found if match), default=0))
+        widths.append(len(state.get(f'{patches.format(stage)}.bias', ())))
+
+    def check_known(key: str, known: bool) -> None:
+        if not known:
+            code = 'a classifier of dsnet_mm' if reverse else 'the public DS-Net code'
+            raise ValueError(
+                f'{key!r} is not a tensor of {code}; the checkpoint is of another '
+                f'model, or converted already.'
+            )
+
+    check_known(next(iter(state), ''), any(depths))
     if 0 in depths + widths:
         raise ValueError(
             f'the checkpoint has {depths} blocks and {widths} channels in the stages '
             f'of DS-Net; it is a part of one'
         )
-    arch = dict(embed_dims=widths, depths=depths, num_heads=(1, 1, 1, 1))
-    network = DSNet(arch).state_dict()
-    expected = {f'backbone.{key}': tuple(t.shape) for key, t in network.items()}
-    classes = len(state.get('head.fc.bias', ()))
-    expected |= {'head.fc.weight': (classes, widths[3]), 'head.fc.bias': (classes,)}
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    network = DSNet(dict(embed_dims=widths, depths=depths, num_heads=(1, 1, 1, 1)))
+    names = {f'backbone.{key}': public_name(key) for key in network.state_dict()}
+    shapes = {f'backbone.{key}': x.shape for key, x in network.state_dict().items()}
+    for name in ('weight', 'bias'):
+        names[f'head.fc.{name}'] = f'head.{name}'
+    classes = len(state.get(bias, ()))
+    shapes |= {'head.fc.weight': (classes, widths[3]), 'head.fc.bias': (classes,)}
+    ours = {key if reverse else public: key for key, public in names.items()}
+    for key in state:
+        check_known(key, key in ours)
+    given = {ours[key]: tensor for key, tensor in state.items()}
     differing = sorted(
         key
-        for key in expected.keys() | shapes.keys()
-        if expected.get(key) != shapes.get(key)
+        for key, shape in shapes.items()
+        if key not in given or tuple(given[key].shape) != tuple(shape)
     )
     if differing:
         key = differing[0]
+        shape = tuple(given[key].shape) if key in given else 'missing'
         raise ValueError(
             f'{len(differing)} tensors differ from those of DS-Net with {depths} '
-            f'blocks, for example {key}: {shapes.get(key, "missing")} and not '
-            f'{expected.get(key, "there")}'
+            f'blocks, for example {key}: {shape} and not {tuple(shapes[key])}'
         )
-
-
-def to_ours(public: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames all tensors of a public checkpoint and checks that none is missing."""
-    state = {convert_key(key): tensor for key, tensor in public.items()}
-    check_complete(state)
-    return state
-
-
-def to_public(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames all tensors of ours; the inverse of :func:`to_ours`."""
-    check_complete(state)
-    return {public_key(key): tensor for key, tensor in state.items()}
+    return {names[k]: x for k, x in given.items()} if reverse else given
 
 
 def from_paddle(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -282,14 +259,14 @@ def convert(src: Path, dst: Path, reverse: bool) -> tuple[int, bytes]:
     if reverse:
         _check(src)
         checkpoint = read_checkpoint(str(src))
-        state = to_public(checkpoint.get('state_dict', checkpoint))
+        state = rename(checkpoint.get('state_dict', checkpoint), reverse=True)
         if dst.suffix == '.pdparams':
             arrays = to_paddle(state)
             return len(arrays), pickle.dumps(arrays, protocol=4)
         torch.save(dict(model=state), buffer)
     else:
         load = load_paddle if src.suffix == '.pdparams' else load_public
-        state = to_ours(load(src))
+        state = rename(load(src))
         torch.save(dict(meta=dict(source=src.name), state_dict=state), buffer)
     return len(state), buffer.getvalue()
 

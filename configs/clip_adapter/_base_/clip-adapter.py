@@ -1,6 +1,14 @@
 # Trains one CLIP-Adapter with MMEngine's Runner, on cached features, 16 shots. The
-# configurations that inherit from this one set the encoder and the data set.
+# configurations that inherit from this one set the encoder.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
+
+# The data set, see docs/clip_adapter.md: --cfg-options task=NAME of the tools here, or
+# this environment variable.
+task = '{{$DSNET_MM_TASK:imagenet}}'
+
+# ImageNet has no validation split of its own, and the seven prompts of Tip-Adapter.
+is_imagenet = task == 'imagenet'
+prompts = 'imagenet_7' if is_imagenet else None
 
 model = dict(
     type='ImageClassifier',
@@ -8,6 +16,8 @@ model = dict(
     backbone=dict(type='dsnet_mm.OpenCLIPEncoder'),
     head=dict(
         type='dsnet_mm.CLIPAdapterHead',
+        class_names=task,
+        prompts=prompts,
         adapter=dict(preset='paper', alpha=0.2),
         keep=5.0,
     ),
@@ -17,12 +27,15 @@ model = dict(
 features = dict(folder='work_dirs/few_shot_features', preprocessing='clip')
 draw = dict(
     type='dsnet_mm.FewShotDataset',
+    dataset=task,
     shots=16,
     seed=1,
     features=features,
     pipeline=[dict(type='PackInputs', input_key='features')],
 )
 loader = dict(batch_size=256, num_workers=0, collate_fn=dict(type='default_collate'))
+in_order = dict(type='DefaultSampler', shuffle=False)
+accuracy = dict(type='Accuracy', topk=1)
 train_dataloader = dict(
     **loader,
     # MMEngine sleeps for two seconds at the end of each epoch of other samplers. With
@@ -30,26 +43,19 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(part='train', views=10, **draw),
 )
-val_dataloader = dict(
-    **loader,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(part='val', **draw),
-)
-test_dataloader = dict(
-    **loader,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(part='test', **draw),
-)
-val_evaluator = dict(type='Accuracy', topk=1)
-test_evaluator = dict(type='Accuracy', topk=1)
+test_dataloader = dict(**loader, sampler=in_order, dataset=dict(part='test', **draw))
+test_evaluator = accuracy
+test_cfg = dict()
+val_dataloader, val_evaluator, val_cfg = None, None, None
+if not is_imagenet:
+    val_dataloader = dict(**loader, sampler=in_order, dataset=dict(part='val', **draw))
+    val_evaluator, val_cfg = accuracy, dict()
 
 # The recipe of the method `clip_adapter`, see docs/clip_adapter.md.
 iterations = 200
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01))
 param_scheduler = dict(type='CosineAnnealingLR', by_epoch=False, end=iterations)
 train_cfg = dict(by_epoch=False, max_iters=iterations, val_interval=50)
-val_cfg = dict()
-test_cfg = dict()
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=iterations, max_keep_ckpts=1),
@@ -60,6 +66,8 @@ randomness = dict(seed=0)
 # Options of `python tools/few_shot.py run CONFIG`, which fits all these methods with 1
 # to 16 shots and three seeds.
 few_shot = dict(
+    dataset=task,
+    prompts=prompts,
     methods=[
         'linear_probe',
         'tip_adapter',
@@ -71,3 +79,9 @@ few_shot = dict(
     ],
     preprocessing='clip',
 )
+if is_imagenet:
+    few_shot.update(
+        selection='cv',
+        # CoOp trains for 50 epochs on ImageNet, for any number of shots.
+        overrides=dict(clip_adapter_released=dict(epochs=50)),
+    )

@@ -52,16 +52,25 @@ def register_classifier(*tensors: str) -> Callable[[type], type]:
     """Registers a class of classifiers, which can then be saved and loaded.
 
     A classifier takes image features (N, D) and returns logits (N, K). Its constructor
-    takes tensors of its state dict, and then the items of its attribute ``options`` as
-    keyword arguments, if it has one.
-
-    Args:
-        *tensors: Names of these tensors in the state dict.
+    takes the named tensors of its state dict, the first with D columns, and then the
+    items of its attribute ``options`` as keyword arguments, if it has one.
     """
 
     def register(cls: type) -> type:
         CLASSIFIERS[cls.__name__] = cls, tensors
         return cls
+
+    return register
+
+
+def register_method(
+    name: str, returns: type[nn.Module], title: str, **about: object
+) -> Callable[[Callable], Callable]:
+    """Registers a function as a method, by attributes of :class:`Method`."""
+
+    def register(function: Callable) -> Callable:
+        METHODS[name] = Method(title, function, returns, **about)
+        return function
 
     return register
 
@@ -83,8 +92,8 @@ class Method:
         needs_encoder: Whether ``function`` uses ``FewShotData.encoder``.
 
     Raises:
-        ValueError: If the class of the classifier is not registered, or an entry of
-            ``grid`` or ``after_fit`` is not a hyper-parameter.
+        ValueError: If the class of the classifier is not registered, or ``grid`` has
+            what is not a hyper-parameter.
     """
 
     title: str
@@ -102,11 +111,9 @@ class Method:
                 f'{self.title} returns a {self.returns.__name__}, which cannot be '
                 f'saved; decorate the class with register_classifier.'
             )
-        self.check(self.grid)
-        if unknown := set(self.after_fit) - set(self.grid):
-            raise ValueError(f'{self.title} has no grid of {", ".join(unknown)}.')
+        self.check((*self.grid, *self.after_fit))
 
-    def check(self, options: Mapping[str, object]) -> None:
+    def check(self, options: Sequence[str] | Mapping[str, object]) -> None:
         """Raises a ValueError for hyper-parameters that the method does not have."""
         if unknown := sorted(set(options) - set(self.defaults)):
             raise ValueError(
@@ -115,42 +122,13 @@ class Method:
             )
 
     def fit(self, data: FewShotData, **options: object) -> nn.Module:
-        """Fits a classifier.
-
-        Args:
-            data: Training data.
-            **options: Hyper-parameters. ``defaults`` has the others.
-
-        Returns:
-            The classifier: image features (N, D) to logits (N, K).
+        """Fits a classifier. Hyper-parameters that are not given are the defaults.
 
         Raises:
             ValueError: If there is no such hyper-parameter, or a value is wrong.
         """
         self.check(options)
         return self.function(data, **{**self.defaults, **options})
-
-
-def register_method(
-    name: str, returns: type[nn.Module], title: str, **about: object
-) -> Callable[[Callable], Callable]:
-    """Registers a function as a method, see :class:`Method`.
-
-    Args:
-        name: Name in ``METHODS``.
-        returns: Class of the classifier.
-        title: Name in tables.
-        **about: The other attributes of :class:`Method`.
-
-    Raises:
-        ValueError: If they are wrong, see :class:`Method`.
-    """
-
-    def register(function: Callable) -> Callable:
-        METHODS[name] = Method(title, function, returns, **about)
-        return function
-
-    return register
 
 
 def num_learnt(model: nn.Module) -> int:

@@ -34,11 +34,6 @@ class Prototypes(TextLearner):
     Source: ``AdapterMethod`` and ``forward_lp`` in ``trainers/adapters.py`` of
     github.com/jusiro/CLAP. There the prototypes start as what the text tower returns,
     before it is normalised. A longer start has the effect of a smaller learning rate.
-
-    Args:
-        data: Data with the text features T (K, D).
-        multipliers: Weights of the distances (K,), zeros for ZS-LP.
-        length: Length of the prototypes at the start.
     """
 
     def __init__(self, data: FewShotData, multipliers: Tensor, length: float) -> None:

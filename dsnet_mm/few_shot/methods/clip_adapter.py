@@ -27,42 +27,17 @@ _OURS = dict(_PAPER, keep=5.0, lr=1e-3, iterations=200)
 _KEEP = dict(keep=(1.0, 5.0, 20.0))
 
 COPIES = {
-    'clip_adapter_clap': dict(lr=0.1, epochs=300, batch_size=256, weight_decay=0.0),
-    'clip_adapter_lp++': dict(
-        preset='lp++',
-        alpha=0.5,
-        lr=0.01,
-        momentum=0.0,
-        epochs=300,
-        weight_decay=0.0,
-        warmup_epochs=0,
-        decay_by='iteration',
-    ),
-    'clip_adapter_prolip': dict(
-        optimizer='Adam',
-        lr=1e-3,
-        eps=1e-4,
-        epochs=300,
-        batch_size=None,
-        weight_decay=0.0,
-        warmup_epochs=0,
-        decay_by='iteration',
-    ),
-    'clip_adapter_cross_modal': dict(
-        preset='cross_modal',
-        optimizer='AdamW',
-        lr=1e-4,
-        epochs=None,
-        iterations=12800,
-        batch_size=8,
-        text_batches=True,
-        weight_decay=1e-3,
-        warmup_epochs=0,
-        decay_by='iteration',
-    ),
+    'clip_adapter_clap': 'lr=0.1 epochs=300 batch_size=256 weight_decay=0',
+    'clip_adapter_lp++': 'preset=lp++ alpha=0.5 lr=0.01 momentum=0 epochs=300 '
+    'warmup_epochs=0 decay_by=iteration weight_decay=0',
+    'clip_adapter_prolip': 'optimizer=Adam lr=0.001 eps=0.0001 epochs=300 '
+    'batch_size=None warmup_epochs=0 decay_by=iteration weight_decay=0',
+    'clip_adapter_cross_modal': 'preset=cross_modal optimizer=AdamW lr=0.0001 '
+    'epochs=None iterations=12800 batch_size=8 text_batches=True warmup_epochs=0 '
+    'decay_by=iteration weight_decay=0.001',
 }
-"""The copies of CLIP-Adapter in four repositories, by their old names as methods, as
-options of ``clip_adapter_released``."""
+"""The copies of CLIP-Adapter in four repositories: their old names as methods, and what
+they change in ``clip_adapter_released``."""
 
 
 def fit_clip_adapter(
@@ -79,19 +54,9 @@ def fit_clip_adapter(
 ) -> CLIPAdapter:
     """Trains CLIP-Adapter.
 
-    Args:
-        data: Training data.
-        preset: See :class:`CLIPAdapter`.
-        visual: Whether image features are adapted.
-        text: Whether text features are adapted.
-        alpha: Weight of the visual adapter. None is that of the preset.
-        beta: Weight of the text adapter. None is alpha.
-        learn_ratio: Whether the weights are learnt.
-        keep: See :class:`KeptAdapter`.
-        **recipe: Arguments of :func:`train`.
-
-    Returns:
-        The adapter.
+    ``recipe`` are the arguments of :func:`train`, ``keep`` is that of
+    :class:`KeptAdapter`, and the others are those of :class:`CLIPAdapter`. If ``beta``
+    is None it is alpha.
     """
     if beta is None:
         beta = 0.2 if alpha is None else alpha
@@ -126,13 +91,7 @@ class KeptAdapter(nn.Module):
 
     ::
 
-        loss = cross-entropy + keep * distance
-
-    See :meth:`CLIPAdapter.logits_and_distance`.
-
-    Args:
-        adapter: The adapter.
-        keep: Weight of the distance.
+        loss = cross-entropy + keep * distance,   CLIPAdapter.logits_and_distance
     """
 
     def __init__(self, adapter: CLIPAdapter, keep: float) -> None:
@@ -150,11 +109,7 @@ class HoldOneShotOut(nn.Module):
 
     The adapter gets no gradient from the held-out images, and the ratio none from the
     training images. Its learning rate is ten times that of the adapter.
-
-    Args:
-        adapter: The adapter, with its initial ratio.
-        held_out: Features (K, D) of an image of each class.
-        labels: Their labels (K,).
+    ``held_out`` are the features (K, D) of an image of each class.
     """
 
     def __init__(self, adapter: CLIPAdapter, held_out: Tensor, labels: Tensor) -> None:
@@ -194,14 +149,6 @@ def fit_hoso(data: FewShotData, *, alpha: float, **recipe: object) -> CLIPAdapte
     and that both trainings are decoupled. Its code is not published. Parametrisation,
     learning rates and initial value are ours. With one shot there is nothing to hold
     out, and alpha is fixed.
-
-    Args:
-        data: Training data.
-        alpha: Weight of the adapter at the start.
-        **recipe: Arguments of :func:`train`.
-
-    Returns:
-        The adapter.
     """
     if data.shots == 1:
         return fit_clip_adapter(data, **{**_PAPER, **recipe, 'alpha': alpha})

@@ -10,12 +10,7 @@ from .training import RECIPE, train
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer without bias on normalised features, times the logit scale.
-
-    Args:
-        weight: Initial weight (K, D).
-        logit_scale: Factor of the logits.
-    """
+    """A linear layer (K, D) without bias on normalised features, times a scale."""
 
     def __init__(self, weight: Tensor, logit_scale: float) -> None:
         super().__init__()

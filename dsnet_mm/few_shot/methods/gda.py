@@ -31,13 +31,6 @@ def fit_gda(data: FewShotData, *, alpha: float) -> LinearClassifier:
     sample for each class S is zero, and the result is zero-shot CLIP.
 
     Source: ``run`` in ``main_few_shots.py`` of github.com/mrflogs/ICLR24.
-
-    Args:
-        data: Training data.
-        alpha: Weight of GDA.
-
-    Returns:
-        A linear classifier.
     """
     views, _, width = data.train.features.shape
     f = F.normalize(data.train.features, dim=-1).reshape(-1, width)

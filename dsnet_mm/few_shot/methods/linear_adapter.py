@@ -71,15 +71,7 @@ def fit_linear_adapter(
 
     Source: ``methods/RegLinearAdapter.py`` of github.com/astra-vision/ProLIP. There
     all images of a step have the same view. Here the views are random.
-
-    Args:
-        data: Training data.
-        penalty: Weight of the penalty. None is 1 / shots, as in the paper without
-            validation images.
-        **recipe: Arguments of :func:`train`.
-
-    Returns:
-        The adapter.
+    A penalty of None is 1 / shots, as in the paper without validation images.
     """
     weight = 1 / data.shots if penalty is None else penalty
     model = LinearAdapter(data.text_features, data.logit_scale, weight)

@@ -37,11 +37,9 @@ class LinearClassifier(nn.Module):
     source='L-BFGS as in CLIP and CoOp, with a shorter search',
 )
 def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> LinearClassifier:
-    """Fits a logistic regression by L-BFGS, from zero weights.
+    """Fits a logistic regression by L-BFGS, from zero weights. Views are averaged.
 
-    Args:
-        data: Training data. Views are averaged.
-        weight_decay: Factor of half the squared norm of the weights.
+    ``weight_decay`` is the factor of half the squared norm of the weights.
     """
     features = mean_features(data.train)
     classes, width = data.text_features.shape

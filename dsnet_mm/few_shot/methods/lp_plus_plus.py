@@ -33,16 +33,8 @@ def fit_lp_plus_plus(
     github.com/FereshteShakeri/FewShot-CLIP-Strong-Baseline, also for these details: all
     images are one batch, and alpha moves at each tenth step by the sum of its
     gradients since the start. The repository reports the test accuracy of the step
-    with the best validation accuracy. Here the last step counts. b starts as 0.
-
-    Args:
-        data: Training data. Views are averaged.
-        iterations: Number of steps.
-        momentum: Momentum of w and b.
-        alpha_every: Number of steps between those of alpha.
-
-    Returns:
-        The linear classifier with weight w_k + alpha_k t_k.
+    with the best validation accuracy. Here the last step counts, b
+    starts as 0, and views are averaged.
     """
     f, labels, t = mean_features(data.train), data.train.labels, data.text_features
     text_logits = f @ t.t()

@@ -81,14 +81,6 @@ def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> ProKeR:
 
     Source: ``trainers/proker.py``, the authors' code as in
     github.com/omarnust/BReg-Adapter. There each view is a key. Here views are averaged.
-
-    Args:
-        data: Training data.
-        beta: Sharpness of the kernel.
-        lmbda: Strength of the regularisation.
-
-    Returns:
-        The classifier.
     """
     keys, t = mean_features(data.train), data.text_features
     target = F.one_hot(data.train.labels, len(t)) - keys @ t.t()

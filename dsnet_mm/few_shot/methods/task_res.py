@@ -10,12 +10,7 @@ from .zero_shot import CosineClassifier, TextLearner
 
 
 class TaskResidual(TextLearner):
-    """Text features plus a learnt residual.
-
-    Args:
-        data: Data with the text features (K, D).
-        alpha: Weight of the residual.
-    """
+    """Text features plus alpha times a learnt residual (K, D)."""
 
     def __init__(self, data: FewShotData, alpha: float) -> None:
         super().__init__(data.logit_scale)

@@ -38,15 +38,9 @@ COOP = dict(
 
 
 def num_epochs(epochs: int | Mapping[int | str, int], shots: int) -> int:
-    """Returns a number of epochs.
+    """Returns a number of epochs, given as such or by shots.
 
-    Args:
-        epochs: The number, or numbers by shots: with ``{1: 50, 8: 200}`` it is 50 for
-            1 to 7 shots. JSON makes the keys strings.
-        shots: Training images of each class.
-
-    Raises:
-        ValueError: If there is no number for so few shots.
+    With ``{1: 50, 8: 200}`` it is 50 for 1 to 7 shots. JSON makes the keys strings.
     """
     if isinstance(epochs, int):
         return epochs

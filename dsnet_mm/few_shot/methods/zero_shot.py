@@ -37,11 +37,7 @@ def fit_zero_shot(data: FewShotData) -> CosineClassifier:
 
 
 class TextLearner(nn.Module, ABC):
-    """A model that learns text features.
-
-    Args:
-        logit_scale: Scale of the cosine similarities.
-    """
+    """A model that learns text features."""
 
     def __init__(self, logit_scale: float) -> None:
         super().__init__()
@@ -56,12 +52,7 @@ class TextLearner(nn.Module, ABC):
         return zero_shot_logits(image_features, self.classifier(), self.logit_scale)
 
     def fit(self, data: FewShotData, **recipe: object) -> CosineClassifier:
-        """Trains the model and folds it into a cosine classifier.
-
-        Args:
-            data: Training data.
-            **recipe: Arguments of :func:`train`.
-        """
+        """Trains the model by :func:`train`, and folds it into a cosine classifier."""
         train(self, data, **recipe)
         with torch.no_grad():
             folded = CosineClassifier(self.classifier(), data.logit_scale)

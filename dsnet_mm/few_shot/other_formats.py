@@ -1,12 +1,8 @@
-"""Classifiers for other programs: ONNX, a weight matrix, open_clip; from MMEngine."""
+"""Classifiers in other formats: a weight matrix, open_clip; from MMEngine."""
 
 import copy
 import json
-import logging
-import os
-import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -15,128 +11,10 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.environment import require
-from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
 from dsnet_mm.files import check_new, write_atomic
 
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
-
-MOST_IN_ONE_FILE = 1.5e9
-"""Bytes of weights in an ONNX file, which cannot have more than 2 GiB in all."""
-
-
-class ImageClassifier(nn.Module):
-    """Image tower and classifier as one network, for export.
-
-    Args:
-        deployed: What ``load_classifier`` returned.
-    """
-
-    def __init__(self, deployed: DeployedClassifier) -> None:
-        super().__init__()
-        self.clip = deployed.encoder.clip
-        self.classifier = deployed.classifier
-        for name in ('mean', 'std'):
-            value = torch.tensor(getattr(deployed.encoder, name), dtype=torch.float32)
-            self.register_buffer(name, value.view(3, 1, 1).to(deployed.device))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities (N, K) of RGB images (N, 3, H, W) with values 0 to 1."""
-        features = self.clip.encode_image((pixels - self.mean) / self.std)
-        return self.classifier(features.float()).softmax(-1)
-
-
-def export_onnx(
-    deployed: DeployedClassifier, path: str | Path, tolerance: float = 1e-4
-) -> float:
-    """Writes image tower and classifier as an ONNX file.
-
-    Its input ``pixels`` (N, 3, H, W) are RGB images after resize and crop, with
-    values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names
-    and the preprocessing are in its metadata. Above 1.5 GB the weights are in a second
-    file beside it, ``path`` with ``.data`` added.
-
-    The file is compared with PyTorch in onnxruntime, for two batch sizes, before it is
-    moved to its place.
-
-    Args:
-        deployed: What ``load_classifier`` returned, on the CPU.
-        path: File to write.
-        tolerance: Largest difference of a probability.
-
-    Returns:
-        The largest difference of a probability from PyTorch.
-
-    Raises:
-        ImportError: If onnx, onnxscript or onnxruntime is not installed.
-        FileExistsError: If one of the files exists.
-        ValueError: If the network cannot be exported, or the file computes something
-            else.
-    """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'exporting to ONNX needs a library ({error}): '
-            f"pip install 'dsnet_mm[export]'."
-        ) from error
-    path = Path(path)
-    check_new(path)
-    check_new(path.with_name(f'{path.name}.data'))
-    logging.getLogger('onnxscript').setLevel(logging.ERROR)
-    model = ImageClassifier(deployed).eval()
-    size = deployed.encoder.image_size
-    pixels = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    weights = sum(p.numel() * p.element_size() for p in model.clip.visual.parameters())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        TemporaryDirectory(dir=path.parent) as folder,
-        torch.no_grad(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter('ignore', FutureWarning)  # of torch about itself
-        file = Path(folder) / path.name
-        try:
-            program = torch.onnx.export(
-                model,
-                (pixels[:2],),
-                dynamo=True,
-                input_names=['pixels'],
-                output_names=['probabilities'],
-                dynamic_shapes=({0: torch.export.Dim('batch')},),
-                verbose=False,
-            )
-            program.model.metadata_props.update(
-                class_names=json.dumps(deployed.class_names),
-                model=deployed.encoder.model_name,
-                preprocessing=json.dumps(
-                    {'resize': deployed.preprocessing, **deployed.encoder.preprocess}
-                ),
-            )
-            program.save(str(file), external_data=weights > MOST_IN_ONE_FILE)
-            session = onnxruntime.InferenceSession(
-                str(file), providers=['CPUExecutionProvider']
-            )
-            gaps = []
-            for batch in (pixels[:1], pixels):
-                (found,) = session.run(None, {'pixels': batch.numpy()})
-                gaps.append((torch.from_numpy(found) - model(batch)).abs().max().item())
-        except Exception as error:  # both libraries raise errors of many types
-            reason = ' '.join(str(error).split())[:200]
-            raise ValueError(
-                f'{deployed.encoder.model_name!r} with a '
-                f'{type(deployed.classifier).__name__} cannot be exported to ONNX '
-                f'({type(error).__name__}: {reason}).'
-            ) from error
-        worst = max(gaps)
-        if not worst <= tolerance:
-            raise ValueError(
-                f'{path.name} would differ from PyTorch by {worst:.2g} in a '
-                f'probability, more than {tolerance:.2g}; it was not written.'
-            )
-        for part in sorted(Path(folder).iterdir(), reverse=True):
-            os.replace(part, path.parent / part.name)
-    return worst
+from .methods.linear_adapter import LinearAdapter
 
 
 @torch.no_grad()
@@ -179,7 +57,7 @@ def export_matrix(
         ValueError: If the classifier is not linear.
     """
     check_new(path)
-    weight, bias = linear_weights(classifier, feature_width_of(classifier.state_dict()))
+    weight, bias = linear_weights(classifier, feature_width_of(classifier))
     about = {
         'class_names': json.dumps(class_names),
         'logits': 'normalise(f) @ weight.T + bias',
@@ -239,7 +117,7 @@ def convert_checkpoint(
 
     Args:
         checkpoint: The checkpoint.
-        config: Configuration that it was trained with.
+        config: Configuration that it was trained with, or name of one.
         path: File to write.
         pretrained: Weights of the encoder instead of those in the configuration.
         download: Whether weights that are not on this machine may be fetched.
@@ -252,14 +130,11 @@ def convert_checkpoint(
         ImportError: If mmengine is not installed.
     """
     require('mmengine', user='A checkpoint of MMEngine')
-    from mmengine.config import Config
-
     from dsnet_mm.checkpoint import read_checkpoint
+    from dsnet_mm.engine.config import read_config
 
     check_new(path)
-    if not Path(config).is_file():
-        raise FileNotFoundError(f'there is no configuration {config}.')
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     backbone = dict(cfg.get('model', {}).get('backbone', {}))
     head = cfg.get('model', {}).get('head', {})
     if 'CLIPAdapterHead' not in head.get('type', ''):
@@ -281,9 +156,9 @@ def convert_checkpoint(
             f'model.head.class_names.'
         )
     if len(names) != len(tensors['text_features']):
+        count = len(tensors['text_features'])
         raise ValueError(
-            f'{checkpoint} has {len(tensors["text_features"])} classes, but '
-            f'{len(names)} class names.'
+            f'{checkpoint} has {count} classes, but {len(names)} class names.'
         )
     adapter = CLIPAdapter(tensors['text_features'], 1.0, **head.get('adapter', {}))
     try:

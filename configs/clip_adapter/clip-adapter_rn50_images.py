@@ -1,6 +1,9 @@
-# CLIP-Adapter, CLIP's RN50, EuroSAT, 16 shots, on images instead of cached features.
-# The encoder runs at every step, and each epoch has new random crops.
-_base_ = 'clip-adapter_rn50_eurosat.py'
+# CLIP-Adapter, CLIP's RN50, 16 shots, on images instead of cached features. The encoder
+# runs at every step, and each epoch has new random crops.
+_base_ = 'clip-adapter_rn50.py'
+
+task = '{{$DSNET_MM_TASK:imagenet}}'
+work_dir = 'work_dirs/clip-adapter_rn50_images_' + task.strip('/').split('/')[-1]
 
 model = dict(
     data_preprocessor=dict(
@@ -37,5 +40,6 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
-val_dataloader = dict(dataset=dict(features=None, pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(features=None, pipeline=test_pipeline))
+if task != 'imagenet':
+    val_dataloader = test_dataloader

@@ -1,1 +1,0 @@
-"""The commands of tools/few_shot.py, one file each."""
