@@ -145,7 +145,7 @@ def test_page_is_made_from_the_results():
     shown = [name for _, name, _ in report.PLACE.findall(page)]
     assert {*shown, *(name for name, _ in typed)} == set(TABLES)
     for name, text in typed:
-        for number in re.findall(r'[\d.]+ ± [\d.]+', text):
+        for number in re.findall(r'\d+\.\d ± \d+\.\d', text):
             assert number in sections[name], name
     for path in re.findall(r'\]\((images/\S+)\)', page):
         assert (report.PAGE.parent / path).is_file()
