@@ -253,7 +253,7 @@ def check_image(item: Listed) -> tuple[list[tuple[str, str]], str]:
     path = item.path
     damage, error = damage_of(path) or ('', '')
     digest = ''
-    if damage != 'missing':
+    with suppress(OSError):
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     if damage:
         where = f'{path}: {error}' if damage == 'cut off' else path

@@ -31,13 +31,7 @@ class CpuTimeHook(Hook):
         """Starts the clock."""
         self._start = time.process_time()
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Logs the seconds since the last iteration."""
         now = time.process_time()
         runner.message_hub.update_scalar('train/cpu_time', now - self._start)
@@ -85,17 +79,11 @@ class FiniteLossHook(Hook):
         if not wrong:
             return
         images = ', '.join(images_of(data_batch)) or 'not named by the data set'
-        good = last_good_checkpoint(runner.work_dir)
+        good = last_good_checkpoint(runner.work_dir) or 'not there yet'
         raise NonFiniteLossError(
             f'iteration {runner.iter + 1}: {" and ".join(wrong)}; images of the '
-            f'batch: {images}; '
-            + (
-                f'the last good checkpoint is {good}'
-                if good
-                else f'{runner.work_dir} holds no good checkpoint yet'
-            )
-            + '; lower the learning rate, or look at these images and their '
-            'annotations (tools/check_data.py)'
+            f'batch: {images}; the last good checkpoint is {good}; lower the learning '
+            f'rate, or look at these images and their annotations (tools/check_data.py)'
         )
 
 
@@ -138,7 +126,7 @@ class FuseHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         """Puts the fused copy in the place of ``runner.model``."""
         model = runner.model
-        if is_model_wrapper(model):  # for several GPUs
+        if is_model_wrapper(model):  # for several GPUs; that for flipped images stays
             model = model.module
         runner.model = fuse_for_inference(deepcopy(model))
 
@@ -192,19 +180,11 @@ class IterationSeedHook(Hook):
             # A sampler that cannot skip: the loop first loads all earlier batches.
             self.loading.next_batch = 0
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Seeds the training step."""
         _seed(*self._key, STEP, runner.iter)
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Seeds the loading of the next batch."""
         self._seed_loading(runner, runner.iter + 1)
 

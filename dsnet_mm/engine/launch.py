@@ -128,7 +128,7 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
 
     Args:
         cfg: Configuration, changed in place.
-        args: The parsed arguments of :func:`.arguments.add_run_arguments`.
+        args: The parsed arguments of :func:`add_run_arguments`.
 
     Raises:
         ValueError: If there are no GPUs for the backend of the process group.

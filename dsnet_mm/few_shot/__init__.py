@@ -4,7 +4,7 @@ from dsnet_mm.datasets.features import FeatureCache
 
 from .config import FewShotConfig
 from .deployment import load_classifier, save_classifier
-from .methods import METHODS
+from .methods import METHODS, register_classifier, register_method
 from .runner import run
 from .transfer import transfer
 
@@ -13,6 +13,8 @@ __all__ = [
     'FeatureCache',
     'FewShotConfig',
     'load_classifier',
+    'register_classifier',
+    'register_method',
     'run',
     'save_classifier',
     'transfer',

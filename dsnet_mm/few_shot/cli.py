@@ -151,14 +151,6 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     """Returns options of :class:`FewShotConfig`, and the folder of the results.
 
     The options of the command line have precedence over those of a configuration.
-
-    Args:
-        args: Arguments of ``run`` or ``encode``.
-
-    Raises:
-        FileNotFoundError: If there is no such data set or configuration.
-        ImportError: If the options need mmengine, which is not installed.
-        ValueError: If the configuration has no ``few_shot``, or an option is unknown.
     """
     options, work_dir, source = {}, None, args.source
     is_config = source is not None and not is_dataset(source)

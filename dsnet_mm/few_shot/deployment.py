@@ -103,14 +103,7 @@ class DeployedClassifier:
         images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
         batch_size: int = 64,
     ) -> Tensor:
-        """Classifies images.
-
-        Args:
-            images: Files or PIL images, or one of these.
-            batch_size: Images in memory at once.
-
-        Returns:
-            Probabilities (N, K), on the CPU.
+        """Classifies images, ``batch_size`` at once. Returns probabilities (N, K).
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -138,9 +131,6 @@ class DeployedClassifier:
 
 def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
     """Reads a file of :func:`save_classifier`, without its encoder.
-
-    Args:
-        path: The file.
 
     Returns:
         The classifier of features, in eval mode, and the description in the file.
@@ -179,20 +169,20 @@ def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """Builds the classifier of a description, and checks that the two fit."""
-    for key, cls in (('model', str), ('pretrained', str), ('identity', dict)):
-        # None if the classifier was fitted to features from elsewhere.
-        if not isinstance(about[key], cls | None):
+    # None if the classifier was fitted to features from elsewhere.
+    types = dict(model=str | None, pretrained=str | None, identity=dict | None)
+    for key, type_ in {**types, 'class_names': list, 'options': dict}.items():
+        if not isinstance(about[key], type_):
             raise ValueError(f'{key} is {about[key]!r}')
-    if about['identity'] is not None:
-        if about['model'] is None:
-            raise ValueError('the encoder has no name')
-        if not isinstance(about['identity'].get('config'), dict | None):
-            raise ValueError('the configuration of the encoder is no dict')
+    names, kind, identity = (about[k] for k in ('class_names', 'kind', 'identity'))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError('class names must be text')
+    if identity and about['model'] is None:
+        raise ValueError('the encoder has no name')
+    if identity and not isinstance(identity.get('config'), dict | None):
+        raise ValueError('the configuration of the encoder is no dict')
     if about['preprocessing'] not in PREPROCESSINGS:
         raise ValueError(f'unknown preprocessing {about["preprocessing"]!r}')
-    names, kind = about['class_names'], about['kind']
-    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
-        raise ValueError('class names must be a list of text')
     if kind not in CLASSIFIERS:
         raise ValueError(
             f'unknown kind {kind!r}; import the module that registers its class'
@@ -303,13 +293,4 @@ def _named_encoder(
             f'{path} needs the weights {weights}, which are not there; name their file '
             f'with --pretrained (pretrained).'
         )
-    try:
-        return OpenCLIPEncoder.shared(model, weights, device=device, download=download)
-    except FileNotFoundError as error:
-        if download:
-            raise
-        raise FileNotFoundError(
-            f'{path} needs the weights {weights!r} of {named!r}, which are not on this '
-            f'machine; fetch them with --download (download=True), or name their file '
-            f'with --pretrained (pretrained).'
-        ) from error
+    return OpenCLIPEncoder.shared(model, weights, device=device, download=download)

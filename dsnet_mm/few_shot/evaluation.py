@@ -45,15 +45,12 @@ def evaluate(
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Computes the expected calibration error.
+    """Computes the expected calibration error, 0 to 1, over bins of equal width.
 
     Args:
         confidence: Probability of the predicted class (N,).
         correct: 1 if the prediction is right, else 0, (N,).
-        bins: Number of bins of equal width.
-
-    Returns:
-        Mean gap between confidence and accuracy, 0 to 1.
+        bins: Number of bins.
     """
     index = (confidence * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins).index_add(0, index, confidence - correct)

@@ -18,32 +18,6 @@ from .methods.linear_adapter import LinearAdapter
 
 
 @torch.no_grad()
-def linear_weights(classifier: nn.Module, width: int) -> tuple[Tensor, Tensor]:
-    """Returns weight (K, D) and bias (K) of a classifier that is linear.
-
-    Linear means ``logits = normalise(f) @ weight.T + bias``.
-
-    Args:
-        classifier: Classifier of image features.
-        width: Width D of the features.
-
-    Raises:
-        ValueError: If it is not linear.
-    """
-    unit = torch.eye(width)
-    plus, minus = classifier(unit), classifier(-unit)
-    weight, bias = (plus - minus).t() / 2, (plus + minus).mean(0) / 2
-    f = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    logits = classifier(f)
-    gap = (logits - F.linear(F.normalize(f, dim=-1), weight, bias)).abs().max()
-    if gap > 1e-3 * logits.abs().max():
-        raise ValueError(
-            f'a {type(classifier).__name__} is not linear in the normalised image '
-            f'features, so it has no weight matrix; export it to onnx.'
-        )
-    return weight.contiguous(), bias.contiguous()
-
-
 def export_matrix(
     classifier: nn.Module, class_names: tuple[str, ...], path: str | Path
 ) -> None:
@@ -57,12 +31,23 @@ def export_matrix(
         ValueError: If the classifier is not linear.
     """
     check_new(path)
-    weight, bias = linear_weights(classifier, feature_width_of(classifier))
+    unit = torch.eye(feature_width_of(classifier))
+    plus, minus = classifier(unit), classifier(-unit)
+    weight, bias = (plus - minus).t() / 2, (plus + minus).mean(0) / 2
+    f = torch.randn(64, len(unit), generator=torch.Generator().manual_seed(0))
+    logits = classifier(f)
+    gap = (logits - F.linear(F.normalize(f, dim=-1), weight, bias)).abs().max()
+    if gap > 1e-3 * logits.abs().max():
+        raise ValueError(
+            f'a {type(classifier).__name__} is not linear in the normalised image '
+            f'features, so it has no weight matrix; export it to onnx.'
+        )
     about = {
         'class_names': json.dumps(class_names),
         'logits': 'normalise(f) @ weight.T + bias',
     }
-    write_atomic(path, save({'weight': weight, 'bias': bias}, about))
+    tensors = {'weight': weight.contiguous(), 'bias': bias.contiguous()}
+    write_atomic(path, save(tensors, about))
 
 
 @torch.no_grad()

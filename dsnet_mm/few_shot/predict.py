@@ -23,17 +23,10 @@ def predict(
 ) -> tuple[list[dict], list[str]]:
     """Classifies files of images, in batches.
 
-    Args:
-        classifier: What ``load_classifier`` returned.
-        images: The files.
-        top: Number of classes of a prediction.
-        batch_size: Images in memory at once.
-        quiet: Whether to hide the bar.
-
     Returns:
-        For each image a dict of ``image``, its file, and ``classes``, the most probable
-        first: dicts of ``class`` and ``probability``. And a sentence for each image
-        that cannot be read.
+        For each image a dict of ``image``, its file, and ``classes``, the ``top`` most
+        probable ones: dicts of ``class`` and ``probability``. And a sentence for each
+        image that cannot be read.
 
     Raises:
         ValueError: If ``top`` or ``batch_size`` is below 1.

@@ -66,11 +66,7 @@ class Cell:
 def half_interval(values: list[float]) -> float | None:
     """Returns half of the 95 % confidence interval of a mean, by Student's t.
 
-    Args:
-        values: One value for each seed.
-
-    Returns:
-        Half the width, or None for fewer than three values.
+    ``values`` has one value for each seed. For fewer than three it is None.
     """
     if len(values) < 3:
         return None
@@ -81,11 +77,7 @@ def half_interval(values: list[float]) -> float | None:
 def holm(p_values: list[float]) -> list[float]:
     """Corrects p-values for their number (Holm, Scand. J. Statist. 6, 1979).
 
-    Args:
-        p_values: p-value of each comparison. NaN is no comparison.
-
-    Returns:
-        The corrected values, at most 1.
+    NaN is no comparison. The corrected values are at most 1.
     """
     corrected, largest = list(p_values), 0.0
     order = sorted(i for i, p in enumerate(p_values) if not np.isnan(p))
@@ -107,19 +99,14 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
 
 
 def table(records: list[dict], about: dict) -> str:
-    """Formats a run as Markdown.
+    """Formats the records of a run, and the content of ``run.json``, as Markdown.
 
-    Args:
-        records: What ``run`` returned.
-        about: Content of ``run.json``.
-
-    Returns:
-        Two tables. The first has the accuracy of each method and number of shots, with
-        the 95 % confidence interval of the mean over seeds, and a mark where nothing
-        was selected. The second is for the largest number of shots. It has the gain
-        over zero-shot, the paired comparison with CLIP-Adapter, with p-values corrected
-        by Holm, calibration, time and parameters. Sentences name the methods whose gain
-        over zero-shot is not larger than the interval, and the classifier to use.
+    The first table has the accuracy of each method and number of shots, with the 95 %
+    confidence interval of the mean over seeds, and a mark where nothing was selected.
+    The second is for the largest number of shots. It has the gain over zero-shot, the
+    paired comparison with CLIP-Adapter, with p-values corrected by Holm, calibration,
+    time and parameters. Sentences name the methods whose gain over zero-shot is not
+    larger than the interval, and the classifier to use.
     """
     cells = collect(records)
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
@@ -265,15 +252,7 @@ def _p_value(cell: Cell, reference: Cell | None) -> float:
 
 
 def plot(records: list[dict], about: dict) -> bytes:
-    """Plots the accuracy over shots with confidence intervals.
-
-    Args:
-        records: What ``run`` returned.
-        about: Content of ``run.json``.
-
-    Returns:
-        The image, a PNG file.
-    """
+    """Plots the accuracy over shots with confidence intervals, as a PNG file."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -318,15 +297,7 @@ def plot(records: list[dict], about: dict) -> bytes:
 
 
 def write_report(work_dir: str | Path, records: list[dict]) -> str:
-    """Writes ``results.md`` and ``accuracy.png`` of a finished run.
-
-    Args:
-        work_dir: Folder of the run.
-        records: What ``run`` returned.
-
-    Returns:
-        The table.
-    """
+    """Writes ``results.md`` and ``accuracy.png`` of a run. Returns the table."""
     work_dir = Path(work_dir)
     about = json.loads((work_dir / 'run.json').read_text(encoding='utf-8'))
     text = table(records, about)

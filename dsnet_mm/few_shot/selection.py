@@ -68,9 +68,6 @@ def select(
         selection: One of ``SELECTIONS``, or ``'oracle'``, which takes ``val`` too.
         overrides: Hyper-parameters that are set instead of selected.
 
-    Returns:
-        The fit.
-
     Raises:
         ValueError: If ``selection`` is unknown.
     """

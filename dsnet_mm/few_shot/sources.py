@@ -76,10 +76,6 @@ class Source(ABC):
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
         """Encodes all images of a run, those of all draws together.
 
-        Args:
-            draws: The draws of the run.
-            plain: Whether :attr:`Drawn.plain` is needed.
-
         Raises:
             ValueError: If an image cannot be read, or none of a class, or a test
                 image is also a training or validation image.
@@ -224,7 +220,12 @@ class FeatureSource(Source):
         }
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
-        """Checks that no test image is also a training or validation image."""
+        """Encodes all images of a run, those of all draws together.
+
+        Raises:
+            ValueError: If an image cannot be read, or none of a class, or a test
+                image is also a training or validation image.
+        """
         parts = [part for part in (*self.file.train.values(), self.file.val) if part]
         rows = (row for part in parts for row in part.features.flatten(0, 1))
         seen = {row.numpy().tobytes() for row in rows}
@@ -279,11 +280,7 @@ class FeatureSource(Source):
 
 
 def load_train_task(config: FewShotConfig) -> FewShotTask:
-    """Reads the data set of a run.
-
-    Raises:
-        ValueError: If it has no training images.
-    """
+    """Reads the data set of a run, which must have training images."""
     task = load_task(config.dataset, config.data_root, config.prompts)
     if not task.split['train']:
         raise ValueError(
@@ -294,12 +291,7 @@ def load_train_task(config: FewShotConfig) -> FewShotTask:
 
 
 def open_cache(config: FewShotConfig, quiet: bool) -> FeatureCache:
-    """Loads the encoder of a run, and opens its cache.
-
-    Raises:
-        ValueError: If the model is unknown.
-        FileNotFoundError: If the weights are missing.
-    """
+    """Loads the encoder of a run, and opens its cache."""
     encoder = OpenCLIPEncoder.shared(
         config.model,
         config.pretrained,
@@ -338,16 +330,9 @@ def encode_parts(
 ) -> int:
     """Encodes the images of a task, and refuses copies when all are encoded.
 
-    Args:
-        task: The data set.
-        cache: Where the features are stored.
-        parts: Its images that are used, by part.
-        views: Augmented views of the training images. Others are encoded as they are.
-        plain: Whether the training images are also encoded as they are.
-        share: Number of this process and number of processes.
-
-    Returns:
-        Number of images that other processes have not encoded yet.
+    Training images get augmented views, and with ``plain`` they are also encoded as
+    they are, like the others. ``share`` is the number of this process and the number of
+    processes. Returns the number of images that other processes have not encoded yet.
 
     Raises:
         ValueError: If an image cannot be read, or a test image is also a training or

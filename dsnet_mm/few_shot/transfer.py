@@ -143,11 +143,7 @@ def table(result: Transfer) -> str:
 
 
 def plot_confusion(result: Transfer) -> bytes:
-    """Draws the confusion matrix: rows are true classes, colours are their shares.
-
-    Returns:
-        The image, a PNG file.
-    """
+    """Draws the confusion matrix as a PNG file. Rows are true classes."""
     from matplotlib.figure import Figure
 
     names, counts = result.class_names, result.confusion
@@ -183,11 +179,6 @@ def write_transfer(
     folder: str | Path, classifier_file: str | Path, result: Transfer
 ) -> str:
     """Writes ``test.md``, ``test.json`` and ``confusion.png``. Returns the table.
-
-    Args:
-        folder: Folder of the files.
-        classifier_file: File of the classifier.
-        result: What :func:`transfer` returned.
 
     Raises:
         FileExistsError: If the folder has the test of another classifier.

@@ -23,11 +23,7 @@ GROWING = ('methods', 'oracle', 'shots', 'seeds')
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file of a run.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Reads a JSON file of a run. Raises a ValueError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
@@ -42,16 +38,8 @@ def claim_work_dir(
     """Prepares the folder of a new run, or checks that of a run to be continued.
 
     ``run.json`` describes the run: options, class names, prompts, recipes of the
-    methods, and hashes of the data and weights. Methods, shots and seeds are
-    added to those of the run.
-
-    Args:
-        work_dir: Folder of the results.
-        config: Options of the run, all resolved.
-        source: Its data.
-
-    Returns:
-        The options of the whole run.
+    methods, and hashes of the data and weights. Methods, shots and seeds are added to
+    those of the run. Returns the options of the whole run.
 
     Raises:
         FileExistsError: If the folder contains results with other options or other

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         '--batch-size', type=int, default=1, help='images or tiles in a forward'
     )
     parser.add_argument(
-        '--score-thr', type=float, default=0.3, help='least score of an object'
+        '--score-thr', type=float, default=0.3, help='minimum score of an object'
     )
     parser.add_argument(
         '--fuse',

@@ -92,7 +92,7 @@ class Predictor:
         weights: Checkpoint file. It is loaded by a restricted unpickler.
         device: Device of the network. ``'auto'`` or None takes a GPU if there is one.
         batch_size: Number of images, or of tiles of an image, in a forward.
-        score_thr: Least score of an object.
+        score_thr: Minimum score of an object.
         fuse: Whether to replace blocks by their inference form (fuse_for_inference).
         tile: Side in pixels of the tiles of which an image is made, None for the whole
             image at once. The test pipeline resizes a tile as it resizes an image.
@@ -130,7 +130,7 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f'the batch size is at least 1, got {batch_size}')
         if not 0 <= score_thr <= 1:
-            raise ValueError(f'the least score is from 0 to 1, got {score_thr}')
+            raise ValueError(f'the minimum score is from 0 to 1, got {score_thr}')
         if tile is not None and not 0 <= overlap < tile:
             raise ValueError(
                 f'the overlap of tiles is at least 0 and less than their side, got '

@@ -223,6 +223,10 @@ def test_copies_of_test_images_are_refused(
     config = replace(config, dataset=str(images), **options)
     with pytest.raises(ValueError, match=r'[12] test images.*0\.png'):
         run(config, work_dir, quiet=True)
+    (images / 'test' / 'red' / 'bad.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'[12] test images.*0\.png'):
+        run(replace(config, on_bad_image='skip'), work_dir, quiet=True)
+    (images / 'test' / 'red' / 'bad.png').unlink()
     for decode, count in (((), 1), (('--decode',), 2)):
         with pytest.raises(SystemExit, match=rf'{count} test images.*0\.png'):
             tool('check', images, *decode)

@@ -11,7 +11,6 @@ from argparse import Namespace
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,22 +26,25 @@ from tests.models.golden import golden, image, public_state
 REPO = Path(__file__).resolve().parents[2]
 
 
-class Done(NamedTuple):
-    """How a run of the converter ended."""
+def convert(src: Path, dst: Path, *options: str) -> dict[str, Tensor] | None:
+    """Runs the converter, and reads the state dict that it writes for PyTorch."""
+    tool('model_converters/dsnet_to_mm.py').main([str(src), str(dst), *options])
+    if dst.suffix == '.pth':
+        checkpoint = torch.load(dst, weights_only=True)
+        return checkpoint.get('state_dict') or checkpoint['model']
+    return None
 
-    returncode: int
-    stderr: str
+
+def refusal(src: Path, dst: Path) -> str:
+    """The sentence with which the converter ends."""
+    errors = io.StringIO()
+    with redirect_stderr(errors), pytest.raises(SystemExit, match='2'):
+        convert(src, dst)
+    return ' '.join(errors.getvalue().split())
 
 
-def convert(src: Path, dst: Path, *options: str) -> Done:
-    """Runs the converter in this process, which is quicker than in a new one."""
-    errors, status = io.StringIO(), 0
-    with redirect_stderr(errors):
-        try:
-            tool('model_converters/dsnet_to_mm.py').main([str(src), str(dst), *options])
-        except SystemExit as exit_:
-            status = exit_.code
-    return Done(status, errors.getvalue())
+def as_type(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 @pytest.fixture(scope='module')
@@ -50,9 +52,7 @@ def converted(tmp_path_factory) -> dict[str, Tensor]:
     """The state dict of DS-Net-T, converted from the public names."""
     folder = tmp_path_factory.mktemp('converted')
     torch.save(public_state('tiny'), folder / 'public.pth')
-    done = convert(folder / 'public.pth', folder / 'mm.pth')
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / 'mm.pth', weights_only=True)['state_dict']
+    return convert(folder / 'public.pth', folder / 'mm.pth')
 
 
 def load_backbone(state: dict[str, Tensor]) -> DSNet:
@@ -100,46 +100,44 @@ def test_tiny_equals_the_public_code(fused, converted):
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_converted_checkpoint_fits_the_configuration(arch, tmp_path):
+    """In half precision, and beside arguments that a restricted unpickler refuses."""
     pytest.importorskip('mmpretrain')
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    state = {
-        k: v.half() if v.is_floating_point() else v
-        for k, v in public_state(arch).items()
-    }
+    state = {k: as_type(v, torch.float16) for k, v in public_state(arch).items()}
     torch.save(dict(model=state, args=Namespace(lr=0.1)), tmp_path / 'public.pth')
-    done = convert(tmp_path / 'public.pth', tmp_path / 'mm.pth')
-    assert done.returncode == 0, done.stderr
-    converted = torch.load(tmp_path / 'mm.pth', weights_only=True)['state_dict']
+    converted = convert(tmp_path / 'public.pth', tmp_path / 'mm.pth')
     cfg = Config.fromfile(REPO / f'configs/dsnet/dsnet-{arch}_8xb128_in1k.py')
     init_default_scope('mmpretrain')
     MODELS.build(cfg.model).load_state_dict(converted, strict=True)
-    dtypes = {v.dtype for v in converted.values()}
-    assert dtypes == {torch.float16, torch.int64}
+    assert {v.dtype for v in converted.values()} == {torch.float16, torch.int64}
 
 
 @pytest.mark.parametrize(
-    ('content', 'sentence'),
+    ('content', 'fact'),
     [
-        (dict(model={'layer1.0.conv1.weight': torch.zeros(1)}), 'not a tensor of the'),
-        (dict(epoch=3), 'holds no state dict'),
-        (None, 'No checkpoint at'),
-        (b'not a checkpoint', 'cannot be loaded'),
+        (
+            dict(model={'layer1.0.conv1.weight': torch.zeros(1)}),
+            'layer1.0.conv1.weight',
+        ),
+        (dict(epoch=3), 'state dict'),
+        (None, 'src.pth'),
+        (b'not a checkpoint', 'src.pth'),
     ],
     ids=['another model', 'no weights', 'no file', 'damaged'],
 )
-def test_converter_raises(content, sentence, tmp_path):
-    src = tmp_path / 'src.pth'
+def test_converter_refuses(content, fact, tmp_path):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
     if isinstance(content, bytes):
         src.write_bytes(content)
     elif content is not None:
         torch.save(content, src)
-    done = convert(src, tmp_path / 'dst.pth')
-    assert done.returncode == 2
-    assert sentence in ' '.join(done.stderr.split())
-    assert 'Traceback' not in done.stderr
-    assert not (tmp_path / 'dst.pth').exists()
+    assert fact in refusal(src, dst)
+    assert not dst.exists()
+    dst.write_text('mine')
+    assert 'dst.pth' in refusal(src, dst)
+    assert dst.read_text() == 'mine'
 
 
 # --- PaddleClas, and back ------------------------------------------------------
@@ -148,10 +146,7 @@ def test_converter_raises(content, sentence, tmp_path):
 @cache
 def public_tiny() -> dict[str, Tensor]:
     """The state dict of the public code, in float32."""
-    return {
-        k: v.float() if v.is_floating_point() else v
-        for k, v in public_state('tiny').items()
-    }
+    return {k: as_type(v, torch.float32) for k, v in public_state('tiny').items()}
 
 
 def paddle_state() -> dict[str, np.ndarray]:
@@ -167,38 +162,24 @@ def paddle_state() -> dict[str, np.ndarray]:
     return state
 
 
-def write_paddle(state: dict, path: Path, form: str) -> None:
-    """Writes a file as a version of Paddle does."""
-    if form == '2.0':
-        # With its own names of the parameters, and the oldest pickles of Python 3.
-        names = {key: f'parameter_{i}' for i, key in enumerate(state)}
-        state = {**state, 'StructuredToParameterName@@': names}
-        path.write_bytes(pickle.dumps(state, protocol=2))
-    elif form == '2.1':  # pairs of name and array
-        state = {key: (f'p_{i}', v) for i, (key, v) in enumerate(state.items())}
-        path.write_bytes(pickle.dumps(state, protocol=4))
-    else:
-        path.write_bytes(pickle.dumps(state, protocol=4))
-
-
 @pytest.mark.parametrize('form', ['2.0', '2.1', '3.3'])
 def test_paddle_equals_the_public_code_and_goes_back(form: str, tmp_path: Path) -> None:
-    original = paddle_state()
-    write_paddle(original, tmp_path / 'a.pdparams', form)
-    done = convert(tmp_path / 'a.pdparams', tmp_path / 'ours.pth')
-    assert done.returncode == 0, done.stderr
+    """Files of three versions of Paddle."""
+    original = written = paddle_state()
+    if form == '2.0':  # with its own names of the parameters
+        names = {key: f'parameter_{i}' for i, key in enumerate(original)}
+        written = {**original, 'StructuredToParameterName@@': names}
+    elif form == '2.1':  # pairs of name and array
+        written = {key: (f'p_{i}', v) for i, (key, v) in enumerate(original.items())}
+    protocol = 2 if form == '2.0' else 4
+    (tmp_path / 'a.pdparams').write_bytes(pickle.dumps(written, protocol=protocol))
+    ours = convert(tmp_path / 'a.pdparams', tmp_path / 'ours.pth')
     torch.save(public_tiny(), tmp_path / 'a.pth')
-    done = convert(tmp_path / 'a.pth', tmp_path / 'same.pth')
-    assert done.returncode == 0, done.stderr
-    ours, same = (
-        torch.load(tmp_path / name, weights_only=True)['state_dict']
-        for name in ('ours.pth', 'same.pth')
-    )
+    same = convert(tmp_path / 'a.pth', tmp_path / 'same.pth')
     assert ours.keys() == same.keys()
     assert all(torch.equal(ours[key], same[key]) for key in ours)
 
-    done = convert(tmp_path / 'ours.pth', tmp_path / 'back.pdparams', '--reverse')
-    assert done.returncode == 0, done.stderr
+    convert(tmp_path / 'ours.pth', tmp_path / 'back.pdparams', '--reverse')
     back = pickle.loads((tmp_path / 'back.pdparams').read_bytes())
     assert back.keys() == original.keys()
     assert all(np.array_equal(back[key], original[key]) for key in back)
@@ -206,9 +187,7 @@ def test_paddle_equals_the_public_code_and_goes_back(form: str, tmp_path: Path) 
 
 def test_ours_goes_back_to_public_names(converted, tmp_path):
     torch.save(dict(state_dict=converted), tmp_path / 'ours.pth')
-    done = convert(tmp_path / 'ours.pth', tmp_path / 'public.pth', '--reverse')
-    assert done.returncode == 0, done.stderr
-    public = torch.load(tmp_path / 'public.pth', weights_only=True)['model']
+    public = convert(tmp_path / 'ours.pth', tmp_path / 'public.pth', '--reverse')
     original = public_state('tiny')
     assert public.keys() == original.keys()
     assert all(torch.equal(public[key], original[key]) for key in public)
@@ -225,39 +204,25 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    ('change', 'sentence'),
+    ('change', 'fact'),
     [
-        (lambda s: s.pop('blocks3.2.norm1._mean'), r'1 tensors differ .* blocks, for '),
-        (lambda s: s.pop('head.bias'), r'2 tensors differ .* head.fc.bias: missing'),
-        (lambda s: s.pop('patch_embed1.proj.bias'), r'it is a part of one'),
-        (lambda s: s.update(more=s['head.bias']), "'more' is not a tensor of the"),
+        (lambda s: s.pop('blocks3.2.norm1._mean'), '1 tensors'),
+        (lambda s: s.pop('head.bias'), 'head.fc.bias'),
+        (lambda s: s.pop('patch_embed1.proj.bias'), 'a part of one'),
+        (lambda s: s.update(more=s['head.bias']), "'more'"),
         (lambda s: s.update({'head.bias': s['head.bias'][:7]}), 'head.fc.weight'),
-        (lambda s: s.update({'head.bias': 'text'}), 'holds no parameters'),
-        (lambda s: s.clear(), 'holds no parameters'),
-        (lambda s: s.update(more=os.getcwd), 'not safe to load .it names posix.getcwd'),
+        (lambda s: s.update({'head.bias': 'text'}), 'no parameters'),
+        (lambda s: s.clear(), 'no parameters'),
+        (lambda s: s.update(more=os.getcwd), 'posix.getcwd'),
+        (lambda s: s.update(more=Runs('ran')), 'posix.mkdir'),
     ],
 )
-def test_paddle_files_with_anything_else_are_refused(change, sentence, tmp_path):
+def test_paddle_files_with_anything_else_are_refused(
+    change, fact, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     state = paddle_state()
     change(state)
-    (tmp_path / 'a.pdparams').write_bytes(pickle.dumps(state))
-    done = convert(tmp_path / 'a.pdparams', tmp_path / 'b.pth')
-    assert done.returncode == 2
-    assert re.search(sentence, ' '.join(done.stderr.split()))
-
-
-def test_nothing_in_a_paddle_file_is_run(tmp_path):
-    state = paddle_state() | dict(more=Runs(tmp_path / 'ran'))
-    (tmp_path / 'a.pdparams').write_bytes(pickle.dumps(state))
-    done = convert(tmp_path / 'a.pdparams', tmp_path / 'b.pth')
-    assert done.returncode == 2
-    assert 'it names posix.mkdir' in ' '.join(done.stderr.split())
-    assert not (tmp_path / 'ran').exists()
-
-
-def test_converter_does_not_overwrite_files(tmp_path):
-    (tmp_path / 'dst.pth').write_text('mine')
-    torch.save({'head.bias': torch.zeros(2)}, tmp_path / 'src.pth')
-    done = convert(tmp_path / 'src.pth', tmp_path / 'dst.pth')
-    assert done.returncode == 2
-    assert (tmp_path / 'dst.pth').read_text() == 'mine'
+    Path('a.pdparams').write_bytes(pickle.dumps(state))
+    assert fact in refusal(Path('a.pdparams'), Path('b.pth'))
+    assert os.listdir() == ['a.pdparams']  # nothing in it was run

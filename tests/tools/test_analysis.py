@@ -23,79 +23,35 @@ ORIGINAL = (
     '--mode original --cfg-options visualizer._delete_=True '
     'visualizer.type=UniversalVisualizer'
 )
-# By iteration the size is of no meaning, but IterBasedTrainLoop waits 2 s an epoch.
-RATES = '--not-show --dataset-size {} --save-path {{out}}/lr.png'
-# Package, tool, arguments, and a file that it writes. DET and CLS are configurations.
-TOOLS = [
-    (
-        'mmdet',
-        'analysis_tools/browse_dataset.py',
-        'DET --not-show --output-dir {out}',
-        '4.png',
-    ),
-    (
-        'mmdet',
-        'analysis_tools/analyze_logs.py',
-        'plot_curve {det_log} --keys loss segm_mAP --out {out}/curves.png',
-        'curves.png',
-    ),
-    (
-        'mmdet',
-        'analysis_tools/coco_error_analysis.py',
-        'det/predictions.segm.json {out} --ann truth.json --types segm',
-        'segm/segm-allclass-allarea.png',
-    ),
-    (
-        'mmdet',
-        'analysis_tools/confusion_matrix.py',
-        'DET det/predictions.pkl {out}',
-        'confusion_matrix.png',
-    ),
-    (
-        'mmdet',
-        'analysis_tools/analyze_results.py',
-        'DET det/predictions.pkl {out} --topk 1',
-        'bad/*',
-    ),
-    (
-        'mmpretrain',
-        'visualization/browse_dataset.py',
-        f'CLS --not-show --output-dir {{out}} {ORIGINAL}',
-        '*',
-    ),
-    (
-        'mmpretrain',
-        'analysis_tools/analyze_logs.py',
-        'plot_curve {cls_log} --keys loss accuracy/top1 --out {out}/curves.png',
-        'curves.png',
-    ),
-    (
-        'mmpretrain',
-        'analysis_tools/confusion_matrix.py',
-        'CLS cls/predictions.pkl --show-path {out}/confusion.png --include-values',
-        'confusion.png',
-    ),
-    (
-        'mmpretrain',
-        'visualization/vis_scheduler.py',
-        f'{find_config("mask_rcnn_dsnet_nuclei")} {RATES.format(100_000)}',
-        'lr.png',
-    ),
-    (
-        'mmpretrain',
-        'visualization/vis_scheduler.py',
-        f'{find_config("dsnet-demo_scenes")} {RATES.format(320)}',
-        'lr.png',
-    ),
-]
+NUCLEI, SCENES = find_config('mask_rcnn_dsnet_nuclei'), find_config('dsnet-demo_scenes')
+# A tool, its arguments, > and a file that it writes into OUT. DET and CLS are
+# configurations. By iteration the size of vis_scheduler is of no meaning, but
+# IterBasedTrainLoop waits 2 s an epoch.
+CALLS = f"""
+mmdet analysis_tools/browse_dataset DET --not-show --output-dir OUT > 4.png
+mmdet analysis_tools/analyze_logs plot_curve det/LOG --keys loss segm_mAP --out OUT/a.png > a.png
+mmdet analysis_tools/coco_error_analysis det/predictions.segm.json OUT --ann truth.json --types segm > segm/segm-allclass-allarea.png
+mmdet analysis_tools/confusion_matrix DET det/predictions.pkl OUT > confusion_matrix.png
+mmdet analysis_tools/analyze_results DET det/predictions.pkl OUT --topk 1 > bad/*
+mmpretrain visualization/browse_dataset CLS --not-show --output-dir OUT {ORIGINAL} > *
+mmpretrain analysis_tools/analyze_logs plot_curve cls/LOG --keys loss accuracy/top1 --out OUT/a.png > a.png
+mmpretrain analysis_tools/confusion_matrix CLS cls/predictions.pkl --show-path OUT/a.png --include-values > a.png
+mmpretrain visualization/vis_scheduler {NUCLEI} --not-show --dataset-size 100000 --save-path OUT/lr.png > lr.png
+mmpretrain visualization/vis_scheduler {SCENES} --not-show --dataset-size 320 --save-path OUT/lr.png > lr.png
+"""  # noqa: E501
+
+
+def log_of(work_dir: str) -> Path:
+    """The log of losses and metrics that analyze_logs reads."""
+    return min(Path(work_dir).glob('*/vis_data/scalars.json'))
 
 
 @pytest.fixture(scope='module')
-def logs(folder: Path) -> Iterator[dict[str, Path]]:
-    """Logs of a Mask R-CNN and a classifier, whose working directories are det and cls.
+def trained(folder: Path) -> Iterator[None]:
+    """The folders det and cls of a trained Mask R-CNN and a trained classifier.
 
-    These have predictions, and det a TensorBoard log. DET and CLS are configurations
-    with the data root in them, as their user would write them.
+    These have predictions, and det a TensorBoard log. DET.py and CLS.py are their
+    configurations with the data root in them, as their user would write them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,29 +82,22 @@ def logs(folder: Path) -> Iterator[dict[str, Path]]:
         tool('train.py').main(['classifier.py', '--work-dir=cls', *cls])
         args = ['cls/epoch_2.pth', '--out=cls/predictions.pkl']
         tool('test.py').main(['classifier.py', *args, *cls])
-        yield {
-            f'{name}_log': min(Path(name).glob('*/vis_data/scalars.json'))
-            for name in ('det', 'cls')
-        }
+        yield
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(('package', 'name', 'args', 'written'), TOOLS)
+@pytest.mark.parametrize('line', CALLS.strip().splitlines())
 def test_tools_of_openmmlab(
-    package: str,
-    name: str,
-    args: str,
-    written: str,
-    logs: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    line: str, trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ``python PATH ARGUMENTS`` does."""
+    call, written = line.split(' > ')
+    package, name, *words = call.replace('OUT', str(tmp_path)).split()
     folder = Path(importlib.import_module(package).__file__).parent
-    path = folder / '.mim' / 'tools' / name
+    path = folder / '.mim' / 'tools' / f'{name}.py'
     if not path.is_file():
         pytest.skip(f'this {package} has no {name}')
-    words = [word.format(out=tmp_path, **logs) for word in args.split()]
+    words = [str(log_of(w[:3])) if w.endswith('/LOG') else w for w in words]
     words = [f'{word}.py' if word in ('DET', 'CLS') else word for word in words]
     if 'segm_mAP' in words:
         if 'import seaborn' in path.read_text():
@@ -164,11 +113,11 @@ def test_tools_of_openmmlab(
 # ------------------------------------------------------------------------ loggers
 
 
-def test_tensorboard(logs: dict[str, Path]) -> None:
+def test_tensorboard(trained: None) -> None:
     accumulator = pytest.importorskip(
         'tensorboard.backend.event_processing.event_accumulator'
     )
-    log = logs['det_log']
+    log = log_of('det')
     events = accumulator.EventAccumulator(str(log.parent)).Reload()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for name, num in (('loss', 2), ('coco/segm_mAP', 1)):
@@ -178,7 +127,7 @@ def test_tensorboard(logs: dict[str, Path]) -> None:
         assert len(measured) == num
 
 
-def test_wandb(logs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb(trained: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: it writes a run that ``wandb sync`` sends later."""
     wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')

@@ -1,11 +1,7 @@
 """The measured tables: rows, runs, report, and the weights that come of them."""
 
 import json
-import os
 import re
-import signal
-import threading
-import time
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -247,22 +243,6 @@ def test_a_check_has_the_threads_of_the_record(
             call()
         arguments, threads = called.pop()
         assert (arguments[0][:8], threads) in (('tools/tr', 1), ('tools/te', 1))
-
-
-def test_a_tool_stops_with_its_caller():
-    """Also if it ignores SIGINT, as what a shell starts in the background does."""
-    script = 'import time, signal as s; s.signal(s.SIGINT, s.SIG_IGN); time.sleep(60)'
-    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
-    # These tests, too, may have been started in the background.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer.start()
-    start = time.perf_counter()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            runs._call(['-c', script], 1)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert time.perf_counter() - start < 30
 
 
 def test_rows_are_timed_in_turns(table: Path, monkeypatch: pytest.MonkeyPatch):

@@ -247,7 +247,10 @@ def differing(one: dict, other: dict, keys: set[tuple[str, ...]]) -> list[str]:
 
 def _value(node: Any, key: tuple[str, ...]) -> Any:
     for part in key:
-        node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
+        if isinstance(node, list):
+            node = node[int(part)]
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
     return node
 
 

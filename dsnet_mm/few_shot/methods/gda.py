@@ -43,16 +43,10 @@ def fit_gda(data: FewShotData, *, alpha: float) -> LinearClassifier:
 
 
 def inverse_covariance(centred: Tensor) -> Tensor:
-    """Estimates an inverse covariance from few samples.
+    """Estimates an inverse covariance (D, D) from few centred samples (N, D).
 
     This is the empirical Bayes ridge-type estimator of Kubokawa and Srivastava,
     D ((N - 1) C + tr(C) I)^+, where C is the empirical covariance.
-
-    Args:
-        centred: Samples minus the mean of their class (N, D).
-
-    Returns:
-        Estimate (D, D).
     """
     count, width = centred.shape
     covariance = centred.t().cov()

@@ -88,7 +88,7 @@ class Attention : public torch::autograd::Function<Attention> {
     stack.push_back(ctx->saved_data["dropout_p"]);
     call_boxed(ctx->saved_data["backward"].toStringRef(), stack);
     variable_list result = to_tensors(stack);
-    result.resize(result.size() + 4);  // Of the seed and what is no tensor.
+    result.resize(result.size() + 4);  // Other arguments of forward have no gradient.
     return result;
   }
 
@@ -100,6 +100,7 @@ class Attention : public torch::autograd::Function<Attention> {
   }
 };
 
+// The last three arguments are the seed, num_heads and dropout_p.
 void attention_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                         Stack* stack) {
   if (!at::GradMode::is_enabled()) return refuse_gradients(op, keys, stack);

@@ -70,11 +70,11 @@ inline char* scratch(int64_t bytes) {
 // one block for each thread: a kernel must not call another one through in_scratch.
 template <typename Kernel, typename... Args>
 void in_scratch(const Kernel& kernel, const Args&... args) {
-  Arena size;
-  kernel(args..., size);
-  Arena arena(scratch(size.size()));
+  Arena counted;
+  kernel(args..., counted);
+  Arena arena(scratch(counted.size()));
   kernel(args..., arena);
-  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(arena.size() == size.size());
+  TORCH_INTERNAL_ASSERT(arena.size() == counted.size());
 }
 
 }  // namespace dsnet

@@ -1,0 +1,162 @@
+"""The converters of CIFAR-10 and the nuclei, on small files in the sets' layouts."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from tests.conftest import tool
+
+CLASSES = ('bird', 'cat')
+# The splits of nuclei images that have been public since 2018.
+NAMES = {
+    '00071198d059ba7f5914a526d124d28e6d010c92466da21d4a04cd5413362552': 'train',
+    '0287e7ee5b007c91ae2bd7628d09735e70496bc6127ecb7f3dd043e04ce37426': 'val',
+}
+
+
+def convert_cifar(source: Path, out: Path) -> None:
+    tool('dataset_converters/cifar10_to_folders.py').main([str(source), str(out)])
+
+
+def convert_nuclei(source: Path, out: Path) -> None:
+    args = [str(source), str(out), '--max-pixels', '5000']
+    tool('dataset_converters/nuclei_to_coco.py').main(args)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """An archive of 20 training and 2 test images of each class of CIFAR-10."""
+    path = tmp_path / 'cifar10.zip'
+    with zipfile.ZipFile(path, 'w') as file:
+        for split, count in (('train', 20), ('test', 2)):
+            for kind in CLASSES:
+                for i in range(count):
+                    _, png = cv2.imencode('.png', np.full((32, 32, 3), i, np.uint8))
+                    file.writestr(f'{split}/{kind}/{i:02}.png', png.tobytes())
+    return path
+
+
+@pytest.fixture
+def nuclei(tmp_path: Path) -> Path:
+    """Two images of 40 x 30 pixels with two nuclei each, and a large one."""
+    for name, size in {**dict.fromkeys(NAMES, (40, 30)), 'large': (300, 300)}.items():
+        folder = tmp_path / 'stage1_train' / name
+        (folder / 'images').mkdir(parents=True)
+        (folder / 'masks').mkdir()
+        cv2.imwrite(str(folder / 'images' / f'{name}.png'), np.zeros((*size, 4)))
+        for i, (x, y, w, h) in enumerate(((2, 3, 5, 7), (20, 10, 9, 4))):
+            mask = np.zeros(size, np.uint8)
+            mask[y : y + h, x : x + w] = 255
+            cv2.imwrite(str(folder / 'masks' / f'{i}.png'), mask)
+        cv2.imwrite(str(folder / 'masks' / 'empty.png'), np.zeros(size))
+    return tmp_path / 'stage1_train'
+
+
+def test_archive_of_cifar(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / 'cifar10'
+    convert_cifar(archive, out)
+    counts = 'train: 36 images, val: 4 images, test: 4 images'
+    assert counts in capsys.readouterr().out
+    lists = {
+        name: (out / f'{name}.txt').read_text().split('\n')[:-1]
+        for name in ('train', 'val', 'test')
+    }
+    assert not set(lists['train']) & set(lists['val'])
+    assert lists['val'][:2] == ['bird/00.png 0', 'bird/10.png 0']
+    assert lists['test'][-1] == 'cat/01.png 1'
+    for name, lines in lists.items():
+        folder = out / ('test' if name == 'test' else 'train')
+        for line in lines:
+            image = cv2.imread(str(folder / line.split()[0]))
+            assert (image == int(line.split()[0][-6:-4])).all()
+
+
+def test_official_files_of_cifar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels and rows of the images are where the published files have them."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / 'cifar-10-batches-py'
+    folder.mkdir()
+    red = np.zeros((2, 3, 32, 32), np.uint8)
+    red[:, 0, 5] = 255  # the sixth row
+    for name in ('data_batch_1', 'test_batch'):
+        batch = dict(data=red.reshape(2, -1), labels=[0, 1])
+        (folder / name).write_bytes(pickle.dumps(batch))
+    meta = dict(label_names=list(CLASSES))
+    (folder / 'batches.meta').write_bytes(pickle.dumps(meta))
+    # The published checksums are those of other images.
+    monkeypatch.setattr(CIFAR10, '_check_integrity', lambda self: True)
+    monkeypatch.setattr(CIFAR10, 'train_list', [['data_batch_1', None]])
+    monkeypatch.setattr(CIFAR10, 'test_list', [['test_batch', None]])
+    monkeypatch.setitem(CIFAR10.meta, 'md5', None)
+    convert_cifar(tmp_path, tmp_path / 'out')
+    image = cv2.imread(str(tmp_path / 'out' / 'test' / 'cat' / '00001.png'))
+    expected = np.zeros((32, 32, 3), np.uint8)
+    expected[5, :, 2] = 255  # OpenCV: blue, green, red
+    assert (image == expected).all()
+
+
+def test_nuclei(nuclei: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / 'nuclei'
+    convert_nuclei(nuclei, out)
+    assert 'val: 1 images, 2 nuclei' in capsys.readouterr().out
+    for name, split in NAMES.items():
+        coco = COCO(out / 'annotations' / f'instances_{split}.json')
+        (image,) = coco.imgs.values()
+        assert image['source'] == name
+        assert (image['height'], image['width']) == (40, 30)
+        pixels = cv2.imread(str(out / split / image['file_name']))
+        assert pixels.shape == (40, 30, 3)
+        first, second = coco.loadAnns(coco.getAnnIds())
+        assert (first['bbox'], first['area']) == ([2, 3, 5, 7], 35)
+        mask = coco.annToMask(second)
+        assert mask.sum() == 36 and mask[10:14, 20:29].all()
+    test = json.loads((out / 'annotations' / 'instances_test.json').read_text())
+    assert not test['images'], 'the large image is left out'
+
+
+def test_errors(
+    archive: Path, nuclei: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / 'out'
+
+    def refused(fact: str, source: Path, out: Path = out) -> None:
+        convert = (
+            convert_nuclei if nuclei in (source, *source.parents) else convert_cifar
+        )
+        with pytest.raises(SystemExit, match='2'):
+            convert(source, out)
+        assert fact in ' '.join(capsys.readouterr().err.split())
+
+    refused('nothing.zip', tmp_path / 'nothing.zip')
+    refused(str(tmp_path), archive, tmp_path)
+    refused('cifar-10-batches-py', tmp_path)
+    other = tmp_path / 'other.zip'
+    other.write_text('no archive')
+    refused('zip', other)
+    for member, fact in (('train/cat/0.png', 'classes'), ('0.png', 'train/CLASS')):
+        with zipfile.ZipFile(other, 'w') as file:
+            file.writestr(member, b'')
+        refused(fact, other)
+
+    refused('BBBC038', nuclei / 'nothing')
+    refused(str(tmp_path), nuclei, tmp_path)
+    first = nuclei / next(iter(NAMES))
+    mask = first / 'masks' / '0.png'
+    cv2.imwrite(str(mask), np.ones((5, 5), np.uint8))
+    refused('0.png has the shape (5, 5)', nuclei)
+    mask.write_text('no image')
+    refused('0.png cannot be read', nuclei)
+    next((first / 'images').iterdir()).unlink()
+    refused('0 images', nuclei)
+    assert not list(tmp_path.glob('*out*')), 'nothing half-written is left'
