@@ -79,24 +79,6 @@ COCO = {
     'coco/bbox_mAP_s': 'small',
     'coco/bbox_mAP_m': 'medium',
 }
-NUCLEI_DATA = (
-    'the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted by '
-    'tools/dataset_converters/nuclei_to_coco.py into data/nuclei'
-)
-NUCLEI_LIMITS = (
-    'one class, images like those of the set (nuclei stained for light or '
-    'fluorescence microscopy, 256 to 696 pixels, enlarged twice); small training set, '
-    'no use in diagnosis'
-)
-CIFAR_LIMITS = (
-    'ten classes, images of 32 pixels enlarged to 64; trained for minutes, far from '
-    'what long training reaches'
-)
-CIFAR_LICENCE = 'CIFAR-10 is published without a licence, for research'
-CIFAR_DATA = (
-    'CIFAR-10 as a folder of images, written by '
-    'tools/dataset_converters/cifar10_to_folders.py into data/cifar10'
-)
 DETECTORS = {
     'dsnet_dsfpn': 'DS-Net + DS-FPN',
     'dsnet_fpn': 'DS-Net + FPN',
@@ -164,9 +146,12 @@ NUCLEI = Table(
     ),
     COCO,
     tolerance=1.5,
-    data=NUCLEI_DATA,
+    data='the nuclei of the 2018 Data Science Bowl (BBBC038 stage 1, CC0), converted '
+    'by tools/dataset_converters/nuclei_to_coco.py into data/nuclei',
     licence='the images are CC0',
-    limits=NUCLEI_LIMITS,
+    limits='one class, images like those of the set (nuclei stained for light or '
+    'fluorescence microscopy, 256 to 696 pixels, enlarged twice); small training set, '
+    'no use in diagnosis',
     size=256,
 )
 # As in configs/dsnet/mask_rcnn_dsnet_nuclei.py.
@@ -189,9 +174,11 @@ CIFAR10 = Table(
     ),
     {'accuracy/top1': 'accuracy'},
     tolerance=1.0,
-    data=CIFAR_DATA,
-    licence=CIFAR_LICENCE,
-    limits=CIFAR_LIMITS,
+    data='CIFAR-10 as a folder of images, written by '
+    'tools/dataset_converters/cifar10_to_folders.py into data/cifar10',
+    licence='CIFAR-10 is published without a licence, for research',
+    limits='ten classes, images of 32 pixels enlarged to 64; trained for minutes, far '
+    'from what long training reaches',
     size=64,
 )
 LONG = {'train_cfg.max_epochs': 8, 'param_scheduler.1.T_max': 8}

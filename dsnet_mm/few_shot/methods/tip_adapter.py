@@ -24,7 +24,6 @@ class TipAdapter(nn.Module):
         logit_scale: Scale of the cosine similarities.
         alpha: Weight of the cache.
         beta: Sharpness of the affinity exp(-beta (1 - cos)).
-        learn_keys: Whether the keys are parameters (Tip-Adapter-F).
     """
 
     def __init__(
@@ -35,13 +34,9 @@ class TipAdapter(nn.Module):
         logit_scale: float | Tensor,
         alpha: float = 1.0,
         beta: float = 1.0,
-        learn_keys: bool = False,
     ) -> None:
         super().__init__()
-        if learn_keys:
-            self.keys = nn.Parameter(keys.detach().clone())
-        else:
-            self.register_buffer('keys', keys.detach().clone())
+        self.register_buffer('keys', keys.detach().clone())
         self.register_buffer('labels', labels.clone())
         self.register_buffer('text_features', text_features.detach().clone())
         self.register_buffer('logit_scale', torch.as_tensor(logit_scale).clone())
@@ -74,7 +69,9 @@ class TipAdapter(nn.Module):
 )
 def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapter:
     """Builds Tip-Adapter, which is not trained."""
-    return _build(data, alpha, beta)
+    keys = F.normalize(data.train.features.mean(0), dim=-1)
+    labels, text, scale = data.train.labels, data.text_features, data.logit_scale
+    return TipAdapter(keys, labels, text, scale, alpha, beta)
 
 
 @register_method(
@@ -91,18 +88,8 @@ def fit_tip_adapter_f(
     data: FewShotData, *, alpha: float, beta: float, **recipe: object
 ) -> TipAdapter:
     """Trains the keys of Tip-Adapter (Tip-Adapter-F)."""
-    return train(_build(data, alpha, beta, learn_keys=True), data, **recipe)
-
-
-def _build(
-    data: FewShotData, alpha: float, beta: float, learn_keys: bool = False
-) -> TipAdapter:
-    return TipAdapter(
-        F.normalize(data.train.features.mean(0), dim=-1),
-        data.train.labels,
-        data.text_features,
-        data.logit_scale,
-        alpha,
-        beta,
-        learn_keys,
-    )
+    model = fit_tip_adapter(data, alpha=alpha, beta=beta)
+    keys = nn.Parameter(model.keys)
+    del model.keys
+    model.keys = keys
+    return train(model, data, **recipe)
