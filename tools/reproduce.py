@@ -5,7 +5,8 @@ python tools/reproduce.py nuclei dsnet_dsfpn      # what is missing of a row
 python tools/reproduce.py nuclei dsnet_dsfpn --seed 0 --check
 python tools/reproduce.py all                     # what is missing of all tables
 python tools/reproduce.py nuclei --time           # on an idle machine
-python tools/reproduce.py --report                # tables and plots, no run
+python tools/reproduce.py --report                # tables and plots of the page, no run
+python tools/reproduce.py scenes --report         # prints a table, no run
 
 A run that is killed goes on where it was when the command is given again. Each finished
 run is a file in results/. With --check a run that is recorded already is run again,
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         '--turns', type=int, default=10, help='turns of --time (default: 10)'
     )
     parser.add_argument(
-        '--report', action='store_true', help='only write tables and plots'
+        '--report', action='store_true', help='only write the page, or print a table'
     )
     parser.add_argument('--data-root', help='folder of the data')
     parser.add_argument(
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with user_errors(parser):
         if args.report:
-            report()
+            report(args.table)
             return
         if not args.table:
             print_tables()
@@ -152,11 +153,14 @@ def run_rows(
         sys.exit(1)
 
 
-def report() -> None:
-    """Writes the tables and plots of docs/results.md."""
-    from evidence.report import write_page
+def report(table: str | None = None) -> None:
+    """Writes the tables and plots of docs/results.md, or prints one table."""
+    from evidence.report import read_results, section, write_page
 
-    print('Written:', *write_page())
+    if table in TABLES:
+        print(section(table, read_results(table)))
+    else:
+        print('Written:', *write_page())
 
 
 if __name__ == '__main__':

@@ -133,10 +133,16 @@ def test_keys_are_those_of_our_files(tmp_path: Path):
 
 
 def test_page_is_made_from_the_results():
-    """No number of its tables is typed, and every plot is there."""
+    """No number of a table is typed wrong, and every plot is there."""
     page = report.PAGE.read_text()
     sections = {n: report.section(n, report.read_results(n)) for n in TABLES}
     assert report.fill(page, sections) == page, 'run tools/reproduce.py --report'
+    typed = re.findall(r'^\| `(\w+)` \| (.+) \|$', page, re.M)
+    shown = [name for _, name, _ in report.PLACE.findall(page)]
+    assert {*shown, *(name for name, _ in typed)} == set(TABLES)
+    for name, text in typed:
+        for number in re.findall(r'\d+\.\d ± \d+\.\d', text):
+            assert number in sections[name], name
     for path in re.findall(r'\]\((images/\S+)\)', page):
         assert (report.PAGE.parent / path).is_file()
 
@@ -295,7 +301,7 @@ def test_report(table: Path):
 
     page = 'a\n<!-- table: small -->\nold\n<!-- end -->\nb\n'
     assert report.fill(page, {'small': 'new'}) == page.replace('old', 'new')
-    with pytest.raises(ValueError, match='table: other'):
+    with pytest.raises(ValueError, match='small'):
         report.fill(page, {'other': 'new'})
 
     close = {**result, 'metrics': {'accuracy/top1': 61.5}}

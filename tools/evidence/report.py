@@ -117,23 +117,18 @@ def read_timing(name: str) -> dict | None:
 
 
 def section(name: str, results: Results) -> str:
-    """Returns what the page shows of a table: table, plot and origin."""
+    """Returns a table in Markdown, and how it was measured."""
     table = TABLES[name]
     if not results:
         return f'Not measured yet: `python tools/reproduce.py {name}`.'
     runs = [run for row in results.values() for run in row.values()]
-    if is_sweep(name):
-        parts = [sweep_table(name, results)]
-    else:
-        parts = [main_table(name, results)]
-        parts.append(f'![{table.title}](images/results_{name}.png)')
+    make = sweep_table if is_sweep(name) else main_table
     wanted = sum(row.seeds for row in table.rows)
     machines = sorted({run['machine']['processor'] for run in runs})
-    parts.append(
-        f'{len(runs)} of {wanted} runs; `python tools/reproduce.py {name}`; '
+    return make(name, results) + (
+        f'\n\n{len(runs)} of {wanted} runs; `python tools/reproduce.py {name}`; '
         f'torch {runs[0]["versions"]["torch"]}; {", ".join(machines)}.'
     )
-    return '\n\n'.join(parts)
 
 
 def plot(name: str, results: Results) -> bytes:
@@ -208,41 +203,44 @@ def plot_loss(ax: Axes, runs: Mapping, style: dict) -> None:
     ax.set(xlabel='iteration', ylabel='training loss')
 
 
+PLACE = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
+"""A generated part of the page."""
+
+
 def fill(page: str, sections: Mapping[str, str]) -> str:
     """Replaces the generated parts of a page.
 
     Args:
         page: Text with a comment ``<!-- table: NAME -->`` before and ``<!-- end -->``
             after each part.
-        sections: The parts by name.
+        sections: The parts by name. The page need not have all.
 
     Raises:
-        ValueError: If the page has no place for one of them.
+        ValueError: If the page has a place for another part.
     """
-    for name, text in sections.items():
-        pattern = rf'(<!-- table: {name} -->\n).*?(<!-- end -->)'
-        if not re.search(pattern, page, re.DOTALL):
-            raise ValueError(
-                f'{PAGE} has no "<!-- table: {name} -->" and "<!-- end -->"'
-            )
-        page = re.sub(pattern, lambda m: f'{m[1]}{text}\n{m[2]}', page, flags=re.DOTALL)  # noqa: B023
-    return page
+    names = [found[2] for found in PLACE.finditer(page)]
+    if unknown := set(names) - set(sections):
+        raise ValueError(
+            f'the page names the tables {sorted(unknown)}; there are {list(sections)}'
+        )
+    return PLACE.sub(lambda m: f'{m[1]}{sections[m[2]]}\n{m[3]}', page)
 
 
 def write_page() -> list[Path]:
-    """Writes the tables into docs/results.md, and the plots beside it.
+    """Writes the tables that docs/results.md has, and their plots beside it.
 
     Returns:
         The files that were written.
     """
+    page = PAGE.read_text()
     results = {name: read_results(name) for name in TABLES}
     sections = {name: section(name, found) for name, found in results.items()}
-    write_atomic(PAGE, fill(PAGE.read_text(), sections))
+    write_atomic(PAGE, fill(page, sections))
     files = [PAGE]
-    for name, found in results.items():
-        if found and not is_sweep(name):
+    for name in (found[2] for found in PLACE.finditer(page)):
+        if results[name] and not is_sweep(name):
             files.append(PLOTS / f'results_{name}.png')
-            write_atomic(files[-1], plot(name, found))
+            write_atomic(files[-1], plot(name, results[name]))
     return files
 
 
