@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsnet_mm.models import DSNet, fuse_for_inference
 from dsnet_mm.models.reference import reference_net
+from dsnet_mm.ops import use_path
 
 from .calls import build_ds_net, make_call
 from .complexity import count_complexity
@@ -29,6 +30,7 @@ except ImportError:
 # of ResNet-50 is from torchvision (weights IMAGENET1K_V1). DeiT-S is not distilled.
 MODELS = {
     'ours': ('DS-Net-S*', None, 82.3),
+    'sdpa': ('DS-Net-S*, PyTorch operators', None, 82.3),  # DSNET_MM_OPS=sdpa
     'plain': ('plain DS-Net-S*', None, 82.3),
     'resnet50': ('ResNet-50', 'resnet50', 76.1),
     'deit_s': ('DeiT-S', 'deit_small_patch16_224', 79.8),
@@ -114,7 +116,7 @@ def rows_of(panel: Panel, models: Iterable[str], compiled: bool = False) -> list
         rows += [Row(key, layout=layout) for layout in layouts]
         if key == 'ours' and not panel.training:
             rows.append(Row(key, fused=False))
-        if compiled and key != 'plain':
+        if compiled and key not in ('plain', 'sdpa'):
             rows += [Row(key, compiled=True, layout=layout) for layout in layouts]
     return rows
 
@@ -136,8 +138,8 @@ def build(row: Row, panel: Panel) -> nn.Module:
                 options['out_indices'] = (1, 2, 3, 4)
         net = timm.create_model(timm_name, **options)
     net.train(panel.training)
-    if not panel.training and row.fused and row.key in ('ours', 'resnet50'):
-        net = (fuse_for_inference if row.key == 'ours' else fuse_conv_bn)(net)
+    if not panel.training and row.fused and row.key in ('ours', 'sdpa', 'resnet50'):
+        net = (fuse_conv_bn if row.key == 'resnet50' else fuse_for_inference)(net)
     return net.to(torch.float32 if panel.training else DTYPES[panel.dtype])
 
 
@@ -154,7 +156,8 @@ def prepare(row: Row, panel: Panel) -> Callable[[], None]:
         # Inductor then packs the weights, as fuse_for_inference does.
         torch._inductor.config.freezing = not panel.training
         net = torch.compile(net, dynamic=False)
-    return make_call(net, images, panel.training, panel.dtype == 'bfloat16')
+    call = make_call(net, images, panel.training, panel.dtype == 'bfloat16')
+    return use_path('sdpa')(call) if row.key == 'sdpa' else call
 
 
 @cache
