@@ -17,7 +17,8 @@ from dsnet_mm.inference.export import SIZES, ExportedPart, decode, differences
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import resize
-from tests.conftest import error, random_checkpoint, tool, trained
+from tests.conftest import error, tool, trained
+from tests.inference.conftest import random_checkpoint
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ('onnx', 'onnxscript', 'onnxruntime')),

@@ -28,7 +28,8 @@ from dsnet_mm.inference.predictor import (
     mask_in_image,
 )
 from dsnet_mm.inference.tiling import Tile, make_tiles, merge_tiles
-from tests.conftest import REPO, draw, random_checkpoint, tool
+from tests.conftest import REPO, draw, tool
+from tests.inference.conftest import random_checkpoint
 
 SIZE = [
     'test_dataloader.dataset.pipeline.1.scale=(64,64)',

@@ -10,7 +10,8 @@ from mmpretrain.registry import MODELS as CLASSIFIERS
 
 from dsnet_mm.inference.streams import captured, find_block, grad_cam
 from dsnet_mm.ops import split_heads
-from tests.conftest import TINY, build, equal, images, random_checkpoint, tool
+from tests.conftest import TINY, build, equal, images, tool
+from tests.inference.conftest import random_checkpoint
 
 
 def test_weights_give_the_output_of_the_operator() -> None:

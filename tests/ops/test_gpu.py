@@ -19,12 +19,10 @@ from dsnet_mm.ops import (
     native,
     reference_co_attention,
 )
-from tests.conftest import (
+from tests.conftest import build, error, images
+from tests.ops.conftest import (
     SHAPES,
     VIEWS,
-    build,
-    error,
-    images,
     native_op,
     outputs_and_gradients,
     seed,

@@ -17,13 +17,13 @@ from dsnet_mm.ops import (
     split_heads,
 )
 from dsnet_mm.ops.packing import PACKED_DTYPES
-from tests.conftest import (
+from tests.conftest import needs_native
+from tests.ops.conftest import (
     SHAPES,
     SHAPES_AND_DROPOUT,
     TOLERANCE,
     VIEWS,
     native_op,
-    needs_native,
     outputs_and_gradients,
     seed,
     streams,

@@ -13,16 +13,8 @@ from torch.utils import cpp_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet_mm.ops import co_attention, native, sdpa_co_attention, select_path
-from tests.conftest import (
-    REPO,
-    native_op,
-    needs_native,
-    outputs_and_gradients,
-    run_python,
-    run_with_instructions,
-    streams,
-    worst,
-)
+from tests.conftest import REPO, needs_native, run_python, run_with_instructions
+from tests.ops.conftest import native_op, outputs_and_gradients, streams, worst
 
 # ------------------------------------------------------ memory, threads, FLOPs
 
@@ -45,7 +37,8 @@ def test_no_allocation_is_near_the_attention_matrix():
 @needs_native
 def test_peak_of_the_process_is_linear_in_the_tokens():
     done = run_python(
-        'import torch; from resource import *; from tests.conftest import *\n'
+        'import torch; from resource import *; from dsnet_mm.ops import native\n'
+        'from tests.ops.conftest import *\n'
         'def run(*shape):\n'
         '    outs = native.co_attention(*streams(*shape, torch.float32), shape[3])\n'
         '    sum(o.sum() for o in outs).backward()\n'
@@ -64,7 +57,7 @@ def test_scratch_memory_is_what_the_type_needs():
     sizes = []
     for dtype in ('float32', 'float64'):
         done = run_python(
-            'import torch; from tests.conftest import *\n'
+            'import torch; import dsnet_mm.ops; from tests.ops.conftest import *\n'
             f'qkv = streams(1, 64, 1, 1, 32, torch.{dtype}, grad=False)[0]\n'
             'with torch.profiler.profile(profile_memory=True) as profile:\n'
             '    torch.ops.dsnet_mm.self_attention(qkv, seed(), 1, 0.0)\n'
