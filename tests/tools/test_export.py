@@ -13,10 +13,10 @@ from mmpretrain.registry import MODELS as CLASSIFIERS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from dsnet_mm.inference.export import SIZES, ExportedPart, decode, differences
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import resize
+from export import SIZES, ExportedPart, decode, differences
 from tests.conftest import error, tool, trained
 from tests.inference.conftest import random_checkpoint
 
