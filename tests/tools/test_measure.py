@@ -170,7 +170,7 @@ def test_wrong_arguments(benchmark, args, fact, capsys):
 
 def test_without_timm(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'timm', None)
-    assert benchmark.parse_args([]).models == ['ours', 'plain']
+    assert benchmark.parse_args([]).models == ['ours', 'sdpa', 'plain']
     with pytest.raises(SystemExit):
         benchmark.parse_args(['--models', 'swin_t'])
     assert 'pip install timm' in capsys.readouterr().err
