@@ -135,7 +135,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     )
     try:
         with restricted_loading():
-            checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+            checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise DamagedCheckpointError(path) from error
     if not isinstance(checkpoint, dict):

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,7 @@ class OldFlag(argparse.Action):
         values: list[str],
         option_string: str | None = None,
     ) -> None:
-        warnings.warn(f'{option_string} is called {self.new} now.', stacklevel=2)
+        print(f'Warning: {option_string} is called {self.new} now.', file=sys.stderr)
         setattr(namespace, self.dest, True)
 
 
