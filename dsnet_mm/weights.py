@@ -231,13 +231,15 @@ _JIT = ('restore_type_tag', 'build_intlist', 'build_doublelist', 'build_boollist
 _TORCHSCRIPT = {f'torch.jit._pickle.{name}': _first for name in _JIT}
 _TORCHSCRIPT |= {'torch.jit._pickle.build_tensorlist': _first}
 
-_OPCODES = """
-    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4
-    BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
-    EMPTY_LIST EMPTY_DICT BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE
-    GLOBAL STACK_GLOBAL BINPERSID
-""".split()
+# Those of protocols 2 to 4, without the ones that :class:`_Unpickler` has itself.
+_OPCODES = (
+    *('PROTO', 'FRAME', 'STOP', 'MARK', 'NONE', 'NEWTRUE', 'NEWFALSE', 'BINFLOAT'),
+    *('BININT', 'BININT1', 'BININT2', 'LONG1', 'LONG4', 'BINSTRING', 'SHORT_BINSTRING'),
+    *('BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'EMPTY_LIST', 'EMPTY_DICT'),
+    *('BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'STACK_GLOBAL', 'BINPERSID'),
+    *('EMPTY_TUPLE', 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'),
+    *('BINGET', 'LONG_BINGET', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'),
+)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -285,6 +287,11 @@ class _Unpickler(pickle._Unpickler):
         _require(values.dtype == dtype and len(values) == count)
         return values
 
+    def _global(self) -> None:
+        lines = self.readline(), self.readline()
+        _require(all(line.endswith(b'\n') for line in lines))  # the file goes on
+        self.append(self.find_class(*(line[:-1].decode() for line in lines)))
+
     def _call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         _require(type(function) is FunctionType and type(arguments) is tuple)
@@ -314,6 +321,7 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1].extend(items)
 
     dispatch |= {
+        pickle.GLOBAL[0]: _global,
         pickle.REDUCE[0]: _call,
         pickle.NEWOBJ[0]: _call,
         pickle.BUILD[0]: _build,

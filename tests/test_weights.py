@@ -7,9 +7,9 @@ import pickle
 import random
 import struct
 import threading
-import time
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,13 @@ def opcodes(value: Any) -> bytes:
             return {None: b'N', True: b'\x88', False: b'\x89'}[value]
         case int():
             data = pickle.encode_long(value)
-            return b'\x8b' + struct.pack('<i', len(data)) + data
+            return b'\x8a' + bytes([len(data)]) + data
         case float():
             return b'G' + struct.pack('>d', value)
         case str():
             return b'X' + struct.pack('<I', len(value.encode())) + value.encode()
         case bytes():
-            return b'B' + struct.pack('<I', len(value)) + value
+            return opcodes(Call('_codecs.encode', value.decode('latin1'), 'latin1'))
         case tuple():
             return b'(' + b''.join(map(opcodes, value)) + b't'
         case list():
@@ -81,15 +81,16 @@ def opcodes(value: Any) -> bytes:
 
 
 def written(value: Any) -> bytes:
-    """A pickle, as ``paddle.save`` writes it."""
-    return b'\x80\x03' + opcodes(value) + b'.'
+    """A pickle of protocol 2."""
+    return b'\x80\x02' + opcodes(value) + b'.'
 
 
 def archive(value: Any, records: dict[str, bytes], **kwargs: Any) -> io.BytesIO:
     """An archive, as ``torch.save`` writes it."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w', **kwargs) as found:
-        for name, data in ({'data.pkl': written(value)} | records).items():
+        parts = {'data.pkl': written(value), 'version': b'3'}
+        for name, data in (parts | records).items():
             found.writestr(f'a/{name}', data)
     return file
 
@@ -202,16 +203,16 @@ def changed(value: Any, rng: random.Random) -> Any:
     return rng.choice(NASTY)
 
 
-def attack(seconds: float = 3) -> None:
+def attack(count: int = 1500) -> None:
     """Reads what no library writes. It must be refused, and end no process."""
-    start, rng, counts = time.monotonic(), random.Random(0), Counter()
+    rng, counts = random.Random(0), Counter()
     for value in REFUSED:
-        for read in (
-            lambda: read_paddle(io.BytesIO(written(value))),
-            lambda: read_pickled(archive(value, SIX)),
+        for read, data in (
+            (read_paddle, io.BytesIO(written(value))),
+            (read_pickled, archive(value, SIX)),
         ):
             with pytest.raises(ValueError):
-                raise AssertionError(f'{value.name.name} {value.arguments}: {read()}')
+                raise AssertionError(f'{value.name.name} gave {read(data)}')
     deep = b'N' + b'\x85' * 300_000  # to hash it overflows the stack
     named = opcodes(Name('collections.OrderedDict')), opcodes(Name('builtins.set'))
     for content in (
@@ -221,7 +222,7 @@ def attack(seconds: float = 3) -> None:
         named[1] + b'](' + deep + b'e\x85R',
     ):
         with pytest.raises(ValueError):
-            read_paddle(io.BytesIO(b'\x80\x03' + content + b'.'))
+            read_paddle(io.BytesIO(b'\x80\x02' + content + b'.'))
     history = Call(
         'mmengine.logging.history_buffer.HistoryBuffer',
         state={
@@ -231,7 +232,7 @@ def attack(seconds: float = 3) -> None:
         },
     )
     seeds = [*REFUSED, history, array(FLOAT, (1,), b'A' * 8), tensor()]
-    while time.monotonic() < start + seconds:
+    for _ in range(count):
         value = rng.choice(seeds)
         for _ in range(rng.randrange(1, 4)):
             value = changed(value, rng)
@@ -273,8 +274,10 @@ def test_tensors_are_read_as_torch_reads_them(old: bool, tmp_path: Path) -> None
         shared=[base, base[1:, ::2], base.t()],
         kinds=[
             base.to(kind)
-            for kind in (torch.float16, torch.bfloat16, torch.float64, torch.int8)
-            + (torch.uint8, torch.int16, torch.int64, torch.complex64, torch.bool)
+            for kind in (
+                *(torch.float16, torch.bfloat16, torch.float64, torch.complex64),
+                *(torch.uint8, torch.int8, torch.int16, torch.int64, torch.bool),
+            )
         ],
         small=[torch.tensor(3.0), torch.empty(0, 4), nn.Parameter(torch.ones(2))],
         state=layer.state_dict(),
@@ -425,10 +428,8 @@ def test_a_torchscript_archive_is_not_run(harmful: tuple[Path, Path]) -> None:
     for key in ('part.0.weight', 'part.0.bias', 'part.1.running_mean'):
         assert torch.equal(found[key], expected[key])
     for read in (read_torchscript, read_pickled):
-        try:
+        with suppress(ValueError):
             read(path)
-        except ValueError:
-            pass
         assert target.read_text() == 'mine'
 
 

@@ -123,7 +123,9 @@ DATA = (
 )
 ENCODER = (
     option('--model', 'model of open_clip, if it is a file or the classifier has none'),
-    option('--pretrained', 'its weights, if they are a file or the classifier has none'),
+    option(
+        '--pretrained', 'its weights, if they are a file or the classifier has none'
+    ),
     option('--download', 'fetch weights that are not here', **FLAG),
 )
 CLASSIFIER = (

@@ -158,8 +158,9 @@ class Predictor:
         count = max((n for n in counts if isinstance(n, int)), default=0)
         if self.class_names and len(self.class_names) < count:
             raise ValueError(
-                f'{weights} has names of {len(self.class_names)} classes, and the model of '
-                f'{config} has {count}; use the configuration it was trained with'
+                f'{weights} has names of {len(self.class_names)} classes, and the '
+                f'model of {config} has {count} classes; use the configuration it was '
+                f'trained with'
             )
         self.palette = meta.get('palette')
         model = model.to(device).eval()

@@ -174,7 +174,10 @@ KEY = 'stages.0.0.proj_in.weight'
 @pytest.mark.parametrize(
     ('changes', 'fact'),
     [
-        *((dict(state_dict=value), 'state_dict') for value in (None, [], torch.ones(1))),
+        *(
+            (dict(state_dict=value), 'state_dict')
+            for value in (None, [], torch.ones(1))
+        ),
         (dict(state_dict={KEY: 3}), KEY),
         (dict(state_dict={3: torch.ones(1)}), 'state_dict'),
         (dict(meta='text'), 'meta'),
@@ -183,7 +186,10 @@ KEY = 'stages.0.0.proj_in.weight'
         (dict(weights={KEY: torch.full((16, 16, 1, 1), torch.nan)}), KEY),
         (dict(weights={KEY: torch.full((16, 16, 1, 1), -torch.inf)}), KEY),
         *(
-            (dict(weights={KEY: torch.ones(16, 16, 1, 1, dtype=kind)}), f'{kind}.*{KEY}')
+            (
+                dict(weights={KEY: torch.ones(16, 16, 1, 1, dtype=kind)}),
+                f'{kind}.*{KEY}',
+            )
             for kind in (torch.int64, torch.bool, torch.complex64)
         ),
     ],
@@ -201,7 +207,9 @@ def test_what_is_no_state_dict_of_the_model_is_refused(
     for load in (
         lambda: load_checkpoint(net, str(path)),
         lambda: check_match(net, str(path)),
-        DSNet(ARCH, norm_cfg=dict(type='GN', num_groups=4), init_cfg=init_cfg).init_weights,
+        DSNet(
+            ARCH, norm_cfg=dict(type='GN', num_groups=4), init_cfg=init_cfg
+        ).init_weights,
     ):
         with pytest.raises(ValueError, match=rf'a\.pth.*{fact}') as error:
             load()

@@ -240,7 +240,9 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
     content = json.loads((out / 'a.json').read_text())
     assert len(content['predictions']) == 6 and len(content['skipped']) == 1
     rows = list(csv.DictReader((out / 'a.csv').open()))
-    deployed = load_classifier(elsewhere[0], model=elsewhere[2], pretrained=elsewhere[4])
+    deployed = load_classifier(
+        elsewhere[0], model=elsewhere[2], pretrained=elsewhere[4]
+    )
     for row, entry in zip(rows, content['predictions'], strict=True):
         (expected,) = deployed([row['image']])
         order = expected.argsort(descending=True)
@@ -280,7 +282,9 @@ def test_the_whole_folder_is_tested(tool, elsewhere, image_folder, capsys):
     assert '72 images of 3 classes' in ' '.join(capsys.readouterr().out.split())
     out = Path('work_dirs/test_cosine_mine')
     found = json.loads((out / 'test.json').read_text())
-    deployed = load_classifier(elsewhere[0], model=elsewhere[2], pretrained=elsewhere[4])
+    deployed = load_classifier(
+        elsewhere[0], model=elsewhere[2], pretrained=elsewhere[4]
+    )
     confusion = torch.zeros(3, 3, dtype=torch.long)
     for label, name in enumerate(('blue', 'green_sea', 'red')):
         for guess in deployed(sorted(image_folder.glob(f'{name}/*.png'))).argmax(1):
@@ -336,7 +340,9 @@ def test_table_and_image_of_many_classes(tmp_path):
 # --- Export -----------------------------------------------------------------------
 
 
-def test_onnx(tool, encoder, tiny_clip, elsewhere, image_folder, tmp_path, monkeypatch, capsys):
+def test_onnx(
+    tool, encoder, tiny_clip, elsewhere, image_folder, tmp_path, monkeypatch, capsys
+):
     for library in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(library, reason='an optional library')
     import onnx

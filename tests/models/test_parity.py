@@ -200,11 +200,24 @@ def test_mutated_checkpoints_end_in_a_sentence(suffix: str, tmp_path: Path) -> N
     else:
         public = tmp_path / f'public.{suffix}'
         convert(tmp_path / 'ours.pth', public, '--reverse')
-        read = torch.load if suffix == 'pth' else lambda path: pickle.loads(path.read_bytes())
+        read = (
+            torch.load
+            if suffix == 'pth'
+            else lambda path: pickle.loads(path.read_bytes())
+        )
         names = read(public)
     rng = random.Random(0)
     junk = [
-        *(None, 3, 'text', [], {}, torch.tensor(2), torch.tensor(1.0), torch.ones(2, 2)),
+        *(
+            None,
+            3,
+            'text',
+            [],
+            {},
+            torch.tensor(2),
+            torch.tensor(1.0),
+            torch.ones(2, 2),
+        ),
         *(torch.full((16,), torch.nan), torch.ones(16).int(), torch.ones(10**6)),
         *(torch.ones(16, dtype=torch.bfloat16), np.ones(3), np.ones(3, np.longdouble)),
         *(np.array(1.0), np.ones(16, '>f4'), np.array(['a']), np.ones(16, complex)),
@@ -213,7 +226,9 @@ def test_mutated_checkpoints_end_in_a_sentence(suffix: str, tmp_path: Path) -> N
     for i in range(60):
         changed = dict(names.get('model') or names.get('state_dict') or names)
         key = rng.choice([*changed])
-        other = rng.choice([3, '', 'blocks1.99999999.norm1.bias', 'blocks1.x', key[:-3]])
+        other = rng.choice(
+            [3, '', 'blocks1.99999999.norm1.bias', 'blocks1.x', key[:-3]]
+        )
         if rng.random() < 0.6:
             changed[key] = rng.choice(junk)
         else:
@@ -227,7 +242,9 @@ def test_mutated_checkpoints_end_in_a_sentence(suffix: str, tmp_path: Path) -> N
         if i % 3 == 0:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         src.write_bytes(content)
-        out = tmp_path / f'{i}.pdparams' if suffix == 'reverse' else tmp_path / f'{i}.pth'
+        out = (
+            tmp_path / f'{i}.pdparams' if suffix == 'reverse' else tmp_path / f'{i}.pth'
+        )
         errors = io.StringIO()
         try:
             with redirect_stderr(errors):

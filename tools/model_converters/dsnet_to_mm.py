@@ -190,7 +190,9 @@ def load_paddle(src: Path) -> dict[str, Tensor]:
             for key, value in arrays.items()
         }
     if not (isinstance(arrays, dict) and arrays) or not all(
-        isinstance(key, str) and isinstance(value, np.ndarray) and value.dtype.kind == 'f'
+        isinstance(key, str)
+        and isinstance(value, np.ndarray)
+        and value.dtype.kind == 'f'
         for key, value in arrays.items()
     ):
         raise ValueError(
