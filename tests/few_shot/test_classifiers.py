@@ -221,7 +221,8 @@ def elsewhere(tiny_clip, image_folder, tmp_path, monkeypatch):
         for image in sorted(image_folder.glob('red/*.png'))[:3]:
             (used / 'album' / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(image, used / 'album' / name)
-    models = ('--model', made / 'own_clip.json', '--pretrained', made / 'own.pt')
+    files = {'model': 'own_clip.json', 'pretrained': 'own.pt'}
+    models = models_of({key: str(made / name) for key, name in files.items()})
     return file, *models
 
 
