@@ -143,6 +143,11 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
+def _tensor_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    _require(rebuild is _tensor and kind is _first and type(arguments) is tuple)
+    return _tensor(*arguments)
+
+
 _NUMBERS = {np.dtype(code).str[1:]: np.dtype(code) for code in '?bhiqBHIQefdFD'}
 
 
@@ -203,9 +208,12 @@ _NAMES: dict[str, Any] = {
     'numpy.core.multiarray.scalar': _number,
     'numpy.dtype': _dtype,
     'numpy.ndarray': _array,
+    'torch._tensor._rebuild_from_type_v2': _tensor_with_attributes,
     'torch._utils._rebuild_parameter': _first,
+    'torch._utils._rebuild_parameter_with_state': _first,
     'torch._utils._rebuild_tensor': _tensor,
     'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch.Tensor': _first,
     'torch.Size': lambda values: torch.Size(values),
 }
 _NAMES |= {f'torch.{k}': v for k, v in vars(torch).items() if type(v) is torch.dtype}
@@ -265,6 +273,12 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(file, encoding='utf-8')
         self._storage, self._names = storage, names
         self._storages: dict[str, Tensor] = {}
+
+    def load(self) -> Any:
+        """Reads the pickle. A storage alone is what tensors in other pickles need."""
+        value = super().load()
+        alone = any(value is values for values in self._storages.values())
+        return value._typed_storage() if alone else value
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns what a name stands for."""

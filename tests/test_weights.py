@@ -269,8 +269,10 @@ def saved(value: Any, path: Path, old: bool = False) -> Path:
 @pytest.mark.parametrize('old', [False, True], ids=['zip', 'before 1.6'])
 def test_tensors_are_read_as_torch_reads_them(old: bool, tmp_path: Path) -> None:
     base = torch.arange(24.0).view(4, 6)
-    layer = nn.BatchNorm1d(3)
+    layer, marked = nn.BatchNorm1d(3), torch.ones(2)
+    marked.origin = 'FSDP'
     value = dict(
+        marked=marked,
         shared=[base, base[1:, ::2], base.t()],
         kinds=[
             base.to(kind)
@@ -523,6 +525,14 @@ def test_a_thread_without_a_context_loads_as_outside(tmp_path: Path) -> None:
     refused, tensor_found = found
     assert isinstance(refused, pickle.UnpicklingError), 'as torch.load has it'
     assert tensor_found.is_meta and not (tmp_path / 'x').exists()
+
+
+def test_tensors_of_other_processes_are_read() -> None:
+    """They are pickled, and their storages are read by ``torch.load``."""
+    values = [torch.arange(6.0).view(2, 3).t(), torch.ones(2, dtype=torch.bfloat16)]
+    with restricted_loading():
+        found = pickle.loads(pickle.dumps(values))
+    assert all(map(torch.equal, found, values))
 
 
 # --------------------------------------------------------------------------- checks
