@@ -217,27 +217,18 @@ _NAMES: dict[str, Any] = {
     'torch.Size': lambda values: torch.Size(values),
 }
 _NAMES |= {f'torch.{k}': v for k, v in vars(torch).items() if type(v) is torch.dtype}
+_PLAIN = ('Double', 'Float', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Bool')
+_STORAGES = {name: name.lower() for name in _PLAIN}
+_STORAGES |= dict(Byte='uint8', Char='int8', ComplexDouble='cdouble')
+_STORAGES['ComplexFloat'] = 'cfloat'
 _NAMES |= {
-    f'torch.{module}{name}Storage': dtype
+    f'torch.{module}{name}Storage': getattr(torch, kind)
     for module in ('', 'cuda.')
-    for name, dtype in dict(
-        Double=torch.float64,
-        Float=torch.float32,
-        Half=torch.float16,
-        BFloat16=torch.bfloat16,
-        Long=torch.int64,
-        Int=torch.int32,
-        Short=torch.int16,
-        Char=torch.int8,
-        Byte=torch.uint8,
-        Bool=torch.bool,
-        ComplexFloat=torch.complex64,
-        ComplexDouble=torch.complex128,
-    ).items()
+    for name, kind in _STORAGES.items()
 }
-_JIT = ('restore_type_tag', 'build_intlist', 'build_doublelist', 'build_boollist')
-_TORCHSCRIPT = {f'torch.jit._pickle.{name}': _first for name in _JIT}
-_TORCHSCRIPT |= {'torch.jit._pickle.build_tensorlist': _first}
+_LISTS = ('intlist', 'doublelist', 'boollist', 'tensorlist')
+_TORCHSCRIPT = {f'torch.jit._pickle.build_{name}': _first for name in _LISTS}
+_TORCHSCRIPT |= {'torch.jit._pickle.restore_type_tag': _first, '__torch__': None}
 
 # Those of protocols 2 to 4, without the ones that :class:`_Unpickler` has itself.
 _OPCODES = (
@@ -396,17 +387,14 @@ def _read_stream(file: BinaryIO, size: int, names: dict[str, Any]) -> Any:
         (count,) = struct.unpack('<q', file.read(8))
         _require(count * dtype.itemsize == len(data) == file.readinto(data))
         if dtype == torch.bool:
-            data[:] = data.translate(_BOOLEANS)
+            data[:] = bytes(map(bool, data))
     return checkpoint
-
-
-_BOOLEANS = bytes([0]) + bytes([1]) * 255
 
 
 def _values(data: bytearray, dtype: torch.dtype) -> Tensor:
     """Returns the values of a storage, (N,), which share its memory."""
-    if dtype == torch.bool:
-        data[:] = data.translate(_BOOLEANS)
+    if dtype == torch.bool:  # other bytes than 0 and 1 are undefined behaviour
+        data[:] = bytes(map(bool, data))
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
@@ -492,7 +480,7 @@ def read_torchscript(file: Any) -> dict[str, Tensor]:
                 collect(value, f'{prefix}{name}.')
 
     with _opened(file) as (stream, size, _):
-        module = _read_zip(stream, size, _NAMES | _TORCHSCRIPT | {'__torch__': None})
+        module = _read_zip(stream, size, _NAMES | _TORCHSCRIPT)
         _require(type(module) is _Object)
         collect(module, '')
     return tensors
