@@ -28,6 +28,10 @@ from dsnet_mm.inference.streams import draw_streams, find_blocks
 from .scenes import draw_scene
 from .tiny_clip import SIZE, random_scene
 
+MAX_BYTES = 20 * 2**20
+"""Bytes of an uploaded file."""
+MAX_TOTAL = 2**30
+"""Bytes of all uploaded and written files, which are removed after an hour."""
 MAX_PIXELS = 50_000_000
 """Pixels of an image that is opened."""
 MAX_SIDE = 768
@@ -38,6 +42,9 @@ MAX_IMAGES = 64
 """Images of a class."""
 MINIMUM_SCORE = 0.05
 """Objects of lower scores are not kept."""
+
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+"""Formats of Pillow that are opened. Others, such as EPS, start programs."""
 
 DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
 """Drawn examples: the demo CLIP has seen no image and no caption of them."""
@@ -53,7 +60,7 @@ def check_image(path: str | Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's, of large images
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
     except Image.DecompressionBombError:
         raise ValueError(
