@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,25 +57,22 @@ def check_image(path: str | Path) -> None:
     Raises:
         ValueError: If the file is no image, or has more than ``MAX_PIXELS`` pixels.
     """
-    name = Path(path).name
+    name, pixels = Path(path).name, math.inf
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's, of large images
             with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
+                pixels = image.width * image.height
     except Image.DecompressionBombError:
-        raise ValueError(
-            f'{name} has far more than {MAX_PIXELS:,} pixels, the most that this page '
-            f'opens; make it smaller.'
-        ) from None
+        pass
     except Exception:  # Pillow's decoders raise errors of any type
         raise ValueError(
             f'{name} cannot be read as an image; save it as JPEG or PNG.'
         ) from None
-    if width * height > MAX_PIXELS:
+    if pixels > MAX_PIXELS:
         raise ValueError(
-            f'{name} has {width} x {height} pixels, and this page opens at most '
-            f'{MAX_PIXELS:,}; make it smaller.'
+            f'{name} has more than {MAX_PIXELS:,} pixels, the most that this page '
+            f'opens; make it smaller.'
         )
 
 
