@@ -221,6 +221,7 @@ def test_files_are_removed(name, monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------- with Gradio
 
+UPLOAD, JOIN = '/gradio_api/upload', '/gradio_api/queue/join'
 _connections: list = []
 
 
@@ -237,6 +238,8 @@ def launched(
 ) -> Iterator[Namespace]:
     """The running page, and its address."""
     pytest.importorskip('gradio', reason="gradio is missing: pip install '.[demo]'")
+    import httpx
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ('GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
             patch.setenv(name, '')  # what the page sets is undone
@@ -244,7 +247,13 @@ def launched(
 
         patch.setattr(actions, 'Detector', lambda *args: detector)
         blocks, address = page_main.launch(page_main.parse_args(argv), folder)
-        yield Namespace(blocks=blocks, address=address.rstrip('/'), folder=folder)
+        with httpx.Client(base_url=address, timeout=60) as client:
+            yield Namespace(
+                blocks=blocks,
+                address=address.rstrip('/'),
+                folder=folder,
+                client=client,
+            )
         blocks.close(verbose=False)
 
 
@@ -272,17 +281,10 @@ def no_traceback(capsys) -> Iterator[None]:
     assert 'Traceback' not in capsys.readouterr().err
 
 
-def ask(server: Namespace, path: str, method: str = 'GET', **options):  # noqa: ANN201
-    """Sends a bare request. Returns the answer."""
-    import httpx
-
-    return httpx.request(method, server.address + path, timeout=60, **options)
-
-
-def send(server: Namespace, *files: tuple[str, bytes], **options):  # noqa: ANN201
+def send(server: Namespace, *files: tuple[str, bytes], **options):
     """Uploads files, each a name and its content. Returns the answer."""
     parts = [('files', file) for file in files]
-    return ask(server, '/gradio_api/upload', 'POST', files=parts, **options)
+    return server.client.post(UPLOAD, files=parts, **options)
 
 
 def upload(server: Namespace, path: Path) -> dict:
@@ -308,17 +310,13 @@ def event(server: Namespace, name: str, *data: object, **more: object) -> dict:
 
 def run(server: Namespace, request: object) -> dict:
     """Runs an event by a bare request. Returns its last message, or its refusal."""
-    import httpx
-
     content = request if isinstance(request, bytes) else json.dumps(request).encode()
     headers = {'content-type': 'application/json'}
-    join = '/gradio_api/queue/join'
-    answer = ask(server, join, 'POST', content=content, headers=headers)
+    answer = server.client.post(JOIN, content=content, headers=headers)
     if answer.is_error:
         return {'success': False, 'output': {'error': answer.json()['detail']}}
-    url = f'{server.address}/gradio_api/queue/data'
     params = {'session_hash': request['session_hash']}
-    with httpx.stream('GET', url, params=params, timeout=60) as lines:
+    with server.client.stream('GET', '/gradio_api/queue/data', params=params) as lines:
         for line in lines.iter_lines():
             message = json.loads(line.removeprefix('data:')) if line else {}
             if message.get('msg') == 'process_completed':
@@ -343,6 +341,7 @@ def test_page_by_requests(server, nuclei, colours, tmp_path):
         assert done['success'] and done['output']['data'][0]['path']
 
     assert call(server, 'take_example')['success']
+    assert call(server, 'fill_in')['success']
 
     classes, further = colours
     names = [name for name, _ in classes] + [''] * 8
@@ -356,7 +355,7 @@ def test_page_by_requests(server, nuclei, colours, tmp_path):
     assert '**Learned** 2 classes from 8 images' in text
     done = call(server, 'predict', upload(server, further), None)
     assert done['output']['data'][0]['label'] == 'bluish'
-    content = ask(server, file['url'].removeprefix(server.address)).content
+    content = server.client.get(file['url'].removeprefix(server.address)).content
     (tmp_path / 'downloaded.safetensors').write_bytes(content)
     classifier = load_classifier(tmp_path / 'downloaded.safetensors')
     assert classifier.class_names == ('reddish', 'bluish')
@@ -378,10 +377,10 @@ def test_other_hosts_and_sites_are_refused(server, nuclei):
     ):
         asks = {**headers, 'access-control-request-method': 'POST'}
         for answer in (
-            ask(server, '/', headers=headers),
-            ask(server, '/gradio_api/upload', 'OPTIONS', headers=asks),
+            server.client.get('/', headers=headers),
+            server.client.options(UPLOAD, headers=asks),
             send(server, ('a.png', nuclei.read_bytes()), headers=headers),
-            ask(server, '/gradio_api/queue/join', 'POST', json={}, headers=headers),
+            server.client.post(JOIN, json={}, headers=headers),
         ):
             assert answer.status_code in (400, 403) and len(answer.text) < 250
             assert not [x for x in answer.headers if x.startswith('access-control')]
@@ -393,10 +392,10 @@ def test_other_hosts_and_sites_are_refused(server, nuclei):
         {'host': f'[::1]:{port}'},
         {'host': 'page.example', 'origin': 'https://page.example'},
     ):
-        assert ask(server, '/', headers=headers).status_code == 200, headers
+        assert server.client.get('/', headers=headers).status_code == 200, headers
     # A link may lead to the page, and to nothing else.
-    assert ask(server, '/config', headers=headers | {'sec-fetch-site': 'cross-site'}
-               ).status_code == 403
+    headers |= {'sec-fetch-site': 'cross-site'}
+    assert server.client.get('/config', headers=headers).status_code == 403
 
 
 def test_only_images_are_stored(server, nuclei, bomb, monkeypatch, no_traceback):
@@ -422,7 +421,7 @@ def test_only_images_are_stored(server, nuclei, bomb, monkeypatch, no_traceback)
         {'data': {'files': 'text'}},
         {'json': ['files']},
     ):
-        answer = ask(server, '/gradio_api/upload', 'POST', **options)
+        answer = server.client.post(UPLOAD, **options)
         assert answer.is_client_error and len(answer.text) < 250, answer.text
     too_many = [(f'{number}.png', b'') for number in range(actions.MAX_IMAGES + 1)]
     assert send(server, *too_many).is_client_error
@@ -476,7 +475,7 @@ def test_no_path_of_a_client_is_opened(server, nuclei):
     assert 'addresses are not opened' in done['output']['error']
     assert stored(server) == before
     for path in ('/etc/passwd', secret, around, nuclei, page_main.WEIGHTS):
-        answer = ask(server, f'/gradio_api/file={path}')
+        answer = server.client.get(f'/gradio_api/file={path}')
         assert answer.status_code in (403, 404), path
 
 
@@ -551,14 +550,14 @@ def test_routes_without_use_are_not_there(server, no_traceback):
         f'{api}/file=https://example.com/x',
     ):
         for method in ('GET', 'POST', 'PUT', 'DELETE'):
-            options = {} if method != 'POST' else {'json': {'data': [None, 0.5]}}
-            assert ask(server, path, method, **options).status_code == 404, path
+            answer = server.client.request(method, path)
+            assert answer.status_code == 404, (method, path)
     for path, headers in (
         ('/?page=none', {}),
         ('/?deep_link=../x', {}),
         (f'{api}/file={stored(server)[0]}', {'range': 'bytes=1-2-3'}),
     ):
-        answer = ask(server, path, headers=headers)
+        answer = server.client.get(path, headers=headers)
         assert answer.status_code <= 500 and len(answer.text) < 10**6
 
 
