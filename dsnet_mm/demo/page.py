@@ -288,7 +288,8 @@ class Page:
                     )
                     gr.Markdown(
                         'It classifies images by `python tools/few_shot.py predict '
-                        'FILE IMAGES`.'
+                        'FILE IMAGES`, with `--model` and `--pretrained` of a CLIP '
+                        'that is a file.'
                     )
         kept = dict(concurrency_id='work')
 

@@ -25,6 +25,7 @@ from dsnet_mm.demo import __main__ as page_main
 from dsnet_mm.demo import actions
 from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from dsnet_mm.few_shot import load_classifier
+from dsnet_mm.few_shot.deployment import read_classifier
 
 
 def draw_colour(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
@@ -146,8 +147,8 @@ def test_learnt_classes(small_clip, colours, tmp_path):
     # A CLIP of two steps tells little, but the adapter tells the classes apart.
     other = actions.classify(classifier, classes[0][1][0])
     assert found['bluish'] > other['bluish'] + 0.005
-    # The file names its encoder, as tools/few_shot.py predict reads it.
-    again = load_classifier(out)
+    model, weights = small_clip
+    again = load_classifier(out, model=model, pretrained=weights)
     assert again([further])[0].tolist() == pytest.approx([*found.values()])
 
 
@@ -357,8 +358,8 @@ def test_page_by_requests(server, nuclei, colours, tmp_path):
     assert done['output']['data'][0]['label'] == 'bluish'
     content = server.client.get(file['url'].removeprefix(server.address)).content
     (tmp_path / 'downloaded.safetensors').write_bytes(content)
-    classifier = load_classifier(tmp_path / 'downloaded.safetensors')
-    assert classifier.class_names == ('reddish', 'bluish')
+    _, about = read_classifier(tmp_path / 'downloaded.safetensors')
+    assert about['class_names'] == ['reddish', 'bluish']
 
 
 def test_other_hosts_and_sites_are_refused(server, nuclei):
@@ -658,8 +659,8 @@ def test_page_in_a_browser(server, browser, nuclei, colours, tmp_path):
     with page.expect_download() as download:
         page.click('#download')
     download.value.save_as(tmp_path / 'classifier.safetensors')
-    classifier = load_classifier(tmp_path / 'classifier.safetensors')
-    assert classifier.class_names == ('reddish', 'bluish')
+    _, about = read_classifier(tmp_path / 'classifier.safetensors')
+    assert about['class_names'] == ['reddish', 'bluish']
 
     page.fill('#name-2 input, #name-2 textarea', 'REDDISH')
     page.click('#learn')
