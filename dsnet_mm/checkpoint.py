@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dsnet_mm.files import check_file, write_atomic
+from dsnet_mm.weights import DamagedCheckpointError, check_finite  # noqa: F401
 
 try:  # NumPy 2, and NumPy 1.26 for pickles of NumPy 2
     from numpy._core import multiarray as _multiarray
@@ -67,15 +68,6 @@ ALLOWED = [
 ]
 
 # ------------------------------------------------------------------------- reading
-
-
-class DamagedCheckpointError(ValueError):
-    """A file is no checkpoint, or only a part of one."""
-
-    def __init__(self, path: Any) -> None:
-        super().__init__(
-            f'{path} cannot be read as a checkpoint; it is damaged or something else'
-        )
 
 
 _active = False
@@ -136,7 +128,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         with restricted_loading():
             checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DamagedCheckpointError(path) from error
+        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, no state dict')
     return checkpoint
@@ -152,7 +144,7 @@ def _read_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> An
     except pickle.UnpicklingError as error:
         name = re.search(r'GLOBAL (\S+)', str(error))
         if not name:
-            raise DamagedCheckpointError(file) from error
+            raise DamagedCheckpointError(f'{file} cannot be read as a checkpoint') from error
         raise ValueError(
             f'{file} is not safe to load: it names {name[1]}, which is neither a '
             f'tensor nor what MMEngine writes, and could run any program; if you trust '
@@ -174,7 +166,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise DamagedCheckpointError(path) from error
+        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
     meta.pop('config', None)  # as in _read_restricted
     half = (torch.float16, torch.bfloat16)
     state = {k: v.float() if v.dtype in half else v for k, v in state.items()}
