@@ -12,12 +12,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 
-from dsnet_mm.checkpoint import (
-    DamagedCheckpointError,
-    check_match,
-    load_checkpoint,
-    restricted_loading,
-)
+from dsnet_mm.checkpoint import check_match, load_checkpoint, restricted_loading
 from dsnet_mm.datasets.loading import UnreadableImageError
 from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
 from dsnet_mm.engine.hooks import NonFiniteLossError
@@ -46,6 +41,7 @@ from dsnet_mm.engine.stopping import (
 )
 from dsnet_mm.files import remove_parts
 from dsnet_mm.models import DSNet
+from dsnet_mm.weights import DamagedCheckpointError
 
 STOPPED = 143
 """Exit code of a training that a signal stopped, and that goes on by ``--resume``."""

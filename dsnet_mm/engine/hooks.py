@@ -17,10 +17,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, get_worker_info
 
-from dsnet_mm.engine.resume import STOPPED, examine, non_finite
+from dsnet_mm.engine.resume import STOPPED, examine
 from dsnet_mm.files import replacing_file
 from dsnet_mm.models import fuse_for_inference
 from dsnet_mm.registry import HOOKS
+from dsnet_mm.weights import DamagedCheckpointError, check_finite
 
 
 @HOOKS.register_module()
@@ -91,12 +92,10 @@ class FiniteLossHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Checks the weights."""
-        if wrong := non_finite(checkpoint['state_dict']):
-            self._stop(
-                runner,
-                f'iteration {checkpoint["meta"]["iter"]}: the weight {wrong[0]} is NaN '
-                f'or infinite; no checkpoint of it is written',
-            )
+        try:
+            check_finite(checkpoint['state_dict'], 'the model')
+        except DamagedCheckpointError as error:
+            self._stop(runner, f'iteration {checkpoint["meta"]["iter"]}: {error}')
 
     def _stop(self, runner: Runner, reason: str) -> None:
         good = examine(runner.work_dir)[0] or 'not there yet'

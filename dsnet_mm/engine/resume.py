@@ -9,22 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from torch import Tensor
-
-from dsnet_mm.checkpoint import DamagedCheckpointError, read_checkpoint
+from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.weights import DamagedCheckpointError, check_finite
 
 POINTER = 'last_checkpoint'
 """File of a working directory in which MMEngine names the latest checkpoint."""
 
 STOPPED = 'stopped.pth'
 """Checkpoint of a training that a signal stopped, until there is a newer one."""
-
-
-class NonFiniteCheckpointError(DamagedCheckpointError):
-    """A checkpoint has weights that are NaN or infinite."""
-
-    def __init__(self, path: str, name: str) -> None:
-        ValueError.__init__(self, f'{path} has weights that are NaN or infinite: {name}')
 
 
 class WeightsOnlyError(ValueError):
@@ -60,35 +52,22 @@ def read_training_state(path: str) -> dict[str, Any]:
         whole = all(isinstance(part, dict) for part in parts) and all(
             isinstance(parts[0].get(key), int) for key in ('epoch', 'iter')
         )
-        wrong = [
-            *non_finite(checkpoint.get('state_dict') or {}),
-            *non_finite(checkpoint.get('ema_state_dict') or {}),
-        ]
+        for part in ('state_dict', 'ema_state_dict'):
+            check_finite(checkpoint.get(part) or {}, path)
     except (OSError, MemoryError, DamagedCheckpointError):
         raise
     except Exception as error:
         if type(error) is ValueError:
             raise
         # Wrong bytes in a pickle raise errors of all kinds.
-        raise DamagedCheckpointError(path) from error
+        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
     if not whole:
         raise WeightsOnlyError(
             f'{path} holds no whole state of a training (meta with epoch and iter, '
             f'message_hub, optimizer); start from its weights in another --work-dir '
             f'by --cfg-options load_from={path}'
         )
-    if wrong:
-        raise NonFiniteCheckpointError(path, wrong[0])
     return checkpoint
-
-
-def non_finite(state: dict[str, Any]) -> list[str]:
-    """Returns the names of tensors with values that are NaN or infinite."""
-    return [
-        name
-        for name, value in state.items()
-        if isinstance(value, Tensor) and not value.isfinite().all()
-    ]
 
 
 def examine(

@@ -21,7 +21,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from dsnet_mm.checkpoint import DamagedCheckpointError
+from dsnet_mm.weights import DamagedCheckpointError
 from dsnet_mm.engine.hooks import CheckpointHook
 from dsnet_mm.engine.resume import (
     examine,
