@@ -128,7 +128,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         with restricted_loading():
             checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
+        raise DamagedCheckpointError(
+            f'{path} cannot be read as a checkpoint'
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, no state dict')
     return checkpoint
@@ -144,7 +146,9 @@ def _read_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> An
     except pickle.UnpicklingError as error:
         name = re.search(r'GLOBAL (\S+)', str(error))
         if not name:
-            raise DamagedCheckpointError(f'{file} cannot be read as a checkpoint') from error
+            raise DamagedCheckpointError(
+                f'{file} cannot be read as a checkpoint'
+            ) from error
         raise ValueError(
             f'{file} is not safe to load: it names {name[1]}, which is neither a '
             f'tensor nor what MMEngine writes, and could run any program; if you trust '
@@ -166,7 +170,9 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
+        raise DamagedCheckpointError(
+            f'{path} cannot be read as a checkpoint'
+        ) from error
     meta.pop('config', None)  # as in _read_restricted
     half = (torch.float16, torch.bfloat16)
     state = {k: v.float() if v.dtype in half else v for k, v in state.items()}

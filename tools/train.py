@@ -145,7 +145,7 @@ def describe(error: Exception) -> str | None:
             f'train_dataloader.timeout seconds; go on by --resume'
         )
     if isinstance(error, OSError) and error.errno in FULL:
-        file = error.filename or 'a file of the log'
+        file = error.filename or 'a file of the working directory'
         return f'{error.strerror}: {file} cannot be written; make room, then --resume'
     return unknown_type(error) if isinstance(error, KeyError) else None
 

@@ -100,9 +100,9 @@ class FiniteLossHook(Hook):
     def _stop(self, runner: Runner, reason: str) -> None:
         good = examine(runner.work_dir)[0] or 'not there yet'
         raise NonFiniteLossError(
-            f'{reason}; the last good checkpoint is {good}; lower the learning rate and '
-            f'start from it in another --work-dir (--cfg-options load_from=CHECKPOINT), '
-            f'or look at the images and their annotations (tools/check_data.py)'
+            f'{reason}; the last good checkpoint is {good}; start from it in another '
+            f'--work-dir (--cfg-options load_from=CHECKPOINT) with a lower learning '
+            f'rate, or look at the images and their annotations (tools/check_data.py)'
         )
 
 

@@ -14,7 +14,6 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
-
 TIMEOUT = 1800
 """Seconds that a process waits for others, and for a batch of its workers."""
 

@@ -60,7 +60,9 @@ def read_training_state(path: str) -> dict[str, Any]:
         if type(error) is ValueError:
             raise
         # Wrong bytes in a pickle raise errors of all kinds.
-        raise DamagedCheckpointError(f'{path} cannot be read as a checkpoint') from error
+        raise DamagedCheckpointError(
+            f'{path} cannot be read as a checkpoint'
+        ) from error
     if not whole:
         raise WeightsOnlyError(
             f'{path} holds no whole state of a training (meta with epoch and iter, '

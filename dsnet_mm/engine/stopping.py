@@ -17,7 +17,7 @@ import torch
 from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from dsnet_mm.engine.resume import POINTER, STOPPED
 from dsnet_mm.files import write_atomic
@@ -52,8 +52,9 @@ class TrainingStopped(Exception):
 class StopHook(Hook):
     """Saves a checkpoint and ends the training after a signal.
 
-    The checkpoint is ``stopped.pth``. It may be in the middle of an epoch, which MMEngine
-    resumes from its beginning. This hook leaves out the batches that were trained.
+    The checkpoint is ``stopped.pth``. It may be in the middle of an epoch, which
+    MMEngine resumes from its beginning. This hook leaves out the batches that were
+    trained.
 
     Several processes agree every tenth iteration. Gradients that are still accumulated
     are not lost, because the training goes on to the next step of the optimizer.

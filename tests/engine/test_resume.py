@@ -21,7 +21,6 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from dsnet_mm.weights import DamagedCheckpointError
 from dsnet_mm.engine.hooks import CheckpointHook
 from dsnet_mm.engine.resume import (
     examine,
@@ -29,6 +28,7 @@ from dsnet_mm.engine.resume import (
     only_training,
     read_training_state,
 )
+from dsnet_mm.weights import DamagedCheckpointError
 from tests.conftest import FOLDERS, tool
 
 # All that is random: order, flips and crops by NumPy, drop path and dropout by PyTorch.
@@ -201,7 +201,9 @@ def break_writing(
 def lives(pid: int) -> bool:
     """Tells whether a process runs, and is not only waiting for its parent."""
     try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+        return (
+            Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+        )
     except OSError:
         return False
 
@@ -258,7 +260,7 @@ def test_a_loop_by_iteration_resumes_in_a_later_epoch(
             *(*options, 'randomness.seed=3', 'custom_hooks.0.before=7'),
         )
     train(name, tmp_path / 'stopped', '--resume', *options)
-    assert_equal(weights(tmp_path / 'stopped', 'by_iter'), weights(tmp_path / 'whole', 'by_iter'))
+    stopped, whole = (weights(tmp_path / f, 'by_iter') for f in ('stopped', 'whole'))
     assert_equal(stopped, whole)
 
 
@@ -524,8 +526,8 @@ def test_a_worker_that_ends_or_hangs_ends_the_training(
         child.join()
     del raised
     line = capsys.readouterr().err.splitlines()[-1]
-    for fact in (fact, 'train_dataloader.num_workers', '--resume'):
-        assert fact in line
+    for part in (fact, 'train_dataloader.num_workers', '--resume'):
+        assert part in line
 
 
 # --- One training in a folder -------------------------------------------------------

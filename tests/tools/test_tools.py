@@ -301,7 +301,7 @@ train.py classifier.py --cfg-options default_scope=other -> default_scope='other
 train.py classifier.py --cfg-options {FOLDERS} load_from=a.pth -> checkpoint a.pth
 train.py classifier.py --cfg-options {FOLDERS} {PRETRAINED}.checkpoint=a.pth -> init_cfg
 train.py classifier.py --resume a.pth --cfg-options {FOLDERS} -> checkpoint a.pth
-train.py classifier.py --work-dir taken.pkl --cfg-options {FOLDERS} -> taken.pkl.*--work-dir
+train.py classifier.py --work-dir taken.pkl --cfg-options {FOLDERS} -> taken.pkl
 train.py classifier.py --cfg-options {FOLDERS} model.type=None1 -> None1.*registry
 train.py classifier.py --auto-scale-lr -> auto_scale_lr.base_batch_size=N
 train.py classifier.py --launcher pytorch --cfg-options {FOLDERS} -> backend=gloo
