@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from dsnet_mm.engine.resume import POINTER, STOPPED
 from dsnet_mm.files import write_atomic
@@ -139,7 +140,7 @@ class _SkippingOnce(Sampler):
 
 
 class WorkerHook(Hook):
-    """Ends the workers of all data loaders with this process, however it ends.
+    """Ends data workers with this process, however it ends, and one that hangs.
 
     PyTorch's workers look for their parent only while they wait for work. One that
     waits to hand over a batch never ends. The signals that stop a training are ignored
@@ -159,11 +160,39 @@ class WorkerHook(Hook):
         self._set(runner.test_loop)
 
     def _set(self, loop: Any) -> None:
-        if loop is not None:
-            loader = loop.dataloader
-            loader.worker_init_fn = partial(
-                _start_worker, os.getpid(), loader.worker_init_fn
-            )
+        if loop is None or not loop.dataloader.num_workers:
+            return
+        loader = loop.dataloader
+        loader.worker_init_fn = partial(
+            _start_worker, os.getpid(), loader.worker_init_fn
+        )
+        if type(loader) is DataLoader:
+            loader.__class__ = _TimedLoader
+
+
+class _TimedLoader(DataLoader):
+    """Gives up after ``timeout`` seconds without a batch.
+
+    PyTorch does so only while it waits for a message of a worker. It then asks the
+    worker for the memory of the batch, and one that is stopped never answers.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while True:
+            before = signal.signal(signal.SIGALRM, self._give_up)
+            signal.alarm(ceil(self.timeout))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
+            yield batch
+
+    def _give_up(self, *args: Any) -> None:
+        raise RuntimeError(f'DataLoader timed out after {self.timeout} seconds')
 
 
 def _start_worker(parent: int, init: Callable | None, worker: int) -> None:

@@ -519,7 +519,7 @@ def test_a_worker_that_ends_or_hangs_ends_the_training(
 ) -> None:
     options = ['custom_hooks.0.before=2', f'custom_hooks.0.send={number}']
     options += ['custom_hooks.0.to=worker', 'train_dataloader.num_workers=1']
-    with pytest.raises(SystemExit, match='1') as raised:
+    with pytest.raises(SystemExit, match=r'^1$') as raised:
         train('by_epoch', tmp_path, *options, 'train_dataloader.timeout=1')
     for child in active_children():
         child.kill()  # or PyTorch waits for a stopped one
