@@ -530,6 +530,14 @@ def test_a_worker_that_ends_or_hangs_ends_the_training(
         assert part in line
 
 
+def test_the_end_of_another_process_is_told() -> None:
+    gloo = '[/third_party/gloo/gloo/a.cc:78] Timed out waiting 40000ms for recv'
+    sentence = tool('train.py').describe(RuntimeError(gloo))
+    for fact in ('another process', gloo, 'env_cfg.dist_cfg.timeout', '--resume'):
+        assert fact in sentence
+    assert tool('train.py').describe(RuntimeError('another error')) is None
+
+
 # --- One training in a folder -------------------------------------------------------
 
 
