@@ -10,7 +10,9 @@ this process, which has imported the libraries: that saves most of each start.
 
 import os
 
-os.environ['OMP_NUM_THREADS'] = '1'  # sums depend on it, and threads do not survive fork
+os.environ['OMP_NUM_THREADS'] = (
+    '1'  # sums depend on it, and threads do not survive fork
+)
 
 import argparse
 import atexit
@@ -42,7 +44,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from make_scenes import SceneSettings, make_scenes
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -52,6 +53,7 @@ from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from dsnet_mm.environment import commit, machine
 from dsnet_mm.files import check_new, write_atomic
+from make_scenes import SceneSettings, make_scenes
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = 'docs/reliability.md'
@@ -145,7 +147,9 @@ class Run:
     def command(self, data: Path) -> list[str]:
         """Returns the words with absolute paths."""
         words = [word.format(data=data) for word in self.words]
-        return [str(REPO / w) if w.startswith(('tools/', 'weights/')) else w for w in words]
+        return [
+            str(REPO / w) if w.startswith(('tools/', 'weights/')) else w for w in words
+        ]
 
 
 def training(folder: Path, name: str) -> dict[str, Any]:
@@ -200,6 +204,8 @@ IMAGES = ('{data}/shots', '--model={data}/clip/demo_clip.json')
 IMAGES += ('--pretrained={data}/clip/demo_clip.safetensors', '--cfg-options')
 FEW_SHOT = ('--shots', '1', '4', '--seeds', '1', '2', '--methods')
 FEW_SHOT += ('linear_probe', 'clap', 'tip_adapter_f', 'clip_adapter')
+TWO = ('--cfg-options', 'data_root={data}/scenes/cls')
+TWO += ('train_dataloader.batch_size=2',)
 WEIGHTS = ('mask_rcnn_dsnet_nuclei', 'weights/mask_rcnn_dsnet_nuclei.safetensors')
 RUNS = (
     Run(
@@ -218,7 +224,13 @@ RUNS = (
     ),
     Run(
         'encoding',
-        ('tools/few_shot.py', 'encode', *IMAGES, 'views=10', '--out=features.safetensors'),
+        (
+            'tools/few_shot.py',
+            'encode',
+            *IMAGES,
+            'views=10',
+            '--out=features.safetensors',
+        ),
         *(features, files('work_dirs/few_shot_features/images_*/*.safetensors'), 0),
     ),
     Run(
@@ -233,15 +245,14 @@ RUNS = (
     ),
     Run(
         'training, 2 processes',
-        ('tools/dist_train.sh', 'config.py', '2', *TRAIN[2:], '--cfg-options')
-        + ('data_root={data}/scenes/cls', 'train_dataloader.batch_size=2'),
+        ('tools/dist_train.sh', 'config.py', '2', *TRAIN[2:], *TWO),
         *(partial(training, name='epoch_8.pth'), iterations, 8, PROCESSES, False),
     ),
 )
 
 
 def prepare(data: Path) -> None:
-    """Writes the data of all runs: drawn scenes, a tiny CLIP, pieces of a photograph."""
+    """Writes the data of all runs: drawn scenes, a tiny CLIP, parts of a photograph."""
     small = dict(train=16, val=4, cls_train=8, cls_val=2, size=64)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         make_scenes(data / 'scenes', SceneSettings(**small))
@@ -284,8 +295,8 @@ def _feed(sha: Any, value: Any) -> None:
 
 # ---------------------------------------------------------------------- interrupting
 
-KINDS = {'SIGKILL': 0.3, 'SIGKILL in a write': 0.35, 'SIGTERM': 0.2, 'full disk': 0.15}
-"""Ways to interrupt, with their share."""
+KINDS = {'SIGKILL': 0.3, 'in a write': 0.35, 'SIGTERM': 0.2, 'full disk': 0.15}
+"""Ways to interrupt, with their share. 'in a write' is SIGKILL too."""
 
 PATIENCE = 180
 """Seconds after which a run that does not end counts as stuck."""
@@ -333,7 +344,7 @@ class Interrupt:
         kind = kinds[rng.choice(len(kinds), p=share / share.sum())]
         if kind == 'full disk':
             return cls(kind, limit=int(rng.integers(1, usual.largest)))
-        if kind == 'SIGKILL in a write' and usual.writes:
+        if kind == 'in a write' and usual.writes:
             # A third of them just before the write.
             seconds = max(0, rng.uniform(-0.01, 0.02))
             return cls(kind, seconds, int(rng.integers(1, usual.writes + 1)))
@@ -402,6 +413,7 @@ def fork(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream in (1, 2):
             os.dup2(written, stream)
+        sys.stdout, sys.stderr = (open(i, 'w', 1, closefd=False) for i in (1, 2))
         os.chdir(folder)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -446,7 +458,12 @@ def spawn(words: list[str], folder: Path) -> tuple[int, int, None]:
 
 
 def start(
-    run: Run, folder: Path, data: Path, log: Path, interrupt: Interrupt | None, own: bool
+    run: Run,
+    folder: Path,
+    data: Path,
+    log: Path,
+    interrupt: Interrupt | None,
+    own: bool,
 ) -> Outcome:
     """Starts a run, interrupts it, and waits for its end and that of its workers.
 
@@ -582,10 +599,11 @@ class Soak:
                 with self.reporting(run, run.name):
                     self.make_reference(run)
             self.ready.wait()
+            runs = [run for run in self.runs if self.reference_of(run).is_file()]
             for case in count(lane, self.lanes):
-                run = self.runs[case % len(self.runs)]
-                if time.monotonic() > self.end:
+                if not runs or time.monotonic() > self.end:
                     break
+                run = runs[case % len(runs)]
                 with self.reporting(run, f'case {case}'):
                     self.interrupt(run, case)
         finally:
@@ -660,8 +678,6 @@ class Soak:
         Raises:
             Failure: If a promise does not hold. The folder is kept then.
         """
-        if not self.reference_of(run).is_file():
-            return
         facts = json.loads(self.reference_of(run).read_text())
         usual, rng = Usual(*facts['usual']), np.random.default_rng([self.seed, case])
         folder, data = self.folder(run, str(case)), self.root / 'data'
@@ -744,7 +760,7 @@ def rows(runs: tuple[Run, ...], figures: dict[str, Figures]) -> list[list[str]]:
                 run.name,
                 *(str(found.kinds[kind]) for kind in KINDS),
                 *(str(ends), str(found.equal)),
-                f'{found.again} of {pieces} (limit {run.again})',
+                f'{found.again} of {pieces}',
                 f'{found.orphans:.1f} s',
             ]
         )
