@@ -45,7 +45,6 @@ import cv2
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -53,6 +52,7 @@ from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from dsnet_mm.environment import commit, machine
 from dsnet_mm.files import check_new, write_atomic
+from dsnet_mm.progress import progress_bar
 from make_scenes import SceneSettings, make_scenes
 
 REPO = Path(__file__).resolve().parents[1]
@@ -413,7 +413,7 @@ def fork(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream in (1, 2):
             os.dup2(written, stream)
-        sys.stdout, sys.stderr = (open(i, 'w', 1, closefd=False) for i in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(i, 'w', 1, closefd=False) for i in (1, 2))
         os.chdir(folder)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -579,7 +579,7 @@ class Soak:
         runs: The runs.
         seed: Seed of all random numbers.
         lanes: Number of processes that interrupt.
-        end: Time at which no new case begins.
+        end: Time after which no case begins, but for the first of each lane.
         events: Queue of what happened, for the parent.
         ready: Barrier after the uninterrupted runs.
     """
@@ -600,12 +600,12 @@ class Soak:
                     self.make_reference(run)
             self.ready.wait()
             runs = [run for run in self.runs if self.reference_of(run).is_file()]
-            for case in count(lane, self.lanes):
-                if not runs or time.monotonic() > self.end:
-                    break
+            for case in count(lane, self.lanes) if runs else ():
                 run = runs[case % len(runs)]
                 with self.reporting(run, f'case {case}'):
                     self.interrupt(run, case)
+                if time.monotonic() > self.end:
+                    break
         finally:
             self.events.put(None)
 
@@ -813,7 +813,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog='Runs: ' + '; '.join(run.name for run in RUNS),
     )
     parser.add_argument(
-        '--minutes', type=float, default=25, help='no new case begins after them'
+        '--minutes',
+        type=float,
+        default=25,
+        help='no case begins after them, but for the first',
     )
     parser.add_argument('--only', nargs='+', metavar='RUN', help='runs, default: all')
     parser.add_argument(
@@ -854,9 +857,7 @@ def main(argv: list[str] | None = None) -> int:
         lane.start()
     figures = {run.name: Figures() for run in runs}
     open_lanes = args.lanes
-    columns = (*Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with Progress(TextColumn('{task.fields[facts]}'), *columns) as progress:
-        task = progress.add_task('', total=60 * args.minutes, facts='starting')
+    with progress_bar(round(60 * args.minutes), 'soak', 'seconds') as bar:
         while open_lanes:
             event = shared[0].get()
             if event is None:
@@ -864,17 +865,11 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             figures[event['run']].add(event)
             if 'failure' in event:
-                progress.console.print(
-                    f'{event["run"]}: {event["failure"]}', markup=False
-                )
-            kills, equal, failed = (
-                sum(f.kinds.total() for f in figures.values()),
-                sum(f.equal for f in figures.values()),
-                sum(len(f.failures) for f in figures.values()),
-            )
-            facts = f'{kills} interrupts, {equal} equal, {failed} failures'
-            done = min(time.monotonic(), end) - begun
-            progress.update(task, completed=done, facts=facts)
+                bar.write(f'{event["run"]}: {event["failure"]}')
+            total = [f.kinds.total() for f in figures.values()]
+            equal = [f.equal for f in figures.values()]
+            bar.set_postfix_str(f'{sum(total)} interrupts, {sum(equal)} equal', False)
+            bar.update(int(min(time.monotonic(), end) - begun) - bar.n)
     for lane in lanes:
         lane.join()
     return report(args, runs, figures, root, (time.monotonic() - begun) / 60)

@@ -43,11 +43,11 @@ soak.WORKERS = 0.3
 def result(folder):
     return {{p.name: p.read_text() for p in folder.glob('run/*')}}
 root, forks, found = Path({root!r}), get_context('fork'), {{}}
-for wrong in ('nothing', 'forgets', 'tears', 'leaves'):
+for wrong, seconds in dict(nothing=3, forgets=2, tears=2, leaves=0).items():
     words = (str(root / 'tool.py'), wrong)
     run = soak.Run('tool', words, result, soak.files('run/*'), 0)
     lane = soak.Soak(
-        root / wrong, (run,), 0, 1, time.monotonic() + 4,
+        root / wrong, (run,), 0, 1, time.monotonic() + seconds,
         forks.SimpleQueue(), forks.Barrier(1),
     )
     figures = soak.Figures()
@@ -65,8 +65,8 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     equal, interrupts, failures = found.pop('nothing')
-    assert equal > 3
-    assert interrupts > 3
+    assert equal
+    assert interrupts
     assert not failures
     facts = dict(forgets='done again', tears='differ', leaves='outlived')
     assert all(fact in str(found[wrong][2]) for wrong, fact in facts.items()), found
