@@ -616,8 +616,8 @@ class Soak:
             yield
         except Exception as error:
             if not isinstance(error, Failure):
-                traceback.print_exc()
-            self.events.put(dict(run=run.name, failure=f'{what}: {error!r}'))
+                error = traceback.format_exc()
+            self.events.put(dict(run=run.name, failure=f'{what}: {error}'))
 
     def folder(self, run: Run, name: str) -> Path:
         """Makes the folder of a run."""
@@ -684,28 +684,26 @@ class Soak:
         plan = [
             Interrupt.draw(rng, usual, run.forks) for _ in range(rng.integers(1, 6))
         ]
-        history, before = [], run.pieces(folder)
-        for number, interrupt in enumerate([*plan, None]):
-            log = folder / f'start_{number}.txt'
-            outcome = start(run, folder, data, log, interrupt, not run.forks)
-            history.append((interrupt, outcome))
-            after = run.pieces(folder)
-            again = sum(after.get(piece) != before[piece] for piece in before)
-            before = after
-            event = dict(run=run.name, again=again, orphans=outcome.orphans)
-            if interrupt and outcome.hit:
-                event['kind'] = interrupt.kind
-            self.events.put(event)
-            failed = outcome.status and not outcome.hit
-            if failed or again > run.again:
-                raise Failure(
-                    f'{f"{again} pieces were done again" if again else "it failed"}, '
-                    f'see {log}; {history}'
-                )
+        begun, before = [], run.pieces(folder)
         try:
+            for interrupt in [*plan, None]:
+                log = folder / f'start_{len(begun)}.txt'
+                begun.append(interrupt)
+                outcome = start(run, folder, data, log, interrupt, not run.forks)
+                after = run.pieces(folder)
+                again = sum(after.get(piece) != before[piece] for piece in before)
+                before = after
+                event = dict(run=run.name, again=again, orphans=outcome.orphans)
+                if interrupt and outcome.hit:
+                    event['kind'] = interrupt.kind
+                self.events.put(event)
+                if outcome.status and not outcome.hit:
+                    raise Failure(f'it ended with {outcome.status}')
+                if again > run.again:
+                    raise Failure(f'{again} pieces were done again')
             check_equal(facts['digests'], digests(run.result(folder)))
         except Failure as error:
-            raise Failure(f'{error}, see {folder}; {history}') from error
+            raise Failure(f'{error}; see {folder}; {begun}') from error
         shutil.rmtree(folder)
         self.events.put(dict(run=run.name, equal=True))
 
