@@ -14,9 +14,12 @@ from dsnet_mm.models.reference import reference_block, reference_net
 from tests.conftest import error, trained
 
 pytest.importorskip('hypothesis')
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+SETTINGS = settings(
+    derandomize=True, deadline=None, max_examples=30, phases=[Phase.generate]
+)
 # Share of the global stream, and directions of ISA that go with it.
 STREAMS = [
     *[(0.5, isa) for isa in (True, False, 'global_to_local', 'local_to_global')],
@@ -140,7 +143,7 @@ def check(model: nn.Module, x: Tensor | list[Tensor], expected: list[Tensor]) ->
     assert error(fused.float()(single), expected) < 1e-4
 
 
-@settings(derandomize=True, deadline=None, max_examples=30, database=None)
+@SETTINGS
 @given(backbones())
 @torch.no_grad()
 def test_backbones(case: tuple[DSNet, Tensor]) -> None:
@@ -152,7 +155,7 @@ def test_backbones(case: tuple[DSNet, Tensor]) -> None:
     check(net, x, expected)
 
 
-@settings(derandomize=True, deadline=None, max_examples=30, database=None)
+@SETTINGS
 @given(necks())
 @torch.no_grad()
 def test_necks(case: tuple[DSFPN, list[Tensor]]) -> None:
