@@ -896,7 +896,9 @@ def report(
     table = Table(*HEAD)
     for row in rows(runs, figures):
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 110)  # a file takes long lines too
+    console.print(table)
     details = {name: vars(found) for name, found in figures.items()}
     write_atomic(root / 'soak.json', json.dumps(about | dict(runs=details), indent=2))
     if args.page:

@@ -73,16 +73,17 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
 
 
 def test_a_minute_of_interrupts(tmp_path: Path) -> None:
+    """Of a training with EMA and workers, and of inference."""
     out = tmp_path / 'soak'
-    command = ['tools/soak.py', '--minutes=0.9', '--lanes=1', f'--out={out}', '--only']
+    command = ['tools/soak.py', '--minutes=0.7', '--lanes=2', f'--out={out}', '--only']
     done = subprocess.run(
-        [sys.executable, *command, 'training', 'few-shot run', 'inference'],
+        [sys.executable, *command, 'training, EMA, 2 workers', 'inference'],
         cwd=REPO,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((out / 'soak.json').read_text())
-    assert figures['kills'] >= 5
-    assert figures['equal'] >= 3
+    assert figures['equal'] >= 2
+    assert figures['kills']
     assert not figures['failures']
