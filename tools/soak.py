@@ -327,7 +327,7 @@ class Interrupt:
         write: Number of the write (a file opened for writing, or renamed) at which it
             happens; at 0 seconds just before it. None for a time.
         limit: Largest size of a file in bytes: what is left on the disk.
-        victim: Number that chooses the process to kill, of those that are no fork.
+        victim: Number that chooses the process to kill, of those that torchrun started.
     """
 
     kind: str
@@ -533,8 +533,8 @@ def watch(
                 if time.monotonic() >= begun + PATIENCE:
                     raise Failure(f'it did not end within {PATIENCE} s')
                 victim = process
-                if link is None and not term:  # one process of several
-                    found = sorted(processes_in(folder))
+                if link is None and not term:  # one of those that torchrun started
+                    found = sorted(set(processes_in(folder)) - {process}) or [process]
                     victim = found[interrupt.victim % len(found)]
                 kill(victim, signal.SIGTERM if term else signal.SIGKILL)
                 outcome.hit, due = True, begun + PATIENCE
