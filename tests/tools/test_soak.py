@@ -39,13 +39,14 @@ from multiprocessing import get_context
 from pathlib import Path
 sys.path.insert(0, 'tools')
 import soak
-soak.WORKERS = 0.3
+from soaking import interrupts, runs
+interrupts.WORKERS = 0.3
 def result(folder):
     return {{p.name: p.read_text() for p in folder.glob('run/*')}}
 root, forks, found = Path({root!r}), get_context('fork'), {{}}
 for wrong, seconds in dict(nothing=3, forgets=2, tears=2, leaves=0).items():
     words = (str(root / 'tool.py'), wrong)
-    run = soak.Run('tool', words, result, soak.files('run/*'), 0)
+    run = soak.Run('tool', words, result, runs.files('run/*'), 0)
     lane = soak.Soak(
         root / wrong, (run,), 0, 1, time.monotonic() + seconds,
         forks.SimpleQueue(), forks.Barrier(1),
