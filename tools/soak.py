@@ -102,7 +102,7 @@ def as_markdown(about: dict, runs: tuple[Run, ...], figures: dict[str, Figures])
         f'\n{about["kills"]} interrupts in {about["minutes"]:.0f} minutes, '
         f'{about["failures"]} failures. `{about["command"]}` at commit '
         f'{about["commit"]}, {about["date"]}, {about["machine"]["processor"]}, '
-        f'{about["lanes"]} processes.\n'
+        f'{about["lanes"]} runs at the same time.\n'
     )
     for run in runs:
         if 'difference' in figures[run.name].reference:
@@ -114,15 +114,18 @@ def as_markdown(about: dict, runs: tuple[Run, ...], figures: dict[str, Figures])
     return text
 
 
-def write_page(page: Path, text: str) -> None:
-    """Puts the table between the marks of a page."""
+def around_table() -> tuple[str, str]:
+    """Returns what is before and behind the table of the page.
+
+    Raises:
+        ValueError: If the page has no marks.
+    """
     begin, end = MARKS
-    content = page.read_text()
-    head, _, rest = content.partition(begin)
+    head, _, rest = (REPO / PAGE).read_text().partition(begin)
     _, found, tail = rest.partition(end)
     if not found:
-        raise ValueError(f'{page} has no lines {begin.strip()} and {end.strip()}')
-    write_atomic(page, f'{head}{begin}{text}{end}{tail}')
+        raise ValueError(f'{PAGE} has no lines {begin.strip()} and {end.strip()}')
+    return head + begin, end + tail
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     root = args.out.resolve()
     try:
         check_new(root)
-    except FileExistsError as error:
+        if args.page:
+            around_table()
+    except (FileExistsError, ValueError) as error:
         parser.error(str(error))
     (root / 'data').mkdir(parents=True)
     begun, forks = time.monotonic(), get_context('fork')
@@ -230,7 +235,9 @@ def report(
     details = {name: vars(found) for name, found in figures.items()}
     write_atomic(root / 'soak.json', json.dumps(about | dict(runs=details), indent=2))
     if args.page:
-        write_page(REPO / PAGE, as_markdown(about, runs, figures))
+        before, behind = around_table()
+        text = as_markdown(about, runs, figures)
+        write_atomic(REPO / PAGE, f'{before}{text}{behind}')
     print(f'{about["kills"]} interrupts, {about["equal"]} results equal, ', end='')
     print(f'{about["failures"]} failures; the figures are in {root / "soak.json"}')
     return int(about['failures'] > 0 or not about['equal'])
