@@ -7,6 +7,7 @@
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
 # make test-gpu   runs the tests on the GPU and writes a table of times
+# make soak       kills trainings and other runs again and again, for 25 minutes
 # make docs       writes the documentation into build/site
 # make lint       checks style and formatting
 # make format     corrects style and formatting
@@ -33,12 +34,13 @@ ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 TEST_PROCESSES ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
+SOAK := work_dirs/soak
 
 # Waiting OpenMP threads spin by default. If other processes need the cores, this makes
 # the program ten times slower. A smaller count lets the threads sleep sooner.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip page test test-asan test-gpu docs lint format doctor clean
+.PHONY: setup demo demo-clip page test test-asan test-gpu soak docs lint format doctor clean
 
 setup: $(VENV)/.installed
 
@@ -89,6 +91,10 @@ test-gpu: setup
 	$(BIN)/python -m pytest tests/ops/test_gpu.py
 	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
 		--out $(GPU_TIMES) --overwrite
+
+soak: setup
+	rm -rf $(SOAK)
+	$(BIN)/python tools/soak.py --out $(SOAK)
 
 docs: setup
 	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . build/site

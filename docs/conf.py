@@ -50,6 +50,7 @@ NAVIGATION = {
         'DS-FPN <docs/ds_fpn>',
         'docs/streams',
         'docs/speed',
+        'docs/reliability',
     ],
     'Results': [
         'docs/results',
@@ -65,7 +66,7 @@ NAVIGATION = {
         'Configurations of the results <configs/evidence/README>',
         'docs/api',
     ],
-    'Development': ['docs/contributing', 'CHANGELOG'],
+    'Development': ['docs/contributing', 'SECURITY', 'CHANGELOG'],
 }
 
 
