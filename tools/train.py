@@ -18,7 +18,13 @@ from dsnet_mm.checkpoint import (
     restricted_loading,
 )
 from dsnet_mm.datasets.loading import UnreadableImageError
-from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
+from dsnet_mm.engine.config import (
+    check_classes,
+    check_data,
+    check_pretrained,
+    dicts_in,
+    load_config,
+)
 from dsnet_mm.engine.hooks import NonFiniteLossError
 from dsnet_mm.engine.launch import (
     add_config_arguments,
@@ -90,6 +96,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if args.auto_scale_lr:
             set_auto_scale_lr(cfg)
         check_data(cfg, ('train', 'val'))
+        check_classes(cfg, ('train', 'val'))
         check_pretrained(cfg)
         set_run(cfg, args)
         set_start(cfg, args.resume)
