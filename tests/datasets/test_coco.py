@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsnet_mm.datasets import coco
-from dsnet_mm.datasets.coco import check_class_order
+from dsnet_mm.datasets.coco import check_class_order, read_coco
 from tests.conftest import COCO, tool
 
 CATEGORIES = [dict(id=i, name=name) for i, name in enumerate('abc', 1)]
@@ -15,6 +15,33 @@ CATEGORIES = [dict(id=i, name=name) for i, name in enumerate('abc', 1)]
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / 'boxes.json'
+
+
+@pytest.mark.parametrize(
+    ('name', 'entry', 'fields'),
+    [
+        ('images', {'id': 1, 'file_name': 'x'}, 'width, height'),
+        (
+            'images',
+            {'id': [1], 'file_name': 1, 'width': 1, 'height': '1'},
+            'id, file_name',
+        ),
+        ('annotations', {'image_id': 1, 'category_id': 1}, 'id'),
+        ('annotations', 3, 'id, image_id, category_id'),
+        ('categories', {'id': None, 'name': 3}, 'id, name'),
+    ],
+)
+def test_entries_without_their_fields(
+    file: Path, name: str, entry: object, fields: str
+) -> None:
+    content = dict(images=[], annotations=[], categories=CATEGORIES)
+    file.write_text(json.dumps(content | {name: [entry, *content[name]]}))
+    good, (place,) = read_coco(str(file))
+    assert place.startswith(f'{name}[0]: {fields}') and good == content
+    del content[name]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf'boxes\.json.*{name}'):
+        read_coco(str(file))
 
 
 @pytest.mark.parametrize('order', [1, -1])

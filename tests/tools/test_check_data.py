@@ -36,7 +36,7 @@ BAD_CODES = (
     {'size': [64, 64], 'counts': [4096.0]},
     {'size': [64, 64], 'counts': 'P'},  # it goes on
     {'size': [64, 64], 'counts': '0\u00e9'},
-    {'size': [64, 64], 'counts': 'PP4'},  # 4096 as it should be is PPP4
+    {'size': [64, 64], 'counts': 'PP3'},  # 4096 is PP4
 )
 
 
@@ -210,20 +210,12 @@ def test_sizes_missing_images_and_broken_annotations(copy: Path) -> None:
     assert list(check(args)) == [('val', 'annotations cannot be read')]
     VAL.write_text(json.dumps({'images': []}))
     assert list(check(args)) == [('val', 'annotations cannot be read')]
-    for name, entry, fields in (
-        ('images', {'id': 1, 'file_name': 'x'}, 'width, height'),
-        (
-            'images',
-            {'id': [1], 'file_name': 1, 'width': 1, 'height': '1'},
-            'id, file_name',
-        ),
-        ('annotations', {'image_id': 1, 'category_id': 1}, 'id'),
-        ('annotations', 3, 'id, image_id, category_id'),
-        ('categories', 'disc', 'id, name'),
-    ):
-        VAL.write_text(json.dumps(content | {name: [*content[name], entry]}))
-        (place,) = check(args)['val', 'field is missing or of another type']
-        assert f'{name}[2]: {fields}' in place
+    content['annotations'].append({'image_id': 1, 'category_id': 1})
+    VAL.write_text(json.dumps(content))
+    found = check(args)
+    assert (
+        'annotations[2]: id' in found['val', 'field is missing or of another type'][0]
+    )
 
 
 def test_more_classes_than_the_model_has(copy: Path) -> None:
@@ -246,7 +238,7 @@ def test_annotations_without_errors_are_read(folder: Path, data: st.DataObject) 
     root = folder / 'sets' / 'coco'
     content = json.loads((root / 'annotations/instances_train2017.json').read_text())
     for annotation, counts in zip(
-        content['annotations'], ([4000, 96], 'PPP4'), strict=False
+        content['annotations'], ([4000, 96], 'PP4'), strict=False
     ):
         annotation['segmentation'] = {'size': [64, 64], 'counts': counts}
     (root / 'odd.json').write_text(json.dumps(data.draw(damaged_json(content))))
