@@ -41,9 +41,9 @@ def places_in(node: Any) -> list[tuple[Any, Any]]:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, content: dict) -> dict:
-    """JSON in which one or two values are removed, doubled or replaced."""
-    content = deepcopy(content)
-    for _ in range(draw(st.integers(1, 2))):
+    """JSON with one or two values removed, doubled, or replaced by others."""
+    content, others = deepcopy(content), [node[key] for node, key in places_in(content)]
+    for _ in range(draw(st.sampled_from((1, 1, 2)))):
         places = places_in(content)
         if not places:
             break
@@ -54,7 +54,7 @@ def damaged_json(draw: st.DrawFn, content: dict) -> dict:
         elif how == 'double' and isinstance(node, list):
             node.append(deepcopy(node[key]))
         else:
-            node[key] = draw(values)
+            node[key] = deepcopy(draw(st.sampled_from(others) | values))
     return content
 
 
@@ -64,8 +64,9 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     if draw(st.integers(0, 4)) == 0:
         return content[: draw(st.integers(0, len(content) - 1))]
     changed = bytearray(content)
-    for _ in range(draw(st.integers(1, 3))):
-        changed[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    for _ in range(draw(st.sampled_from((1, 1, 3)))):
+        byte = st.sampled_from(content) | st.integers(0, 255)
+        changed[draw(st.integers(0, len(content) - 1))] = draw(byte)
     return bytes(changed)
 
 

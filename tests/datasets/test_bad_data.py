@@ -174,15 +174,18 @@ folders = st.sampled_from(
     ('train', 'test', 'Test', 'val', 'valid', 'a', 'b_c', '.d', 'e.png')
 )
 files = st.sampled_from(('1.png', '2.JPG', '.3.png', '4.txt', ''))
+CLASSES = [((name,), file) for name in ('a', 'b_c') for file in ('5.png', '6.png')]
+PARTS = [((part, *cls), file) for part in ('train', 'Test') for cls, file in CLASSES]
 
 
 @quick
 @given(
-    st.lists(st.tuples(st.lists(folders, min_size=1, max_size=3), files), max_size=9)
+    st.sampled_from((CLASSES, PARTS)),
+    st.lists(st.tuples(st.lists(folders, min_size=1, max_size=3), files), max_size=4),
 )
-def test_any_tree_of_folders(tree):
+def test_any_tree_of_folders(whole, tree):
     with tempfile.TemporaryDirectory(prefix='mine') as root:
-        for place, name in tree:
+        for place, name in [*whole, *tree]:
             folder = Path(root, *place)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
