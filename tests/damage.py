@@ -54,7 +54,9 @@ def damaged_json(draw: st.DrawFn, content: dict) -> dict:
         elif how == 'double' and isinstance(node, list):
             node.append(deepcopy(node[key]))
         else:
-            node[key] = deepcopy(draw(st.sampled_from(others) | values))
+            alike = [value for value in others if type(value) is type(node[key])]
+            known = st.sampled_from(alike or others) | st.sampled_from(others)
+            node[key] = deepcopy(draw(known | values))
     return content
 
 
