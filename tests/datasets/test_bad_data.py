@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -183,11 +183,13 @@ CLASSES = [((name,), file) for name in ('a', 'b_c') for file in ('5.png', '6.png
 PARTS = [((part, *cls), file) for part in ('train', 'Test') for cls, file in CLASSES]
 
 
-@quick
+@settings(quick, max_examples=60)
 @given(
     st.sampled_from((CLASSES, PARTS)),
     st.lists(st.tuples(st.lists(folders, min_size=1, max_size=3), files), max_size=4),
 )
+@example(CLASSES, [(['a', 'e.png'], '')])  # a folder with the name of an image
+@example(PARTS, [(['valid', 'a'], '1.png'), (['val', 'a'], '1.png')])
 def test_any_tree_of_folders(whole, tree):
     with tempfile.TemporaryDirectory(prefix='mine') as root:
         for place, name in [*whole, *tree]:
