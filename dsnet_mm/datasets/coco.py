@@ -7,19 +7,13 @@ from mmap import ACCESS_READ, mmap
 
 from dsnet_mm.files import read_json
 
-_ID = (int, float, str)
-FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    'images': {
-        'id': _ID,
-        'file_name': (str,),
-        'width': (int, float),
-        'height': (int, float),
-    },
+_ID, _NUMBER = int | float | str, int | float
+FIELDS = {
+    'images': {'id': _ID, 'file_name': str, 'width': _NUMBER, 'height': _NUMBER},
     'annotations': {'id': _ID, 'image_id': _ID, 'category_id': _ID},
-    'categories': {'id': _ID, 'name': (str,)},
+    'categories': {'id': _ID, 'name': str},
 }
-"""The lists of an annotation file, and the fields that mmdet needs in their entries.
-Boxes and masks are not among them."""
+"""What mmdet needs in the entries of each list, besides boxes and masks."""
 
 
 def read_coco(ann_file: str) -> tuple[dict[str, list[dict]], list[str]]:
@@ -29,20 +23,19 @@ def read_coco(ann_file: str) -> tuple[dict[str, list[dict]], list[str]]:
         ann_file: The file.
 
     Returns:
-        The entries of each list that have all ``FIELDS``, and the places of those that
-        have not, such as ``"images[3]: width of {'id': 4}"``.
+        The entries of each list that have all ``FIELDS``, and the places of the others,
+        such as ``"images[3]: width of {'id': 4}"``.
 
     Raises:
         ValueError: If the file is not JSON, or lacks one of the lists.
     """
     content = read_json(ann_file)
-    good: dict[str, list[dict]] = {}
+    good: dict[str, list[dict]] = {name: [] for name in FIELDS}
     bad = []
     for name, fields in FIELDS.items():
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f'{ann_file} has no list {name}, as COCO files have.')
-        good[name] = []
         for i, entry in enumerate(entries):
             values = entry if isinstance(entry, dict) else {}
             wrong = [
@@ -69,22 +62,15 @@ def check_class_order(ann_file: str, classes: Sequence[str]) -> None:
         ValueError: If a label has another name in the file, or no class is in it.
     """
     for read in (_scan_categories, _read_categories):
-        names = read(ann_file)
-        used = [name for name in names if name in classes]
+        used = [name for name in read(ann_file) if name in classes]
         if used and used == [*classes[: len(used)]]:
             return
-    if not used:
-        raise ValueError(
-            f'none of the classes {reprlib.repr([*classes])} is a category of '
-            f'{ann_file}, which has {reprlib.repr(names)}; set metainfo.classes.'
-        )
-    given = dict(enumerate(classes))
-    label = next(i for i, name in enumerate(used) if name != given.get(i))
+    given, found = dict(enumerate(classes)), dict(enumerate(used))
+    label = next((i for i in found if found[i] != given.get(i)), 0)
     raise ValueError(
-        f'the class of label {label} is {used[label]!r} in {ann_file}, and '
-        f'{given.get(label)!r} in metainfo.classes of the configuration; mmdet counts '
-        f'in the order of the file, so write the classes in this order, and only those '
-        f'that the file has.'
+        f'label {label} is {given.get(label)!r} in metainfo.classes, and '
+        f'{found.get(label)!r} in {ann_file}; mmdet numbers classes in the order of the '
+        f'file, so name only categories of the file, in its order.'
     )
 
 
@@ -93,12 +79,12 @@ def _scan_categories(ann_file: str) -> list[str]:
     try:
         with (
             open(ann_file, 'rb') as file,
-            mmap(file.fileno(), 0, access=ACCESS_READ) as content,
+            mmap(file.fileno(), 0, access=ACCESS_READ) as m,
         ):
-            start = content.rfind(b'"categories"')
-            text = content[start : start + 2**24].decode(errors='replace')
-        text = text.partition(':')[2].lstrip()
-        return [entry['name'] for entry in json.JSONDecoder().raw_decode(text)[0]]
+            start = m.rfind(b'"categories"')
+            text = m[start : start + 2**24].decode(errors='replace').partition(':')[2]
+        entries, _ = json.JSONDecoder().raw_decode(text.lstrip())
+        return [entry['name'] for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
 

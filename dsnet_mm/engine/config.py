@@ -249,7 +249,7 @@ def check_classes(cfg: Config, splits: Sequence[str]) -> None:
 
     Args:
         cfg: Configuration.
-        splits: Those of ``'train'``, ``'val'`` and ``'test'`` that are used.
+        splits: Those that are used.
 
     Raises:
         ValueError: If a label has another name in the annotation file than in the
@@ -263,11 +263,6 @@ def check_classes(cfg: Config, splits: Sequence[str]) -> None:
             from mmdet.datasets import CocoDataset
 
             classes = CocoDataset._load_metainfo(node.get('metainfo'))['classes']
-            if isinstance(classes, str):
-                raise ValueError(
-                    f'{part}: metainfo.classes is the text {classes!r}; a single class '
-                    f'needs a comma, as in ({classes!r},)'
-                )
             check_class_order(path, classes)
             if len(classes) > (most := most_classes(cfg)):
                 raise ValueError(

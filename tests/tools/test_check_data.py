@@ -227,7 +227,7 @@ def test_more_classes_than_the_model_has(copy: Path) -> None:
     assert list(found) == [('val', 'more classes than the model has')]
 
 
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=50)
 @given(st.data())
 def test_annotations_without_errors_are_read(folder: Path, data: st.DataObject) -> None:
     """What the check does not call an error is no error of mmdet."""
