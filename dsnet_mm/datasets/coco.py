@@ -69,7 +69,7 @@ def check_class_order(ann_file: str, classes: Sequence[str]) -> None:
     label = next((i for i in found if found[i] != given.get(i)), 0)
     raise ValueError(
         f'label {label} is {given.get(label)!r} in metainfo.classes, and '
-        f'{found.get(label)!r} in {ann_file}; mmdet numbers classes in the order of the '
+        f'{found.get(label)!r} in {ann_file}; mmdet counts classes in the order of the '
         f'file, so name only categories of the file, in its order.'
     )
 
