@@ -230,8 +230,9 @@ def check_mask(mask: Any, size: tuple[int, int], where: str, found: Found) -> No
 def is_code(mask: Any, size: tuple[int, int]) -> bool:
     """Tells whether a mask is a run-length code of an image of this size.
 
-    Damaged text makes pycocotools write outside its memory. So it is decoded here, as
-    by ``rleFrString``: digits of base 32, differences from the last but one run.
+    pycocotools leaves the pixels after a code that is too short as they were in memory.
+    So text is decoded here, as by its ``rleFrString``: digits of base 32, differences
+    from the last but one run.
     """
     counts = mask.get('counts') if isinstance(mask, dict) else None
     if isinstance(counts, str):
