@@ -202,16 +202,17 @@ def _labelled(
                 f'{name} has {count} rows of the class {cls!r}, and must have {shots}'
             )
     shape = len(labels), width
-    return Features(_floats(tensors, f'{part}_features', shape, views=True), labels)
+    features = _floats(tensors, f'{part}_features', shape, math.inf)
+    return Features(features, labels)
 
 
 def _floats(
     tensors: Mapping[str, Tensor],
     name: str,
     shape: tuple[int, int],
-    views: bool = False,
+    views: float = 1,
 ) -> Tensor:
-    """Returns a tensor of this shape in float32, with a dimension of views before."""
+    """Returns a tensor of this shape in float32, with up to so many views before."""
     if not tensors[name].is_floating_point():
         raise ValueError(
             f'{name} must be of a floating type, got {tensors[name].dtype}'
@@ -219,13 +220,9 @@ def _floats(
     found = tensors[name].float()
     if found.dim() == 2:
         found = found[None]
-    if (
-        found.dim() != 3
-        or found.shape[1:] != shape
-        or not (len(found) == 1 or (views and len(found)))
-    ):
+    if found.dim() != 3 or found.shape[1:] != shape or not 1 <= len(found) <= views:
         raise ValueError(
-            f'{name} must be {shape}{", or have views before that" if views else ""}, '
+            f'{name} must be {shape}{", or have views before that" * (views > 1)}, '
             f'got {tuple(tensors[name].shape)}'
         )
     if not found.isfinite().all():
