@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 
 from tests.conftest import tool
 from tests.damage import damaged_bytes, quick, read_or_refuse
+from tests.datasets.test_bad_data import png_header
 
 CLASSES = ('bird', 'cat')
 # The splits of nuclei images that have been public since 2018.
@@ -227,6 +228,8 @@ def test_errors(
     cv2.imwrite(str(mask), np.ones((5, 5), np.uint8))
     refused('(5, 5)', nuclei)
     mask.write_text('no image')
+    refused('0.png', nuclei)
+    mask.write_bytes(png_header(60_000, 60_000))  # more pixels than OpenCV reads
     refused('0.png', nuclei)
     next((first / 'images').iterdir()).unlink()
     refused('0 images', nuclei)
