@@ -1,10 +1,12 @@
-"""Atomic writing of files and folders, and checks that a file exists or does not."""
+"""Reading of text, atomic writing, and checks that a file exists or does not."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 PART = '.part'
@@ -122,3 +124,30 @@ def remove_parts(folder: Path) -> None:
     """Removes what killed processes left of files, in and below a folder."""
     for path in folder.rglob(f'.*{PART}'):
         path.unlink()
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ValueError: If it is not in UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b'\n') + 1
+        raise ValueError(
+            f'{path} is not in UTF-8 (line {line}); save it as UTF-8.'
+        ) from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file in UTF-8.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is not JSON in UTF-8 ({error}).') from error

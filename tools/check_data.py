@@ -2,15 +2,15 @@
 
 Images: missing, unreadable or cut off, of another size than the annotations say, the
 same twice (also in another split), rotated by EXIF, grey, 16-bit, CMYK, transparent.
-Annotations in COCO's format: unknown ids, the same twice, boxes without area or outside
-the image, polygons of fewer than three points, missing masks, classes that are empty,
-in another order, or not in the configuration. The exit status is 1 if there are errors.
+Annotations in COCO's format: missing fields, unknown ids, the same twice, boxes without
+area or outside the image, missing and damaged masks, classes that are empty, in another
+order, more than the model has, or not in the configuration. The exit status is 1 if
+there are errors.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import warnings
@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dsnet_mm.datasets.coco import read_coco
 from dsnet_mm.datasets.images import damage_of
-from dsnet_mm.engine.config import check_data, dicts_in, load_config
+from dsnet_mm.engine.config import check_data, dicts_in, load_config, most_classes
 from dsnet_mm.engine.launch import OldFlag, add_config_arguments, user_errors
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
@@ -46,12 +47,17 @@ FINDINGS = {
     'size differs from the annotations': (ERROR, 'boxes and masks are misplaced'),
     'image is too large to be checked': (WARNING, 'it is read as it is'),
     'annotations cannot be read': (ERROR, 'training does not start'),
+    'field is missing or of another type': (ERROR, 'training does not start'),
+    'no image is left': (ERROR, 'training does not start'),
     'unknown image_id': (ERROR, 'the annotation is left out'),
     'unknown category_id': (ERROR, 'the annotation is left out'),
     'id of an image is not unique': (ERROR, 'one of the images is lost'),
     'id of an annotation is not unique': (ERROR, 'training does not start'),
     'bbox or area is missing or no number': (ERROR, 'training does not start'),
+    'category is not unique': (ERROR, 'labels are shifted'),
     'object without a mask': (ERROR, 'training stops'),
+    'mask is damaged': (ERROR, 'training stops, or the object is left out'),
+    'more classes than the model has': (ERROR, 'training stops'),
     'class of the configuration is not in the file': (ERROR, 'labels are shifted'),
     'classes in another order than in the file': (ERROR, 'names are mixed up'),
     'same image in another split': (ERROR, 'the evaluation is too good'),
@@ -90,38 +96,47 @@ class Listed(NamedTuple):
     size: tuple[int, int] | None = None
 
 
-def check_coco(node: dict, needs_masks: bool, found: Found) -> Iterator[Listed]:
+def check_coco(
+    node: dict, needs_masks: bool, classes: float, found: Found
+) -> Iterator[Listed]:
     """Checks an annotation file in COCO's format and yields its images.
 
     Args:
         node: Configuration of the data set.
         needs_masks: Whether the configuration loads masks.
+        classes: Number of classes of the model.
         found: Gets the findings.
     """
     root = node.get('data_root') or ''
     ann_file = os.path.join(root, node['ann_file'])
     folder = os.path.join(root, (node.get('data_prefix') or {}).get('img', ''))
     try:
-        images, annotations, categories = read_coco(ann_file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found['annotations cannot be read'].append(f'{ann_file}: {error!r}')
+        lists, bad = read_coco(ann_file)
+    except (OSError, ValueError) as error:
+        found['annotations cannot be read'].append(str(error))
         return
+    found['field is missing or of another type'] += bad
+    images, annotations, categories = lists.values()
 
     sizes, names = {}, Counter()
     for image in images:
         if image['id'] in sizes:
             found['id of an image is not unique'].append(f'image {image["id"]}')
-        size = (image.get('width'), image.get('height'))
-        sizes[image['id']] = size if None not in size else None
+        sizes[image['id']] = image['width'], image['height']
         names[image['file_name']] += 1
         yield Listed(os.path.join(folder, image['file_name']), sizes[image['id']])
     found['image listed twice'] += [name for name in names if names[name] > 1]
 
     with DATASETS.switch_scope_and_registry(None) as registry:
-        own = registry.get(node['type']).METAINFO.get('classes')
+        metainfo = registry.get(node['type'])._load_metainfo(node.get('metainfo'))
     in_file = {category['id']: category['name'] for category in categories}
     names = list(in_file.values())
-    used = (node.get('metainfo') or {}).get('classes', own) or names
+    if len({*names}) < len(categories):
+        where = ', '.join(f'{c["id"]}: {c["name"]}' for c in categories)
+        found['category is not unique'].append(f'{where} in {ann_file}')
+    used = metainfo.get('classes') or names
+    if len(used) > classes:
+        found['more classes than the model has'].append(f'{len(used)}, not {classes}')
     found['class of the configuration is not in the file'] += [
         f'{name!r} is not in {ann_file}' for name in used if name not in names
     ]
@@ -148,48 +163,45 @@ def check_coco(node: dict, needs_masks: bool, found: Found) -> Iterator[Listed]:
             found['unknown category_id'].append(f'{where}: {category}')
         else:
             labelled.add(in_file[category])
-            full.add(image)
+            if in_file[category] in used:
+                full.add(image)
             if (image, category, str(box)) in seen:
                 found['annotation twice'].append(where)
             seen.add((image, category, str(box)))
             check_box(box, annotation.get('area'), sizes[image], where, found)
-            if needs_masks and not annotation.get('iscrowd'):
-                check_mask(annotation.get('segmentation'), where, found)
+            if needs_masks:
+                check_mask(annotation.get('segmentation'), sizes[image], where, found)
     found['class without objects'] += [n for n in shared if n not in labelled]
     found['image without objects'] += [
         image['file_name'] for image in images if image['id'] not in full
     ]
-
-
-def read_coco(ann_file: str) -> Iterator[list[dict]]:
-    """Yields images, annotations and categories, and checks that they have ids."""
-    content = json.loads(Path(ann_file).read_bytes())
-    for name, needed in (
-        ('images', {'id', 'file_name'}),
-        ('annotations', set()),
-        ('categories', {'id', 'name'}),
+    filters = {} if node.get('test_mode') else node.get('filter_cfg') or {}
+    if not any(
+        (image in full or not filters.get('filter_empty_gt'))
+        and min(size) >= filters.get('min_size', 0)
+        for image, size in sizes.items()
     ):
-        for entry in content[name]:
-            if not isinstance(entry, dict) or not entry.keys() >= needed:
-                raise ValueError(f'{name} has {entry!r}, without {" or ".join(needed)}')
-        yield content[name]
+        found['no image is left'].append(ann_file)
+
+
+def are_numbers(values: list, most: float) -> bool:
+    """Tells whether all values are numbers below a limit, so finite ones."""
+    return all(isinstance(x, int | float) and abs(x) < most for x in values)
 
 
 def check_box(
-    box: Any, area: Any, size: tuple[int, int] | None, where: str, found: Found
+    box: Any, area: Any, size: tuple[int, int], where: str, found: Found
 ) -> None:
     """Checks a box of left, top, width and height, as ``CocoDataset`` does."""
     numbers = [*box, area] if isinstance(box, list) else []
-    if len(numbers) != 5 or not all(
-        isinstance(x, int | float) and math.isfinite(x) for x in numbers
-    ):
+    if len(numbers) != 5 or not are_numbers(numbers, 1e12):
         where = f'{where}: {box}, {area}'
         found['bbox or area is missing or no number'].append(where)
         return
     left, top, width, height = box
     if width < 1 or height < 1 or area <= 0:
         found['box of less than a pixel'].append(f'{where}: {box}, area {area}')
-    elif size is not None:
+    else:
         right, bottom = left + width, top + height
         where = f'{where}: {box} in {size}'
         if left >= size[0] or top >= size[1] or right <= 0 or bottom <= 0:
@@ -199,19 +211,54 @@ def check_box(
             found['box reaches out of the image'].append(where)
 
 
-def check_mask(mask: Any, where: str, found: Found) -> None:
-    """Checks polygons. Run-length encodings only have to be there."""
+def check_mask(mask: Any, size: tuple[int, int], where: str, found: Found) -> None:
+    """Checks polygons or a run-length code, as ``LoadAnnotations`` reads them."""
     polygons = mask if isinstance(mask, list) else []
-    if not mask or not all(isinstance(polygon, list) for polygon in polygons):
+    if not mask:
         found['object without a mask'].append(where)
-    else:
-        for polygon in polygons:
-            if len(polygon) < 6 or len(polygon) % 2:
-                numbers = f'{where}: {len(polygon)} numbers'
-                found['polygon of fewer than three points'].append(numbers)
+    elif polygons != mask:
+        if not is_code(mask, size):
+            found['mask is damaged'].append(f'{where}: no run-length code of {size}')
+    elif not all(isinstance(p, list) and are_numbers(p, 1e6) for p in polygons):
+        found['mask is damaged'].append(f'{where}: no lists of numbers')
+    for polygon in polygons:
+        if isinstance(polygon, list) and (len(polygon) < 6 or len(polygon) % 2):
+            numbers = f'{where}: {len(polygon)} numbers'
+            found['polygon of fewer than three points'].append(numbers)
 
 
-def list_other(dataset: Any, found: Found) -> Iterator[Listed]:
+def is_code(mask: Any, size: tuple[int, int]) -> bool:
+    """Tells whether a mask is a run-length code of an image of this size.
+
+    pycocotools leaves the pixels after a code that is too short as they were in memory.
+    So text is decoded here, as by its ``rleFrString``: digits of base 32, differences
+    from the last but one run.
+    """
+    counts = mask.get('counts') if isinstance(mask, dict) else None
+    if isinstance(counts, str):
+        text, counts, value, shift = counts, [], 0, 0
+        for digit in (ord(char) - 48 for char in text):
+            if not 0 <= digit < 64:
+                return False
+            value |= (digit & 31) << shift
+            shift += 5
+            if digit < 32:
+                value -= (digit >> 4) << shift  # the sign
+                counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+                value = shift = 0
+        if shift:
+            return False
+    width, height = size
+    return (
+        isinstance(counts, list)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and sum(counts) == width * height
+        and mask.get('size') == [height, width]
+        and all(type(length) is int for length in mask['size'])
+    )
+
+
+def list_other(dataset: Any, classes: float, found: Found) -> Iterator[Listed]:
     """Yields the images of another data set, as it lists them itself."""
     labels, names = set(), Counter()
     for i in range(len(dataset)):
@@ -222,6 +269,9 @@ def list_other(dataset: Any, found: Found) -> Iterator[Listed]:
             names[info['img_path']] += 1
             yield Listed(info['img_path'])
     found['image listed twice'] += [name for name in names if names[name] > 1]
+    if max(labels, default=0) >= classes:
+        where = f'label {max(labels)}, and {classes} classes'
+        found['more classes than the model has'].append(where)
     for label, name in enumerate(dataset.metainfo.get('classes') or []):
         if labels and label not in labels:
             found['class without objects'].append(name)
@@ -235,13 +285,13 @@ def list_images(cfg: Config, split: str, found: Found) -> Iterator[Listed]:
             continue
         if str(node['type']).endswith('CocoDataset'):
             needs_masks = any(step.get('with_mask') for step in dicts_in(loader))
-            yield from check_coco(node, needs_masks, found)
+            yield from check_coco(node, needs_masks, most_classes(cfg), found)
         else:
             dataset = deepcopy(node)
             dataset.pipeline = []
             if 'features' in dataset:  # of FewShotDataset, made from its images
                 dataset.features = None
-            yield from list_other(DATASETS.build(dataset), found)
+            yield from list_other(DATASETS.build(dataset), most_classes(cfg), found)
 
 
 def check_image(item: Listed) -> tuple[list[tuple[str, str]], str]:
@@ -253,7 +303,7 @@ def check_image(item: Listed) -> tuple[list[tuple[str, str]], str]:
     path = item.path
     damage, error = damage_of(path) or ('', '')
     digest = ''
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # of a name with a zero byte
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     if damage:
         where = f'{path}: {error}' if damage == 'cut off' else path
@@ -360,7 +410,8 @@ def main(argv: list[str] | None = None) -> None:
                 entry['finding'],
                 str(len(entry['places'])),
                 effect,
-                escape(entry['places'][0]),
+                # A name that is not UTF-8 cannot be printed.
+                escape(entry['places'][0].encode('utf-8', 'replace').decode()),
             )
         Console().print(table)
     errors, warned = (

@@ -12,7 +12,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from dsnet_mm.checkpoint import load_checkpoint, restricted_loading, unwrap
-from dsnet_mm.engine.config import check_data, load_config
+from dsnet_mm.engine.config import check_classes, check_data, load_config
 from dsnet_mm.engine.launch import (
     add_config_arguments,
     add_run_arguments,
@@ -117,6 +117,7 @@ def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             'training writes them as .pth files, and weights/ holds .safetensors files',
         )
         check_data(cfg, ['test'])
+        check_classes(cfg, ['test'])
         set_run(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:

@@ -15,7 +15,13 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from dsnet_mm.checkpoint import check_match, load_checkpoint, restricted_loading
 from dsnet_mm.datasets.loading import UnreadableImageError
-from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
+from dsnet_mm.engine.config import (
+    check_classes,
+    check_data,
+    check_pretrained,
+    dicts_in,
+    load_config,
+)
 from dsnet_mm.engine.hooks import NonFiniteLossError
 from dsnet_mm.engine.launch import (
     add_config_arguments,
@@ -178,6 +184,7 @@ def set_config(cfg: Config, args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         set_auto_scale_lr(cfg)
     check_data(cfg, ('train', 'val'))
+    check_classes(cfg, ('train', 'val'))
     check_pretrained(cfg)
     set_run(cfg, args)
     set_loggers(cfg, args.tensorboard, args.wandb)

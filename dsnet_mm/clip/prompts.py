@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsnet_mm.files import read_text
+
 PROMPTS: dict[str, tuple[str, ...]] = {
     'photo': ('a photo of a {}.',),
     **dict.fromkeys(
@@ -96,13 +98,8 @@ def resolve_prompts(prompts: str | Path | Sequence[str]) -> tuple[str, ...]:
         if '{' in text:
             prompts = (text,)
         elif Path(text).is_file():
-            try:
-                lines = Path(text).read_text(encoding='utf-8-sig').splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f'{text} is not in UTF-8; save it as UTF-8.'
-                ) from error
-            prompts = [line.strip() for line in lines if line.strip()]
+            lines = map(str.strip, read_text(text).splitlines())
+            prompts = [line for line in lines if line]
         else:
             names = (*PROMPTS, 'imagenet_80')
             raise ValueError(

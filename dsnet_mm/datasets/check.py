@@ -85,7 +85,8 @@ def find_copies(split: Split, pixels: Mapping[str, str] = {}) -> dict[str, str]:
     """
     seen = {item[0]: None for part in ('train', 'val') for item in split[part]}
     tested = {item[0]: None for item in split['test']}
-    sizes = {p: os.path.getsize(p) for p in seen | tested if os.path.isfile(p)}
+    readable = (p for p in seen | tested if os.path.isfile(p) and os.access(p, os.R_OK))
+    sizes = {path: os.path.getsize(path) for path in readable}
 
     def sizes_of(paths: Iterable[str]) -> set[int]:
         return {sizes[path] for path in paths if path in sizes}

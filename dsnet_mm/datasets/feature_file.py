@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,6 +18,9 @@ from dsnet_mm.files import write_atomic
 
 from .features import Features
 from .images import PREPROCESSINGS
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types of labels."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,10 @@ def read_feature_file(path: str | Path) -> FeatureFile:
 
 
 def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
-    class_names = tuple(map(str, _json(about, 'class_names', list)))
+    class_names = tuple(_json(about, 'class_names', list))
     del about['class_names']
+    if not class_names:
+        raise ValueError('the metadata class_names is an empty list')
     logit_scale = math.nan
     with suppress(ValueError):
         logit_scale = float(about.pop('logit_scale', 'nan'))
@@ -125,11 +132,11 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     for name in ('text_features', 'test_features'):
         if name not in tensors:
             raise ValueError(f'there is no tensor {name}')
-    width = tensors['text_features'].shape[-1]
+    width = (tensors['text_features'].shape or (0,))[-1]
     (text_features,) = _floats(tensors, 'text_features', (len(class_names), width))
     norm = text_features.norm(dim=-1, keepdim=True)
-    if not norm.all():
-        raise ValueError('text_features has rows that are zero')
+    if not (norm.isfinite() & (norm > 0)).all():
+        raise ValueError('text_features has rows that are zero or too large')
     if (norm - 1).abs().max() > 1e-3:
         text_features = text_features / norm
 
@@ -157,13 +164,15 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
 
 def _json(about: Mapping[str, str], name: str, kind: type) -> object:
     """Returns what an entry of the metadata says in JSON."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         value = json.loads(about.get(name, ''))
-        if isinstance(value, kind):
+        if isinstance(value, kind) and (
+            kind is not list or all(isinstance(x, str) for x in value)
+        ):
             return value
+    what, given = 'list of text' if kind is list else 'object', about.get(name)
     raise ValueError(
-        f'the metadata {name} must be a JSON {"list" if kind is list else "object"}, '
-        f'got {about.get(name)!r}'
+        f'the metadata {name} must be a JSON {what}, got {reprlib.repr(given)}'
     )
 
 
@@ -179,7 +188,7 @@ def _labelled(
     labels = tensors.get(name)
     if labels is None:
         raise ValueError(f'there is no tensor {name}')
-    if labels.dim() != 1 or labels.is_floating_point() or not len(labels):
+    if labels.dim() != 1 or labels.dtype not in INTEGERS or not len(labels):
         raise ValueError(f'{name} must be one integer a row, and have rows')
     labels, last = labels.long(), len(class_names) - 1
     if labels.min() < 0 or labels.max() > last:
@@ -193,22 +202,27 @@ def _labelled(
                 f'{name} has {count} rows of the class {cls!r}, and must have {shots}'
             )
     shape = len(labels), width
-    return Features(_floats(tensors, f'{part}_features', shape, views=True), labels)
+    features = _floats(tensors, f'{part}_features', shape, math.inf)
+    return Features(features, labels)
 
 
 def _floats(
     tensors: Mapping[str, Tensor],
     name: str,
     shape: tuple[int, int],
-    views: bool = False,
+    views: float = 1,
 ) -> Tensor:
-    """Returns a tensor of this shape in float32, with a dimension of views before."""
+    """Returns a tensor of this shape in float32, with up to so many views before."""
+    if not tensors[name].is_floating_point():
+        raise ValueError(
+            f'{name} must be of a floating type, got {tensors[name].dtype}'
+        )
     found = tensors[name].float()
     if found.dim() == 2:
         found = found[None]
-    if found.dim() != 3 or found.shape[1:] != shape or not (views or len(found) == 1):
+    if found.dim() != 3 or found.shape[1:] != shape or not 1 <= len(found) <= views:
         raise ValueError(
-            f'{name} must be {shape}{", or have views before that" if views else ""}, '
+            f'{name} must be {shape}{", or have views before that" * (views > 1)}, '
             f'got {tuple(tensors[name].shape)}'
         )
     if not found.isfinite().all():

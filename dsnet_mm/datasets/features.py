@@ -365,8 +365,10 @@ def image_keys(items: Sequence[Item]) -> list[str]:
     for path, *_ in items:
         try:
             stat = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f'the image {path} is missing.') from error
+        except (OSError, ValueError) as error:  # of a name with a zero byte
+            raise FileNotFoundError(
+                f'the image {path} is missing or forbidden ({error}).'
+            ) from error
         state = f'{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}'
         keys.append(_short_hash(state))
     return keys
@@ -410,6 +412,6 @@ def _removing_damaged(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:  # another process has just removed it
         pass
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         logger.warning('removing the damaged cache file %s (%s)', path, error)
         path.unlink(missing_ok=True)

@@ -47,11 +47,11 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     """
     paths, found, notes = [*map(Path, paths)], [], []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             found += sorted(p for p in path.rglob('*') if is_image(p) and p.is_file())
             if others := count_other_files(path):
                 notes.append(f'not read in {path}: {others}.')
-        elif path.exists():
+        elif os.path.exists(path):
             found.append(path)
         else:
             raise FileNotFoundError(f'there is no image or folder {path}.')
@@ -97,7 +97,7 @@ def damage_of(path: str | Path, decode: bool = True) -> tuple[str, str] | None:
         known, and the pixels cannot be read).
     """
     try:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             return 'missing', 'there is no such file'
         if not os.path.getsize(path):
             return 'empty', 'the file has no bytes'
@@ -128,7 +128,7 @@ def open_image(path: str | Path) -> Image.Image:
         FileNotFoundError: If the file does not exist.
         ValueError: If it cannot be read.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f'the image {path} is missing.')
     try:
         with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from uuid import uuid4
 
 from dsnet_mm.progress import progress_bar
 
+from .images import IMAGE_SUFFIXES
 from .readers import PART_NAMES, number_classes
 from .splits import Split, read_split
 
@@ -22,9 +24,10 @@ _PART = re.compile(rf'(?:^|[-_. /])({"|".join(PART_NAMES)})(?=$|[-_. /])')
 
 def find_parquet(path: Path) -> list[Path]:
     """Returns the parquet files that are, or are in or below, a path."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return sorted(path.glob('*.parquet')) + sorted(path.glob('*/*.parquet'))
-    return [path] if path.suffix.lower() == '.parquet' and path.is_file() else []
+    is_one = path.suffix.lower() == '.parquet' and os.path.isfile(path)
+    return [path] if is_one else []
 
 
 def read_parquet(files: Sequence[Path], name: str) -> Split:
@@ -73,7 +76,6 @@ def read_parquet(files: Sequence[Path], name: str) -> Split:
 def _unpack(files: Sequence[Path], folder: Path) -> None:
     """Writes the images, and the split in the format of ``split_zhou_*.json``."""
     try:
-        import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(
@@ -91,7 +93,7 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
                 columns = table.schema_arrow.names
                 if not {'image', 'label'} <= set(columns):
                     raise ValueError(
-                        f'{file} must have the columns image and label, found '
+                        f'it must have the columns image and label, found '
                         f'{", ".join(columns)}.'
                     )
                 names = _label_names(table.schema_arrow) or names
@@ -102,27 +104,27 @@ def _unpack(files: Sequence[Path], folder: Path) -> None:
                     content = image.get('bytes') if isinstance(image, dict) else image
                     if not isinstance(content, bytes):
                         raise ValueError(
-                            f'{file}: row {count} of the column image holds no bytes '
-                            f'of an image; save the data set with its images.'
+                            f'row {count} of the column image holds no bytes of an '
+                            f'image; save the data set with its images.'
                         )
                     if isinstance(cls, int) and 0 <= cls < len(names):
                         cls = names[cls]
                     if not isinstance(cls, str):
                         raise ValueError(
-                            f'{file} has the label {cls!r} in row {count}, and '
+                            f'it has the label {cls!r} in row {count}, and '
                             f'{len(names) or "no"} names of labels; labels must be '
                             f'numbers or names: save the data set with a ClassLabel '
                             f'column, or with the names as label.'
                         )
                     named = image.get('path') if isinstance(image, dict) else None
-                    suffix = Path(named or '').suffix
-                    path = f'{part}/{number:04d}_{count:07d}{suffix}'
+                    suffix = Path(str(named or '')).suffix.lower()
+                    path = f'{part}/{number:04d}_{count:07d}'
+                    path += suffix if suffix in IMAGE_SUFFIXES else ''
                     (folder / path).write_bytes(content)
                     rows.append((part, path, cls))
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(
-                    f'{file} cannot be read as parquet ({error}).'
-                ) from error
+            except Exception as error:  # pyarrow's readers raise errors of any type
+                reason = ' '.join(str(error).split())
+                raise ValueError(f'{file} cannot be read: {reason}') from error
             bar.update()
     if not rows:
         raise ValueError(f'{files[0]} and the files beside it have no rows.')
@@ -134,5 +136,7 @@ def _label_names(schema) -> list[str] | None:
     """Returns the class names that the ``datasets`` library stores in a schema."""
     text = (schema.metadata or {}).get(b'huggingface', b'{}')
     with suppress(KeyError, TypeError, ValueError):  # of another library or version
-        return json.loads(text)['info']['features']['label']['names']
+        names = json.loads(text)['info']['features']['label']['names']
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
     return None

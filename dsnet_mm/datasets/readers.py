@@ -2,8 +2,11 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from dsnet_mm.files import read_text
 
 from .catalogue import PUBLIC_DATASETS, SPLITS_SOURCE
 from .images import count_other_files, is_image
@@ -52,7 +55,7 @@ def read_public(name: str, data_root: Path) -> Split:
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; it is a part of the data set.')
-    return [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _read_aircraft(folder: Path) -> Split:
@@ -100,7 +103,9 @@ def _read_imagenet(name: str, folder: Path) -> Split:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if is_image(p))
+    with os.scandir(folder) as entries:  # it knows the kind of an entry
+        paths = [Path(entry.path) for entry in entries if not entry.is_dir()]
+    return sorted(path for path in paths if is_image(path))
 
 
 def read_folder(folder: Path) -> Split:
@@ -117,16 +122,18 @@ def read_folder(folder: Path) -> Split:
     Raises:
         ValueError: If a class has no image, or there is a ``train`` and no ``test``.
     """
-    parts = {
-        PART_NAMES[sub.name.lower()]: sub
+    places = [
+        sub
         for sub in _folders(folder)
         if sub.name.lower() in PART_NAMES and any(p.is_dir() for p in sub.iterdir())
-    }  # without folders it is a class of this name
-    if parts and 'test' not in parts:
-        names = ' and '.join(sorted(place.name for place in parts.values()))
+    ]  # without folders it is a class of this name
+    parts = {PART_NAMES[place.name.lower()]: place for place in places}
+    if parts and ('test' not in parts or len(parts) < len(places)):
         raise ValueError(
-            f'{folder} has the folders of classes in {names}, but no folder test; add '
-            f'it, or move the classes directly into {folder} to have them split.'
+            f'{folder} has the folders of classes in '
+            f'{" and ".join(place.name for place in places)}; one folder test is '
+            f'needed, and no second one of a part; or move the classes directly into '
+            f'{folder} to have them split.'
         )
     rows = []
     for part, place in (parts or {'all': folder}).items():
@@ -167,14 +174,7 @@ def read_csv(path: Path) -> Split:
     Raises:
         ValueError: If the file is no such table.
     """
-    try:
-        text = path.read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b'\n') + 1
-        raise ValueError(
-            f'{path} is not in UTF-8 (line {line}); save it as UTF-8.'
-        ) from error
-    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=''), strict=True)
     try:
         table = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
@@ -184,10 +184,11 @@ def read_csv(path: Path) -> Split:
     other_names = {'file_name': 'path', 'label': 'class'}
     found = [name.strip() for name in table[0][1]] if table else []
     columns = [other_names.get(name, name) for name in found]
-    if not {'path', 'class'} <= set(columns):
+    counts = [columns.count(name) for name in ('path', 'class', 'split')]
+    if counts not in ([1, 1, 0], [1, 1, 1]):
         raise ValueError(
-            f'{path} must have the columns path and class (and may have split), found '
-            f'{", ".join(found) or "none"}.'
+            f'{path} must have the columns path and class (and may have split) once, '
+            f'found {", ".join(map(repr, found)) or "none"}.'
         )
     rows = []
     for line, values in table[1:]:

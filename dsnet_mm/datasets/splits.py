@@ -1,9 +1,11 @@
 """Splits of a data set into train, val and test, and few-shot draws."""
 
-import json
 import random
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from dsnet_mm.files import read_json
 
 from .catalogue import SPLITS_SOURCE
 
@@ -33,17 +35,23 @@ def read_split(split_file: str | Path) -> Split:
             f'there is no split file {split_file}; the files split_zhou_*.json come '
             f'from {SPLITS_SOURCE}.'
         )
-    try:
-        content = json.loads(split_file.read_text(encoding='utf-8'))
-        return {
-            part: [(str(p), int(label), str(cls)) for p, label, cls in content[part]]
-            for part in ('train', 'val', 'test')
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{split_file} is not a split file: it must have lists of [path, label, '
-            f'class name] under train, val and test ({error!r}).'
-        ) from error
+    content, split = read_json(split_file), {}
+    for part in ('train', 'val', 'test'):
+        items = content.get(part) if isinstance(content, dict) else None
+        listed = items if isinstance(items, list) else [items]
+        wrong = [x for x in listed if not _is_item(x)]
+        if wrong:
+            raise ValueError(
+                f'{split_file} is not a split file: it must have lists of [path, '
+                f'label, class name] under train, val and test, and {part} has '
+                f'{reprlib.repr(wrong[0])}.'
+            )
+        split[part] = [tuple(item) for item in listed]
+    return split
+
+
+def _is_item(item: object) -> bool:
+    return isinstance(item, list) and [*map(type, item)] == [str, int, str]
 
 
 def sample_few_shot(

@@ -1,6 +1,8 @@
 """A data set ready for few-shot classification."""
 
 import logging
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +77,14 @@ def load_task(
     elif parquet := find_parquet(path):
         name = path.resolve().name if path.is_dir() else path.stem
         split = read_parquet(parquet, name)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         name, split = path.resolve().name, read_folder(path)
         if others := count_other_files(path):
             logger.warning(
                 'files of %s that are not read: %s; images are %s.',
                 *(path, others, ', '.join(IMAGE_SUFFIXES)),
             )
-    elif path.suffix.lower() == '.csv' and path.is_file():
+    elif path.suffix.lower() == '.csv' and os.path.isfile(path):
         name, split = path.stem, read_csv(path)
     else:
         raise FileNotFoundError(
@@ -109,12 +111,14 @@ def _build_task(
     names: dict[int, str] = {}
     for path, label, cls in (item for items in split.values() for item in items):
         if names.setdefault(label, cls.replace('_', ' ')) != cls.replace('_', ' '):
-            raise ValueError(f'label {label} is {names[label]!r}; of {path}, {cls!r}.')
+            raise ValueError(
+                f'label {label} is {names[label]!r}; of {path!r}, {cls!r}.'
+            )
     if not split['test']:
         raise ValueError('there are no test images.')
-    missing = sorted(set(range(max(names) + 1)) - set(names))
-    if missing or min(names) < 0:
-        raise ValueError(f'labels must be 0, 1, 2 and so on, found {sorted(names)}.')
+    if sorted(names) != [*range(len(names))]:
+        found = reprlib.repr(sorted(names))
+        raise ValueError(f'labels must be 0, 1, 2 and so on, found {found}.')
     class_names = tuple(names[label] for label in range(len(names)))
     if name not in PUBLIC_DATASETS:  # ImageNet has duplicate names
         check_class_names(class_names)

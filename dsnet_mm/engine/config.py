@@ -1,6 +1,7 @@
 """Loads a configuration, applies the options of the command line, checks its files."""
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.datasets.coco import check_class_order
 from dsnet_mm.files import check_file
 
 SCOPES = ('mmdet', 'mmpretrain')
@@ -216,9 +218,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 
 def _check_paths(node: dict, part: str) -> None:
     """Checks folder, annotations and images of one data set or evaluator."""
-    root = node.get('data_root') or ''
-    kind = node.get('type', '')
-    kind = kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+    root, kind = node.get('data_root') or '', _kind_of(node)
     if kind in DOWNLOADED or '://' in root:
         return
     ann_file = node.get('ann_file') or ''
@@ -237,6 +237,50 @@ def _check_paths(node: dict, part: str) -> None:
                 f'{" and ".join(inside) or "images"}{root and " in " + root}, and '
                 f'--cfg-options data_root=PATH moves all data sets and evaluators'
             )
+
+
+def _kind_of(node: dict) -> str:
+    kind = node.get('type', '')
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def check_classes(cfg: Config, splits: Sequence[str]) -> None:
+    """Checks the classes of data sets in COCO's format.
+
+    Args:
+        cfg: Configuration.
+        splits: Those that are used.
+
+    Raises:
+        ValueError: If a label has another name in the annotation file than in the
+            configuration, or a head of the model has too few classes.
+    """
+    for part in (f'{split}_dataloader' for split in splits):
+        for node in dicts_in(cfg.get(part)):
+            path = os.path.join(node.get('data_root') or '', node.get('ann_file') or '')
+            if _kind_of(node) != 'CocoDataset' or not os.path.isfile(path):
+                continue
+            from mmdet.datasets import CocoDataset
+
+            classes = CocoDataset._load_metainfo(node.get('metainfo'))['classes']
+            check_class_order(path, classes)
+            if len(classes) > (most := most_classes(cfg)):
+                raise ValueError(
+                    f'{part} has {len(classes)} classes, and a head of the model has '
+                    f'num_classes={most}; set it in each head'
+                )
+
+
+def most_classes(cfg: Config) -> float:
+    """Returns how many classes all heads of the model have, or infinity."""
+    counts = [
+        head['num_classes']
+        for node in dicts_in(cfg.model)
+        for name in ('bbox_head', 'mask_head', 'head')
+        for head in dicts_in(node.get(name))
+        if isinstance(head.get('num_classes'), int) and not head.get('class_agnostic')
+    ]
+    return min(counts, default=math.inf)
 
 
 def check_pretrained(cfg: Config) -> None:

@@ -1,8 +1,11 @@
 """Images, folders, CSV and parquet files: what is read, and what is refused."""
 
+import csv
+import io
 import json
 import os
 import sys
+import tempfile
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -10,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dsnet_mm.datasets import load_task
 from dsnet_mm.datasets.features import FeatureCache
-from dsnet_mm.datasets.images import open_image
+from dsnet_mm.datasets.images import is_image, open_image
+from dsnet_mm.datasets.readers import PART_NAMES
 from dsnet_mm.few_shot.deployment import DeployedClassifier
+from tests.damage import damaged_bytes, damaged_json, quick, read_or_refuse
+from tests.datasets.test_tasks import make_folder
 
 # --- Images ---------------------------------------------------------------------
 
@@ -101,31 +109,8 @@ def test_rotated_image_is_upright_on_all_routes(tmp_path, encoder):
 # --- Folders and CSV files --------------------------------------------------------
 
 
-def folder_of(root: Path, classes: dict[str, int]) -> Path:
-    for name, count in classes.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new('RGB', (8, 8), (i, 0, 0)).save(root / name / f'{i}.png')
-    return root
-
-
-def test_folder_with_train_and_without_test(tmp_path):
-    folder_of(tmp_path / 'mine' / 'train', {'a': 2, 'b': 2})
-    folder_of(tmp_path / 'mine' / 'validation', {'a': 2, 'b': 2})
-    with pytest.raises(ValueError, match=r'mine.*test'):
-        load_task(tmp_path / 'mine')
-    folder_of(tmp_path / 'mine' / 'test', {'a': 1, 'b': 1})
-    split = load_task(tmp_path / 'mine').split
-    assert [len(split[part]) for part in ('train', 'val', 'test')] == [4, 4, 2]
-
-
-def test_class_named_train(tmp_path):
-    task = load_task(folder_of(tmp_path, {'bus': 4, 'train': 4}))
-    assert task.class_names == ('bus', 'train')
-
-
 def test_files_that_are_not_read_are_counted(tmp_path, caplog):
-    folder_of(tmp_path, {'a': 2, 'b': 2})
+    make_folder(tmp_path, {'a': 2, 'b': 2})
     for name in ('a/1.HEIC', 'a/2.HEIC', 'a/3.HEIC', 'notes.txt'):
         (tmp_path / name).touch()
     load_task(tmp_path)
@@ -139,7 +124,7 @@ def test_files_that_are_not_read_are_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize('names', [('Fox', 'fox'), ('red fox', 'red_ fox')])
 def test_class_names_that_differ_in_case_or_blanks(tmp_path, names):
-    folder_of(tmp_path / 'mine', dict.fromkeys(names, 2))
+    make_folder(tmp_path / 'mine', dict.fromkeys(names, 2))
     with pytest.raises(ValueError, match='mine'):
         load_task(tmp_path / 'mine')
 
@@ -155,6 +140,7 @@ def test_class_names_that_differ_in_case_or_blanks(tmp_path, names):
         (b'"path,class\n', 'line 1'),
         (b'', 'path and class'),
         (b'path,class,split\na.png,x,dev\n', "'dev'"),
+        (b'path,class,file_name\na.png,x,b.png\n', 'file_name'),
         (b'path,class\na.png,x\n', 'at least two'),
     ],
 )
@@ -163,6 +149,72 @@ def test_bad_csv(tmp_path, content, fact):
     with pytest.raises(ValueError, match=fact) as error:
         load_task(tmp_path / 'list.csv')
     assert 'list.csv' in str(error.value) and '\n' not in str(error.value)
+
+
+cells = st.sampled_from(('4.png', 'c', '"a, b"', '"\n"', ' ', '\0', '"'))
+parts = st.sampled_from(('train', 'val', 'test', 'dev'))
+CSV = 'path,class,split\nx/1.png,"a, b",train\n2.png,c,train\n3.png,c,test\n'
+
+
+@quick
+@given(
+    damaged_bytes(CSV.encode()) | st.lists(st.tuples(cells, cells, parts), max_size=3)
+)
+def test_damaged_csv(tmp_path, content):
+    if not isinstance(content, bytes):
+        content = (CSV + '\n'.join(map(','.join, content))).encode()
+    path = tmp_path / 'list.csv'
+    path.write_bytes(content)
+    if task := read_or_refuse(lambda: load_task(path), path.name):
+        text = io.StringIO(content.decode('utf-8-sig'), newline='')
+        columns, *rows = [row for row in csv.reader(text) if row]
+        assert {(p, cls) for items in task.split.values() for p, _, cls in items} == {
+            (str(tmp_path / row[at('path')]), row[at('class')])
+            for at in [[name.strip() for name in columns].index]
+            for row in rows
+        }
+
+
+folders = st.sampled_from(
+    ('train', 'test', 'Test', 'val', 'valid', 'a', 'b_c', '.d', 'e.png')
+)
+files = st.sampled_from(('1.png', '2.JPG', '.3.png', '4.txt', ''))
+CLASSES = [((name,), file) for name in ('a', 'b_c') for file in ('5.png', '6.png')]
+PARTS = [((part, *cls), file) for part in ('train', 'Test') for cls, file in CLASSES]
+
+
+@settings(quick, max_examples=60)
+@given(
+    st.sampled_from((CLASSES, PARTS)),
+    st.lists(st.tuples(st.lists(folders, min_size=1, max_size=3), files), max_size=4),
+)
+@example(CLASSES, [(['a', 'e.png'], '')])  # a folder with the name of an image
+@example(PARTS, [(['valid', 'a'], '1.png'), (['val', 'a'], '1.png')])
+def test_any_tree_of_folders(whole, tree):
+    with tempfile.TemporaryDirectory(prefix='mine') as root:
+        for place, name in [*whole, *tree]:
+            folder = Path(root, *place)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        task = read_or_refuse(lambda: load_task(root), root)
+        if task is None:
+            return
+        found = {
+            Path(item[0]).relative_to(root)
+            for part in task.split.values()
+            for item in part
+        }
+        (depth,) = {len(path.parts) for path in found}
+        assert found == {
+            path
+            for path in (
+                p.relative_to(root) for p in Path(root).rglob('*') if p.is_file()
+            )
+            if len(path.parts) == depth
+            and is_image(path)
+            and not any(name.startswith('.') for name in path.parts)
+            and (depth == 2 or path.parts[0].lower() in PART_NAMES)
+        }
 
 
 def test_csv_with_byte_order_mark_and_upper_case_suffix(tmp_path):
@@ -176,7 +228,7 @@ def test_csv_with_byte_order_mark_and_upper_case_suffix(tmp_path):
 
 
 def test_folder_in_the_place_of_a_cache_file(encoder, tmp_path):
-    image = folder_of(tmp_path / 'mine', {'a': 1}) / 'a' / '0.png'
+    image = make_folder(tmp_path / 'mine', {'a': 1}) / 'a' / '0.png'
     items = [(str(image), 0, 'a')]
     cache = FeatureCache(tmp_path / 'cache', encoder, quiet=True)
     cache.images(items)
@@ -265,6 +317,21 @@ def test_parquet_of_other_content(here):
             with pytest.raises(ValueError, match=fact) as error:
                 load_task(f'{name}.parquet')
             assert f'{name}.parquet' in str(error.value)
+
+
+@given(st.data())
+@quick
+def test_damaged_parquet(here, data):
+    file = here / 'all.parquet'
+    about = {'info': {'features': {'label': {'names': ['sea', 'fox']}}}}
+    if damage_names := data.draw(st.booleans()):
+        about = data.draw(damaged_json(about))
+    write_parquet(file, [('red', 1), ('blue', 0)] * 2, about=json.dumps(about))
+    if not damage_names:
+        file.write_bytes(data.draw(damaged_bytes(file.read_bytes())))
+    task = read_or_refuse(lambda: load_task(file), 'all')
+    if task and damage_names:
+        assert len(task.class_names) >= 2 and len(task.split['test']) == 2
 
 
 def test_pyarrow_is_optional(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 
 from dsnet_mm.datasets import features as features_module
 from dsnet_mm.datasets import load_task
@@ -19,6 +21,7 @@ from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, run
 from dsnet_mm.few_shot.sources import FeatureSource
 from tests.conftest import run_python
 from tests.conftest import tool as load_tool
+from tests.damage import damaged_bytes, quick, read_or_refuse, values
 
 NAMES = ['cat', 'dog', 'emu']
 # CLIP-Adapter with a short training, and nothing to select.
@@ -181,6 +184,50 @@ def test_error_names_what_is_wrong(tmp_path, what):
     save_file(tensors, tmp_path / 'bad.safetensors', metadata)
     with pytest.raises(ValueError, match=rf'bad\.safetensors: .*{what}'):
         read_feature_file(tmp_path / 'bad.safetensors')
+
+
+odd_tensors = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype),
+    st.lists(st.integers(0, 4), max_size=4) | st.just([3, 16]),
+    st.sampled_from(
+        (
+            *(torch.float32, torch.float64, torch.float8_e5m2, torch.bool),
+            *(torch.int64, torch.uint16, torch.complex64),
+        )
+    ),
+)
+
+
+@quick
+@given(st.data())
+def test_damaged_feature_file(tmp_path, data):
+    tensors, metadata = made_tensors(shots=(1, 2)), dict(METADATA)
+    what = data.draw(st.sampled_from(('tensors', 'metadata', 'bytes')))
+    if what == 'tensors':
+        tensors[data.draw(st.sampled_from([*tensors]))] = data.draw(odd_tensors)
+    elif what == 'metadata':
+        name = data.draw(st.sampled_from((*metadata, 'identity', 'prompts')))
+        metadata[name] = json.dumps(data.draw(values))
+    content = save(tensors, metadata)
+    if what == 'bytes':
+        end = 9 + int.from_bytes(content[:8], 'little')  # of the header
+        content = data.draw(damaged_bytes(content[:end])) + content[end:]
+    path = tmp_path / 'odd.safetensors'
+    path.write_bytes(content)
+    if found := read_or_refuse(lambda: read_feature_file(path), path.name):
+        assert all(isinstance(name, str) for name in found.class_names)
+        (number, width), norm = (
+            found.text_features.shape,
+            found.text_features.norm(dim=1),
+        )
+        assert number == len(found.class_names) and (norm - 1).abs().max() < 1e-3
+        for part in (*found.train.values(), found.test, *filter(None, [found.val])):
+            views, images, channels = part.features.shape
+            assert views and images == len(part) and channels == width
+            assert (
+                part.features.isfinite().all() and part.features.dtype == torch.float32
+            )
+            assert part.labels.min() >= 0 and part.labels.max() < number
 
 
 def test_no_file_and_no_features(tmp_path):

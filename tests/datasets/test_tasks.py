@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 from PIL import Image
 
 from dsnet_mm.datasets import PUBLIC_DATASETS, load_task, read_split, sample_few_shot
 from dsnet_mm.datasets.check import diagnose
+from tests.damage import damaged_json, quick, read_or_refuse
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared' / 'data' / 'few_shot'
+PARTS = ('train', 'val', 'test')
 PUBLISHED = sorted(SHARED.glob('*-shot_*-seed_*.json'))
 
 
@@ -76,6 +79,28 @@ def test_bad_arguments_of_a_draw(tmp_path):
         sample_few_shot(split_file, 1, 1)
 
 
+SPLIT = {part: [['a/1.jpg', 0, 'a'], ['b/2.jpg', 1, 'b']] for part in PARTS}
+
+
+@quick
+@given(damaged_json(SPLIT))
+def test_damaged_split_file(tmp_path, content):
+    file = tmp_path / 'dtd' / PUBLIC_DATASETS['dtd'].split_file
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    if task := read_or_refuse(lambda: load_task('dtd', tmp_path), file.name, 'dtd:'):
+        images = file.parent / 'images'
+        assert task.split == {
+            part: [
+                (str(images / path), label, cls) for path, label, cls in content[part]
+            ]
+            for part in PARTS
+        }
+        assert all(
+            type(label) is int for items in task.split.values() for _, label, _ in items
+        )
+
+
 def make_folder(root, counts):
     for cls, count in counts.items():
         (root / cls).mkdir(parents=True)
@@ -98,10 +123,17 @@ def test_folder_without_split(tmp_path):
 
 def test_folder_with_split_and_empty_class(tmp_path):
     make_folder(tmp_path / 'train', {'a': 2, 'b': 2})
+    with pytest.raises(ValueError, match=r'train.* test'):
+        load_task(tmp_path)
     make_folder(tmp_path / 'test', {'a': 1, 'b': 1})
+    make_folder(tmp_path / 'validation', {'a': 2, 'b': 1})
     task = load_task(tmp_path, prompts='{} texture.')
-    assert sizes(task) == {'train': 4, 'val': 0, 'test': 2}
+    assert sizes(task) == {'train': 4, 'val': 3, 'test': 2}
     assert task.prompts == ('{} texture.',)
+    make_folder(tmp_path / 'valid', {'a': 1})
+    with pytest.raises(ValueError, match='valid and validation'):
+        load_task(tmp_path)
+    shutil.rmtree(tmp_path / 'valid')
     (tmp_path / 'train' / 'c').mkdir()
     with pytest.raises(ValueError, match=r'train.c'):
         load_task(tmp_path)

@@ -2,21 +2,41 @@
 
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from tests.conftest import COCO, FOLDERS, tool
+from tests.damage import damaged_json, quick
 
+CHECK = tool('check_data.py')
 MASKS = ['mask_rcnn.py', '--cfg-options', COCO]
 CLASSES = ['classifier.py', '--cfg-options', FOLDERS]
 TRAIN, VAL = (
     Path(f'sets/coco/annotations/instances_{split}2017.json')
     for split in ('train', 'val')
+)
+
+
+BAD_CODES = (
+    'text',
+    {'size': [64, 64]},
+    {'counts': [4096]},
+    {'size': [32, 128], 'counts': [4096]},
+    {'size': [64, 64], 'counts': [4000, 95]},
+    {'size': [64, 64], 'counts': [4097, -1]},
+    {'size': [64, 64], 'counts': [4096.0]},
+    {'size': [64, 64], 'counts': 'P'},  # it goes on
+    {'size': [64, 64], 'counts': '0\u00e9'},
+    {'size': [64, 64], 'counts': 'PP3'},  # 4096 is PP4
 )
 
 
@@ -87,18 +107,26 @@ def test_each_damage_of_annotations_is_found(
         'polygon of fewer than three points': [
             f'{add(segmentation=[[1, 1, 5, 5]])}: 4 numbers'
         ],
-        'object without a mask': [
-            add(segmentation=[]),
-            add(segmentation=[1, 1, 5, 1, 5, 5]),
-            add(segmentation=[[1, 1, 5, 1, 5, 5], 3]),
+        'object without a mask': [add(segmentation=[]), add(segmentation=None)],
+        'mask is damaged': [
+            f'{add(segmentation=mask)}: {fact}'
+            for fact, masks in (
+                ('no lists of numbers', ([1, 1, 5, 1, 5, 5], [[1, 1, 5, 1, 5, '5']])),
+                ('no run-length code of (64, 64)', BAD_CODES),
+            )
+            for mask in masks
         ],
         'annotation twice': [add(bbox=whole['bbox'])],
         'class of the configuration is not in the file': [f"'disc' is not in {TRAIN}"],
         'class of the file is not in the configuration': ['ring', 'star'],
         'image listed twice': ['1.png', '3.png'],
         'id of an image is not unique': ['image 2'],
-        'image without objects': ['1.png'],
+        # Those with objects of another class, and the one with id 50.
+        'image without objects': ['1.png', '3.png', '1.png'],
     }
+    code = coco_mask.encode(np.asfortranarray(np.eye(64, dtype=np.uint8)))
+    add(segmentation=code | {'counts': code['counts'].decode()}, bbox=[1, 1, 9, 9])
+    add(segmentation={'size': [64, 64], 'counts': [4000, 96]}, bbox=[2, 2, 9, 9])
     images.append({**images[0], 'id': 50})
     images.append({**images[0], 'id': 2, 'file_name': '3.png'})
     names = ('square', 'ring', 'star')
@@ -106,7 +134,7 @@ def test_each_damage_of_annotations_is_found(
     TRAIN.write_text(json.dumps(content))
     found = check([*MASKS, '--no-images', '--splits', 'train'])
     assert {finding: places for (_, finding), places in found.items()} == expected
-    assert '10 errors, 7 warnings.' in capsys.readouterr().out
+    assert f'{11 + len(BAD_CODES)} errors, 7 warnings.' in capsys.readouterr().out
 
 
 def test_classes_in_another_order(copy: Path) -> None:
@@ -178,11 +206,61 @@ def test_sizes_missing_images_and_broken_annotations(copy: Path) -> None:
         ('val', 'no such image'): [f'{images}/2.png'],
     }
     content = json.loads(VAL.read_text())
-    for broken in (
-        {'images': []},
-        content | {'images': [{'id': 1}]},
-        content | {'categories': ['disc']},
-        content | {'annotations': [3]},
+    VAL.write_text(json.dumps(content)[:-9])
+    assert list(check(args)) == [('val', 'annotations cannot be read')]
+    VAL.write_text(json.dumps({'images': []}))
+    assert list(check(args)) == [('val', 'annotations cannot be read')]
+    content['annotations'].append({'image_id': 1, 'category_id': 1})
+    VAL.write_text(json.dumps(content))
+    found = check(args)
+    assert (
+        'annotations[2]: id' in found['val', 'field is missing or of another type'][0]
+    )
+
+
+def test_more_classes_than_the_model_has(copy: Path) -> None:
+    shutil.copytree('sets/folders/train/disc', 'sets/folders/train/ring')
+    found = check([*CLASSES, '--no-images', '--splits', 'train'])
+    assert ('train', 'more classes than the model has') in found
+    options = ['model.roi_head.bbox_head.num_classes=1']
+    found = check([*MASKS, *options, '--no-images', '--splits', 'val'])
+    assert list(found) == [('val', 'more classes than the model has')]
+
+
+@settings(quick, max_examples=50)
+@given(st.data())
+def test_annotations_without_errors_are_read(folder: Path, data: st.DataObject) -> None:
+    """What the check does not call an error is no error of mmdet."""
+    from mmdet.registry import DATASETS
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
+    root = folder / 'sets' / 'coco'
+    content = json.loads((root / 'annotations/instances_train2017.json').read_text())
+    for annotation, counts in zip(
+        content['annotations'], ([4000, 96], 'PP4'), strict=False
     ):
-        VAL.write_text(json.dumps(broken))
-        assert list(check(args)) == [('val', 'annotations cannot be read')]
+        annotation['segmentation'] = {'size': [64, 64], 'counts': counts}
+    (root / 'odd.json').write_text(json.dumps(data.draw(damaged_json(content))))
+    node = dict(
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='odd.json',
+        data_prefix=dict(img='train2017'),
+        metainfo=dict(classes=('square', 'disc')),
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='PackDetInputs'),
+        ],
+    )
+    found = defaultdict(list)
+    for item in CHECK.check_coco(node, True, 2, found):
+        for finding, place in CHECK.check_image(item)[0]:
+            found[finding].append(place)
+    if not any(
+        found[name] and CHECK.FINDINGS[name][0] == CHECK.ERROR for name in found
+    ):
+        dataset = DATASETS.build(node)
+        assert len([dataset[i] for i in range(len(dataset))]) > 0

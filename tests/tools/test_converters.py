@@ -2,15 +2,20 @@
 
 import json
 import pickle
+import shutil
+import tracemalloc
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
 from pycocotools.coco import COCO
 
 from tests.conftest import tool
+from tests.damage import damaged_bytes, quick, read_or_refuse
 
 CLASSES = ('bird', 'cat')
 # The splits of nuclei images that have been public since 2018.
@@ -79,6 +84,76 @@ def test_archive_of_cifar(
             assert (image == int(line.split()[0][-6:-4])).all()
 
 
+def zip_of(**members: bytes) -> bytes:
+    """An archive of members with / for __ and .png at the end."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name.replace('__', '/') + '.png', content)
+    return buffer.getvalue()
+
+
+MEMBERS = {
+    f'{split}__{kind}__{i}': bytes([i]) * 9
+    for split, count in (('train', 3), ('test', 1))
+    for kind in CLASSES
+    for i in range(count)
+}
+CIFAR = tool('dataset_converters/cifar10_to_folders.py')
+
+
+@quick
+@given(damaged_bytes(zip_of(**MEMBERS)))
+def test_damaged_archive(tmp_path: Path, content: bytes) -> None:
+    source, out = tmp_path / 'odd.zip', tmp_path / 'out'
+    source.write_bytes(content)
+    if read_or_refuse(lambda: CIFAR.convert(source, out), source.name):
+        found = {
+            '__'.join(path.relative_to(out).with_suffix('').parts): path.read_bytes()
+            for path in out.rglob('*.png')
+        }
+        assert found == MEMBERS
+        shutil.rmtree(out)
+    assert not out.exists()
+
+
+def test_archives_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = bytes(2_000_000)
+    cut = zip_of(**MEMBERS)
+    lies = zip_of(train__cat__0=zeros).replace(
+        len(zeros).to_bytes(4, 'little'), (9).to_bytes(4, 'little')
+    )
+    encrypted = bytearray(zip_of(**MEMBERS))
+    encrypted[6] |= 1  # the flags of the first member, and in the directory at the end
+    encrypted[encrypted.index(b'PK\1\2') + 8] |= 1
+    monkeypatch.setattr(CIFAR, 'MOST_BYTES', 3_000_000)
+    packed = BytesIO()
+    with zipfile.ZipFile(packed, 'w', zipfile.ZIP_BZIP2) as file:
+        file.writestr('train/cat/0.png', b'')
+    for content, fact in (
+        (zip_of(train__cat__0=zeros), '2000000'),
+        (lies, 'CRC'),
+        (zip_of(**{f'train__cat__{i}': zeros[: 2**20] for i in range(3)}), '3000000'),
+        (packed.getvalue(), 'deflate'),
+        (bytes(encrypted), 'encrypted'),
+        (cut[: len(cut) // 2], 'zip'),
+        (zip_of(**{'train__..__0': b''}), '..'),
+        (zip_of(**{'train__ca\nt__0': b''}), 'train/CLASS'),
+        (zip_of(**{'a__train__cat__0': b'', 'b__train__cat__0': b''}), 'twice'),
+        (zip_of(), 'classes'),
+    ):
+        (tmp_path / 'odd.zip').write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r'odd\.zip') as error:
+            CIFAR.convert(tmp_path / 'odd.zip', tmp_path / 'out')
+        assert fact in str(error.value)
+        assert tracemalloc.get_traced_memory()[1] < 2**24, 'bytes at once'
+        tracemalloc.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ['odd.zip']
+
+
 def test_official_files_of_cifar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,11 +218,7 @@ def test_errors(
     refused('cifar-10-batches-py', tmp_path)
     other = tmp_path / 'other.zip'
     other.write_text('no archive')
-    refused('zip', other)
-    for member, fact in (('train/cat/0.png', 'classes'), ('0.png', 'train/CLASS')):
-        with zipfile.ZipFile(other, 'w') as file:
-            file.writestr(member, b'')
-        refused(fact, other)
+    refused('other.zip', other)
 
     refused('BBBC038', nuclei / 'nothing')
     refused(str(tmp_path), nuclei, tmp_path)
@@ -156,6 +227,8 @@ def test_errors(
     cv2.imwrite(str(mask), np.ones((5, 5), np.uint8))
     refused('(5, 5)', nuclei)
     mask.write_text('no image')
+    refused('0.png', nuclei)
+    mask.write_bytes(b'P5 60000 60000 255\n' + bytes(99))  # too large for OpenCV
     refused('0.png', nuclei)
     next((first / 'images').iterdir()).unlink()
     refused('0 images', nuclei)

@@ -9,9 +9,11 @@ left out of training: train.txt has 45,000 of them, val.txt 5,000, test.txt 10,0
 """
 
 import argparse
+import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from operator import itemgetter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,27 +22,58 @@ from rich.progress import track
 from dsnet_mm.engine.launch import user_errors
 from dsnet_mm.files import replacing
 
-SUFFIXES = ('.jpg', '.png')
+IMAGE = re.compile(r'(?:.*/)?(train|test)/([\w-]{1,60})/([\w-]{1,60}\.(?:jpg|png))')
+"""Names of images in an archive, without ``..`` and blanks."""
+
+MOST_BYTES, MOST_OF_IMAGE = 2**30, 2**20
+"""Limits of the unpacked images, and of one of them. CIFAR-10 has 60,000 of 3 kB."""
 
 
 def archived(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
     """Yields split, class, file name and content of the images in an archive.
 
     Raises:
-        ValueError: If it is no archive, or holds other things than the splits.
+        ValueError: If it is no archive, is damaged, or holds other things than the
+            splits, or more than ``MOST_BYTES``.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f'{path} is no zip archive')
+    try:
+        yield from _members(path)
+    except Exception as error:  # zipfile and zlib raise errors of any type
+        reason = str(error) or type(error).__name__
+        raise ValueError(f'{path} cannot be read as a zip archive: {reason}') from error
+
+
+def _members(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
     with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if n.endswith(SUFFIXES)]
-        for name in track(sorted(names), 'images'):
-            parts = PurePosixPath(name).parts
-            if len(parts) < 3 or parts[-3] not in ('train', 'test'):
+        found: dict[tuple[str, ...], zipfile.ZipInfo] = {}
+        total = 0
+        for member in archive.infolist():
+            if not member.filename.endswith(('.jpg', '.png')):
+                with archive.open(member):  # fails if the name is damaged
+                    continue
+            match = IMAGE.fullmatch(member.filename)
+            if not match or match.groups() in found:
                 raise ValueError(
-                    f'{path} holds {name}; train/CLASS/IMAGE and test/CLASS/IMAGE '
-                    f'are expected'
+                    f'it holds {member.filename!r}{" twice" if match else ""}; images '
+                    f'train/CLASS/NAME.png or .jpg and test/CLASS/NAME.png are expected'
                 )
-            yield *parts[-3:], archive.read(name)
+            total += member.file_size
+            if member.file_size > MOST_OF_IMAGE or total > MOST_BYTES:
+                raise ValueError(
+                    f'{member.filename} has {member.file_size} bytes, and all images '
+                    f'up to it {total}; at most {MOST_OF_IMAGE} and {MOST_BYTES} are '
+                    f'read'
+                )
+            # The size of a member of other methods is not limited while it is read.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(
+                    f'{member.filename} is compressed by another method than deflate'
+                )
+            found[match.groups()] = member
+        for place, member in track(sorted(found.items(), key=itemgetter(0)), 'images'):
+            with archive.open(member) as file:
+                # It ends at the size that the archive declares, and with a checksum.
+                yield *place, file.read(MOST_OF_IMAGE + 1)
 
 
 def official(folder: Path) -> Iterator[tuple[str, str, str, bytes]]:

@@ -10,6 +10,7 @@ ID/masks. Large images are left out. The split depends on the image's name only.
 import argparse
 import json
 import shutil
+from contextlib import suppress
 from hashlib import sha1
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def read(path: Path, mode: int) -> np.ndarray:
     Raises:
         ValueError: If it cannot be decoded.
     """
-    image = cv2.imread(str(path), mode)
+    image = None
+    with suppress(cv2.error):  # of too many pixels
+        image = cv2.imread(str(path), mode)
     if image is None:
         raise ValueError(f'{path} cannot be read as an image; unpack the set again')
     return image
