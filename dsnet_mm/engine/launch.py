@@ -115,7 +115,7 @@ def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Turns errors of files and values into a sentence and exit code 2."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

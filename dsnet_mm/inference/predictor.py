@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -178,19 +179,33 @@ class Predictor:
         readable = self._read(list_images(images))
         group = 1 if self.tile else self.batch_size
         while batch := list(islice(readable, group)):
-            views = [self._views(image) for _, image in batch]
-            found = iter(self._forward([v for vs in views for v in vs], track))
-            for (name, image), parts in zip(batch, views, strict=True):
+            tiles = [self._tiles(*image.shape[:2]) for _, image in batch]
+            parts = [
+                (image, tile)
+                for (_, image), own in zip(batch, tiles, strict=True)
+                for tile in own
+            ]
+            found = iter(self._forward(parts, track))
+            for (name, image), own in zip(batch, tiles, strict=True):
                 yield self._prediction(
-                    name, image.shape[:2], parts, list(islice(found, len(parts)))
+                    name, image.shape[:2], own, list(islice(found, len(own)))
                 )
 
-    def read(self, path: str) -> np.ndarray | None:
-        """Reads an image as the test pipeline does, None if it cannot be read."""
+    def read(self, path: str) -> np.ndarray:
+        """Reads an image as the test pipeline does.
+
+        Raises:
+            ValueError: If it cannot be read. The message says why.
+        """
         try:
             return self._load(dict(img_path=path))['img']
-        except (OSError, AssertionError, ValueError, cv2.error):
-            return None
+        except (AssertionError, TypeError):  # of mmcv, without pixels
+            why = 'it is damaged, or no image'
+        except OSError as error:
+            why = str(error)
+        except Exception as error:  # decoders raise errors of any type
+            why = str(error) if os.path.getsize(path) else 'it has no bytes'
+        raise ValueError(f'{Path(path).name} cannot be read as an image: {why}')
 
     def prepare(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Makes a batch of images as the test pipeline does.
@@ -213,49 +228,48 @@ class Predictor:
         for i, image in enumerate(images):
             if isinstance(image, np.ndarray):
                 yield str(i), image
-            elif (pixels := self.read(str(image))) is not None:
-                yield str(image), pixels
-            else:
+                continue
+            try:
+                pixels = self.read(str(image))
+            except ValueError as error:
                 self.unreadable.append(str(image))
-                warnings.warn(
-                    f'{image} cannot be read as an image and is skipped',
-                    stacklevel=3,
-                )
+                warnings.warn(f'{image} is skipped: {error}', stacklevel=3)
+                continue
+            yield str(image), pixels
 
-    def _views(self, image: np.ndarray) -> list[View]:
-        height, width = image.shape[:2]
+    def _tiles(self, height: int, width: int) -> list[Tile]:
         if self.tile:
-            tiles = make_tiles(height, width, self.tile, self.overlap)
-        else:
-            tiles = [Tile(0, 0, width, height)]
-        return [make_view(image, tile) for tile in tiles]
+            return make_tiles(height, width, self.tile, self.overlap)
+        return [Tile(0, 0, width, height)]
 
     @torch.inference_mode()
-    def _forward(self, views: list[View], track: Callable) -> list[Any]:
-        """Returns what is found in each view: its objects, or scores of the classes.
+    def _forward(
+        self, parts: list[tuple[np.ndarray, Tile]], track: Callable
+    ) -> list[Any]:
+        """Returns what is found in each part of images: objects, or scores of classes.
 
-        Masks of the size of the view are dropped after each forward.
+        Views and masks of their size are dropped after each forward.
         """
         # A test pipeline of mmpretrain may leave the sizes as they are.
-        same = self.detects or len({view.image.shape for view in views}) == 1
+        same = self.detects or len({image.shape for image, _ in parts}) == 1
         size = self.batch_size if same else 1
-        chunks = [views[i : i + size] for i in range(0, len(views), size)]
+        chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
         found = []
         for chunk in track(chunks):
-            samples = self.model.test_step(self.prepare([v.image for v in chunk]))
+            views = [make_view(*part) for part in chunk]
+            samples = self.model.test_step(self.prepare([v.image for v in views]))
             if self.detects:
-                found += map(self._objects, chunk, samples)
+                found += map(self._objects, views, samples)
             else:
                 found += [sample.pred_score.float().cpu().numpy() for sample in samples]
         return found
 
     def _prediction(
-        self, name: str, shape: tuple[int, int], views: list[View], found: list[Any]
+        self, name: str, shape: tuple[int, int], tiles: list[Tile], found: list[Any]
     ) -> Prediction:
-        """Returns the prediction of an image from what was found in its views."""
+        """Returns the prediction of an image from what was found in its tiles."""
         prediction = Prediction(name, *shape, self.class_names)
         if self.detects:
-            tiles = [view.tile for view in views]
             prediction.objects = merge_tiles(found, tiles, *shape)
         else:
             (prediction.scores,) = found
