@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with user_errors(parser), restricted_loading(trust=args.trust_checkpoint):
         check_out(args.out, lines, args.resume)
-        paths = list_images(args.image)
+        # OUT may be inside the folder of images.
+        out = args.out.absolute()
+        paths = [x for x in list_images(args.image) if out not in x.absolute().parents]
         predictor = Predictor(
             args.config,
             args.checkpoint,

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import cv2
@@ -69,6 +70,11 @@ def test_a_bad_image_ends_nothing(
     shutil.copy(photos / '0.png', photos / 'folder.jpg')
     (photos / 'io.png').symlink_to('/proc/self/mem')  # its first byte is an I/O error
     (photos / 'text.png').write_text('no image')
+    wide = np.zeros((1, 2, 3), np.uint8)
+    _, png = cv2.imencode('.png', wide)
+    bomb = png.tobytes()[:16] + (40_000).to_bytes(4, 'big') * 2 + png.tobytes()[24:29]
+    bomb += zlib.crc32(bomb[12:29]).to_bytes(4, 'big') + png.tobytes()[33:]
+    (photos / 'bomb.png').write_bytes(bomb)
     cv2.imwrite(str(photos / 'hard.png'), np.zeros((7, 7, 3), np.uint8))
     forward = Predictor._forward
 
@@ -86,6 +92,7 @@ def test_a_bad_image_ends_nothing(
     reasons = {entry['file_name']: entry['error'] for entry in found['failed']}
     facts = {
         '1b.png': 'no bytes',
+        'bomb.png': 'PIXELS',
         'hard.png': '7 rows',
         'io.png': 'Input/output error',
         'text.png': 'text.png',
@@ -94,7 +101,7 @@ def test_a_bad_image_ends_nothing(
     assert reasons.keys() == facts.keys()
     for name, fact in facts.items():
         assert fact in reasons[name] and str(photos / name) in printed
-    assert '7 of 11 images' in printed
+    assert '7 of 12 images' in printed
 
 
 @pytest.mark.parametrize('lines', [0.5, 3.5, 5])
@@ -102,11 +109,10 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     lines: float,
     detect: list[str],
     photos: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It was killed after some lines, and while it wrote an image or the result."""
-    out = tmp_path / 'out'
+    out = photos / 'out'  # its images are none of the photos
     args = [*detect[:2], photos, f'--out={out}', *detect[2:]]
     assert run(*args) == 1
     whole = content(out)
