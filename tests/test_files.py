@@ -26,7 +26,7 @@ def full_disk(size: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / 'a.json'
     write_atomic(file, 'old')
-    with full_disk(1000), pytest.raises(OSError, match='a.json'):
+    with full_disk(1000), pytest.raises(OSError, match=r'a\.json'):
         write_atomic(file, 'x' * 2000)
     assert file.read_text() == 'old'
     assert os.listdir(tmp_path) == ['a.json']

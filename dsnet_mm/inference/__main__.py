@@ -126,7 +126,9 @@ def main(argv: list[str] | None = None) -> None:
                 batch = {names[path]: path for path in paths[start : start + size]}
                 if not all(results.has(*item) for item in batch.items()):
                     forwards = track if args.tile else iter
-                    for record, image in work(predictor, batch, drawn, failed, forwards):
+                    for record, image in work(
+                        predictor, batch, drawn, failed, forwards
+                    ):
                         if image is not None:
                             name = drawn[record['file_name']]
                             write_atomic(args.out / 'images' / name, image)

@@ -29,6 +29,7 @@ from dsnet_mm.inference.tiling import Tile, make_tiles, merge_tiles
 from tests.conftest import REPO, draw, tool
 from tests.inference.conftest import SIZE
 
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Images of many kinds, two of which cannot be read."""
