@@ -222,8 +222,8 @@ def work(
             failed[name] = str(error)
     done = []
     try:
-        predictions = predictor([*images.values()], track)
-        for name, prediction in zip(images, predictions, strict=True):
+        predictions = list(predictor([*images.values()], track))
+        for name, prediction in zip([*images], predictions, strict=True):
             record = dict(
                 file_name=name,
                 width=prediction.width,
@@ -233,15 +233,18 @@ def work(
             )
             encoded = None
             if name in drawn:
-                image = draw(images[name], prediction, predictor.palette)
+                # A large image is not kept while it is drawn.
+                image = draw(images.pop(name), prediction, predictor.palette)
                 _, encoded = cv2.imencode(Path(drawn[name]).suffix, image)
                 encoded = encoded.tobytes()
             done.append((record, encoded))
     except Exception as error:  # of any type, such as memory that is short
-        if len(images) == 1:
-            failed.update(dict.fromkeys(images, f'{type(error).__name__}: {error}'))
+        images.clear()
+        read = [name for name in batch if name not in failed]
+        if len(read) == 1:
+            failed[read[0]] = f'{type(error).__name__}: {error}'
             return
-        for name in images:
+        for name in read:
             yield from work(predictor, {name: batch[name]}, drawn, failed, track)
         return
     yield from done

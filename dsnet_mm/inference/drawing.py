@@ -33,9 +33,9 @@ def draw(
     """
     side = int(np.clip(max(image.shape[:2]), LEAST, MOST))
     factor = side / max(image.shape[:2])
-    # A large image is reduced before anything makes a copy of it.
-    small = np.clip(scale(image, side), 0, 255).astype(np.uint8)
-    rgb = np.ascontiguousarray(small[..., ::-1])
+    # A large image is reduced before anything makes a copy of it, and then freed.
+    image = np.clip(scale(image, side), 0, 255).astype(np.uint8)
+    rgb = np.ascontiguousarray(image[..., ::-1])
     with warnings.catch_warnings():
         # Of MMEngine, for boxes and labels at the edge of an image.
         warnings.filterwarnings('ignore', message='.*out of bounds')

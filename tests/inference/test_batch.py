@@ -11,9 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 
-from dsnet_mm.inference import Predictor
+from dsnet_mm.inference import Predictor, predictor
 from dsnet_mm.inference.__main__ import drawn_names
 from tests.conftest import draw, tool
 from tests.test_files import full_disk
@@ -250,3 +252,23 @@ def test_a_large_image_is_in_memory_once(detect: list[str], tmp_path: Path) -> N
         run(*detect[:2], file, f'--out={out}', '--tile=1500', *detect[2:])
         peaks.append(peak())
     assert peaks[1] - peaks[0] < 1.5 * 6000**2 * 3
+
+
+@pytest.mark.parametrize(
+    ('suffix', 'turn'), [('.jpg', 6), ('.png', 6), ('.bmp', 1), ('.tif', 1)]
+)
+def test_a_large_image_is_read_as_a_small_one(
+    suffix: str, turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned by its EXIF entry, and cut off."""
+    monkeypatch.setattr(predictor, 'LARGE', 1)
+    file, load = tmp_path / f'a{suffix}', LoadImageFromFile()
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 200, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    Image.fromarray(pixels).save(file, exif=exif)
+    expected = load(dict(img_path=str(file)))['img']
+    assert np.array_equal(predictor.read_large(str(file), load), expected)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert predictor.read_large(str(file), load) is None
