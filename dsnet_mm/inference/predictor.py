@@ -264,14 +264,14 @@ class Predictor:
         size = self.batch_size if same else 1
         chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
         found = []
-        for i, chunk in enumerate(track(chunks)):
+        for chunk in track(chunks):
             views = [make_view(*part) for part in chunk]
             samples = self.model.test_step(self.prepare([v.image for v in views]))
             if self.detects:
                 found += map(self._objects, views, samples)
             else:
                 found += [sample.pred_score.float().cpu().numpy() for sample in samples]
-            if self.tile and i % 16 == 15:
+            if self.tile:
                 trim_memory()
         return found
 
@@ -443,4 +443,4 @@ def mask_in_image(mask: np.ndarray, view: View) -> Mask:
         pixels = cv2.resize(
             pixels.astype(np.uint8), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
         ).astype(bool)
-    return Mask(pixels.copy(), left + int(x0), top + int(y0))
+    return Mask(pixels, left + int(x0), top + int(y0))

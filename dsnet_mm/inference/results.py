@@ -31,26 +31,16 @@ class Results:
         run: What the results depend on, by name.
 
     Raises:
-        ValueError: If the file belongs to another run, is in use, or is damaged.
+        ValueError: If the file belongs to another run, or is damaged.
     """
 
     def __init__(self, file: Path, run: dict[str, Any]) -> None:
-        self.file = file
         if not file.exists():
             write_atomic(file, json.dumps(run) + '\n')
-        # The system ends the lock with the process.
-        self._lock = file.open('rb')
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f'another process writes {file}; wait for it') from None
-        except (ImportError, OSError):  # a system or file system without locks
-            pass
+        self.file = file
         # The place of the line of each image, and the version of the image.
         self._found: dict[str, tuple[int, Any]] = {}
-        with file.open('rb+') as lines:
+        with file.open('rb') as lines:
             try:
                 known = dict(json.loads(lines.readline()))
             except (ValueError, TypeError):
@@ -62,9 +52,6 @@ class Results:
                 )
             at = lines.tell()
             for line in iter(lines.readline, b''):
-                if not line.endswith(b'\n'):
-                    lines.truncate(at)
-                    break
                 with suppress(ValueError, TypeError, KeyError):
                     record = json.loads(line)
                     self._found[record['file_name']] = at, record['version']
