@@ -118,18 +118,16 @@ def main(argv: list[str] | None = None) -> None:
 
             def track(chunks: list) -> Iterator:
                 for i, chunk in enumerate(chunks, 1):
-                    bar.set_postfix_str(f'forward {i} of {len(chunks)}', refresh=False)
-                    bar.update(0)
+                    if args.tile:
+                        now = f'forward {i} of {len(chunks)}'
+                        bar.set_postfix_str(now, refresh=False)
+                        bar.update(0)
                     yield chunk
 
             for start in range(0, len(paths), size):
                 batch = {names[path]: path for path in paths[start : start + size]}
                 if not all(results.has(*item) for item in batch.items()):
-                    forwards = track if args.tile else iter
-                    for record, image in work(
-                        predictor, batch, drawn, failed, forwards
-                    ):
-                        if image is not None:
+                    XX                        if image is not None:
                             name = drawn[record['file_name']]
                             write_atomic(args.out / 'images' / name, image)
                         results.add(record)
@@ -157,9 +155,7 @@ def check_out(out: Path, lines: Path, resume: bool) -> None:
     if lines.is_file():
         if not resume:
             raise ValueError(f'{out} exists; add --resume, or choose another folder')
-    elif out.exists() and (
-        not out.is_dir() or any(not x.name.endswith(PART) for x in out.iterdir())
-    ):
+    elif out.is_file() or (out.is_dir() and {x.suffix for x in out.iterdir()} - {PART}):
         raise ValueError(f'{out} exists and is left alone; choose another folder')
 
 
@@ -177,18 +173,16 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def drawn_names(names: Collection[str]) -> dict[str, str]:
-    """Returns a name for each drawn image: its own for a JPEG or PNG, else a JPEG's.
+    """Returns the name of each drawn image: its own, and ``.jpg`` if it is no PNG.
 
-    No two images have the same one, and none is too long.
+    It is a hash if the name is taken or too long.
     """
     drawn, taken = {}, set(names)
     for name in names:
         path = Path(name)
         if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
             path = path.with_name(f'{path.name}.jpg')
-            while str(path) in taken:
-                path = path.with_name(f'{path.name}.jpg')
-            if len(os.fsencode(path.name)) > MAX_NAME:
+            if str(path) in taken or len(os.fsencode(path.name)) > MAX_NAME:
                 path = path.with_name(f'{sha256(os.fsencode(name)).hexdigest()}.jpg')
         drawn[name] = str(path)
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -52,6 +53,9 @@ class Results:
                 )
             at = lines.tell()
             for line in iter(lines.readline, b''):
+                if not line.endswith(b'\n'):
+                    os.truncate(file, at)
+                    break
                 with suppress(ValueError, TypeError, KeyError):
                     record = json.loads(line)
                     self._found[record['file_name']] = at, record['version']
