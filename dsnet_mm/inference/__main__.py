@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             for start in range(0, len(paths), size):
                 batch = {names[path]: path for path in paths[start : start + size]}
                 if not all(results.has(*item) for item in batch.items()):
-                    XX                        if image is not None:
+                    for record, image in work(predictor, batch, drawn, failed, track):
+                        if image is not None:
                             name = drawn[record['file_name']]
                             write_atomic(args.out / 'images' / name, image)
                         results.add(record)
