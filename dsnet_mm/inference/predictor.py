@@ -264,14 +264,14 @@ class Predictor:
         size = self.batch_size if same else 1
         chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
         found = []
-        for chunk in track(chunks):
+        for i, chunk in enumerate(track(chunks)):
             views = [make_view(*part) for part in chunk]
             samples = self.model.test_step(self.prepare([v.image for v in views]))
             if self.detects:
                 found += map(self._objects, views, samples)
             else:
                 found += [sample.pred_score.float().cpu().numpy() for sample in samples]
-            if self.tile:
+            if self.tile and i % 4 == 3:
                 trim_memory()
         return found
 
