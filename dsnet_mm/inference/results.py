@@ -39,8 +39,6 @@ class Results:
         if not file.exists():
             write_atomic(file, json.dumps(run) + '\n')
         self.file = file
-        # The place of the line of each image, and the version of the image.
-        self._found: dict[str, tuple[int, Any]] = {}
         with file.open('rb') as lines:
             try:
                 known = dict(json.loads(lines.readline()))
@@ -51,12 +49,19 @@ class Results:
                     f'{file} belongs to a run with other {", ".join(other)}; take the '
                     f'same again, or choose another folder'
                 )
-            at = lines.tell()
+        self._read()
+
+    def _read(self) -> None:
+        """Finds the line of each image, and cuts off a half one at the end."""
+        # The place of the line, and the version of the image.
+        self._found: dict[str, tuple[int, Any]] = {}
+        at = 0
+        with self.file.open('rb') as lines:
             for line in iter(lines.readline, b''):
                 if not line.endswith(b'\n'):
-                    os.truncate(file, at)
+                    os.truncate(self.file, at)
                     break
-                with suppress(ValueError, TypeError, KeyError):
+                with suppress(ValueError, TypeError, KeyError):  # the first is the run
                     record = json.loads(line)
                     self._found[record['file_name']] = at, record['version']
                 at += len(line)
@@ -76,7 +81,6 @@ class Results:
             OSError: If it cannot be written. The message names the file.
         """
         with naming(self.file), self.file.open('ab') as lines:
-            self._found[record['file_name']] = lines.tell(), record['version']
             lines.write(json.dumps(record).encode() + b'\n')
 
     def join(
@@ -99,6 +103,10 @@ class Results:
             objects, or of images of a classifier.
         """
         images, counts, last = [], Counter(), 0
+        # Again, as another process may have written too.
+        self._read()
+        for name in {*names} - {*self._found, *failed}:
+            failed[name] = 'its result was lost; --resume makes it again'
 
         def texts() -> Iterator[str]:
             nonlocal last

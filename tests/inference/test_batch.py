@@ -138,6 +138,29 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     assert read_again == {'0', '1', '1b', '2', '3', '4', '5'} - done[lines]
 
 
+def test_two_processes_in_one_folder(
+    classify: list[str],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each writes lines between those of the other."""
+    whole, out = tmp_path / 'whole', tmp_path / 'out'
+    assert run(*classify, photos, f'--out={whole}', '--no-images') == 1
+    *_, other = (whole / 'predictions.jsonl').read_bytes().splitlines(keepends=True)
+    dumps = json.dumps
+
+    def dumps_after_another(record):
+        if 'found' in record:
+            with (out / 'predictions.jsonl').open('ab') as lines:
+                lines.write(other)
+        return dumps(record)
+
+    monkeypatch.setattr(json, 'dumps', dumps_after_another)
+    assert run(*classify, photos, f'--out={out}', '--no-images') == 1
+    assert content(out) == content(whole)
+
+
 def test_what_resume_goes_on_with(
     classify: list[str],
     detect: list[str],
