@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,39 +14,101 @@ PART = '.part'
 """End of the hidden name of a file that is not written to its end."""
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str | Iterator[str]) -> None:
     """Writes a file atomically. Its folder is created if necessary.
 
     Args:
         path: File to write. An existing file is replaced.
-        content: Content of the file. Text is encoded as UTF-8.
+        content: Content of the file, or the pieces of a long text. Text is encoded as
+            UTF-8. Bytes of file names that are not UTF-8, which Python holds as
+            surrogates, become ``\\udcXX``. In JSON that is the same name.
 
     Raises:
         FileExistsError: If ``path`` is a folder.
+        OSError: If it cannot be written, for example because the disk is full. The
+            message names ``path``, which keeps its content.
     """
     path = Path(path)
     if path.is_dir():
         raise FileExistsError(
             f'{path} is a folder, and a file is to be written there; remove it.'
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex[:8]}')
+    pieces = content if isinstance(content, Iterator) else [content]
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path, on_disk=False) as part, part.open('wb') as file:
+        for piece in pieces:
+            if isinstance(piece, str):
+                piece = piece.encode(errors='backslashreplace')
+            file.write(piece)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names a file in the errors of writing it, which say only what is wrong."""
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def replacing_file(path: str | Path, on_disk: bool = True) -> Iterator[Path]:
+    """Gives a temporary file that takes the place of ``path`` if nothing fails.
+
+    Args:
+        path: File to write. It keeps its content if the block raises, or writes
+            nothing.
+        on_disk: Whether the content is on the disk before. This takes a few
+            milliseconds, and makes the file outlive a crash of the machine.
+
+    Yields:
+        The temporary file, beside ``path``.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk. It names ``path``.
+    """
+    path = Path(path)
+    # Short: the name of the file may be as long as the file system allows.
+    part = path.with_name(f'.{uuid4().hex[:12]}{PART}')
+    with naming(path):
+        try:
+            yield part
+            if part.exists():
+                if on_disk:
+                    with part.open('rb+') as file:
+                        os.fsync(file.fileno())
+                os.replace(part, path)
+        finally:
+            with suppress(OSError):
+                part.unlink()
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes left of files, in and below a folder."""
+    for path in folder.rglob(f'.*{PART}'):
+        path.unlink()
+
+
+def print_any_name() -> None:
+    """Lets the standard output take names of files that are not UTF-8, escaped."""
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def check_new(path: str | Path) -> None:
-    """Refuses to overwrite a file.
+    """Refuses to overwrite a file, and a folder that takes no file.
 
     Raises:
         FileExistsError: If it exists.
+        PermissionError: If its folder is read-only.
     """
-    if Path(path).exists():
+    path = Path(path)
+    if path.exists():
         raise FileExistsError(f'{path} exists; choose another name.')
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f'{folder} is read-only; choose another folder.')
 
 
 def check_file(path: str, what: str, advice: str) -> None:
@@ -75,8 +138,8 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid4().hex[:8]
-    fresh = out.with_name(f'.{out.name}.{tag}.new')
-    stale = out.with_name(f'.{out.name}.{tag}.old')
+    fresh = out.with_name(f'.{tag}.new')
+    stale = out.with_name(f'.{tag}.old')
     fresh.mkdir()
     try:
         yield fresh
@@ -89,41 +152,6 @@ def replacing(out: Path) -> Iterator[Path]:
             os.replace(stale, out)
         raise
     shutil.rmtree(stale, ignore_errors=True)
-
-
-@contextmanager
-def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary file that takes the place of ``path`` once it is on the disk.
-
-    Args:
-        path: File to write. It keeps its content if the block raises, or writes
-            nothing.
-
-    Yields:
-        The temporary file, beside ``path``.
-
-    Raises:
-        OSError: If it cannot be written, such as on a full disk. It names ``path``.
-    """
-    path = Path(path)
-    part = path.with_name(f'.{uuid4().hex[:12]}{PART}')
-    try:
-        yield part
-        if part.exists():
-            with part.open('rb+') as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def remove_parts(folder: Path) -> None:
-    """Removes what killed processes left of files, in and below a folder."""
-    for path in folder.rglob(f'.*{PART}'):
-        path.unlink()
 
 
 def read_text(path: str | Path) -> str:

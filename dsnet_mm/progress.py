@@ -26,6 +26,7 @@ def progress_bar(total: int, what: str, unit: str, quiet: bool = False) -> tqdm:
         dynamic_ncols=terminal,
         mininterval=0.1 if terminal else 30,
         maxinterval=10 if terminal else 60,
+        miniters=0,
         file=sys.stderr if terminal else _Lines(),
     )
 

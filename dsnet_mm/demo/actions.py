@@ -139,8 +139,6 @@ class Detector:
         """
         check_image(path)
         image = self.predictor.read(str(path))
-        if image is None:
-            raise ValueError(f'{Path(path).name} cannot be read as an image.')
         factor = MAX_SIDE / max(image.shape[:2])
         if factor < 1:
             size = [max(round(side * factor), 1) for side in image.shape[1::-1]]

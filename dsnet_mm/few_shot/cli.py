@@ -18,7 +18,7 @@ from dsnet_mm.datasets import PUBLIC_DATASETS
 from dsnet_mm.datasets.check import diagnose
 from dsnet_mm.datasets.images import find_images
 from dsnet_mm.environment import existing_device, install_command
-from dsnet_mm.files import check_new, write_atomic
+from dsnet_mm.files import check_new, print_any_name, write_atomic
 
 from .choice import choose
 from .config import FewShotConfig
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, settings in options:
             command.add_argument(flag, **settings)
     args = parser.parse_args(argv)
+    print_any_name()
     if args.command == 'doctor':
         print('doctor is called check now.', file=sys.stderr)
     try:

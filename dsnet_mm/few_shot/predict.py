@@ -39,16 +39,16 @@ def predict(
     with progress_bar(len(images), 'classifying', 'images', quiet) as bar:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            prepared = {}
+            prepared = []
             for image in batch:
                 try:
-                    prepared[str(image)] = classifier.prepare(image)
-                except (ValueError, FileNotFoundError) as error:
+                    prepared.append((str(image), classifier.prepare(image)))
+                except (OSError, ValueError) as error:
                     problems.append(f'skipped: {error}')
             if prepared:
-                found = classifier.probabilities([*prepared.values()])
+                found = classifier.probabilities([x for _, x in prepared])
                 best = found.topk(min(top, len(names)))
-                for image, values, labels in zip(
+                for (image, _), values, labels in zip(
                     prepared, best.values.tolist(), best.indices.tolist(), strict=True
                 ):
                     classes = [

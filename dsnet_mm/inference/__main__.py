@@ -1,15 +1,18 @@
 """Find objects in images, or classify them.
 
 Writes into the folder OUT: predictions.json in COCO's result format, images.json with
-the numbers of images and classes in it, and the drawn images.
+the images, classes and failures, and the drawn images. predictions.jsonl grows with
+each image; a stopped command goes on with --resume. The exit status is 1 if an image
+could not be read.
 """
 
 import argparse
-import json
-import warnings
-from collections import Counter
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import cv2
 from rich.console import Console
@@ -17,18 +20,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsnet_mm.checkpoint import restricted_loading
+from dsnet_mm.engine.config import load_config
 from dsnet_mm.engine.launch import (
     OldFlag,
     add_config_arguments,
     add_trust_argument,
     user_errors,
 )
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import PART, print_any_name, remove_parts, write_atomic
 from dsnet_mm.progress import progress_bar
 
 from .drawing import draw
-from .prediction import Prediction
 from .predictor import Predictor, list_images
+from .results import Results, version_of
+
+MAX_NAME = 255  # bytes of the name of a file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,13 +79,21 @@ def main(argv: list[str] | None = None) -> None:
         '--no-images', action='store_true', help='do not draw the images'
     )
     parser.add_argument('--no-pictures', action=OldFlag, new='--no-images')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on in OUT, where the same command was stopped',
+    )
     add_trust_argument(parser)
     args = parser.parse_args(argv)
+    print_any_name()
+    lines = args.out / 'predictions.jsonl'
 
     with user_errors(parser), restricted_loading(trust=args.trust_checkpoint):
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f'{args.out} exists and is left alone; choose another')
-        paths = list_images(args.image)
+        check_out(args.out, lines, args.resume)
+        # OUT may be inside the folder of images.
+        out = args.out.absolute()
+        paths = [x for x in list_images(args.image) if out not in x.absolute().parents]
         predictor = Predictor(
             args.config,
             args.checkpoint,
@@ -91,72 +105,144 @@ def main(argv: list[str] | None = None) -> None:
             overlap=args.overlap,
             cfg_options=args.cfg_options,
         )
+        results = Results(lines, describe(args))
     root = args.image if args.image.is_dir() else args.image.parent
-    written, entries, labels, counts = [], [], set(), Counter()
-    # The files that cannot be read are named at the end.
-    with (
-        progress_bar(len(paths), 'reading', 'images') as bar,
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings('ignore', message='.*cannot be read as an image')
+    names = {path: str(path.relative_to(root)) for path in paths}
+    drawn = {} if args.no_images else drawn_names(names.values())
+    failed: dict[str, str] = {}
+    # A stopped run makes the same batches again.
+    size = 1 if args.tile else args.batch_size
+    try:
+        remove_parts(args.out)
+        with progress_bar(len(paths), 'reading', 'images') as bar:
 
-        def track(chunks: list) -> Iterator:
-            for i, chunk in enumerate(chunks, 1):
-                bar.set_postfix_str(f'forward {i} of {len(chunks)}')
-                yield chunk
+            def track(chunks: list) -> Iterator:
+                for i, chunk in enumerate(chunks, 1):
+                    if args.tile:
+                        now = f'forward {i} of {len(chunks)}'
+                        bar.set_postfix_str(now, refresh=False)
+                        bar.update(0)
+                    yield chunk
 
-        for prediction in predictor(paths, track if args.tile else iter):
-            name = Path(prediction.image).relative_to(root)
-            written.append(
-                dict(
-                    id=len(written) + 1,
-                    file_name=str(name),
-                    width=prediction.width,
-                    height=prediction.height,
-                )
-            )
-            entries += (found := prediction.to_coco(len(written)))
-            labels.update(entry['category_id'] - 1 for entry in found)
-            if prediction.scores is None:
-                counts.update(found.label for found in prediction.objects)
-            else:
-                counts[int(prediction.scores.argmax())] += 1
-            if not args.no_images:
-                write_image(predictor, prediction, args.out / 'images' / name)
-            bar.update(len(written) + len(predictor.unreadable) - bar.n)
-        bar.update(len(paths) - bar.n)
+            for start in range(0, len(paths), size):
+                batch = {names[path]: path for path in paths[start : start + size]}
+                if not all(results.has(*item) for item in batch.items()):
+                    for record, image in work(predictor, batch, drawn, failed, track):
+                        if image is not None:
+                            name = drawn[record['file_name']]
+                            write_atomic(args.out / 'images' / name, image)
+                        results.add(record)
+                bar.update(len(batch))
+        found = results.join(args.out, names.values(), predictor.class_names, failed)
+    except (OSError, KeyboardInterrupt) as error:
+        parser.error(f'{str(error) or "stopped"}; --resume goes on from here')
 
-    if not written:
-        parser.error(f'none of {len(paths)} images in {args.image} can be read')
-    # A checkpoint without names of classes, such as converted weights, has numbers.
-    names = predictor.class_names or [str(i) for i in range(1 + max(labels, default=0))]
-    categories = [dict(id=i, name=name) for i, name in enumerate(names, 1)]
-    write_atomic(
-        args.out / 'images.json',
-        json.dumps(dict(images=written, annotations=[], categories=categories)),
-    )
-    write_atomic(args.out / 'predictions.json', json.dumps(entries))
-
-    console = Console()
     table = Table('class', 'objects' if predictor.detects else 'images')
-    for label, count in counts.most_common():
-        table.add_row(escape(names[label]), str(count))
-    console.print(table)
-    for path in predictor.unreadable:
-        print(f'{path} cannot be read as an image and was skipped.')
+    for name, count in found:
+        table.add_row(escape(name), str(count))
+    Console().print(table)
+    for name, reason in failed.items():
+        print(f'{root / name} was skipped: {reason}')
     print(
-        f'{len(written)} of {len(paths)} images were read. Results are in {args.out}.'
+        f'{len(paths) - len(failed)} of {len(paths)} images were read. Results are in '
+        f'{args.out}.'
+    )
+    if failed:
+        sys.exit(1)
+
+
+def check_out(out: Path, lines: Path, resume: bool) -> None:
+    """Refuses a folder with content, unless it is that of a run to be resumed."""
+    if lines.is_file():
+        if not resume:
+            raise ValueError(f'{out} exists; add --resume, or choose another folder')
+    elif out.is_file() or (out.is_dir() and {x.suffix for x in out.iterdir()} - {PART}):
+        raise ValueError(f'{out} exists and is left alone; choose another folder')
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the results of a command depend on, apart from the images."""
+    cfg = load_config(args.config, args.cfg_options)
+    weights = Path(args.checkpoint)  # or an address
+    content = weights.read_bytes() if weights.is_file() else args.checkpoint.encode()
+    keys = ('batch_size', 'score_thr', 'fuse', 'tile', 'overlap', 'no_images')
+    return dict(
+        config=sha256(repr(cfg.to_dict()).encode()).hexdigest(),
+        checkpoint=sha256(content).hexdigest(),
+        **{key: getattr(args, key) for key in keys},
     )
 
 
-def write_image(predictor: Predictor, prediction: Prediction, path: Path) -> None:
-    """Draws a prediction into a file, a JPEG unless its name ends with ``.png``."""
-    if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
-        path = path.with_name(path.name + '.jpg')
-    image = predictor.read(prediction.image)
-    drawn = draw(image, prediction, predictor.palette)
-    _, encoded = cv2.imencode(path.suffix, drawn)
-    write_atomic(path, encoded.tobytes())
+def drawn_names(names: Collection[str]) -> dict[str, str]:
+    """Returns the name of each drawn image: its own, and ``.jpg`` if it is no PNG.
+
+    It is a hash if the name is taken or too long.
+    """
+    drawn, taken = {}, set(names)
+    for name in names:
+        path = Path(name)
+        if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+            path = path.with_name(f'{path.name}.jpg')
+            if str(path) in taken or len(os.fsencode(path.name)) > MAX_NAME:
+                path = path.with_name(f'{sha256(os.fsencode(name)).hexdigest()}.jpg')
+        drawn[name] = str(path)
+    return drawn
+
+
+def work(
+    predictor: Predictor,
+    batch: dict[str, Path],
+    drawn: dict[str, str],
+    failed: dict[str, str],
+    track: Callable[[Iterable], Iterable],
+) -> Iterator[tuple[dict, bytes | None]]:
+    """Yields the results of a batch of images. A bad image does not end it.
+
+    Args:
+        predictor: The predictor.
+        batch: Files by name.
+        drawn: Names of the drawn images, empty if none are drawn.
+        failed: Where the reason is written if there is no result.
+        track: See :class:`Predictor`.
+
+    Yields:
+        What :meth:`Results.add` takes, and the drawn image if there is one.
+    """
+    versions = {name: version_of(path) for name, path in batch.items()}
+    images = {}
+    for name, path in batch.items():
+        try:
+            images[name] = predictor.read(str(path))
+        except ValueError as error:
+            failed[name] = str(error)
+    done = []
+    try:
+        predictions = list(predictor([*images.values()], track))
+        for name, prediction in zip([*images], predictions, strict=True):
+            record = dict(
+                file_name=name,
+                width=prediction.width,
+                height=prediction.height,
+                version=versions[name],
+                found=prediction.to_coco(0),
+            )
+            encoded = None
+            if name in drawn:
+                # A large image is not kept while it is drawn.
+                image = draw(images.pop(name), prediction, predictor.palette)
+                _, encoded = cv2.imencode(Path(drawn[name]).suffix, image)
+                encoded = encoded.tobytes()
+            done.append((record, encoded))
+    except Exception as error:  # of any type, such as memory that is short
+        images.clear()
+        read = [name for name in batch if name not in failed]
+        if len(read) == 1:
+            failed[read[0]] = f'{type(error).__name__}: {error}'
+            return
+        for name in read:
+            yield from work(predictor, {name: batch[name]}, drawn, failed, track)
+        return
+    yield from done
 
 
 if __name__ == '__main__':

@@ -31,17 +31,20 @@ def draw(
     Returns:
         BGR image whose longest side has 400 to 2048 pixels.
     """
-    rgb = np.ascontiguousarray(np.uint8(image)[..., ::-1])
     side = int(np.clip(max(image.shape[:2]), LEAST, MOST))
+    factor = side / max(image.shape[:2])
+    # A large image is reduced before anything makes a copy of it, and then freed.
+    image = np.clip(scale(image, side), 0, 255).astype(np.uint8)
+    rgb = np.ascontiguousarray(image[..., ::-1])
     with warnings.catch_warnings():
         # Of MMEngine, for boxes and labels at the edge of an image.
         warnings.filterwarnings('ignore', message='.*out of bounds')
         if prediction.scores is None:
             drawn = draw_objects(
-                rgb, prediction.objects, prediction.class_names, palette, side
+                rgb, prediction.objects, prediction.class_names, palette, factor
             )
         else:
-            drawn = _draw_class(scale(rgb, side), prediction)
+            drawn = _draw_class(rgb, prediction)
     return np.ascontiguousarray(drawn[..., ::-1])
 
 
@@ -72,7 +75,7 @@ def draw_objects(
     objects: Sequence[DetectedObject],
     class_names: Sequence[str],
     palette: Sequence | str | None,
-    side: int,
+    factor: float = 1,
     scores: bool = True,
 ) -> np.ndarray:
     """Draws masks, boxes, class names and scores.
@@ -81,26 +84,24 @@ def draw_objects(
     that are wider than their boxes are left out.
 
     Args:
-        image: RGB image of shape (H, W, 3).
-        objects: Objects in its pixels.
+        image: RGB image of shape (H, W, 3), which is drawn on.
+        objects: Objects in pixels of the original image.
         class_names: Names of all classes. Without them the numbers are written.
         palette: Colours of the classes, see :func:`class_colors`.
-        side: Longest side of the drawn image in pixels.
+        factor: Pixels of the image in a pixel of the original image.
         scores: Whether to write the scores.
 
     Returns:
         The drawn RGB image.
     """
-    factor = side / max(image.shape[:2])
-    drawn = scale(image, side)
-    height, width = drawn.shape[:2]
+    height, width = image.shape[:2]
     num_classes = len(class_names) or 1 + max((x.label for x in objects), default=0)
     colors = class_colors(palette, num_classes)
     for found in objects:
         if found.mask and found.mask.pixels.size:
-            _blend(drawn, found, factor, colors[found.label])
+            _blend(image, found, factor, colors[found.label])
     visualizer = Visualizer()
-    visualizer.set_image(drawn)
+    visualizer.set_image(image)
     if not objects:
         return visualizer.get_image()
     boxes = np.stack([found.box for found in objects]) * factor

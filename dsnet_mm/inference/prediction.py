@@ -13,9 +13,8 @@ from pycocotools import mask as coco_mask
 TOP = 5
 
 
-@dataclass
 class Mask:
-    """A mask, stored as the part of the image that holds it.
+    """A mask, stored as the part of the image that holds it, a bit for each pixel.
 
     An image of 20,000 x 20,000 pixels has 400 MB for each whole mask.
 
@@ -25,14 +24,21 @@ class Mask:
         top: Row of the image where it begins.
     """
 
-    pixels: np.ndarray
-    left: int
-    top: int
+    def __init__(self, pixels: np.ndarray, left: int, top: int) -> None:
+        self.left, self.top, self.shape = left, top, pixels.shape
+        self._bits = np.packbits(pixels)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The part of the image, a new boolean array of shape (h, w)."""
+        count = self.shape[0] * self.shape[1]
+        bits = np.unpackbits(self._bits, count=count)
+        return bits.reshape(self.shape).view(bool)
 
     @property
     def box(self) -> tuple[int, int, int, int]:
         """Left, top, right and bottom of the part, right and bottom exclusive."""
-        height, width = self.pixels.shape
+        height, width = self.shape
         return self.left, self.top, self.left + width, self.top + height
 
     def crop(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
@@ -56,7 +62,7 @@ class Mask:
             width: Its width.
         """
         # The runs of each column of the part. COCO counts pixels column by column.
-        rows, columns = self.pixels.shape
+        rows, columns = self.shape
         padded = np.zeros((columns, rows + 2), np.int8)
         padded[:, 1:-1] = self.pixels.T
         steps = np.diff(padded, axis=1)

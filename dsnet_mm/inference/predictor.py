@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -17,6 +20,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from PIL import Image as PIL
 
 from dsnet_mm.checkpoint import load_checkpoint
 from dsnet_mm.datasets.images import find_images
@@ -33,6 +37,11 @@ MAX_SIDE = 4096
 # A longer image is padded. Resized to the scale of a test pipeline it would have no
 # rows left.
 MAX_RATIO = 32
+
+# Pixels of an image that is read without a copy.
+LARGE = 2**25
+# Bytes at the end of a JPEG that hold its end mark, and metadata after it.
+END_OF_JPEG = 2**16
 
 Image = str | Path | np.ndarray
 
@@ -186,19 +195,34 @@ class Predictor:
         readable = self._read(list_images(images))
         group = 1 if self.tile else self.batch_size
         while batch := list(islice(readable, group)):
-            views = [self._views(image) for _, image in batch]
-            found = iter(self._forward([v for vs in views for v in vs], track))
-            for (name, image), parts in zip(batch, views, strict=True):
+            tiles = [self._tiles(*image.shape[:2]) for _, image in batch]
+            parts = [
+                (image, tile)
+                for (_, image), own in zip(batch, tiles, strict=True)
+                for tile in own
+            ]
+            found = iter(self._forward(parts, track))
+            for (name, image), own in zip(batch, tiles, strict=True):
                 yield self._prediction(
-                    name, image.shape[:2], parts, list(islice(found, len(parts)))
+                    name, image.shape[:2], own, list(islice(found, len(own)))
                 )
 
-    def read(self, path: str) -> np.ndarray | None:
-        """Reads an image as the test pipeline does, None if it cannot be read."""
+    def read(self, path: str) -> np.ndarray:
+        """Reads an image as the test pipeline does.
+
+        Raises:
+            ValueError: If it cannot be read. The message says why.
+        """
         try:
-            return self._load(dict(img_path=path))['img']
-        except (OSError, AssertionError, ValueError, cv2.error):
-            return None
+            image = read_large(path, self._load)
+            return self._load(dict(img_path=path))['img'] if image is None else image
+        except (AssertionError, TypeError):  # of mmcv, without pixels
+            why = 'it is damaged, or no image'
+        except OSError as error:
+            why = str(error)
+        except Exception as error:  # decoders raise errors of any type
+            why = str(error) if os.path.getsize(path) else 'it has no bytes'
+        raise ValueError(f'{Path(path).name} cannot be read as an image: {why}')
 
     def prepare(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
         """Makes a batch of images as the test pipeline does.
@@ -221,49 +245,50 @@ class Predictor:
         for i, image in enumerate(images):
             if isinstance(image, np.ndarray):
                 yield str(i), image
-            elif (pixels := self.read(str(image))) is not None:
-                yield str(image), pixels
-            else:
+                continue
+            try:
+                pixels = self.read(str(image))
+            except ValueError as error:
                 self.unreadable.append(str(image))
-                warnings.warn(
-                    f'{image} cannot be read as an image and is skipped',
-                    stacklevel=3,
-                )
+                warnings.warn(f'{image} is skipped: {error}', stacklevel=3)
+                continue
+            yield str(image), pixels
 
-    def _views(self, image: np.ndarray) -> list[View]:
-        height, width = image.shape[:2]
+    def _tiles(self, height: int, width: int) -> list[Tile]:
         if self.tile:
-            tiles = make_tiles(height, width, self.tile, self.overlap)
-        else:
-            tiles = [Tile(0, 0, width, height)]
-        return [make_view(image, tile) for tile in tiles]
+            return make_tiles(height, width, self.tile, self.overlap)
+        return [Tile(0, 0, width, height)]
 
     @torch.inference_mode()
-    def _forward(self, views: list[View], track: Callable) -> list[Any]:
-        """Returns what is found in each view: its objects, or scores of the classes.
+    def _forward(
+        self, parts: list[tuple[np.ndarray, Tile]], track: Callable
+    ) -> list[Any]:
+        """Returns what is found in each part of images: objects, or scores of classes.
 
-        Masks of the size of the view are dropped after each forward.
+        Views and masks of their size are dropped after each forward.
         """
         # A test pipeline of mmpretrain may leave the sizes as they are.
-        same = self.detects or len({view.image.shape for view in views}) == 1
+        same = self.detects or len({image.shape for image, _ in parts}) == 1
         size = self.batch_size if same else 1
-        chunks = [views[i : i + size] for i in range(0, len(views), size)]
+        chunks = [parts[i : i + size] for i in range(0, len(parts), size)]
         found = []
-        for chunk in track(chunks):
-            samples = self.model.test_step(self.prepare([v.image for v in chunk]))
+        for i, chunk in enumerate(track(chunks)):
+            views = [make_view(*part) for part in chunk]
+            samples = self.model.test_step(self.prepare([v.image for v in views]))
             if self.detects:
-                found += map(self._objects, chunk, samples)
+                found += map(self._objects, views, samples)
             else:
                 found += [sample.pred_score.float().cpu().numpy() for sample in samples]
+            if self.tile and i % 4 == 3:
+                trim_memory()
         return found
 
     def _prediction(
-        self, name: str, shape: tuple[int, int], views: list[View], found: list[Any]
+        self, name: str, shape: tuple[int, int], tiles: list[Tile], found: list[Any]
     ) -> Prediction:
-        """Returns the prediction of an image from what was found in its views."""
+        """Returns the prediction of an image from what was found in its tiles."""
         prediction = Prediction(name, *shape, self.class_names)
         if self.detects:
-            tiles = [view.tile for view in views]
             prediction.objects = merge_tiles(found, tiles, *shape)
         else:
             (prediction.scores,) = found
@@ -272,20 +297,22 @@ class Predictor:
     def _objects(self, view: View, sample: Any) -> list[DetectedObject]:
         """Returns the objects of a view, in coordinates of the image."""
         instances = sample.pred_instances
-        instances = instances[instances.scores >= self.score_thr].cpu().numpy()
+        kept = torch.nonzero(instances.scores >= self.score_thr).flatten()
+        labels, scores = instances.labels.tolist(), instances.scores.tolist()
         left, top, right, bottom = view.tile
-        boxes = instances.bboxes * (view.scale * 2) + (left, top, left, top)
+        boxes = instances.bboxes[kept].cpu().numpy()
+        boxes = boxes * (view.scale * 2) + (left, top, left, top)
         boxes[:, 0::2] = boxes[:, 0::2].clip(left, right)
         boxes[:, 1::2] = boxes[:, 1::2].clip(top, bottom)
         objects = []
-        for i, box in enumerate(boxes):
+        for i, box in zip(kept.tolist(), boxes, strict=True):
             # What lies in the padding alone has no area left.
             if (box[2:] > box[:2]).all():
-                found = DetectedObject(
-                    int(instances.labels[i]), float(instances.scores[i]), box
-                )
+                found = DetectedObject(labels[i], scores[i], box)
                 if 'masks' in instances:
-                    found.mask = mask_in_image(instances.masks[i], view)
+                    # One by one: each has the size of the view.
+                    mask = instances.masks[i].cpu().numpy()
+                    found.mask = mask_in_image(mask, view)
                 objects.append(found)
         return objects
 
@@ -306,6 +333,48 @@ def _split_pipeline(cfg: Any) -> tuple[LoadImageFromFile, Compose]:
         else:
             steps.append(step)
     return load, Compose(steps)
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system.
+
+    The allocator of Linux keeps it where small masks lie between large arrays.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # of other systems
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def read_large(path: str, load: LoadImageFromFile) -> np.ndarray | None:
+    """Reads a large image as BGR without a second copy of its pixels.
+
+    OpenCV copies what it has decoded, unless it is given an array to write into.
+
+    Args:
+        path: File of the image.
+        load: The loading of the test pipeline.
+
+    Returns:
+        The image, or None if ``load`` must read it, which also tells what is wrong.
+    """
+    usual = load.color_type, load.imdecode_backend, load.to_float32
+    remote = load.file_client_args or load.backend_args
+    if usual != ('color', 'cv2', False) or remote:
+        return None
+    try:
+        with suppress(PIL.DecompressionBombError), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of images that are big
+            with PIL.open(path) as image:  # reads the header only
+                if image.width * image.height < LARGE:
+                    return None
+        with open(path, 'rb') as file:
+            is_jpeg = file.read(2) == b'\xff\xd8'
+            file.seek(-min(os.path.getsize(path), END_OF_JPEG), os.SEEK_END)
+            # From a file, OpenCV fills a JPEG that is cut off with grey.
+            if is_jpeg and b'\xff\xd9' not in file.read():
+                return None
+        return cv2.imread(path, dst=None, flags=cv2.IMREAD_COLOR)
+    except Exception:  # of any type, also of an OpenCV without dst
+        return None
 
 
 def list_images(images: Image | Sequence[Image]) -> list[Image]:
@@ -382,4 +451,4 @@ def mask_in_image(mask: np.ndarray, view: View) -> Mask:
         pixels = cv2.resize(
             pixels.astype(np.uint8), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
         ).astype(bool)
-    return Mask(pixels.copy(), left + int(x0), top + int(y0))
+    return Mask(pixels, left + int(x0), top + int(y0))

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import DetInferencer
-from mmdet.registry import MODELS as DETECTORS
-from mmpretrain.registry import MODELS as CLASSIFIERS
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -29,37 +27,7 @@ from dsnet_mm.inference.predictor import (
 )
 from dsnet_mm.inference.tiling import Tile, make_tiles, merge_tiles
 from tests.conftest import REPO, draw, tool
-from tests.inference.conftest import random_checkpoint
-
-SIZE = [
-    'test_dataloader.dataset.pipeline.1.scale=(64,64)',
-    'test_dataloader.dataset.pipeline.1.keep_ratio=True',
-    'model.test_cfg.rpn.max_per_img=20',
-    'model.test_cfg.rcnn.max_per_img=5',
-]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope='module')
-def checkpoints(folder: Path) -> dict[str, str]:
-    """Random weights for the configurations of ``folder``."""
-    paths = {}
-    for name, registry in (('mask_rcnn', DETECTORS), ('classifier', CLASSIFIERS)):
-        paths[name] = str(folder / f'{name}_random.pth')
-        model = random_checkpoint(folder / f'{name}.py', registry, paths[name])
-        model.init_weights()
-        # The detector takes the names of its classes from the configuration.
-        meta = dict(dataset_meta=dict(classes=('square', 'disc')))
-        meta = meta if name == 'classifier' else {}
-        torch.save(dict(state_dict=model.state_dict(), meta=meta), paths[name])
-    return paths
+from tests.inference.conftest import SIZE
 
 
 @pytest.fixture
@@ -104,7 +72,8 @@ def test_a_folder_of_images(
         options = [*options, '--cfg-options', *SIZE]
         cv2.imwrite(str(images / 'wide.png'), np.zeros((1, 500, 3), np.uint8))
     args = [str(folder / f'{name}.py'), checkpoints[name], str(images), f'--out={out}']
-    tool('infer.py').main([*args, '--score-thr=0.02', *options])
+    with pytest.raises(SystemExit, match='1'):
+        tool('infer.py').main([*args, '--score-thr=0.02', *options])
     printed = capsys.readouterr().out
     for fact in (images / 'damaged.jpg', images / 'text.png', '6 of 8 images'):
         assert str(fact) in printed

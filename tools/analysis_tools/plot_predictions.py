@@ -19,7 +19,7 @@ from dsnet_mm.engine.config import check_data, load_config
 from dsnet_mm.engine.launch import add_config_arguments, add_trust_argument, user_errors
 from dsnet_mm.files import write_atomic
 from dsnet_mm.inference import DetectedObject, Mask
-from dsnet_mm.inference.drawing import FONT, draw_objects
+from dsnet_mm.inference.drawing import FONT, draw_objects, scale
 
 CELL = 400  # longest side of an image on the sheet, in pixels
 GAP = 8  # between truth and prediction; three times as much between pairs
@@ -139,9 +139,12 @@ def main(argv: list[str] | None = None) -> None:
             (sample,) = model.test_step(pseudo_collate([dataset[i]]))
         prediction = sample.pred_instances.numpy()
         prediction = prediction[prediction.scores >= args.score_thr]
+        factor = CELL / max(image.shape[:2])
         pairs.append(
             tuple(
-                draw_objects(image, objects_of(x), classes, palette, CELL, scores)
+                draw_objects(
+                    scale(image, CELL), objects_of(x), classes, palette, factor, scores
+                )
                 for x, scores in ((truth, False), (prediction, True))
             )
         )

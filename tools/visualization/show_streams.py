@@ -65,8 +65,6 @@ def main(argv: list[str] | None = None) -> None:
             args.config, args.checkpoint, device='cpu', cfg_options=args.cfg_options
         )
         image = predictor.read(args.image)
-        if image is None:
-            raise ValueError(f'{args.image} cannot be read as an image')
         figure = draw_streams(predictor, image, args.block, args.point, args.target)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=args.out.suffix[1:], dpi=200)
