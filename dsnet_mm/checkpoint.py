@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dsnet_mm.files import check_file, write_atomic
+from dsnet_mm.files import check_card, check_file, write_atomic
 
 try:  # NumPy 2, and NumPy 1.26 for pickles of NumPy 2
     from numpy._core import multiarray as _multiarray
@@ -126,13 +126,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If it cannot be read.
-        ValueError: If it is not safe to load, or holds no state dict.
+        ValueError: If it is not safe to load, holds no state dict, or is not what its
+            card describes (:func:`dsnet_mm.files.check_card`).
     """
     check_file(
         path,
         'checkpoint',
         'training writes them as .pth files, and weights/ holds .safetensors files',
     )
+    check_card(path)
     try:
         with restricted_loading():
             checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
