@@ -11,7 +11,7 @@
 # make lint       checks style and formatting
 # make format     corrects style and formatting
 # make doctor     reports the installed packages, the compiled ops and any problem
-# make lock       writes requirements/*.txt: the versions that setup installs
+# make lock       writes requirements/onedl.txt: the versions that setup installs
 # make clean      removes the virtual environment and the build
 
 PYTHON ?= python3
@@ -36,8 +36,6 @@ ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 TEST_PROCESSES ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
-LOCK = $(BIN)/uv pip compile -q --python $(BIN)/python --universal \
-	--python-version 3.10 --generate-hashes --no-annotate --custom-compile-command "make lock"
 
 # Waiting OpenMP threads spin by default. If other processes need the cores, this makes
 # the program ten times slower. A smaller count lets the threads sleep sooner.
@@ -112,13 +110,14 @@ format: setup
 doctor: setup
 	$(BIN)/python -m dsnet_mm
 
-# Versions stay as they are where they fit; delete the files for the newest ones.
+# Versions stay as they are where they fit; delete the file for the newest ones.
 lock: setup
 	$(BIN)/python -m pip install -q uv
-	$(LOCK) --no-build-isolation requirements/build.in pyproject.toml \
+	$(BIN)/uv pip compile -q --python $(BIN)/python --universal --python-version 3.10 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" \
+		--no-build-isolation requirements/build.in pyproject.toml \
 		$(addprefix --extra ,onedl clip demo export parquet docs test lint) \
 		-o requirements/onedl.txt
-	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(LOCK) --no-deps requirements/torch-cpu.in -o requirements/torch-cpu.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dsnet_mm/ops/_C.*.so dsnet_mm/ops/build_info.json
