@@ -246,7 +246,7 @@ def test_merge(aligned, dtype, pack_weight):
     ops.merge_(merged, f_l.clone(), *args[2:])
     assert_as_exact(merged, plain(*tensors), exact)
     torch.library.opcheck(ops.merge_.default, args)
-    names = 'x f_l h_l w b w_out w1 b1 w2 b2'.split()
+    names = ['x', 'f_l', 'h_l', 'w', 'b', 'w_out', 'w1', 'b1', 'w2', 'b2']
     before = x.clone(), f_l.clone()
     for change in (
         dict(x=x[:5]),
@@ -257,7 +257,7 @@ def test_merge(aligned, dtype, pack_weight):
         dict(h_l=f_l, w=w, b=b),
         dict(w1=w1[:0], b1=b1[:0], w2=w2[:, :0]),  # was a division by zero
     ):
-        with pytest.raises(RuntimeError, match='merge_|projections|memory'):
+        with pytest.raises(RuntimeError, match=r'merge_|projections|memory'):
             ops.merge_(**dict(zip(names, args, strict=True)) | change)
     assert torch.equal(x, before[0]) and torch.equal(f_l, before[1])
 
@@ -381,7 +381,7 @@ def test_projections_refuse_what_does_not_fit(dtype):
         (ops.ffn, x, packed, bias, packed, bias),
         (ops.ffn_hidden, x.float(), *floats, *floats),
     ):
-        with pytest.raises(RuntimeError, match='projections|hidden layer'):
+        with pytest.raises(RuntimeError, match=r'projections|hidden layer'):
             op(*wrong)
     torch.library.opcheck(ops.linear_.default, (out, x, packed, bias))
     maps = x.new_zeros(2, 32, 3, 5).contiguous(**LAYOUT)
@@ -414,9 +414,9 @@ def test_as_many_pixels_of_another_shape_are_refused(dtype, pack_weight):
     tokens = torch.zeros(2, 3, 32, dtype=dtype), torch.zeros(3, 2, 32, dtype=dtype)
     # The last one reads what it writes.
     for out, x in (maps, tokens, maps[:1] * 2):
-        with pytest.raises(RuntimeError, match='got|memory'):
+        with pytest.raises(RuntimeError, match=r'got|memory'):
             ops.linear_(out, x, weight, bias)
-        with pytest.raises(RuntimeError, match='got|memory'):
+        with pytest.raises(RuntimeError, match=r'got|memory'):
             ops.merge_(out, x, None, None, None, weight, *ffn)
 
 

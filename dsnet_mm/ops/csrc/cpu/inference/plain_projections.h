@@ -26,7 +26,8 @@ inline int64_t channels(const Tensor& x) {
 }
 
 // Whether both have the same pixels: maps of one size, tokens of one shape, or a map
-// and its tokens (N, H * W, C). As many pixels alone could be those of a transposed map.
+// and its tokens (N, H * W, C). As many pixels alone could be those of a transposed
+// map.
 inline bool same_pixels(const Tensor& x, const Tensor& y) {
   if (x.dim() == 4 && y.dim() == 3)
     return x.size(0) == y.size(0) && x.size(2) * x.size(3) == y.size(1);
@@ -44,12 +45,12 @@ constexpr int64_t kHiddenBytes = 4 << 20;  // Of the hidden layer of a chunk.
 inline int64_t check_layer(const Tensor& x, int64_t in, const Tensor& w,
                            const std::optional<Tensor>& b) {
   const auto type = x.scalar_type();
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == in && w.scalar_type() == type &&
-                  (!b || (b->sizes() == w.sizes().slice(0, 1) &&
-                          b->scalar_type() == type)),
-              "projections of ", in, " channels in ", type, " take a weight (C_out, ",
-              in, ") and a bias (C_out,) of that type, got ", w.sizes(), " in ",
-              w.scalar_type(), " and ", b ? b->sizes() : at::IntArrayRef());
+  TORCH_CHECK(
+      w.dim() == 2 && w.size(1) == in && w.scalar_type() == type &&
+          (!b || (b->sizes() == w.sizes().slice(0, 1) && b->scalar_type() == type)),
+      "projections of ", in, " channels in ", type, " take a weight (C_out, ", in,
+      ") and a bias (C_out,) of that type, got ", w.sizes(), " in ", w.scalar_type(),
+      " and ", b ? b->sizes() : at::IntArrayRef());
   return w.size(0);
 }
 
@@ -77,17 +78,17 @@ inline void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor
                   const Tensor& w_out, const Tensor& w1, const Tensor& b1,
                   const Tensor& w2, const Tensor& b2) {
   const int64_t width = channels(x), local_width = channels(f_l), hidden = w1.size(0);
-  TORCH_CHECK(same_pixels(x, f_l) && f_l.scalar_type() == x.scalar_type() &&
-                  check_layer(x, local_width, w_out, {}) == width &&
-                  check_layer(x, width, w1, b1) == hidden && hidden > 0 &&
-                  check_layer(x, hidden, w2, b2) == width &&
-                  (!h_l || (same_pixels(f_l, *h_l) &&
-                            h_l->scalar_type() == x.scalar_type() &&
-                            check_layer(x, channels(*h_l), *w, b) == local_width)),
-              "merge_ takes a map, its local stream and h_l of the same size and type, "
-              "and a hidden layer of at least one channel, got ",
-              x.sizes(), ", ", f_l.sizes(), ", ", h_l ? h_l->sizes() : f_l.sizes(),
-              " and weights ", w_out.sizes(), ", ", w1.sizes(), ", ", w2.sizes());
+  TORCH_CHECK(
+      same_pixels(x, f_l) && f_l.scalar_type() == x.scalar_type() &&
+          check_layer(x, local_width, w_out, {}) == width &&
+          check_layer(x, width, w1, b1) == hidden && hidden > 0 &&
+          check_layer(x, hidden, w2, b2) == width &&
+          (!h_l || (same_pixels(f_l, *h_l) && h_l->scalar_type() == x.scalar_type() &&
+                    check_layer(x, channels(*h_l), *w, b) == local_width)),
+      "merge_ takes a map, its local stream and h_l of the same size and type, "
+      "and a hidden layer of at least one channel, got ",
+      x.sizes(), ", ", f_l.sizes(), ", ", h_l ? h_l->sizes() : f_l.sizes(),
+      " and weights ", w_out.sizes(), ", ", w1.sizes(), ", ", w2.sizes());
   const Tensor x_pixels = pixels(x), f_pixels = pixels(f_l);
   if (h_l) add_linear(f_pixels, pixels(*h_l), *w, b);
   add_linear(x_pixels, f_pixels, w_out, {});

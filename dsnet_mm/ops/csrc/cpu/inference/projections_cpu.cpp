@@ -209,7 +209,8 @@ void linear_add(const Tensor& out, const Tensor& x, const Tensor& w,
                     out.scalar_type() == x.scalar_type() &&
                     plain::check_layer(x, channels(x), w, b) == channels(out),
                 "linear_ takes a contiguous output of the size and type of its input, "
-                "got ", out.sizes(), " and ", x.sizes(), " for a weight ", w.sizes());
+                "got ",
+                out.sizes(), " and ", x.sizes(), " for a weight ", w.sizes());
     return plain::add_linear(plain::pixels(out), plain::pixels(x), w, b);
   }
   check_type(x.scalar_type());
@@ -274,15 +275,16 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
     const auto fc1 = make_layer<T>(w1, b1), fc2 = make_layer<T>(w2, b2);
     const auto proj = h_l ? make_layer<T>(*w, b) : Layer<T>{out.in, out.in};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
-    TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
-                    same_pixels(x, f_l) && out.out == width &&
-                    (!h_l || (channels(*h_l) == local_width && same_pixels(f_l, *h_l))) &&
-                    proj.in == local_width && proj.out == local_width &&
-                    fc1.in == width && fc1.out == fc2.in,
-                "merge_ takes a map, its local stream and h_l of the same size, got ",
-                x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
-                proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ",
-                fc2.out, " channels");
+    TORCH_CHECK(
+        channels(x) == width && channels(f_l) == local_width && same_pixels(x, f_l) &&
+            out.out == width &&
+            (!h_l || (channels(*h_l) == local_width && same_pixels(f_l, *h_l))) &&
+            proj.in == local_width && proj.out == local_width && fc1.in == width &&
+            fc1.out == fc2.in,
+        "merge_ takes a map, its local stream and h_l of the same size, got ",
+        x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
+        proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ", fc2.out,
+        " channels");
     checked_data<T>(x, layout(x));
     checked_data<T>(f_l, layout(f_l));
     const T* h_data = h_l ? checked_data<T>(*h_l, layout(*h_l)) : nullptr;
@@ -304,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& w2, const std::optional<Tensor>& saved) {
   TORCH_CHECK(
       x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
-          x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
+          x.size(1) == w1.size(1) && b1.sizes() == w1.sizes().slice(0, 1) &&
           w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
           w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
           (!saved || saved->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
