@@ -71,18 +71,18 @@ else
 fi
 
 say 'PyTorch'
-torch_works() { run -c 'import torch, torchvision' 2>/dev/null; }
+has_torch() { pip show -q torchvision 2>/dev/null; }
 # Whether the package index has the builds for the CPU.
 finds_cpu_builds() {
     pip install -q --no-deps --dry-run \
         -r <(sed -n '/^[a-z]/s/ *\\$//p' requirements/torch-cpu.txt) 2>/dev/null
 }
 if [ $hashed = no ]; then
-    torch_works || pip install "${TORCH:-$(pinned_torch)}" torchvision
+    has_torch || pip install "${TORCH:-$(pinned_torch)}" torchvision
 else
-    torch_works || command -v nvidia-smi >/dev/null || ! finds_cpu_builds ||
+    has_torch || command -v nvidia-smi >/dev/null || ! finds_cpu_builds ||
         install_hashed requirements/torch-cpu.txt
-    torch_works || install_hashed "$venv/torch.txt"
+    has_torch || install_hashed "$venv/torch.txt"
 fi
 
 # mmcv is built with CUDA ops if there are a GPU and an nvcc of torch's CUDA version.
