@@ -12,6 +12,7 @@
 # make lint       checks style and formatting
 # make format     corrects style and formatting
 # make doctor     reports the installed packages, the compiled ops and any problem
+# make lock       writes requirements/onedl.txt: the versions that setup installs
 # make clean      removes the virtual environment and the build
 
 PYTHON ?= python3
@@ -20,6 +21,7 @@ BIN := $(VENV)/bin
 SCENES := data/scenes
 CSRC := $(shell find dsnet_mm/ops/csrc -type f)
 SHIM := $(wildcard tests/cuda_on_cpu/*)
+LOCKS := $(wildcard requirements/*)
 CLS_CONFIG := configs/dsnet/dsnet-demo_scenes.py
 DET_CONFIG := configs/dsnet/mask_rcnn_dsnet_demo_scenes.py
 NUCLEI := work_dirs/demo_nuclei
@@ -27,7 +29,8 @@ DET_DIR := work_dirs/mask_rcnn_dsnet_demo_scenes
 # The sanitized ops are built in a copy of the package. The ordinary build is kept.
 ASAN_COPY := build/asan
 ASAN_TESTS := tests/ops/test_ops.py tests/ops/test_inference_ops.py \
-	tests/ops/test_feed_forward.py tests/ops/test_memory_bounds.py
+	tests/ops/test_feed_forward.py tests/ops/test_memory_bounds.py \
+	tests/ops/test_random_calls.py
 ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 	$${CXX:-g++} -print-file-name=lib$$name.so; done)
 # Processes that run tests, and the threads of each. A file of tests stays in one process.
@@ -40,11 +43,11 @@ SOAK := work_dirs/soak
 # the program ten times slower. A smaller count lets the threads sleep sooner.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: setup demo demo-clip page test test-asan test-gpu soak docs lint format doctor clean
+.PHONY: setup demo demo-clip page test test-asan test-gpu soak docs lint format doctor lock clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py tools/install.sh $(CSRC)
+$(VENV)/.installed: pyproject.toml setup.py tools/install.sh $(LOCKS) $(CSRC)
 	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
 	touch $@
 
@@ -112,6 +115,15 @@ format: setup
 
 doctor: setup
 	$(BIN)/python -m dsnet_mm
+
+# Versions stay as they are where they fit; delete the file for the newest ones.
+lock: setup
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile -q --python $(BIN)/python --universal --python-version 3.10 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" \
+		--no-build-isolation requirements/build.in pyproject.toml \
+		$(addprefix --extra ,onedl clip demo export parquet docs test lint) \
+		-o requirements/onedl.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dsnet_mm/ops/_C.*.so dsnet_mm/ops/build_info.json

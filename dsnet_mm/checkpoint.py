@@ -14,7 +14,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dsnet_mm.files import check_file, write_atomic
+from dsnet_mm.files import check_card, check_file, write_atomic
 from dsnet_mm.weights import (
     check_finite,
     check_kinds,
@@ -41,13 +41,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If it cannot be read, or holds values that are not
             finite.
-        ValueError: If it is not safe to load, or holds no state dict.
+        ValueError: If it is not safe to load, holds no state dict, or is not what its
+            card describes (:func:`dsnet_mm.files.check_card`).
     """
     check_file(
         path,
         'checkpoint',
         'training writes them as .pth files, and weights/ holds .safetensors files',
     )
+    check_card(path)
     with restricted_loading():
         if '://' in path:
             checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')

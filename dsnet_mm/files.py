@@ -1,7 +1,9 @@
-"""Reading of text, atomic writing, and checks that a file exists or does not."""
+"""Reading of text, atomic writing, and checks of files."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -124,6 +126,33 @@ def check_file(path: str, what: str, advice: str) -> None:
     """
     if '://' not in path and not os.path.isfile(path):
         raise FileNotFoundError(f'there is no {what} {path}; {advice}')
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of the content of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def check_card(path: str | Path) -> None:
+    """Checks weights whose card, a file of the same name that ends with .md, is there.
+
+    Weights without a card, or with one that names no SHA-256, are not checked.
+
+    Args:
+        path: File of weights.
+
+    Raises:
+        ValueError: If the card names the SHA-256 of another file.
+    """
+    card = Path(path).with_suffix('.md')
+    if not card.is_file():
+        return
+    named = re.search(r'SHA-256: `(\w+)`', card.read_text(errors='replace'))
+    if named and named[1] != (found := sha256(path)):
+        raise ValueError(
+            f'{path} has the SHA-256 {found}, but its card {card} names {named[1]}; '
+            f'it is damaged or another file, so copy it again or remove the card'
+        )
 
 
 @contextmanager

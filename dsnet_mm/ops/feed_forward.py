@@ -60,7 +60,7 @@ def _runs_in_chunks(x: Tensor, w1: Tensor) -> bool:
         x.is_cpu
         and x.dtype == w1.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
+        and x.numel() * w1.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )

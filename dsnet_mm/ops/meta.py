@@ -79,7 +79,8 @@ def _numel(shape: torch.Size) -> int:
 
 def _pixels(shape: torch.Size) -> int:
     """Number of pixels of a map (N, C, H, W), or of tokens (..., C)."""
-    return _numel(shape) // shape[1 if len(shape) == 4 else -1]
+    axis = 1 if len(shape) == 4 else len(shape) - 1
+    return _numel([*shape[:axis], *shape[axis + 1 :]])
 
 
 def _co_attention_flops(local_qkv, global_qkv, *args, **kwargs) -> int:

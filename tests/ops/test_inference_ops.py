@@ -246,16 +246,20 @@ def test_merge(aligned, dtype, pack_weight):
     ops.merge_(merged, f_l.clone(), *args[2:])
     assert_as_exact(merged, plain(*tensors), exact)
     torch.library.opcheck(ops.merge_.default, args)
-    empty = w1[:0], b1[:0], w2[:, :0]  # no hidden channels, was a division by zero
-    with pytest.raises(RuntimeError, match=r'takes? .*, got'):
-        ops.merge_(*args[:6], *empty, b2)
-    if pack_weight is not pack:
-        return
-    for wrong in ((x[:5], *args[1:]), (x, f_l[:5], *args[2:]), (x, x, *args[2:])):
-        with pytest.raises(RuntimeError, match='merge_ takes a map, its local stream'):
-            ops.merge_(*wrong)
-    with pytest.raises(RuntimeError, match='merge_ takes a weight and a bias'):
-        ops.merge_(x, f_l, h_l, None, None, *args[5:])
+    names = ['x', 'f_l', 'h_l', 'w', 'b', 'w_out', 'w1', 'b1', 'w2', 'b2']
+    before = x.clone(), f_l.clone()
+    for change in (
+        dict(x=x[:5]),
+        dict(f_l=f_l[:5]),
+        dict(f_l=x.clone()),
+        dict(f_l=f_l.view(70, 10, 64)),  # as many pixels
+        dict(h_l=h_l.clone(), w=None, b=None),
+        dict(h_l=f_l, w=w, b=b),
+        dict(w1=w1[:0], b1=b1[:0], w2=w2[:, :0]),  # was a division by zero
+    ):
+        with pytest.raises(RuntimeError, match=r'merge_|projections|memory'):
+            ops.merge_(**dict(zip(names, args, strict=True)) | change)
+    assert torch.equal(x, before[0]) and torch.equal(f_l, before[1])
 
 
 @needs_packing
@@ -360,27 +364,25 @@ def test_projections_refuse_what_does_not_fit(dtype):
     weight, bias = layer(32, 64, dtype)
     packed = pack(weight)
     out = torch.zeros(3, 64, dtype=dtype)
-    for wrong in ((out, x[:2]), (out[:, :32], x), (out, out), (out[0], x)):
-        with pytest.raises(RuntimeError, match='projections from 32 to 64 channels'):
-            ops.linear_(*wrong, packed, bias)
-    for wrong in ((out.half(), x), (out.t().contiguous().t(), x)):
-        with pytest.raises(RuntimeError, match='take tensors of one type'):
-            ops.linear_(*wrong, packed, bias)
-    with pytest.raises(RuntimeError, match='float32 with AVX2 and bfloat16 with AMX'):
-        ops.linear_(out, x.half(), packed, bias)
-    with pytest.raises(RuntimeError, match='take weights'):
-        ops.ffn(x, weight, bias, weight, bias)
-    with pytest.raises(RuntimeError, match='take weights whose panels are contiguous'):
-        ops.linear_(out, x, packed.transpose(0, -1).contiguous().transpose(0, -1), bias)
-    with pytest.raises(RuntimeError, match='take biases of as many'):
-        ops.linear_(out, x, packed, bias[:32])
-    with pytest.raises(RuntimeError, match='maps or tokens, got a number'):
-        ops.linear(x[0, 0], packed, bias)
-    with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
-        floats = pack(weight.float()), bias.float()
-        ops.ffn_hidden(x.float(), *floats, *floats)
-    with pytest.raises(RuntimeError, match='the hidden layer has 64 or 32'):
-        ops.ffn(x, packed, bias, packed, bias)
+    floats = pack(weight.float()), bias.float()
+    strided = packed.transpose(0, -1).contiguous().transpose(0, -1)
+    for op, *wrong in (
+        (ops.linear_, out, x[:2], packed, bias),
+        (ops.linear_, out[:, :32], x, packed, bias),
+        (ops.linear_, out, out.clone(), packed, bias),
+        (ops.linear_, out[0], x, packed, bias),
+        (ops.linear_, out.half(), x, packed, bias),
+        (ops.linear_, out.t().contiguous().t(), x, packed, bias),
+        (ops.linear_, out, x.half(), packed, bias),
+        (ops.linear_, out, x, strided, bias),
+        (ops.linear_, out, x, packed, bias[:32]),
+        (ops.linear, x[0, 0], packed, bias),
+        (ops.ffn, x, weight, bias, weight, bias),
+        (ops.ffn, x, packed, bias, packed, bias),
+        (ops.ffn_hidden, x.float(), *floats, *floats),
+    ):
+        with pytest.raises(RuntimeError, match=r'projections|hidden layer'):
+            op(*wrong)
     torch.library.opcheck(ops.linear_.default, (out, x, packed, bias))
     maps = x.new_zeros(2, 32, 3, 5).contiguous(**LAYOUT)
     for pixels in (x, maps):
@@ -399,6 +401,40 @@ def test_few_pixels_are_projected_as_among_many(count, dtype):
         lambda x: ops.ffn(x, w1, b1, w2, b2),
     ):
         assert torch.equal(project(x[:count]), project(x)[:count])
+
+
+@needs_native
+@for_weights
+def test_as_many_pixels_of_another_shape_are_refused(dtype, pack_weight):
+    weight, bias = layer(32, 32, dtype)
+    weight = pack_weight(weight)
+    ffn = weight, bias, weight, bias
+    maps = [torch.zeros(2, 32, *size, dtype=dtype) for size in ((3, 5), (5, 3))]
+    maps = [x.contiguous(**LAYOUT) for x in maps]
+    tokens = torch.zeros(2, 3, 32, dtype=dtype), torch.zeros(3, 2, 32, dtype=dtype)
+    # The last one reads what it writes.
+    for out, x in (maps, tokens, maps[:1] * 2):
+        with pytest.raises(RuntimeError, match=r'got|memory'):
+            ops.linear_(out, x, weight, bias)
+        with pytest.raises(RuntimeError, match=r'got|memory'):
+            ops.merge_(out, x, None, None, None, weight, *ffn)
+
+
+@needs_native
+@for_weights
+def test_tokens_are_merged_into_a_map(dtype, pack_weight):
+    """And a map as its tokens."""
+    torch.manual_seed(0)
+    weight, bias = layer(32, 32, dtype)
+    weight = pack_weight(weight)
+    x, f_l, h_l = torch.randn(3, 2, 32, 3, 5).to(dtype)
+    h_l = h_l.contiguous(**LAYOUT)
+    results = []
+    for h in (h_l, h_l.permute(0, 2, 3, 1).flatten(1, 2)):
+        results.append([x.contiguous(**LAYOUT), f_l.contiguous(**LAYOUT)])
+        isa = h, weight, bias
+        ops.merge_(*results[-1], *isa, weight, weight, bias, weight, bias)
+    assert all(map(torch.equal, *results))
 
 
 @needs_native

@@ -55,6 +55,14 @@ def test_sdpa_equals_reference(shape):
     assert worst(measured, expected) < 1e-12
 
 
+def assert_as_exact_as_plain(measured, plain, exact, dtype):
+    for m, p, e in zip(measured, plain, exact, strict=True):
+        assert m.dtype == dtype
+        # One rounding of the largest number is in either.
+        rounding = torch.finfo(dtype).eps * e.abs().max()
+        assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+
+
 @needs_native
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(('shape', 'dropout_p'), SHAPES_AND_DROPOUT)
@@ -66,11 +74,7 @@ def test_low_precision_is_as_exact_as_plain_pytorch(shape, dtype, dropout_p):
     exact = outputs_and_gradients(
         reference_co_attention, *(x.double() for x in inputs), *args
     )
-    for m, p, e in zip(measured, plain, exact, strict=True):
-        assert m.dtype == dtype
-        # One rounding of the largest number is in either.
-        rounding = torch.finfo(dtype).eps * e.abs().max()
-        assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+    assert_as_exact_as_plain(measured, plain, exact, dtype)
 
 
 def self_op(qkv, heads, dropout_p=0.0, at=None):
@@ -103,10 +107,7 @@ def test_self_attention(shape, dtype, dropout_p):
     if dtype in TOLERANCE:
         assert worst(measured, exact) < TOLERANCE[dtype]
         return
-    for m, p, e in zip(measured, plain, exact, strict=True):
-        assert m.dtype == dtype
-        rounding = torch.finfo(dtype).eps * e.abs().max()
-        assert (m - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+    assert_as_exact_as_plain(measured, plain, exact, dtype)
 
 
 @needs_native

@@ -218,7 +218,7 @@ def test_forced_paths(monkeypatch):
         assert path == 'sdpa' or ran == {operator}
         assert select_path('cpu') == (path, f'DSNET_MM_OPS={path}')
     monkeypatch.setenv('DSNET_MM_OPS', 'fast')
-    with pytest.raises(ValueError, match=r"one of reference, sdpa, native, got 'fast'"):
+    with pytest.raises(ValueError, match="'fast'"):
         co_attention(local, global_, 2)
 
 
@@ -350,14 +350,12 @@ def test_wrong_inputs(change, error, message):
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ('shapes', 'message'),
-    [
-        ([(1, 6, 48), (1, 4, 24)], 'takes'),
-        ([(1, 6, 48), (2, 4, 48)], 'takes'),
-        ([(1, 0, 48), (1, 4, 48)], 'takes'),
-    ],
-)
-def test_the_op_itself_checks_shapes(shapes, message):
-    with pytest.raises(RuntimeError, match=message):
-        native_op(*(torch.randn(shape) for shape in shapes), 2)
+def test_the_op_itself_checks_shapes():
+    for one, other, heads in (
+        ((1, 6, 48), (1, 4, 24), 2),
+        ((1, 6, 48), (2, 4, 48), 2),
+        ((1, 0, 48), (1, 4, 48), 2),
+        ((0, 6, 48), (0, 4, 48), 2**64 // 3 + 1),  # three times as many are 2
+    ):
+        with pytest.raises(RuntimeError, match='co_attention takes'):
+            native_op(torch.randn(one), torch.randn(other), heads)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,9 @@ import yaml
 from mmengine.config import Config
 from safetensors import safe_open
 
+from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.engine.config import load_config
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import sha256, write_atomic
 from evidence import publish, report, runs, timing
 from evidence.tables import TABLES, Row
 from tests.conftest import tool
@@ -159,8 +161,10 @@ def test_weights_are_small_and_have_cards_and_entries():
     assert set(entries) == {f'weights/{path.name}' for path in weights}
     for path in weights:
         entry = entries[f'weights/{path.name}']
+        assert entry['Metadata']['SHA-256'] == sha256(path)
         assert (runs.ROOT / entry['Config']).is_file()
         card = path.with_suffix('.md').read_text()
+        assert f'`{sha256(path)}`' in card
         with safe_open(str(path), 'pt') as file:
             meta = file.metadata()
         assert meta['configuration'] in card and meta['commit'] in card
@@ -173,6 +177,24 @@ def test_weights_are_small_and_have_cards_and_entries():
         measured = re.findall(r'\| .* \| (\S+) \|\n', card)
         for value in entry['Results'][0]['Metrics'].values():
             assert str(value) in measured, 'the figure of the file itself'
+
+
+def test_weights_that_are_not_those_of_their_card_are_refused(tmp_path: Path, capsys):
+    weights = publish.WEIGHTS / 'dsnet_cifar10.safetensors'
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    changed = tmp_path / weights.name
+    changed.write_bytes(content)
+    read_checkpoint(str(changed))  # without a card it is not checked
+    shutil.copy(weights.with_suffix('.md'), tmp_path)
+    image = runs.ROOT / 'docs' / 'images' / 'nuclei.jpg'
+    arguments = ['dsnet_cifar10', changed, image, '--out', tmp_path / 'out']
+    with pytest.raises(SystemExit):
+        tool('infer.py').main([str(argument) for argument in arguments])
+    message = capsys.readouterr().err
+    assert str(changed) in message
+    assert sha256(changed) in message and sha256(weights) in message
+    assert not (tmp_path / 'out').exists()
 
 
 # --- Runs -------------------------------------------------------------------------
@@ -223,7 +245,8 @@ def test_a_run_goes_on_and_is_recorded_and_published(
     with safe_open(str(table / entry['Weights']), 'pt') as file:
         assert file.metadata()['seed'] == '1'
         assert file.get_tensor('head.fc.weight').dtype == torch.float16
-    assert 'seed 1, commit' in (table / 'weights' / 'small.md').read_text()
+    card = (table / 'weights' / 'small.md').read_text()
+    assert 'seed 1, commit' in card and entry['Metadata']['SHA-256'] in card
 
 
 def test_a_check_has_the_threads_of_the_record(

@@ -9,7 +9,7 @@ import yaml
 from dsnet_mm.checkpoint import read_checkpoint, write_safetensors
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.engine.resume import find_checkpoint_to_resume
-from dsnet_mm.files import check_new, write_atomic
+from dsnet_mm.files import check_new, sha256, write_atomic
 
 from .runs import ROOT, Run, as_json, differing, own_keys
 from .tables import TABLES, percent
@@ -61,6 +61,7 @@ def publish(
     if config is not None:
         check_training(run, config, result)
         run.config = config
+    card.unlink(missing_ok=True)  # of the weights that are replaced
     meta = dict(
         configuration=str(run.config), seed=str(run.seed), commit=result['commit']
     )
@@ -108,7 +109,11 @@ def make_entry(
         'Name': name,
         'Config': str(run.config),
         'Weights': f'weights/{name}.safetensors',
-        'Metadata': {'Training Data': data, 'Parameters': result['model']['params']},
+        'Metadata': {
+            'Training Data': data,
+            'Parameters': result['model']['params'],
+            'SHA-256': sha256(WEIGHTS / f'{name}.safetensors'),
+        },
         'Results': [dict(Task=tasks[len(kept) > 1], Dataset=data, Metrics=metrics)],
         'In Collection': 'DS-Net',
     }
@@ -130,7 +135,8 @@ def make_card(
     machine = result['machine']
     versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
     weights = f'weights/{name}.safetensors'
-    megabytes = (WEIGHTS / f'{name}.safetensors').stat().st_size / 1e6
+    file = WEIGHTS / f'{name}.safetensors'
+    megabytes = file.stat().st_size / 1e6
     test = f'python tools/test.py {run.config} {weights}'
     rows = [
         f'| {key} | {digits(key, result["metrics"])} | {digits(key, metrics)} |'
@@ -144,6 +150,7 @@ def make_card(
             f'half precision, {megabytes:.1f} MB.',
             '',
             f'- Configuration: [{run.config}](../{run.config})',
+            f'- SHA-256: `{sha256(file)}`',
             f'- Data: {table.data}',
             f'- Licence: that of this repository; {table.licence}',
             f'- Trained by `{result["command"]}`: seed {run.seed}, commit '

@@ -17,8 +17,9 @@ void check_attention(const char* name, const Tensor& local_qkv,
   TORCH_CHECK(local_qkv.dim() == 3 && global_qkv.dim() == 3 &&
                   local_qkv.size(0) == global_qkv.size(0) &&
                   local_qkv.size(2) == global_qkv.size(2) && num_heads > 0 &&
-                  local_qkv.size(2) > 0 && local_qkv.size(2) % (3 * num_heads) == 0 &&
-                  local_qkv.size(1) > 0 && global_qkv.size(1) > 0,
+                  local_qkv.size(2) > 0 && local_qkv.size(2) % 3 == 0 &&
+                  local_qkv.size(2) / 3 % num_heads == 0 && local_qkv.size(1) > 0 &&
+                  global_qkv.size(1) > 0,
               name, " takes projections (N, L, 3 * C) and, of a second stream, ",
               "(N, G, 3 * C) with C a multiple of num_heads=", num_heads, ", got ",
               local_qkv.sizes(), " and ", global_qkv.sizes());

@@ -106,14 +106,13 @@ Tensor residual_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
                      const std::optional<Tensor>& shift) {
   const auto type = x.scalar_type();
   const int64_t channels = x.dim() == 4 ? x.size(1) : -1;
-  const auto fits = [&](const Tensor& t, int64_t numel) {
-    return t.scalar_type() == type && t.numel() == numel && t.is_contiguous();
+  const auto fits = [&](const Tensor& t, at::IntArrayRef sizes) {
+    return t.scalar_type() == type && t.sizes() == sizes && t.is_contiguous();
   };
   TORCH_CHECK((type == at::kFloat || type == at::kBFloat16) && channels >= 0 &&
                   x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-                  fits(weight, 9 * channels) &&
-                  weight.sizes() == at::IntArrayRef({channels, 1, 3, 3}) &&
-                  fits(bias, channels) && (!scale || fits(*scale, channels)) &&
+                  fits(weight, {channels, 1, 3, 3}) && fits(bias, channels) &&
+                  (!scale || fits(*scale, channels)) &&
                   (!shift || fits(*shift, channels)),
               "residual_conv takes a channels-last map (N, C, H, W) in float32 or "
               "bfloat16, and of its type a weight (C, 1, 3, 3) and a bias, a scale and "

@@ -15,6 +15,7 @@
 // Threads divide the pixels, and go over them in chunks of kChunkPixels: a chunk and
 // its hidden layer stay in the L2 cache of a core through all products of an operator.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -65,11 +66,6 @@ bool has_projections(at::ScalarType type) {
   return type == at::kFloat && isa_level() > 0;
 }
 
-int64_t channels(const Tensor& x) {
-  TORCH_CHECK(x.dim() > 0, "projections take maps or tokens, got a number");
-  return x.size(x.dim() == 4 ? 1 : -1);
-}
-
 at::MemoryFormat layout(const Tensor& x) {
   return x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
@@ -97,7 +93,7 @@ Layer<T> make_layer(const Tensor& w, const std::optional<Tensor>& b) {
   const int64_t in = w.size(1) * inputs, out = w.size(0) * outputs;
   TORCH_CHECK(out % kPanel == 0, "projections take multiples of ", kPanel,
               " outputs, got ", out);
-  TORCH_CHECK(!b || b->numel() == out, "projections to ", out,
+  TORCH_CHECK(!b || b->sizes() == at::IntArrayRef({out}), "projections to ", out,
               " channels take biases of as many, got ", b->sizes());
   // A slice of the inputs of a larger weight has its panels further apart.
   int64_t contiguous = 1;
@@ -120,7 +116,7 @@ void check_hidden(const Layer<T>& fc1, const Layer<T>& fc2) {
 
 // An output of ``width`` channels for the pixels of x.
 Tensor empty_for(const Tensor& x, int64_t width) {
-  channels(x);
+  channels(x);  // checks that it is no number
   auto shape = x.sizes().vec();
   shape[x.dim() == 4 ? 1 : x.dim() - 1] = width;
   return at::empty(shape, x.options(), layout(x));
@@ -145,8 +141,7 @@ void for_each_chunk(int64_t pixels, const Task& task) {
 template <typename T, typename Kernel>
 void map_pixels(const Tensor& x, int64_t in, const Tensor& out, int64_t width,
                 const Kernel& kernel) {
-  TORCH_CHECK(channels(x) == in && channels(out) == width && out.dim() == x.dim() &&
-                  x.numel() / in == out.numel() / width,
+  TORCH_CHECK(channels(x) == in && channels(out) == width && same_pixels(out, x),
               "projections from ", in, " to ", width, " channels got ", x.sizes(),
               " and ", out.sizes());
   const Tensor pixels = x.contiguous(layout(x));
@@ -208,8 +203,14 @@ Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
 
 void linear_add(const Tensor& out, const Tensor& x, const Tensor& w,
                 const std::optional<Tensor>& b) {
+  at::assert_no_overlap(out, x);
   if (w.dim() == 2) {
-    TORCH_CHECK(out.is_contiguous(layout(out)), "linear_ takes a contiguous output");
+    TORCH_CHECK(out.is_contiguous(layout(out)) && same_pixels(out, x) &&
+                    out.scalar_type() == x.scalar_type() &&
+                    plain::check_layer(x, channels(x), w, b) == channels(out),
+                "linear_ takes a contiguous output of the size and type of its input, "
+                "got ",
+                out.sizes(), " and ", x.sizes(), " for a weight ", w.sizes());
     return plain::add_linear(plain::pixels(out), plain::pixels(x), w, b);
   }
   check_type(x.scalar_type());
@@ -257,6 +258,11 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
            const Tensor& w_out, const Tensor& w1, const Tensor& b1, const Tensor& w2,
            const Tensor& b2) {
   TORCH_CHECK(!h_l || (w && b), "merge_ takes a weight and a bias for h_l");
+  at::assert_no_overlap(x, f_l);
+  if (h_l) {
+    at::assert_no_overlap(x, *h_l);
+    at::assert_no_overlap(f_l, *h_l);
+  }
   if (w1.dim() == 2) {
     TORCH_CHECK(x.is_contiguous(layout(x)) && f_l.is_contiguous(layout(f_l)),
                 "merge_ takes maps that are contiguous or channels-last");
@@ -269,18 +275,19 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
     const auto fc1 = make_layer<T>(w1, b1), fc2 = make_layer<T>(w2, b2);
     const auto proj = h_l ? make_layer<T>(*w, b) : Layer<T>{out.in, out.in};
     const int64_t width = fc2.out, local_width = out.in, pixels = x.numel() / width;
-    TORCH_CHECK(channels(x) == width && channels(f_l) == local_width &&
-                    f_l.numel() == pixels * local_width &&
-                    (!h_l || h_l->numel() == f_l.numel()) && out.out == width &&
-                    proj.in == local_width && proj.out == local_width &&
-                    fc1.in == width && fc1.out == fc2.in,
-                "merge_ takes a map, its local stream and h_l of the same size, got ",
-                x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
-                proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ",
-                fc2.out, " channels");
+    TORCH_CHECK(
+        channels(x) == width && channels(f_l) == local_width && same_pixels(x, f_l) &&
+            out.out == width &&
+            (!h_l || (channels(*h_l) == local_width && same_pixels(f_l, *h_l))) &&
+            proj.in == local_width && proj.out == local_width && fc1.in == width &&
+            fc1.out == fc2.in,
+        "merge_ takes a map, its local stream and h_l of the same size, got ",
+        x.sizes(), " and ", f_l.sizes(), " for weights from ", proj.in, " to ",
+        proj.out, ", ", out.in, " to ", out.out, ", and ", fc1.in, " to ", fc2.out,
+        " channels");
     checked_data<T>(x, layout(x));
     checked_data<T>(f_l, layout(f_l));
-    const T* h_data = h_l ? checked_data<T>(*h_l) : nullptr;
+    const T* h_data = h_l ? checked_data<T>(*h_l, layout(*h_l)) : nullptr;
     T *f_data = f_l.data_ptr<T>(), *x_data = x.data_ptr<T>();
     for_each_chunk<T>(pixels, [&](int64_t first, int64_t count) {
       T *f_chunk = f_data + first * local_width, *x_chunk = x_data + first * width;
@@ -299,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& w2, const std::optional<Tensor>& saved) {
   TORCH_CHECK(
       x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
-          x.size(1) == w1.size(1) && b1.numel() == w1.size(0) &&
+          x.size(1) == w1.size(1) && b1.sizes() == w1.sizes().slice(0, 1) &&
           w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
           w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
           (!saved || saved->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),

@@ -6,6 +6,7 @@
 // are interpolated to one row, which lies in L1 or L2; then its pixels are interpolated
 // along the row and added. Maps are channels-last.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -72,6 +73,7 @@ void resize_add_op(const Tensor& out, const Tensor& x) {
       "in float32 or both in bfloat16, got ",
       out.scalar_type(), " of ", out.sizes(), " and ", x.scalar_type(), " of ",
       x.sizes());
+  at::assert_no_overlap(out, x);
   DSNET_FLOAT_OR_BFLOAT16(out.scalar_type(), "resize_add_",
                           [&] { resize_add<scalar_t>(out, x); });
 }
