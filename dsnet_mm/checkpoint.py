@@ -1,24 +1,21 @@
-"""Checkpoints: reading, loading into a model, finding the newest.
+"""Checkpoints: reading, and loading into a model.
 
 A checkpoint is a pickle, and a pickle can name any function to be called.
 :mod:`dsnet_mm.weights` reads it without. A file that ends with ``.safetensors`` is read
 as a checkpoint too. It holds tensors and text only.
 """
 
-import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dsnet_mm.files import check_file, write_atomic
 from dsnet_mm.weights import (
-    DamagedCheckpointError,
     check_finite,
     check_kinds,
     read_file,
@@ -194,74 +191,3 @@ def _fitting(checkpoint: dict[str, Any], model: nn.Module, path: str) -> dict[st
     consume_prefix_in_state_dict_if_present(state, 'module.')
     check_kinds(model.state_dict(), state, path)
     return state
-
-
-# --------------------------------------------------------------------- the newest one
-
-
-def newest_first(work_dir: str | Path) -> list[str]:
-    """Returns the ``.pth`` files of a folder, the newest first."""
-    files = Path(work_dir).glob('*.pth')
-    return [str(f) for f in sorted(files, key=lambda f: -f.stat().st_mtime)]
-
-
-def find_checkpoint_to_resume(work_dir: str) -> str | None:
-    """Finds the latest checkpoint of a working directory that is not damaged.
-
-    A training that is killed while it writes leaves a part of a file. The
-    newest other checkpoint with the state of a training is then taken, with a
-    warning.
-
-    Args:
-        work_dir: Working directory.
-
-    Returns:
-        The checkpoint, or None if there are none.
-
-    Raises:
-        FileNotFoundError: If the latest one is missing.
-        ValueError: If the file that names it is missing, or if no checkpoint
-            can be read.
-    """
-    files = newest_first(work_dir)
-    named = Path(work_dir, 'last_checkpoint').is_file()
-    if not files and not named:
-        return None
-    latest = find_latest_checkpoint(work_dir) if named else None
-    if not latest:
-        raise ValueError(
-            f'{work_dir} holds checkpoints but no file last_checkpoint that names the '
-            f'latest; name it by --resume CHECKPOINT'
-        )
-    try:
-        read_training_state(latest)
-        return latest
-    except DamagedCheckpointError as error:
-        for path in files:
-            with suppress(ValueError):
-                read_training_state(path)
-                warnings.warn(f'{error}; training goes on from {path}.', stacklevel=2)
-                return path
-        raise
-
-
-def read_training_state(path: str) -> dict[str, Any]:
-    """Reads a checkpoint that training can be resumed from.
-
-    Args:
-        path: As of :func:`read_checkpoint`.
-
-    Returns:
-        The checkpoint, on the CPU.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or holds weights only.
-    """
-    checkpoint = read_checkpoint(path)
-    if not {'message_hub', 'optimizer'} <= checkpoint.keys():
-        raise ValueError(
-            f'{path} holds weights and no state of a training; start from it by '
-            f'--cfg-options load_from={path}'
-        )
-    return checkpoint

@@ -7,6 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+PART = '.part'
+"""End of the hidden name of a file that is not written to its end."""
+
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Writes a file atomically. Its folder is created if necessary.
@@ -84,3 +87,38 @@ def replacing(out: Path) -> Iterator[Path]:
             os.replace(stale, out)
         raise
     shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary file that takes the place of ``path`` once it is on the disk.
+
+    Args:
+        path: File to write. It keeps its content if the block raises, or writes
+            nothing.
+
+    Yields:
+        The temporary file, beside ``path``.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk. It names ``path``.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{uuid4().hex[:12]}{PART}')
+    try:
+        yield part
+        if part.exists():
+            with part.open('rb+') as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes left of files, in and below a folder."""
+    for path in folder.rglob(f'.*{PART}'):
+        path.unlink()

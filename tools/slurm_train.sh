@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a Slurm cluster.
+# Trains on a Slurm cluster. Two minutes before the time limit it saves a checkpoint
+# and ends with code 143.
 set -euo pipefail
 
 if [[ $# -lt 4 ]]; then
@@ -17,5 +18,6 @@ exec srun --partition "$1" --job-name "$2" \
     --ntasks-per-node "$GPUS_PER_NODE" \
     --cpus-per-task "${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
+    --signal USR1@120 \
     "${srun_args[@]}" \
     python -u "$(dirname "$0")/train.py" "$3" --work-dir "$4" --launcher slurm "${@:5}"

@@ -21,6 +21,7 @@ from dsnet_mm.engine.launch import (
     set_run,
     user_errors,
 )
+from dsnet_mm.engine.stopping import WorkerHook
 from dsnet_mm.files import check_file, write_atomic
 from dsnet_mm.models import fuse_for_inference
 
@@ -125,6 +126,7 @@ def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
     with user_errors(parser):
         runner = Runner.from_cfg(cfg)
+        runner.register_hook(WorkerHook())
         if args.fuse:
             fuse_for_inference(deepcopy(unwrap(runner.model)))  # tells if it cannot
             runner.register_hook(dict(type='dsnet_mm.FuseHook'))

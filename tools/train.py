@@ -1,22 +1,19 @@
 """Train a detector or a classifier from its configuration."""
 
 import argparse
+import errno
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 
-from dsnet_mm.checkpoint import (
-    check_match,
-    find_checkpoint_to_resume,
-    load_checkpoint,
-    read_training_state,
-    restricted_loading,
-)
+from dsnet_mm.checkpoint import check_match, load_checkpoint, restricted_loading
 from dsnet_mm.datasets.loading import UnreadableImageError
 from dsnet_mm.engine.config import check_data, check_pretrained, dicts_in, load_config
 from dsnet_mm.engine.hooks import NonFiniteLossError
@@ -25,10 +22,31 @@ from dsnet_mm.engine.launch import (
     add_run_arguments,
     add_trust_argument,
     end_run,
+    is_first_process,
     set_run,
+    unknown_type,
     user_errors,
 )
+from dsnet_mm.engine.resume import (
+    PointerError,
+    examine,
+    find_checkpoint_to_resume,
+    only_training,
+    read_training_state,
+)
+from dsnet_mm.engine.stopping import (
+    StopHook,
+    TrainingStopped,
+    WorkerHook,
+    stop_signals,
+)
+from dsnet_mm.files import remove_parts
 from dsnet_mm.models import DSNet
+from dsnet_mm.weights import DamagedCheckpointError
+
+STOPPED = 143
+"""Exit code of a training that a signal stopped, and that goes on by ``--resume``."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 FLAGS = {
     '--amp': 'train in mixed precision (GPU only)',
@@ -66,58 +84,104 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_trust_argument(parser)
     args = parser.parse_args(argv)
-    with restricted_loading(trust=args.trust_checkpoint):
-        train(parser, args)
+    with restricted_loading(trust=args.trust_checkpoint), ExitStack() as stack:
+        with user_errors(parser):
+            cfg = load_config(args.config, args.cfg_options)
+            set_config(cfg, args)
+            if is_first_process(cfg.launcher):
+                stack.enter_context(only_training(cfg.work_dir))
+                remove_parts(checkpoint_folder(cfg))
+            set_start(cfg, args.resume)
+            runner = build_runner(cfg)
+        if args.resume and not cfg.resume:
+            runner.logger.info(
+                f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
+            )
+        train(parser, runner)
+        if is_main_process():
+            skipped = skipped_file(cfg)
+            if args.skip_unreadable and skipped.is_file():
+                names = skipped.read_text().splitlines()
+                print(
+                    f'{len(set(names))} images could not be read and were skipped '
+                    f'{len(names)} times; {skipped} names them.'
+                )
+            logs = Path(cfg.work_dir, runner.timestamp)
+            print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')
+        end_run()
 
 
-def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Trains.
+def train(parser: argparse.ArgumentParser, runner: Runner | FlexibleRunner) -> None:
+    """Trains. What ends it early is told in a sentence, if it is known.
 
     Args:
-        parser: Reports errors of the user.
-        args: The parsed arguments.
+        parser: Tells it and exits: with 1, or with 143 after SIGTERM or SIGUSR1.
+        runner: The runner.
     """
-    with user_errors(parser):
-        cfg = load_config(args.config, args.cfg_options)
-        if args.no_validate:
-            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-        if args.amp:
-            set_amp(cfg)
-        if args.ema:
-            set_ema(cfg)
-        if args.fsdp:
-            set_fsdp(cfg, args.launcher)
-        if args.auto_scale_lr:
-            set_auto_scale_lr(cfg)
-        check_data(cfg, ('train', 'val'))
-        check_pretrained(cfg)
-        set_run(cfg, args)
-        set_start(cfg, args.resume)
-        set_loggers(cfg, args.tensorboard, args.wandb)
-        set_hooks(cfg, args.skip_unreadable)
-        runner = build_runner(cfg)
-    if args.resume and not cfg.resume:
-        runner.logger.info(
-            f'{cfg.work_dir} holds nothing to resume from; training starts anew.'
-        )
+    runner.register_hook(WorkerHook())
     try:
-        runner.train()
-    except (NonFiniteLossError, UnreadableImageError) as error:
-        # A worker of the data loader adds its traceback above the sentence.
-        sentence = str(error).strip().splitlines()[-1]
-        sentence = sentence.rpartition(f'{type(error).__name__}: ')[2]
+        with stop_signals() as signals:
+            runner.register_hook(StopHook(signals))
+            runner.train()
+    except TrainingStopped as error:
+        if is_main_process():
+            print(f'{parser.prog}: training stopped by {error}')
+        end_run(STOPPED)
+    except Exception as error:
+        if not (sentence := describe(error)):
+            raise
         parser.exit(1, f'{parser.prog}: training stopped: {sentence}\n')
-    if is_main_process():
-        skipped = skipped_file(cfg)
-        if args.skip_unreadable and skipped.is_file():
-            names = skipped.read_text().splitlines()
-            print(
-                f'{len(set(names))} images could not be read and were skipped '
-                f'{len(names)} times; {skipped} names them.'
-            )
-        logs = Path(cfg.work_dir, runner.timestamp)
-        print(f'Checkpoints are in {cfg.work_dir}, logs in {logs}.')
-    end_run()
+
+
+def describe(error: Exception) -> str | None:
+    """Returns a sentence about what ended a training, None for what is not known."""
+    text = str(error).strip()
+    if isinstance(error, NonFiniteLossError | UnreadableImageError):
+        # A worker of the data loader adds its traceback above the sentence.
+        return text.splitlines()[-1].rpartition(f'{type(error).__name__}: ')[2]
+    if isinstance(error, RuntimeError) and text.startswith('DataLoader'):
+        return (
+            f'{text.rstrip(".")}; a worker ends when memory is short, for which fewer '
+            f'of them help (train_dataloader.num_workers), and it is given up after '
+            f'train_dataloader.timeout seconds; go on by --resume'
+        )
+    if isinstance(error, torch.distributed.DistError) or '/gloo/' in text:
+        return (
+            f'another process ended, or hangs for env_cfg.dist_cfg.timeout seconds '
+            f'({text.splitlines()[-1]}); go on by --resume'
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        file = error.filename or 'a file of the working directory'
+        return f'{error.strerror}: {file} cannot be written; make room, then --resume'
+    return unknown_type(error) if isinstance(error, KeyError) else None
+
+
+def set_config(cfg: Config, args: argparse.Namespace) -> None:
+    """Changes a configuration as the arguments say, and checks its files.
+
+    Args:
+        cfg: Configuration, changed in place.
+        args: The parsed arguments.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If something that is asked for is not possible.
+    """
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        set_amp(cfg)
+    if args.ema:
+        set_ema(cfg)
+    if args.fsdp:
+        set_fsdp(cfg, args.launcher)
+    if args.auto_scale_lr:
+        set_auto_scale_lr(cfg)
+    check_data(cfg, ('train', 'val'))
+    check_pretrained(cfg)
+    set_run(cfg, args)
+    set_loggers(cfg, args.tensorboard, args.wandb)
+    set_hooks(cfg, args.skip_unreadable)
 
 
 def build_runner(cfg: Config) -> Runner | FlexibleRunner:
@@ -197,18 +261,25 @@ def set_start(cfg: Config, resume: str | None) -> None:
         resume: Checkpoint to resume from, ``'auto'`` for the latest of the
             working directory (if there is none, training starts anew), or None
             for what the configuration says.
+
+    Raises:
+        ValueError: If the working directory has checkpoints and nothing is resumed, or
+            if the checkpoint does not fit.
     """
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
-    folder = Path(cfg.work_dir)
-    kept = (folder / 'last_checkpoint').is_file() or any(folder.glob('*.pth'))
-    if resume is None and kept:
-        raise ValueError(
-            f'{cfg.work_dir} holds checkpoints of an earlier training; go on with '
-            f'it by --resume, or choose another --work-dir'
-        )
-    if resume == 'auto':
-        resume = find_checkpoint_to_resume(cfg.work_dir)
+    folder = checkpoint_folder(cfg)
+    if resume is None:
+        found, wrong = examine(cfg.work_dir, folder)
+        lost = DamagedCheckpointError, PointerError
+        if found or not all(isinstance(error, lost) for error in wrong.values()):
+            raise ValueError(
+                f'{folder} holds checkpoints of an earlier training; go on with it by '
+                f'--resume, or choose another --work-dir'
+            )
+    if resume in (None, 'auto'):
+        first = is_first_process(cfg.launcher)
+        resume = find_checkpoint_to_resume(cfg.work_dir, folder, set_aside=first)
     cfg.resume = resume is not None
     if not cfg.resume:
         return
@@ -220,8 +291,8 @@ def set_start(cfg: Config, resume: str | None) -> None:
     if by_name != ('FSDP' in str(cfg.get('strategy'))):
         raise ValueError(
             f'{resume} comes from a training {"with" if by_name else "without"} '
-            f'--fsdp, and goes on only so; start from its weights by --cfg-options '
-            f'load_from={resume}'
+            f'--fsdp, and goes on only so; start from its weights in another '
+            f'--work-dir by --cfg-options load_from={resume}'
         )
     cfg.merge_from_dict({'randomness.seed': checkpoint['meta'].get('seed')})
 
@@ -256,7 +327,8 @@ def set_hooks(cfg: Config, skip_unreadable: bool) -> None:
     """Adds what every training of this tool has.
 
     Random numbers do not depend on where it was interrupted. It stops at a loss that is
-    no number and at an image that cannot be read.
+    no number and at an image that cannot be read. Its checkpoints are written whole or
+    not at all.
 
     Args:
         cfg: Configuration with its working directory.
@@ -264,13 +336,32 @@ def set_hooks(cfg: Config, skip_unreadable: bool) -> None:
     """
     if not has_hook(cfg, 'IterationSeedHook'):
         add_hook(cfg, type='dsnet_mm.IterationSeedHook')
-    guard = dict(finite_loss=dict(type='dsnet_mm.FiniteLossHook'))
-    cfg.default_hooks = guard | (cfg.get('default_hooks') or {})
+    own = dict(
+        finite_loss=dict(type='dsnet_mm.FiniteLossHook'),
+        checkpoint=dict(type='CheckpointHook', interval=1),
+    )
+    cfg.default_hooks = own | (cfg.get('default_hooks') or {})
+    for node in dicts_in([cfg.default_hooks, cfg.get('custom_hooks')]):
+        if is_type(node, 'CheckpointHook'):
+            node['type'] = 'dsnet_mm.CheckpointHook'
     for node in dicts_in(cfg.train_dataloader):
-        if str(node.get('type')).rpartition('.')[2] == 'LoadImageFromFile':
+        if is_type(node, 'LoadImageFromFile'):
             node['type'] = 'dsnet_mm.LoadImageFromFile'
             if skip_unreadable:
                 node['skipped'] = str(skipped_file(cfg))
+
+
+def is_type(node: dict, name: str) -> bool:
+    """Tells whether a part of a configuration builds a type of that name."""
+    return str(node.get('type')).rpartition('.')[2].rstrip("'>") == name
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Returns the folder of the checkpoints, which the hook may have elsewhere."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if not hook.get('out_dir'):
+        return Path(cfg.work_dir)
+    return Path(hook['out_dir'], Path(cfg.work_dir).resolve().name)
 
 
 def skipped_file(cfg: Config) -> Path:

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.utils import clip_grad_norm_
 
+from dsnet_mm.files import replacing_file
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.registry import STRATEGIES
 
@@ -31,6 +32,7 @@ class FSDPStrategy(MMEngineFSDPStrategy):
       gradient scaler is not in the checkpoint.
     - On the CPU, saving with ``state_dict_cfg='full'`` ends in a segmentation fault.
       ``offload_to_cpu=False`` avoids it.
+    - A process that is killed while it saves leaves a part of a file.
 
     Args:
         **kwargs: Arguments that ``FlexibleRunner`` gives to a strategy.
@@ -64,6 +66,11 @@ class FSDPStrategy(MMEngineFSDPStrategy):
                 **kwargs
             )
         return optim_wrapper
+
+    def save_checkpoint(self, filename: str, **kwargs: Any) -> None:
+        """Saves to a temporary file, which then takes the name."""
+        with replacing_file(filename) as part:
+            super().save_checkpoint(str(part), **kwargs)
 
     def optim_state_dict(self) -> dict:
         """Returns the state of the optimizer for whole parameters, by their names."""

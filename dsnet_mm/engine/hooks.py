@@ -1,22 +1,27 @@
 """Hooks of training and testing."""
 
+import os
 import random
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from dsnet_mm.checkpoint import newest_first, read_checkpoint
+from dsnet_mm.engine.resume import STOPPED, examine
+from dsnet_mm.files import replacing_file
 from dsnet_mm.models import fuse_for_inference
 from dsnet_mm.registry import HOOKS
+from dsnet_mm.weights import DamagedCheckpointError, check_finite
 
 
 @HOOKS.register_module()
@@ -43,22 +48,22 @@ class CpuTimeHook(Hook):
 
 
 class NonFiniteLossError(ValueError):
-    """A loss is NaN or infinite."""
+    """A loss or a weight is NaN or infinite."""
 
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Stops a training in the iteration in which a loss is NaN or infinite.
+    """Stops a training when a loss is NaN or infinite, or a weight that is to be saved.
 
-    The error names the iteration, the losses, the images of the batch and the newest
-    checkpoint without such weights. It is raised before a checkpoint of that iteration
-    is written.
+    The error names the iteration, the losses and images of the batch or the weight, and
+    the newest checkpoint to go on from. It is raised before a checkpoint of that
+    iteration is written.
 
     Gradients are not checked. In mixed precision they overflow from time to time; the
     gradient scaler then leaves out the step, and the loss stays finite.
 
     Raises:
-        NonFiniteLossError: After the iteration.
+        NonFiniteLossError: After the iteration, or instead of saving.
     """
 
     priority = 'VERY_HIGH'
@@ -79,11 +84,25 @@ class FiniteLossHook(Hook):
         if not wrong:
             return
         images = ', '.join(images_of(data_batch)) or 'not named by the data set'
-        good = last_good_checkpoint(runner.work_dir) or 'not there yet'
+        self._stop(
+            runner,
+            f'iteration {runner.iter + 1}: {" and ".join(wrong)}; images of the batch: '
+            f'{images}',
+        )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Checks the weights."""
+        try:
+            check_finite(checkpoint['state_dict'], 'the model')
+        except DamagedCheckpointError as error:
+            self._stop(runner, f'iteration {checkpoint["meta"]["iter"]}: {error}')
+
+    def _stop(self, runner: Runner, reason: str) -> None:
+        good = examine(runner.work_dir)[0] or 'not there yet'
         raise NonFiniteLossError(
-            f'iteration {runner.iter + 1}: {" and ".join(wrong)}; images of the '
-            f'batch: {images}; the last good checkpoint is {good}; lower the learning '
-            f'rate, or look at these images and their annotations (tools/check_data.py)'
+            f'{reason}; the last good checkpoint is {good}; start from it in another '
+            f'--work-dir (--cfg-options load_from=CHECKPOINT) with a lower learning '
+            f'rate, or look at the images and their annotations (tools/check_data.py)'
         )
 
 
@@ -93,20 +112,73 @@ def images_of(batch: Any) -> list[str]:
     return [str(s.img_path) for s in samples or [] if 'img_path' in s]
 
 
-def last_good_checkpoint(work_dir: str) -> str | None:
-    """Returns the newest checkpoint of a folder whose weights are all finite."""
-    for path in newest_first(work_dir):
-        try:
-            state = read_checkpoint(path).get('state_dict', {})
-        except ValueError:
-            continue
-        if state and all(
-            value.isfinite().all()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ):
-            return path
-    return None
+@register_backend('dsnet_mm')
+class CheckpointBackend(LocalBackend):
+    """Writes files atomically, and removes them only when it is told to."""
+
+    def __init__(self) -> None:
+        self._outdated: list[tuple[Path, int]] = []
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Writes a file, see :func:`dsnet_mm.files.replacing_file`."""
+        with replacing_file(filepath) as part:
+            part.write_bytes(obj)
+
+    def remove(self, filepath: str | Path) -> None:
+        """Notes a file for :meth:`remove_outdated`."""
+        self._outdated.append((Path(filepath), os.stat(filepath).st_ino))
+
+    def remove_outdated(self) -> None:
+        """Removes the noted files, but not new ones of the same name."""
+        for path, inode in self._outdated:
+            if path.exists() and path.stat().st_ino == inode:
+                path.unlink()
+        self._outdated.clear()
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's CheckpointHook, which leaves whole checkpoints whenever it is killed.
+
+    A checkpoint is written to a temporary file, which then takes its name. Older ones
+    (``max_keep_ckpts``, ``save_best``) are removed after that, not before. Storage
+    other than local files is left to MMEngine.
+
+    Args:
+        **kwargs: Arguments of MMEngine's hook.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        elsewhere = self.backend_args or self.file_client_args
+        self._local = not elsewhere and '://' not in str(self.out_dir)
+        if self._local:
+            self.backend_args = dict(backend='dsnet_mm')
+
+    def before_train(self, runner: Runner) -> None:
+        """Takes the best checkpoints from this folder, which may be a copy."""
+        super().before_train(runner)
+        if not self._local:
+            return
+        self.file_backend.remove_outdated()
+        if path := getattr(self, 'best_ckpt_path', None):
+            self.best_ckpt_path = str(Path(self.out_dir, Path(path).name))
+        best = getattr(self, 'best_ckpt_path_dict', {})
+        for key, path in best.items():
+            best[key] = path and str(Path(self.out_dir, Path(path).name))
+
+    def _save_checkpoint_with_step(self, runner: Runner, *args: Any, **kw: Any) -> None:
+        super()._save_checkpoint_with_step(runner, *args, **kw)
+        if self._local:
+            stopped = Path(self.out_dir, STOPPED)
+            if is_main_process() and stopped.exists():
+                self.file_backend.remove(stopped)
+            self.file_backend.remove_outdated()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        if self._local:
+            self.file_backend.remove_outdated()
 
 
 @HOOKS.register_module()

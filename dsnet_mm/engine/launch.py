@@ -4,13 +4,21 @@ import argparse
 import atexit
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+
+TIMEOUT = 1800
+"""Seconds that a process waits for others, and for a batch of its workers."""
+
+RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
+"""Environment variables in which a launcher numbers its processes."""
 
 
 class CfgOptions(DictAction):
@@ -112,15 +120,30 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turns errors of files and values into a sentence and exit code 2."""
+    """Turns errors of files, values and names into a sentence and exit code 2."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+    except KeyError as error:
+        if not (sentence := unknown_type(error)):
+            raise
+        parser.error(sentence)
+
+
+def unknown_type(error: KeyError) -> str | None:
+    """Returns MMEngine's sentence about a type that no registry has, or None."""
+    sentence = str(error.args[0] if error.args else '')
+    return sentence.partition(' More details')[0] if ' registry. ' in sentence else None
+
+
+def is_first_process(launcher: str) -> bool:
+    """Tells whether this is the process with rank 0, also before they are connected."""
+    return os.environ.get(RANKS.get(launcher, ''), '0') == '0'
 
 
 def set_run(cfg: Config, args: argparse.Namespace) -> None:
-    """Sets working directory and launcher from the arguments of a tool.
+    """Sets working directory and launcher from the arguments of a tool, and time-outs.
 
     MMEngine gives every process of torchrun a CUDA device. Without GPUs the
     process group is opened here, and the model is wrapped without a device.
@@ -130,25 +153,44 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
         args: The parsed arguments of :func:`add_run_arguments`.
 
     Raises:
-        ValueError: If there are no GPUs for the backend of the process group.
+        ValueError: If the working directory cannot be written to, or there are no GPUs
+            for the backend of the process group.
     """
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.work_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'the working directory {cfg.work_dir} cannot be written to '
+            f'({error.strerror}); choose another --work-dir'
+        ) from error
 
+    for split in ('train', 'val', 'test'):
+        if (loader := cfg.get(f'{split}_dataloader')) and loader.get('num_workers'):
+            loader.setdefault('timeout', TIMEOUT)
     cfg.launcher = args.launcher
+    if args.launcher == 'none':
+        return
+    dist_cfg = dict(timeout=TIMEOUT) | cfg.get('env_cfg', {}).get('dist_cfg', {})
+    cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
     if args.launcher != 'pytorch':
         return
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if get_device() == 'cpu':
-        backend = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend', 'nccl')
+        backend = dist_cfg.get('backend', 'nccl')
         if backend == 'nccl':
             raise ValueError(
                 'the backend nccl needs GPUs and there are none; use '
                 '--cfg-options env_cfg.dist_cfg.backend=gloo'
             )
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(
+            backend, timeout=timedelta(seconds=dist_cfg['timeout'])
+        )
         wrapper = dict(
             type='MMDistributedDataParallel',
             device_ids=None,
@@ -158,13 +200,16 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model_wrapper_cfg = wrapper | (cfg.get('model_wrapper_cfg') or {})
 
 
-def end_run() -> None:
+def end_run(code: int = 0) -> None:
     """Ends a process of a distributed run, after Python's exit handlers.
 
     The destructors that follow are left out. Now and then they abort one of
     the processes of a group ("terminate called without an active exception"),
     and torchrun then reports that the run has failed. In a run of one process
-    this function does nothing.
+    this function does nothing, if the exit code is 0.
+
+    Args:
+        code: Exit code.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -172,4 +217,6 @@ def end_run() -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)

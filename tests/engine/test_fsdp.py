@@ -5,14 +5,19 @@ import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGTERM
+from typing import Any
 
 import pytest
 import torch
 from mmengine.device import get_device
-from torch.multiprocessing import start_processes
+from mmengine.registry import HOOKS
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 from dsnet_mm.checkpoint import read_checkpoint
+from dsnet_mm.engine.resume import read_training_state
 from tests.conftest import FOLDERS, tool
+from tests.engine.test_resume import StopHook
 
 pytestmark = pytest.mark.skipif(
     get_device() != 'cpu', reason='the processes are forked, which CUDA does not allow'
@@ -32,7 +37,7 @@ param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, T_max=3)]
 """
 
 
-def _train(rank: int, port: int, args: list[str]) -> None:
+def _train(rank: int, port: int, flags: list[str], args: list[str]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -42,15 +47,16 @@ def _train(rank: int, port: int, args: list[str]) -> None:
     )
     args = [*args, 'env_cfg.dist_cfg.backend=gloo', 'train_dataloader.batch_size=2']
     args += ['model.backbone.with_cp=True']  # it must not change anything
-    tool('train.py').main(['fsdp.py', '--launcher=pytorch', '--fsdp', *args])
+    tool('train.py').main(['fsdp.py', '--launcher=pytorch', *flags, *args])
 
 
-def train_in_two_processes(*args: str) -> None:
+def train_in_two_processes(*args: str, flags: tuple[str, ...] = ('--fsdp',)) -> None:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    args = [*args, '--cfg-options', FOLDERS]
-    start_processes(_train, (port, args), nprocs=2, start_method='fork')
+    options = [FOLDERS, *(arg for arg in args if arg[0] != '-')]
+    args = [*(arg for arg in args if arg[0] == '-'), '--cfg-options', *options]
+    start_processes(_train, (port, flags, args), nprocs=2, start_method='fork')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -103,6 +109,31 @@ def test_resumed_weights_are_equal(two: Path) -> None:
         for state in (measured, expected)
     ]
     assert rates[0] == rates[1] < 1e-2
+
+
+class OneRankHook(StopHook):
+    """Sends the signal to the second process only."""
+
+    def before_train_iter(self, runner, *args: Any, **kwargs: Any) -> None:
+        if runner.rank == 1:
+            super().before_train_iter(runner, *args, **kwargs)
+
+
+@pytest.mark.parametrize('flags', [('--fsdp',), ()], ids=['FSDP', 'DDP'])
+def test_a_signal_to_one_process_stops_both(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    HOOKS.register_module(module=OneRankHook, force=True)
+    hook = f"custom_hooks=[dict(type='OneRankHook',before=2,send={SIGTERM})]"
+    Path('fsdp.py').write_text(f'{CONFIG}\n{hook}\n')
+    options = ['train_cfg.max_epochs=20', f'--work-dir={tmp_path}']
+    with pytest.raises(ProcessExitedException) as raised:
+        train_in_two_processes(*options, flags=flags)
+    Path('fsdp.py').write_text(CONFIG)
+    assert raised.value.exit_code == 143
+    checkpoint = read_training_state(str(tmp_path / 'stopped.pth'))
+    # Two iterations in each epoch; they agree in every tenth.
+    assert (checkpoint['meta']['epoch'], checkpoint['meta']['iter']) == (4, 10)
 
 
 def test_checkpoint_predicts_the_same_in_one_process(one: Path, two: Path) -> None:

@@ -25,7 +25,12 @@ from torch import nn
 
 from dsnet_mm.checkpoint import load_checkpoint
 from dsnet_mm.engine.config import check_data, load_config, set_data_root
-from dsnet_mm.engine.launch import add_config_arguments, add_run_arguments, set_run
+from dsnet_mm.engine.launch import (
+    TIMEOUT,
+    add_config_arguments,
+    add_run_arguments,
+    set_run,
+)
 from dsnet_mm.models import DSNet
 from dsnet_mm.ops import native
 from tests.conftest import COCO, FOLDERS, TOOLS, tool
@@ -273,6 +278,7 @@ def test_scripts_keep_arguments_whole(
     printed = subprocess.run(command, capture_output=True, text=True, env=env).stdout
     for part in (*expected, '[a b.py]', '[c d]' * ('c d' in args)):
         assert part in printed
+    assert ('[--signal][USR1@120]' in printed) == (name == 'slurm_train')
     kind = 'slurm' if launcher == 'slurm' else 'pytorch'
     assert printed.endswith(f'[--launcher][{kind}][--flag]')
 
@@ -295,6 +301,8 @@ train.py classifier.py --cfg-options default_scope=other -> default_scope='other
 train.py classifier.py --cfg-options {FOLDERS} load_from=a.pth -> checkpoint a.pth
 train.py classifier.py --cfg-options {FOLDERS} {PRETRAINED}.checkpoint=a.pth -> init_cfg
 train.py classifier.py --resume a.pth --cfg-options {FOLDERS} -> checkpoint a.pth
+train.py classifier.py --work-dir taken.pkl --cfg-options {FOLDERS} -> taken.pkl
+train.py classifier.py --cfg-options {FOLDERS} model.type=None1 -> None1.*registry
 train.py classifier.py --auto-scale-lr -> auto_scale_lr.base_batch_size=N
 train.py classifier.py --launcher pytorch --cfg-options {FOLDERS} -> backend=gloo
 train.py classifier.py --amp -> --amp.*GPU
@@ -333,14 +341,10 @@ def test_checkpoints_are_not_trained_over(
         return refused(name, 'classifier.py', *args, *options, capsys=capsys)
 
     assert '--resume' in error('--work-dir=one')
-    (tmp_path / 'epoch_1.pth').touch()
-    work_dir = f'--work-dir={tmp_path}'
-    assert '--resume CHECKPOINT' in error(work_dir, '--resume')
-    (tmp_path / 'last_checkpoint').write_text('moved/epoch_1.pth')
-    assert 'moved/epoch_1.pth' in error(work_dir, '--resume')
     weights = tmp_path / 'weights.pth'
     torch.save(torch.load(classifier, weights_only=False)['state_dict'], weights)
     assert f'load_from={weights}' in error(f'--resume={weights}')
+    assert '--resume' in error(f'--work-dir={tmp_path}')
     # One of another model is refused.
     facts = r'head\.fc\.weight.* bbox_head\.\S+'
     assert re.search(facts, error(str(detector), name='test.py'))
@@ -420,19 +424,30 @@ def test_processes_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('LOCAL_RANK', '0')  # so that it is put back
     monkeypatch.delenv('LOCAL_RANK')
     monkeypatch.setattr('dsnet_mm.engine.launch.get_device', lambda: 'cpu')
-    monkeypatch.setattr(torch.distributed, 'init_process_group', backends.append)
+    monkeypatch.setattr(
+        torch.distributed,
+        'init_process_group',
+        lambda backend, timeout: backends.append((backend, timeout.seconds)),
+    )
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
     add_run_arguments(parser)
     args = parser.parse_args(['a/net.py', '--launcher=pytorch', '--local-rank=1'])
     wrapper = dict(find_unused_parameters=True)
     env_cfg = dict(dist_cfg=dict(backend='gloo'))
-    cfg = Config(dict(model_wrapper_cfg=wrapper, env_cfg=env_cfg))
+    loaders = dict(
+        train_dataloader=dict(num_workers=2),
+        val_dataloader=dict(num_workers=0),
+        test_dataloader=dict(num_workers=1, timeout=5),
+    )
+    cfg = Config(dict(model_wrapper_cfg=wrapper, env_cfg=env_cfg, **loaders))
     set_run(cfg, args)
+    assert cfg.train_dataloader.timeout == cfg.env_cfg.dist_cfg.timeout == TIMEOUT
+    assert 'timeout' not in cfg.val_dataloader and cfg.test_dataloader.timeout == 5
     assert cfg.work_dir == os.path.join('work_dirs', 'net')
     assert cfg.launcher == 'pytorch'
     assert os.environ['LOCAL_RANK'] == '1'
-    assert backends == ['gloo']
+    assert backends == [('gloo', TIMEOUT)]
     assert cfg.model_wrapper_cfg.device_ids is None
     assert cfg.model_wrapper_cfg.find_unused_parameters
 

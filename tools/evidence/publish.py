@@ -6,12 +6,9 @@ from typing import Any
 
 import yaml
 
-from dsnet_mm.checkpoint import (
-    find_checkpoint_to_resume,
-    read_checkpoint,
-    write_safetensors,
-)
+from dsnet_mm.checkpoint import read_checkpoint, write_safetensors
 from dsnet_mm.engine.config import load_config
+from dsnet_mm.engine.resume import find_checkpoint_to_resume
 from dsnet_mm.files import check_new, write_atomic
 
 from .runs import ROOT, Run, as_json, differing, own_keys

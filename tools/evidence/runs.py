@@ -15,8 +15,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from dsnet_mm.checkpoint import find_checkpoint_to_resume, read_checkpoint
+from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.engine.config import check_data, load_config
+from dsnet_mm.engine.resume import find_checkpoint_to_resume
 from dsnet_mm.environment import commit, find_installed, machine
 from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
