@@ -277,7 +277,7 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
 def test_names_that_are_not_utf8(tool, elsewhere, capsys, tmp_path):
     name = os.fsdecode(b'album/a/\xff.png')
     shutil.copy(min(Path('album/a').iterdir()), name)
-    tool('predict', elsewhere, name, '--json', tmp_path / 'a.json', '--csv', '-')
+    tool('predict', *elsewhere, name, '--json', tmp_path / 'a.json', '--csv', '-')
     content = json.loads((tmp_path / 'a.json').read_text(encoding='utf-8'))
     assert [entry['image'] for entry in content['predictions']] == [name]
     assert r'\udcff.png' in capsys.readouterr().out
