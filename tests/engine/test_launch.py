@@ -27,7 +27,8 @@ def test_a_process_ends_with_its_parent() -> None:
 import subprocess, sys
 wait = 'import time, dsnet_mm.engine.launch as x; x.end_with_parent(); print()'
 wait += '; time.sleep(30)'
-child = subprocess.Popen([sys.executable, '-uc', wait], stdout=-1)
+quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+child = subprocess.Popen([sys.executable, '-uc', wait], **quiet)
 child.stdout.readline()
 print(child.pid, flush=True)
 __import__('os')._exit(0)
