@@ -1,106 +1,28 @@
-"""Checkpoints: reading without running what is in them, and loading.
+"""Checkpoints: reading, and loading into a model.
 
-A checkpoint is a pickle, and a pickle can name any function to be called. MMEngine
-reads it by ``torch.load``, which is replaced while :func:`restricted_loading` is
-active. A file that ends with ``.safetensors`` is then read as a checkpoint too. It
-holds tensors and text only.
+A checkpoint is a pickle, and a pickle can name any function to be called.
+:mod:`dsnet_mm.weights` reads it without. A file that ends with ``.safetensors`` is read
+as a checkpoint too. It holds tensors and text only.
 """
 
-import pickle
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dsnet_mm.files import check_file, write_atomic
-from dsnet_mm.weights import DamagedCheckpointError, check_finite  # noqa: F401
-
-try:  # NumPy 2, and NumPy 1.26 for pickles of NumPy 2
-    from numpy._core import multiarray as _multiarray
-except ImportError:
-    from numpy.core import multiarray as _multiarray
-
-
-def _get_statistic(owner: Any, name: str) -> Callable:
-    """Replaces ``getattr``, through which a pickle could reach any function.
-
-    A pickled HistoryBuffer names its statistics by it.
-    """
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise pickle.UnpicklingError(f'GLOBAL getattr(..., {name!r})')
-    return getattr(owner, name)
-
-
-def _alias(function: Callable, module: str, name: str) -> Callable:
-    """Returns a function that a pickle calls by another name."""
-
-    def alias(*args: Any) -> Any:
-        return function(*args)
-
-    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name
-    return alias
-
-
-# What MMEngine writes beside tensors and plain Python values: the histories of its
-# log, and NumPy's arrays and numbers. NumPy 2 renamed numpy.core to numpy._core.
-ALLOWED = [
-    HistoryBuffer,
-    _alias(_get_statistic, 'builtins', 'getattr'),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},
-    *(
-        _alias(getattr(_multiarray, name), f'numpy.{core}.multiarray', name)
-        for core in ('core', '_core')
-        for name in ('_reconstruct', 'scalar')
-    ),
-]
+from dsnet_mm.weights import (
+    check_finite,
+    check_kinds,
+    read_file,
+    restricted_loading,
+)
 
 # ------------------------------------------------------------------------- reading
-
-
-_active = False
-
-
-@contextmanager
-def restricted_loading(trust: bool = False) -> Iterator[None]:
-    """Lets ``torch.load`` build tensors and what MMEngine writes, nothing else.
-
-    It reads ``.safetensors`` files too. It raises ValueError for a file that holds
-    anything else. Where two of these contexts are nested, the outer one decides.
-
-    Args:
-        trust: Load any file, which can then run any program.
-    """
-    global _active
-    if _active:
-        yield
-        return
-    load = torch.load
-
-    def read(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(file).endswith('.safetensors'):
-            return _read_safetensors(file)
-        if trust:
-            return load(file, *args, **{**kwargs, 'weights_only': False})
-        return _read_restricted(load, file, *args, **{**kwargs, 'weights_only': True})
-
-    _active, torch.load = True, read
-    try:
-        yield
-    finally:
-        _active, torch.load = False, load
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -111,12 +33,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             knows.
 
     Returns:
-        The checkpoint, on the CPU. Of a ``.safetensors`` file it is ``state_dict``,
-        with half precision made single, and ``meta``, the texts of the file by name.
+        The checkpoint, on the CPU, with at least ``state_dict``, tensors by name, and
+        ``meta``, a dict. Of a ``.safetensors`` file these are its tensors, with half
+        precision made single, and its texts by name.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DamagedCheckpointError: If it cannot be read.
+        DamagedCheckpointError: If it cannot be read, or holds values that are not
+            finite.
         ValueError: If it is not safe to load, or holds no state dict.
     """
     check_file(
@@ -124,59 +48,36 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         'checkpoint',
         'training writes them as .pth files, and weights/ holds .safetensors files',
     )
-    try:
-        with restricted_loading():
+    with restricted_loading():
+        if '://' in path:
             checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DamagedCheckpointError(
-            f'{path} cannot be read as a checkpoint'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, no state dict')
+        else:
+            checkpoint = read_file(path)
+    if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    checkpoint = _checked(checkpoint, 'content', path)
+    meta = _checked(checkpoint.setdefault('meta', {}), 'meta', path)
+    names = _checked(meta.get('dataset_meta') or {}, 'dataset_meta', path)
+    if not isinstance(names.get('classes') or [], list | tuple):
+        raise ValueError(f'{path} holds class names that are no list')
+    state = _checked(checkpoint['state_dict'], 'state_dict', path)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f'{path} holds no state dict: {name!r:.80} is no tensor, but of the '
+                f'type {type(value).__name__}'
+            )
+    check_finite(state, path)
     return checkpoint
 
 
-def _read_restricted(load: Callable, file: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls ``torch.load`` with :data:`ALLOWED` in the place of what others allow."""
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(ALLOWED)
-    try:
-        checkpoint = load(file, *args, **kwargs)
-    except pickle.UnpicklingError as error:
-        name = re.search(r'GLOBAL (\S+)', str(error))
-        if not name:
-            raise DamagedCheckpointError(
-                f'{file} cannot be read as a checkpoint'
-            ) from error
+def _checked(value: Any, name: str, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(
-            f'{file} is not safe to load: it names {name[1]}, which is neither a '
-            f'tensor nor what MMEngine writes, and could run any program; if you trust '
-            f'its source, add --trust-checkpoint, or load it in Python within '
-            f'dsnet_mm.checkpoint.restricted_loading(trust=True)'
-        ) from None
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(others)
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
-        # Runner.resume would run this text as Python. MMEngine writes `cfg`.
-        checkpoint['meta'].pop('config', None)
-    return checkpoint
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Any]:
-    try:
-        with safe_open(str(path), framework='pt') as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise DamagedCheckpointError(
-            f'{path} cannot be read as a checkpoint'
-        ) from error
-    meta.pop('config', None)  # as in _read_restricted
-    half = (torch.float16, torch.bfloat16)
-    state = {k: v.float() if v.dtype in half else v for k, v in state.items()}
-    return dict(state_dict=state, meta=meta)
+            f'{path} is no checkpoint: its {name} is of the type '
+            f'{type(value).__name__}, and must be a dict with names as keys'
+        )
+    return value
 
 
 def write_safetensors(
@@ -229,18 +130,17 @@ def load_checkpoint(model: nn.Module, path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, not safe to load, or one of another
-            model.
+        ValueError: If it is no checkpoint, not safe to load, holds values that are not
+            finite, or is one of another model.
     """
-    checkpoint = read_checkpoint(path)
-    differing = []
+    checkpoint, model, differing = read_checkpoint(path), unwrap(model), []
+    state = _fitting(checkpoint, model, path)
     try:
-        missing, unexpected = unwrap(model).load_state_dict(
-            _state_dict(checkpoint), strict=False
-        )
-    except RuntimeError as error:  # the shapes; PyTorch names them in lines
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError) as error:  # shapes; PyTorch names them in lines
         missing, unexpected = [], []
-        differing = [line.strip() for line in str(error).splitlines()[1:]]
+        lines = str(error).splitlines()
+        differing = [line.strip() for line in lines[1:] or lines]
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     problems = [
         f'{len(keys)} tensors {what}, for example {keys[0]}'
@@ -274,11 +174,9 @@ def check_match(model: nn.Module, path: str) -> None:
         ValueError: If it is no checkpoint, not safe to load, or has no tensor with the
             name and the shape of one of the model.
     """
-    state, own = _state_dict(read_checkpoint(path)), unwrap(model).state_dict()
-    if not any(
-        isinstance(value, Tensor) and key in own and own[key].shape == value.shape
-        for key, value in state.items()
-    ):
+    model = unwrap(model)
+    state, own = _fitting(read_checkpoint(path), model, path), model.state_dict()
+    if not any(k in own and own[k].shape == v.shape for k, v in state.items()):
         raise ValueError(
             f'{path} has no tensor with the name and the shape of one of the model: '
             f'names in it are like {next(iter(state), "nothing")!r}, and those of the '
@@ -287,7 +185,9 @@ def check_match(model: nn.Module, path: str) -> None:
         )
 
 
-def _state_dict(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    state = checkpoint.get('state_dict', checkpoint)
+def _fitting(checkpoint: dict[str, Any], model: nn.Module, path: str) -> dict[str, Any]:
+    """Returns the state dict of a checkpoint, with numbers of the kind of the model."""
+    state = checkpoint['state_dict']
     consume_prefix_in_state_dict_if_present(state, 'module.')
+    check_kinds(model.state_dict(), state, path)
     return state

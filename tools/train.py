@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
@@ -143,6 +144,11 @@ def describe(error: Exception) -> str | None:
             f'{text.rstrip(".")}; a worker ends when memory is short, for which fewer '
             f'of them help (train_dataloader.num_workers), and it is given up after '
             f'train_dataloader.timeout seconds; go on by --resume'
+        )
+    if isinstance(error, torch.distributed.DistError) or '/gloo/' in text:
+        return (
+            f'another process ended, or hangs for env_cfg.dist_cfg.timeout seconds '
+            f'({text.splitlines()[-1]}); go on by --resume'
         )
     if isinstance(error, OSError) and error.errno in FULL:
         file = error.filename or 'a file of the working directory'

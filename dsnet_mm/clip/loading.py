@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
-import torch
 from torch import nn
+
+from dsnet_mm.weights import check_kinds, read_torchscript, restricted_loading
 
 
 def import_open_clip() -> ModuleType:
@@ -100,23 +101,20 @@ def load_towers(
     elif not name.startswith('hf-hub:'):
         check_model(name, pretrained)
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-    archive = file is not None and _is_torchscript(file)
     what = repr(name)
     if pretrained:
         what = f'the weights {"" if file else f"{pretrained!r} "}of {name!r}'
-    with fetching(download), _quiet(archive or not download):
+    with fetching(download), _quiet(file or not download), restricted_loading():
         with _explained(what, file, download):
             model = open_clip.create_model(
                 name,
-                None if archive else pretrained,
+                pretrained,
+                load_weights=file is None,
                 pretrained_text=False,
                 force_preprocess_cfg=_preprocessing_of_tags(name) if file else None,
             )
-            if archive:
-                state = torch.jit.load(str(file), map_location='cpu').state_dict()
-                for key in ('input_resolution', 'context_length', 'vocab_size'):
-                    state.pop(key, None)
-                model.load_state_dict(state)
+            if file:
+                _load_file(model, file)
         with _explained(f'the tokenizer of {name!r}', None, download):
             tokenizer = open_clip.get_tokenizer(name)
     for key, value in model.named_parameters():
@@ -126,6 +124,23 @@ def load_towers(
                 f'it is damaged, or the weights diverged in training.'
             )
     return model, tokenizer
+
+
+def _load_file(model: nn.Module, file: Path) -> None:
+    """Loads a file of weights into a model, and checks that it has all of them."""
+    hook = model.register_load_state_dict_pre_hook(
+        lambda module, state, *_: check_kinds(module.state_dict(), state, file)
+    )
+    if _is_torchscript(_archive(file)[0]):
+        # The mask of the text tower is an attribute, and the others are numbers.
+        left_out = ('attn_mask', 'input_resolution', 'context_length', 'vocab_size')
+        tensors = read_torchscript(file)
+        model.load_state_dict(
+            {k: v for k, v in tensors.items() if k.split('.')[-1] not in left_out}
+        )
+    else:
+        import_open_clip().load_checkpoint(model, str(file))
+    hook.remove()
 
 
 @contextmanager
@@ -228,26 +243,28 @@ def _quick_gelu_of_file(file: Path) -> bool | None:
             and not {*folders}.isdisjoint(file.absolute().parts)
         ):
             return bool(published.get('quick_gelu', False))
-    if _is_torchscript(file):  # only OpenAI published any
+    names, keys = _archive(file)
+    if _is_torchscript(names):  # only OpenAI published any
         return True
-    if index := next((n for n in _members(file) if n.endswith('data.pkl')), None):
-        with zipfile.ZipFile(file) as archive:
-            keys = archive.read(index)
-        if b'input_resolution' in keys and b'context_length' in keys:
-            return True
+    if b'input_resolution' in keys and b'context_length' in keys:
+        return True
     return None
 
 
-def _is_torchscript(file: Path) -> bool:
-    return any(Path(member).name == 'constants.pkl' for member in _members(file))
+def _is_torchscript(names: list[str]) -> bool:
+    return any(Path(name).name == 'constants.pkl' for name in names)
 
 
-def _members(file: Path) -> list[str]:
-    """Returns the names of the files in a zip archive, none of another file."""
-    if not zipfile.is_zipfile(file):
-        return []
-    with zipfile.ZipFile(file) as archive:
-        return archive.namelist()
+def _archive(file: Path) -> tuple[list[str], bytes]:
+    """Returns the names in an archive of PyTorch and its pickle, nothing of others."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            pickle = next(name for name in names if name.endswith('data.pkl'))
+            with archive.open(pickle) as part:
+                return names, part.read(2**24)
+    except Exception:  # damaged archives raise errors of many types
+        return [], b''
 
 
 def _preprocessing_of_tags(name: str) -> dict[str, object] | None:
@@ -305,7 +322,7 @@ def fetching(allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(active: bool) -> Iterator[None]:
+def _quiet(active: object) -> Iterator[None]:
     """Hides open_clip's messages that weights are random or cannot be downloaded."""
     level = logging.root.manager.disable
     if active:

@@ -4,11 +4,15 @@ It is on this machine only, unless --host says otherwise. Stop it by Ctrl+C.
 """
 
 import argparse
+import fcntl
 import os
+import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from dsnet_mm.engine.launch import user_errors
 from dsnet_mm.environment import existing_device
@@ -22,8 +26,6 @@ NO_WEIGHTS = (
     f'of `{CONFIG}`. Start the page with `--weights FILE`, and for another model with '
     f'`--config CONFIG --weights FILE`.'
 )
-MAX_BYTES = 20 * 2**20
-"""Bytes of an uploaded file."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +56,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen at (%(default)s)'
     )
+    parser.add_argument(
+        '--trusted-host',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='further names or addresses under which browsers open the page',
+    )
     parser.add_argument('--port', type=int, help='port (default: first free from 7860)')
     args = parser.parse_args(argv)
     if args.weights is None and args.config != CONFIG:
@@ -79,7 +88,8 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
     # Gradio reads both when it is imported, or when a page is built.
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     os.environ['GRADIO_TEMP_DIR'] = str(folder / 'uploads')
-    from .actions import Detector, load_encoder
+    from .actions import MAX_BYTES, Detector, load_encoder
+    from .guard import GuardedApp
     from .page import CSS, THEME, Page
 
     with user_errors(args.parser):
@@ -92,11 +102,12 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
         if args.model:
             encoder = load_encoder(args.model, args.pretrained, args.download, device)
         own = args.config == CONFIG and EXAMPLE.is_file()
-        page = Page(detector, encoder, folder / 'written', EXAMPLE if own else None)
-    blocks = page.build()
+        page = Page(detector, encoder, folder / 'uploads', EXAMPLE if own else None)
+    blocks, host = page.build(), args.host.strip('[]')
+    trusted = ['localhost', '127.0.0.1', '::1', host, *args.trusted_host]
     try:
         _, address, _ = blocks.launch(
-            server_name=args.host,
+            server_name=f'[{host}]' if ':' in host else host,
             server_port=args.port,
             share=False,
             quiet=True,
@@ -106,6 +117,8 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
             footer_links=[],
             theme=THEME,
             css=CSS,
+            state_session_capacity=100,
+            _app=GuardedApp(trusted),
         )
     except OSError:
         args.parser.error(
@@ -115,13 +128,34 @@ def launch(args: argparse.Namespace, folder: Path) -> 'tuple[gradio.Blocks, str]
     return blocks, address
 
 
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """Gives a temporary folder, and removes those that killed pages have left."""
+
+    def lock(folder: str | Path) -> None:
+        """Locks a folder until this process ends, however it ends, or fails."""
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    prefix = 'dsnet_mm_page_'
+    for left in Path(tempfile.gettempdir()).glob(f'{prefix}*'):
+        with suppress(OSError):  # of a running page, or of another user
+            lock(left)
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=f'{prefix}{os.getpid()}_') as folder:
+        lock(folder)
+        yield Path(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     args = parse_args(argv)
-    # As Ctrl+C does: uploads are removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with TemporaryDirectory(prefix='dsnet_mm_page_') as folder:
-        blocks, address = launch(args, Path(folder))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl+C does: files are removed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), own_folder() as folder:
+        tempfile.tempdir = str(folder)  # of all files of this process
+        blocks, address = launch(args, folder)
         print(f'The page is at {address}; stop it by Ctrl+C.', flush=True)
         blocks.block_thread()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ from dsnet_mm.inference.streams import draw_streams, find_blocks
 from .scenes import draw_scene
 from .tiny_clip import SIZE, random_scene
 
+MAX_BYTES = 20 * 2**20
+"""Bytes of an uploaded file."""
+MAX_TOTAL = 2**30
+"""Bytes of all uploaded and written files, which are removed after an hour."""
 MAX_PIXELS = 50_000_000
 """Pixels of an image that is opened."""
 MAX_SIDE = 768
@@ -39,6 +44,9 @@ MAX_IMAGES = 64
 MINIMUM_SCORE = 0.05
 """Objects of lower scores are not kept."""
 
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+"""Formats of Pillow that are opened. Others, such as EPS, start programs."""
+
 DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
 """Drawn examples: the demo CLIP has seen no image and no caption of them."""
 
@@ -49,25 +57,22 @@ def check_image(path: str | Path) -> None:
     Raises:
         ValueError: If the file is no image, or has more than ``MAX_PIXELS`` pixels.
     """
-    name = Path(path).name
+    name, pixels = Path(path).name, math.inf
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's, of large images
-            with Image.open(path) as image:
-                width, height = image.size
+            with Image.open(path, formats=FORMATS) as image:
+                pixels = image.width * image.height
     except Image.DecompressionBombError:
-        raise ValueError(
-            f'{name} has far more than {MAX_PIXELS:,} pixels, the most that this page '
-            f'opens; make it smaller.'
-        ) from None
+        pass
     except Exception:  # Pillow's decoders raise errors of any type
         raise ValueError(
             f'{name} cannot be read as an image; save it as JPEG or PNG.'
         ) from None
-    if width * height > MAX_PIXELS:
+    if pixels > MAX_PIXELS:
         raise ValueError(
-            f'{name} has {width} x {height} pixels, and this page opens at most '
-            f'{MAX_PIXELS:,}; make it smaller.'
+            f'{name} has more than {MAX_PIXELS:,} pixels, the most that this page '
+            f'opens; make it smaller.'
         )
 
 

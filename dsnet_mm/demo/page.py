@@ -1,18 +1,13 @@
 """The page: its layout and its events, with Gradio."""
 
-import html
-import re
 import shutil
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import gradio as gr
 import numpy as np
-from gradio.utils import get_upload_folder
 
 from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
@@ -22,12 +17,12 @@ from .actions import (
     MINIMUM_SCORE,
     Detector,
     Found,
-    check_image,
     classify,
     draw_examples,
     learn,
     load_encoder,
 )
+from .guard import LocalBlocks, in_a_sentence
 from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
@@ -62,57 +57,6 @@ DEMO_CLIP = (
 )
 
 
-class LocalBlocks(gr.Blocks):
-    """Blocks whose events get uploaded images of a limited size, and no other files.
-
-    Gradio itself refuses paths that were not uploaded. But it downloads from an address
-    in the place of a path, and some components decode images before an event runs.
-    """
-
-    async def preprocess_data(self, block_fn: Any, inputs: list, *args: Any) -> list:
-        """Checks the inputs of an event, as a client has sent them."""
-        in_a_sentence(check_files)(inputs)
-        return await super().preprocess_data(block_fn, inputs, *args)
-
-
-def check_files(value: Any) -> None:
-    """Checks all files in the inputs of an event.
-
-    Raises:
-        ValueError: If one was not uploaded, is no image, or is too large.
-    """
-    if isinstance(value, dict):
-        if 'path' in value or 'url' in value:
-            path = Path(str(value.get('path'))).resolve()
-            # Gradio decodes an image in the address and leaves the path alone.
-            inline = str(value.get('url')).startswith('data:')
-            if inline or not path.is_relative_to(Path(get_upload_folder()).resolve()):
-                raise ValueError(
-                    'upload the image; paths and addresses are not opened.'
-                )
-            check_image(path)
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            check_files(part)
-
-
-def in_a_sentence(function: Callable) -> Callable:
-    """Shows the errors of users on the page, without the folder of the uploads."""
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except (ValueError, OSError, ImportError) as error:
-            folder = re.escape(get_upload_folder())
-            text = re.sub(rf'{folder}/(\w+/)?', '', str(error))
-            text = html.escape(text[:1].upper() + text[1:])
-            raise gr.Error(text, print_exception=False) from error
-
-    return call
-
-
 def drop_zone(**options: Any) -> gr.Image:
     """Returns a place to drop an image. Its file is not decoded by Gradio."""
     return gr.Image(
@@ -126,7 +70,7 @@ class Page:
     Args:
         detector: The detector, or a sentence that says why there is none.
         encoder: The encoder. None is the demo CLIP, trained or not.
-        folder: Folder of files that the page writes.
+        folder: Folder of files that the page writes. Gradio serves and removes them.
         example: Example image of the detector.
     """
 
@@ -256,6 +200,8 @@ class Page:
         ) -> np.ndarray | None:
             if result is None:
                 return None
+            if block not in detector.blocks:
+                raise ValueError('choose a block.')
             progress(0.2, 'Drawing the streams')
             return detector.streams(result, block)
 
@@ -264,9 +210,10 @@ class Page:
                 height, width = detector.draw(result, score).shape[:2]
                 result.point = at.index[0] / width, at.index[1] / height
 
+        @in_a_sentence
         def choose(result: Found | None, at: gr.SelectData) -> None:
-            if result is not None:
-                result.rank, result.point = int(at.row_value[0]) - 1, None
+            if result is not None and at.row_value:
+                result.rank, result.point = int(str(at.row_value[0])) - 1, None
 
         image.change(find, [image, score], shown, **kept).success(
             explain, [found, block], streams, **kept
@@ -341,7 +288,8 @@ class Page:
                     )
                     gr.Markdown(
                         'It classifies images by `python tools/few_shot.py predict '
-                        'FILE IMAGES`.'
+                        'FILE IMAGES`, with `--model` and `--pretrained` of a CLIP '
+                        'that is a file.'
                     )
         kept = dict(concurrency_id='work')
 
@@ -358,6 +306,8 @@ class Page:
 
         @in_a_sentence
         def train_clip(progress=gr.Progress(track_tqdm=True)) -> list:
+            if not self.is_demo_clip:
+                raise ValueError('this page has another encoder.')
             self.load_demo_clip(*pretrain(FOLDER, scene_pairs(), STEPS))
             return describe()
 
@@ -376,15 +326,18 @@ class Page:
         def fit_classifier(
             progress: gr.Progress = gr.Progress(track_tqdm=True), *inputs: Any
         ) -> list:
+            if self.encoder is None:
+                raise ValueError('train the small demo CLIP first.')
             count, *inputs = inputs
             classes = []
             for number in range(int(count)):
-                name, items = inputs[number], inputs[MAX_CLASSES + number]
-                if not name.strip() or not items:
+                name = (inputs[number] or '').strip()
+                items = inputs[MAX_CLASSES + number]
+                if not name or not items:
                     raise ValueError(
                         f'class {number + 1} needs a name and at least one image.'
                     )
-                classes.append((name.strip(), [path for path, _ in items]))
+                classes.append((name, [path for path, _ in items]))
             started = time.perf_counter()
             out = self.new_folder() / 'classifier.safetensors'
             result = learn(self.encoder, classes, out)

@@ -41,34 +41,24 @@ def read_training_state(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DamagedCheckpointError: If it cannot be read, or has weights that are not
+        DamagedCheckpointError: If it cannot be read, or holds values that are not
             finite.
         WeightsOnlyError: If it has no state of a training.
         ValueError: If it is not safe to load, or holds no state dict.
     """
-    try:
-        checkpoint = read_checkpoint(path)
-        parts = [checkpoint.get(key) for key in ('meta', 'message_hub', 'optimizer')]
-        whole = all(isinstance(part, dict) for part in parts) and all(
-            isinstance(parts[0].get(key), int) for key in ('epoch', 'iter')
-        )
-        for part in ('state_dict', 'ema_state_dict'):
-            check_finite(checkpoint.get(part) or {}, path)
-    except (OSError, MemoryError, DamagedCheckpointError):
-        raise
-    except Exception as error:
-        if type(error) is ValueError:
-            raise
-        # Wrong bytes in a pickle raise errors of all kinds.
-        raise DamagedCheckpointError(
-            f'{path} cannot be read as a checkpoint'
-        ) from error
-    if not whole:
+    checkpoint = read_checkpoint(path)
+    meta, *others = (checkpoint.get(k) for k in ('meta', 'message_hub', 'optimizer'))
+    if not (
+        all(isinstance(part, dict) for part in others)
+        and all(isinstance(meta.get(key), int) for key in ('epoch', 'iter'))
+    ):
         raise WeightsOnlyError(
             f'{path} holds no whole state of a training (meta with epoch and iter, '
             f'message_hub, optimizer); start from its weights in another --work-dir '
             f'by --cfg-options load_from={path}'
         )
+    ema = checkpoint.get('ema_state_dict')
+    check_finite(ema if isinstance(ema, dict) else {}, path)
     return checkpoint
 
 

@@ -22,7 +22,12 @@ from dsnet_mm.files import check_new, write_atomic
 
 from .choice import choose
 from .config import FewShotConfig
-from .deployment import DeployedClassifier, load_classifier, read_classifier
+from .deployment import (
+    DeployedClassifier,
+    files_to_name,
+    load_classifier,
+    read_classifier,
+)
 from .encode import encode, share_of_torchrun
 from .methods import METHODS
 from .methods.training import RECIPE
@@ -117,8 +122,10 @@ DATA = (
     ),
 )
 ENCODER = (
-    option('--model', 'model of open_clip, if the file names none'),
-    option('--pretrained', 'file of its weights on this machine'),
+    option('--model', 'model of open_clip, if it is a file or the classifier has none'),
+    option(
+        '--pretrained', 'its weights, if they are a file or the classifier has none'
+    ),
     option('--download', 'fetch weights that are not here', **FLAG),
 )
 CLASSIFIER = (
@@ -239,10 +246,11 @@ def run_command(args: argparse.Namespace) -> None:
         file = work_dir / 'classifiers/final.safetensors'
     # Not through rich, which would break the command into lines.
     print(f'\nThe classifier to use: {file}\nIt classifies images by')
-    print(f'    python tools/few_shot.py predict {shlex.quote(str(file))} IMAGES')
-    encoder = read_classifier(file)[1]
-    if encoder['identity'] is None:
-        print(f'    with --model MODEL --pretrained WEIGHTS of {encoder["model"]}')
+    named = files_to_name(read_classifier(file)[1])
+    words = ['predict', str(file), 'IMAGES']
+    for key, value in named.items():
+        words += [f'--{key}', value or key.upper()]
+    print(f'    python tools/few_shot.py {shlex.join(words)}')
 
 
 @command(

@@ -19,10 +19,14 @@ from dsnet_mm.datasets.images import (
     upright_rgb,
 )
 from dsnet_mm.files import write_atomic
+from dsnet_mm.weights import check_finite, check_kinds
 
 from .methods.base import CLASSIFIERS
 
 logger = logging.getLogger(__name__)
+
+# CLIP's features are at most 1536 wide. An adapter has weights of the square of it.
+MAX_WIDTH = 8192
 
 
 def save_classifier(
@@ -187,11 +191,12 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
         raise ValueError(
             f'unknown kind {kind!r}; import the module that registers its class'
         )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f'{name} holds values that are not finite')
+    check_finite(tensors, 'it')
     cls, arguments = CLASSIFIERS[kind]
+    if tensors[arguments[0]].shape[1] > MAX_WIDTH:
+        raise ValueError(f'its features are wider than {MAX_WIDTH}')
     classifier = cls(*(tensors[name] for name in arguments), **about['options'])
+    check_kinds(classifier.state_dict(), tensors, 'it')
     classifier.load_state_dict(tensors)
     classifier.requires_grad_(False).eval()
     classes = classifier(torch.ones(1, feature_width_of(classifier))).shape[1]
@@ -222,8 +227,8 @@ def load_classifier(
         encoder: The encoder. None loads the one that the file names, with the
             arguments below.
         model: Model of open_clip instead of the one that the file names.
-        pretrained: Weights instead of those that the file names, for example their
-            file on this machine.
+        pretrained: Weights instead of those that the file names. A file of a model or
+            of weights must be given: one that the classifier names is not opened.
         download: Whether weights that are not on this machine may be fetched.
         device: Device of the encoder.
 
@@ -233,8 +238,8 @@ def load_classifier(
     Raises:
         FileNotFoundError: If the file does not exist, or the weights of the encoder are
             not on this machine.
-        ValueError: If it is not a file of :func:`save_classifier`, or belongs to
-            another encoder.
+        ValueError: If it is not a file of :func:`save_classifier`, belongs to another
+            encoder, or names files that are not given.
     """
     classifier, about = read_classifier(path)
     if encoder is None:
@@ -268,29 +273,48 @@ def _named_encoder(
     device: str | torch.device,
 ) -> OpenCLIPEncoder:
     """Loads the encoder that a classifier file names, or its replacement."""
-    named, weights = about['model'], pretrained or about['pretrained']
+    if needed := files_to_name(about, model, pretrained):
+        elsewhere = ' from elsewhere' if about['identity'] is None else ''
+        raise ValueError(
+            f'{path} was fitted to features{elsewhere} of {about["model"]} with the '
+            f'weights {about["pretrained"]}; a file is not opened because a classifier '
+            f'names it: name it with {" and ".join(f"--{key}" for key in needed)} '
+            f'({", ".join(needed)}).'
+        )
+    model, weights = model or about['model'], pretrained or about['pretrained']
     if about['identity'] is None:
-        with_weights = str(model or named).startswith(('hf-hub:', 'local-dir:'))
-        if (model or named) is None or (weights is None and not with_weights):
-            raise ValueError(
-                f'{path} does not name its encoder, because it was fitted to features '
-                f'from elsewhere; name it with --model and --pretrained (model, '
-                f'pretrained).'
-            )
         logger.warning(
             '%s was fitted to features from elsewhere, so it cannot be checked that '
             'they are those of %s with the weights %s.',
-            *(path, model or named, weights),
-        )
-    if model is None:
-        model = named
-        own = named.endswith('.json') or named.startswith('model-')
-        if own and about['identity'] is not None:
-            # The JSON file is not needed.
-            model = about['identity'].get('config') or named
-    if weights and Path(weights).is_absolute() and not Path(weights).is_file():
-        raise FileNotFoundError(
-            f'{path} needs the weights {weights}, which are not there; name their file '
-            f'with --pretrained (pretrained).'
+            *(path, model, weights),
         )
     return OpenCLIPEncoder.shared(model, weights, device=device, download=download)
+
+
+def files_to_name(
+    about: Mapping, model: str | None = None, pretrained: str | None = None
+) -> dict[str, str | None]:
+    """Returns what a user must name to load the encoder of a classifier file.
+
+    The file itself may name models and weights that open_clip publishes.
+
+    Args:
+        about: Description in the file.
+        model: Model that the user names.
+        pretrained: Weights that the user names.
+
+    Returns:
+        ``model``, ``pretrained``, both or nothing, with their values in the file.
+    """
+
+    def is_file(name: str) -> bool:
+        own = name.startswith(('local-dir:', 'model-')) or name.endswith('.json')
+        return own or Path(name).is_absolute() or Path(name).exists()
+
+    with_weights = str(model or about['model']).startswith(('hf-hub:', 'local-dir:'))
+    needed = {
+        'model': not model and (about['model'] is None or is_file(about['model'])),
+        'pretrained': not pretrained
+        and (is_file(about['pretrained']) if about['pretrained'] else not with_weights),
+    }
+    return {key: about[key] for key, value in needed.items() if value}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip import CLIPAdapter, OpenCLIPEncoder
 from dsnet_mm.environment import require
 from dsnet_mm.files import check_new, write_atomic
+from dsnet_mm.weights import check_kinds
 
 from .deployment import DeployedClassifier, feature_width_of, save_classifier
 from .methods.linear_adapter import LinearAdapter
@@ -125,15 +126,15 @@ def convert_checkpoint(
     if 'CLIPAdapterHead' not in head.get('type', ''):
         raise ValueError(f'{config} has no model with a CLIPAdapterHead.')
     found = read_checkpoint(str(checkpoint))
-    state = found.get('state_dict', found)
+    state = found['state_dict']
     prefix = 'head.adapter.'
     tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    if 'text_features' not in tensors or tensors['text_features'].isnan().any():
+    if 'text_features' not in tensors or tensors['text_features'].dim() != 2:
         raise ValueError(
             f'{checkpoint} holds no CLIP-Adapter with text features; it is of another '
-            f'model, or was saved before the first step.'
+            f'model.'
         )
-    names = found.get('meta', {}).get('dataset_meta') or {}
+    names = found['meta'].get('dataset_meta') or {}
     names = names.get('classes') or head.get('class_names')
     if isinstance(names, str) or names is None:
         raise ValueError(
@@ -146,6 +147,7 @@ def convert_checkpoint(
             f'{checkpoint} has {count} classes, but {len(names)} class names.'
         )
     adapter = CLIPAdapter(tensors['text_features'], 1.0, **head.get('adapter', {}))
+    check_kinds(adapter.state_dict(), tensors, checkpoint)
     try:
         adapter.load_state_dict(tensors)
     except RuntimeError as error:
@@ -170,7 +172,7 @@ def convert_checkpoint(
         path,
         adapter.eval(),
         encoder,
-        [name.replace('_', ' ') for name in names],
+        [str(name).replace('_', ' ') for name in names],
         features.get('preprocessing', 'clip'),
         {'method': 'CLIPAdapterHead', 'checkpoint': str(Path(checkpoint).resolve())},
     )

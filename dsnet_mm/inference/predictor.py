@@ -152,8 +152,16 @@ class Predictor:
         self._load, self._transform = _split_pipeline(cfg)
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         checkpoint = load_checkpoint(model, str(weights))
-        meta = checkpoint.get('meta', {}).get('dataset_meta') or self._metainfo(cfg)
-        self.class_names = list(meta.get('classes') or [])
+        meta = checkpoint['meta'].get('dataset_meta') or self._metainfo(cfg)
+        self.class_names = [str(name) for name in meta.get('classes') or []]
+        counts = (getattr(part, 'num_classes', None) for part in model.modules())
+        count = max((n for n in counts if isinstance(n, int)), default=0)
+        if self.class_names and len(self.class_names) < count:
+            raise ValueError(
+                f'{weights} has names of {len(self.class_names)} classes, and the '
+                f'model of {config} has {count} classes; use the configuration it was '
+                f'trained with'
+            )
         self.palette = meta.get('palette')
         model = model.to(device).eval()
         self.model = fuse_for_inference(model) if fuse else model

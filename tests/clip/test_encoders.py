@@ -130,7 +130,7 @@ def test_classifier_of_a_folder_model(other_encoder, tmp_path, monkeypatch):
     classifier = CosineClassifier(text_features, other_encoder.logit_scale)
     save_classifier(file, classifier, other_encoder, names, 'clip')
     monkeypatch.chdir(tmp_path)
-    deployed = load_classifier(file)
+    deployed = load_classifier(file, model=other_encoder.source()['model'])
     image = Image.new('RGB', (40, 30), 'red')
     assert deployed([image]).sum() == pytest.approx(1)
 

@@ -19,6 +19,11 @@ def state_without(state: dict, name: str) -> dict:
     return {key: value for key, value in state.items() if key != name}
 
 
+def flipped(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]
+
+
 DAMAGES = {
     'empty file': lambda content, state: b'',
     'garbage': lambda content, state: b'garbage' * 100,
@@ -27,6 +32,11 @@ DAMAGES = {
     'empty state': lambda content, state: {},
     'another model': lambda content, state: {
         k: v[..., :1].clone() if v.dim() else v for k, v in state.items()
+    },
+    'flipped bit': lambda content, state: flipped(content),
+    'integers': lambda content, state: {
+        **state,
+        'visual.proj': state['visual.proj'].int(),
     },
     'nan': lambda content, state: {
         **state,
@@ -80,6 +90,37 @@ def test_torchscript_archive(tiny_clip, tmp_path):
     torch.jit.save(traced, tmp_path / 'RN50.pt')
     loaded = OpenCLIPEncoder(config, str(tmp_path / 'RN50.pt'))
     assert loaded.digest() == own.digest()
+
+
+class Harmful(torch.nn.Module):
+    """Writes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path, self.training = state
+        torch.save(torch.ones(1), state[0])
+
+    def forward(self, x):
+        return x
+
+
+def test_torchscript_archive_is_not_run(tiny_clip, tmp_path):
+    target, archive = tmp_path / 'thesis.tex', tmp_path / 'a.pt'
+    torch.jit.script(Harmful(str(target))).save(archive)
+    torch.jit.load(archive)
+    target.unlink()  # it is harmful
+    config = {**json.loads(Path(tiny_clip['model']).read_text()), 'quick_gelu': True}
+    with pytest.raises(ValueError, match=r'a\.pt'):
+        OpenCLIPEncoder(config, str(archive))
+    assert not target.exists()
 
 
 def test_class_names_with_the_same_first_tokens(encoder):

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from dsnet_mm.checkpoint import (
+    check_match,
+    load_checkpoint,
     read_checkpoint,
     restricted_loading,
     write_safetensors,
@@ -162,15 +163,68 @@ def test_what_mmengine_writes_is_read(
     assert 'resumed epoch: 1' in capsys.readouterr().out
 
 
-def test_arrays_and_numbers_are_read(tmp_path: Path) -> None:
-    """Also of NumPy 1, which had ``numpy.core`` for what is ``numpy._core`` now."""
+def checkpoint_of(net: torch.nn.Module, **changes: Any) -> dict[str, Any]:
+    state = dict(net.state_dict()) | changes.pop('weights', {})
+    return dict(state_dict=state, meta=dict(epoch=1)) | changes
+
+
+KEY = 'stages.0.0.proj_in.weight'
+
+
+@pytest.mark.parametrize(
+    ('changes', 'fact'),
+    [
+        *(
+            (dict(state_dict=value), 'state_dict')
+            for value in (None, [], torch.ones(1))
+        ),
+        (dict(state_dict={KEY: 3}), KEY),
+        (dict(state_dict={3: torch.ones(1)}), 'state_dict'),
+        (dict(meta='text'), 'meta'),
+        (dict(meta=dict(dataset_meta='text')), 'dataset_meta'),
+        (dict(meta=dict(dataset_meta=dict(classes='text'))), 'class names'),
+        (dict(weights={KEY: torch.full((16, 16, 1, 1), torch.nan)}), KEY),
+        (dict(weights={KEY: torch.full((16, 16, 1, 1), -torch.inf)}), KEY),
+        *(
+            (
+                dict(weights={KEY: torch.ones(16, 16, 1, 1, dtype=kind)}),
+                f'{kind}.*{KEY}',
+            )
+            for kind in (torch.int64, torch.bool, torch.complex64)
+        ),
+    ],
+)
+def test_what_is_no_state_dict_of_the_model_is_refused(
+    changes: dict[str, Any], fact: str, tmp_path: Path
+) -> None:
+    """By what loads it, starts from it, and initialises a backbone by it."""
+    net = DSNet(ARCH, norm_cfg=dict(type='GN', num_groups=4))
     path = tmp_path / 'a.pth'
-    values = [np.arange(3), np.float64(0.5), np.float32(0.5), np.array(['a', 'bc'])]
-    torch.save(dict(values=values), path, _use_new_zipfile_serialization=False)
-    for name in (b'numpy._core.', b'numpy.core.'):
-        path.write_bytes(path.read_bytes().replace(b'numpy._core.', name))
-        read = read_checkpoint(str(path))['values']
-        assert all(map(np.array_equal, read, values))
+    torch.save(checkpoint_of(net), path)
+    load_checkpoint(net, str(path))
+    torch.save(checkpoint_of(net, **changes), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    for load in (
+        lambda: load_checkpoint(net, str(path)),
+        lambda: check_match(net, str(path)),
+        DSNet(
+            ARCH, norm_cfg=dict(type='GN', num_groups=4), init_cfg=init_cfg
+        ).init_weights,
+    ):
+        with pytest.raises(ValueError, match=rf'a\.pth.*{fact}') as error:
+            load()
+        assert '\n' not in str(error.value)
+
+
+def test_weights_that_are_no_numbers_are_not_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict={'head.fc.bias': torch.tensor([torch.nan])}), path)
+    with pytest.raises(SystemExit, match='2'):
+        tool('test.py').main(['classifier.py', str(path), '--cfg-options', FOLDERS])
+    error = capsys.readouterr().err
+    assert str(path) in error and 'not finite (in head.fc.bias)' in error
 
 
 def test_loading_elsewhere_is_left_alone(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_choice_of_the_data_set(monkeypatch, tmp_path):
     ],
 )
 def test_old_names_say_the_new_form(old, new, task):
-    with pytest.raises(FileNotFoundError, match=rf'{new} .*task={task}$'):
+    with pytest.raises(FileNotFoundError, match=rf'{new}\b.*task={task}'):
         find_config(old)
 
 

@@ -133,10 +133,12 @@ def test_own_method(data, encoder, tmp_path, monkeypatch):
 
 def test_method_whose_classifier_cannot_be_saved_is_refused_before_its_fit(tmp_path):
     fitted = []
-    with pytest.raises(ValueError, match=r'Linear.*register_classifier'):
-        Method('Own', lambda data: fitted.append(data), nn.Linear)
-    with pytest.raises(ValueError, match=r'Linear.*register_classifier'):
-        save_classifier(tmp_path / 'a', nn.Linear(1, 1), {}, ['a'], 'clip')
+    for call in (
+        lambda: Method('Own', fitted.append, nn.Linear),
+        lambda: save_classifier(tmp_path / 'a', nn.Linear(1, 1), {}, ['a'], 'clip'),
+    ):
+        with pytest.raises(ValueError, match=r'Linear.*register_classifier'):
+            call()
     assert not fitted and not list(tmp_path.iterdir())
 
 
@@ -207,10 +209,10 @@ def test_num_epochs():
 @pytest.mark.parametrize(
     ('option', 'fact'),
     [
-        (dict(epochs=3), 'epochs=3 and iterations=200'),
+        (dict(epochs=3), 'epochs=3.*iterations=200'),
         (dict(iterations=-5), '-5'),
-        (dict(batch_size=0), 'at least 1, got 0'),
-        (dict(batch_size=1, text_batches=True), 'at least 2, got 1'),
+        (dict(batch_size=0), 'batch_size.*1.*0'),
+        (dict(batch_size=1, text_batches=True), 'batch_size.*2.*1'),
         (dict(optimizer='Lion'), "optimizer.*'Lion'"),
         (dict(decay_by='step'), "decay_by.*'step'"),
     ],

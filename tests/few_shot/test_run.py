@@ -80,13 +80,14 @@ def test_run_opens_the_test_split_once_and_last(config, work_dir, monkeypatch):
     text = write_report(work_dir, records)
     assert (work_dir / 'results.md').read_text() == text
     assert (work_dir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
-    assert 'Tip-Adapter (oracle)' in text and 'not a result' in text
-    assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d ± \d+\.\d\d f \|', text)
-    assert 'f: nothing was selected' in text, 'all options are set by overrides'
+    assert re.search(r'\| Tip-Adapter \(oracle\) \|.*\nOracle: ', text, re.S)
+    # All options are set by overrides.
+    accuracy = r'\d+\.\d\d ± \d+\.\d\d'
+    assert re.search(rf'\| CLIP-Adapter \| {accuracy} f \|.*\nf: ', text, re.S)
     assert 'CLIP-Adapter alpha=0.2, CLIP-Adapter keep=1.0' in text
-    assert re.search(r'at commit \w+\+?, torch .*, 1 thread', text)
-    assert '"1 shot" is two labels a class' in text
-    assert '3 classes, 24 test images, seeds 1, 2, 3' in text
+    assert re.search(r'commit \w+\+?, torch .*, 1 thread', text)
+    assert re.search(r'\n3 classes, 24 .*seeds 1, 2, 3;', text)
+    assert re.search(r'`val`.*two labels', text)
     about = json.loads((work_dir / 'run.json').read_text())
     assert about['class_names'] == ['blue', 'green sea', 'red']
 
@@ -138,7 +139,7 @@ def test_a_class_without_readable_training_images(config, work_dir, tmp_path):
     (tmp_path / 'sky' / 'train' / 'night' / '0.png').write_bytes(b'no image')
     options = dict(NOTHING, methods=('gda',), on_bad_image='skip')
     config = replace(config, dataset=str(tmp_path / 'sky'), **options)
-    with pytest.raises(ValueError, match="'night' with 1 shots and seed 1"):
+    with pytest.raises(ValueError, match=r"'night'.*\b1 shots.*seed 1"):
         run(config, work_dir, quiet=True)
     assert not (work_dir / 'runs').exists()
 
@@ -174,7 +175,7 @@ def test_folder_of_another_run(config, work_dir, tmp_path, monkeypatch):
     defaults = dict(METHODS['clip_adapter'].defaults, alpha=0.9)
     changed = replace(METHODS['clip_adapter'], defaults=defaults)
     monkeypatch.setitem(METHODS, 'clip_adapter', changed)
-    with pytest.raises(FileExistsError, match='hyper-parameters of clip_adapter'):
+    with pytest.raises(FileExistsError, match='clip_adapter'):
         run(small, work_dir, quiet=True)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'thesis.tex').touch()
@@ -205,8 +206,8 @@ def test_run_is_not_continued_with_other_data(
     else:
         state = torch.load(weights)
         torch.save({k: v + 1 if 'ln' in k else v for k, v in state.items()}, weights)
-    what = {'class': 'images, class names', 'weights': 'weights'}
-    with pytest.raises(FileExistsError, match=what.get(change, 'images changed')):
+    what = {'class': 'images.*class', 'weights': 'weights'}
+    with pytest.raises(FileExistsError, match=what.get(change, 'images')):
         run(small, work_dir, quiet=True)
 
 
@@ -221,21 +222,21 @@ def test_copies_of_test_images_are_refused(
         image.save(images / 'test' / 'red' / 'blue3.bmp')
     options = dict(NOTHING, shots=(16,), views=0)
     config = replace(config, dataset=str(images), **options)
-    with pytest.raises(ValueError, match=r'[12] test images.*0\.png'):
-        run(config, work_dir, quiet=True)
-    (images / 'test' / 'red' / 'bad.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match=r'[12] test images.*0\.png'):
-        run(replace(config, on_bad_image='skip'), work_dir, quiet=True)
-    (images / 'test' / 'red' / 'bad.png').unlink()
+    bad = images / 'test' / 'red' / 'bad.png'
+    for on_bad_image in ('error', 'skip'):
+        with pytest.raises(ValueError, match=r'\b[12] .*0\.png'):
+            run(replace(config, on_bad_image=on_bad_image), work_dir, quiet=True)
+        bad.write_bytes(b'no image')
+    bad.unlink()
     for decode, count in (((), 1), (('--decode',), 2)):
-        with pytest.raises(SystemExit, match=rf'{count} test images.*0\.png'):
+        with pytest.raises(SystemExit, match=rf'\b{count} .*0\.png'):
             tool('check', images, *decode)
     (images / 'test' / 'red' / '0.png').unlink()
     with Image.open(images / 'train' / 'red' / '0.png') as image:
         for i in range(24):
             image.save(images / 'train' / 'red' / f'{i}.png')
         image.save(images / 'test' / 'red' / 'copy.bmp')
-    with pytest.raises(ValueError, match=r'pixels.*(copy|blue3)\.bmp'):
+    with pytest.raises(ValueError, match=r'(copy|blue3)\.bmp'):
         run(config, work_dir, quiet=True)
 
 
@@ -279,7 +280,7 @@ def test_choice():
     assert choose(below).record is zero_shot
     unknown = [zero_shot, record('tip_adapter', None), record('clip_adapter', None)]
     assert choose(unknown).record is unknown[2]
-    assert 'no validation images' in choose(unknown).why
+    assert 'validation' in choose(unknown).why
 
 
 def test_what_selection_is_given(config, encoder, work_dir, monkeypatch):
@@ -340,7 +341,7 @@ def test_options(config, work_dir):
         (dict(selection='oracle'), "'oracle'"),
         (dict(seeds=()), 'seeds'),
         (dict(shots=['a']), 'shots'),
-        (dict(shots=(0,)), 'at least 1, got 0'),
+        (dict(shots=(0,)), 'shots.*0'),
         (dict(views='ten'), "views.*'ten'"),
         (dict(crop_scale=0.5), 'crop_scale.*0.5'),
         (dict(overrides={'gda': 3}), 'gda'),
@@ -350,7 +351,7 @@ def test_options(config, work_dir):
     ):
         with pytest.raises(ValueError, match=fact):
             replace(config, **options)
-    with pytest.raises(ValueError, match='16 shots'):
+    with pytest.raises(ValueError, match=r'\b16\b'):
         run(replace(config, shots=(1, 16)), work_dir, quiet=True)
     assert not work_dir.exists(), 'nothing is written'
 
@@ -412,7 +413,7 @@ def test_bad_arguments_of_the_command_line(tool, tmp_path, image_folder):
     (tmp_path / 'other.py').write_text('model = dict()')
     for arguments, fact in (
         ((tmp_path / 'other.py',), r'other\.py.*few_shot'),
-        ((), 'dataset and the model'),
+        ((), 'dataset.*model'),
         ((image_folder,), 'model'),
         ((image_folder, '--dataset', 'x'), 'images.*x'),
         (('my_imges',), 'my_imges.*folder'),

@@ -190,6 +190,17 @@ def test_numbers_instead_of_unknown_names(
     assert (out / 'images' / 'a.png').is_file()
 
 
+@pytest.mark.parametrize('name', ['mask_rcnn', 'classifier'])
+def test_each_class_of_the_model_needs_a_name(
+    name: str, folder: Path, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoint = torch.load(checkpoints[name])
+    checkpoint['meta'] = dict(dataset_meta=dict(classes=['square']))
+    torch.save(checkpoint, tmp_path / 'few.pth')
+    with pytest.raises(ValueError, match=r'few\.pth.* 1 .* 2 '):
+        Predictor(folder / f'{name}.py', tmp_path / 'few.pth')
+
+
 @pytest.mark.parametrize(
     ('options', 'fact'),
     [

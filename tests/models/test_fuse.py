@@ -213,7 +213,7 @@ def test_what_is_no_ds_block_is_refused() -> None:
         pass
 
     for model in (Block(16, 2), nn.Sequential(Block(16, 2))):
-        with pytest.raises(ValueError, match='Block is a subclass'):
+        with pytest.raises(ValueError, match=r'\bBlock\b.*subclass'):
             fuse_for_inference(model)
 
 
@@ -221,7 +221,7 @@ def test_it_cannot_be_trained() -> None:
     net = fuse_for_inference(network())
     assert not any(list(part.parameters()) for part in (net.patch_embeds, net.stages))
     for model in (net, nn.Sequential(net), net.stages[0][0], net.patch_embeds[0]):
-        with pytest.raises(ValueError, match='trained'):
+        with pytest.raises(ValueError, match='fused'):
             model.train()
     assert net.eval() is net.train(False) is net
     block, x = fuse_for_inference(DSBlock(64, 1)), torch.randn(1, 64, 5, 5)
@@ -240,7 +240,7 @@ def test_state_dicts_of_another_form_are_refused(load, strict: bool) -> None:
         expected = fused(x)
         for part in ('', 'stages.1.0', 'patch_embeds.1'):
             state = net.get_submodule(part).state_dict()
-            with pytest.raises(ValueError, match='that was not'):
+            with pytest.raises(ValueError, match=next(iter(state))):
                 load(fused.get_submodule(part), state, strict=strict)
         assert equal(fused(x), expected)
 

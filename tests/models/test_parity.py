@@ -6,6 +6,7 @@ They come from an independent implementation, see ``tests/data/README.md``.
 import io
 import os
 import pickle
+import random
 import re
 from argparse import Namespace
 from contextlib import redirect_stderr
@@ -121,7 +122,7 @@ def test_converted_checkpoint_fits_the_configuration(arch, tmp_path):
             dict(model={'layer1.0.conv1.weight': torch.zeros(1)}),
             'layer1.0.conv1.weight',
         ),
-        (dict(epoch=3), 'state dict'),
+        (dict(epoch=3), 'src.pth'),
         (None, 'src.pth'),
         (b'not a checkpoint', 'src.pth'),
     ],
@@ -185,6 +186,75 @@ def test_paddle_equals_the_public_code_and_goes_back(form: str, tmp_path: Path) 
     assert all(np.array_equal(back[key], original[key]) for key in back)
 
 
+@pytest.mark.parametrize('suffix', ['pth', 'pdparams', 'reverse'])
+def test_mutated_checkpoints_end_in_a_sentence(suffix: str, tmp_path: Path) -> None:
+    """Names, shapes, types and bytes of a small one are changed."""
+    arch = dict(embed_dims=(16, 16, 32, 32), depths=(1,) * 4, num_heads=(1,) * 4)
+    state = {f'backbone.{k}': v for k, v in DSNet(arch).state_dict().items()}
+    state |= {'head.fc.weight': torch.ones(5, 32), 'head.fc.bias': torch.ones(5)}
+    torch.save(dict(state_dict=state), tmp_path / 'ours.pth')
+    options = ['--reverse'] if suffix == 'reverse' else []
+    src = tmp_path / f'src.{suffix.replace("reverse", "pth")}'
+    if suffix == 'reverse':
+        names = dict(state_dict=state)
+    else:
+        public = tmp_path / f'public.{suffix}'
+        convert(tmp_path / 'ours.pth', public, '--reverse')
+        read = (
+            torch.load
+            if suffix == 'pth'
+            else lambda path: pickle.loads(path.read_bytes())
+        )
+        names = read(public)
+    rng = random.Random(0)
+    junk = [
+        *(
+            None,
+            3,
+            'text',
+            [],
+            {},
+            torch.tensor(2),
+            torch.tensor(1.0),
+            torch.ones(2, 2),
+        ),
+        *(torch.full((16,), torch.nan), torch.ones(16).int(), torch.ones(10**6)),
+        *(torch.ones(16, dtype=torch.bfloat16), np.ones(3), np.ones(3, np.longdouble)),
+        *(np.array(1.0), np.ones(16, '>f4'), np.array(['a']), np.ones(16, complex)),
+    ]
+    codes = []
+    for i in range(60):
+        changed = dict(names.get('model') or names.get('state_dict') or names)
+        key = rng.choice([*changed])
+        other = rng.choice(
+            [3, '', 'blocks1.99999999.norm1.bias', 'blocks1.x', key[:-3]]
+        )
+        if rng.random() < 0.6:
+            changed[key] = rng.choice(junk)
+        else:
+            changed[other] = changed.pop(key)
+        content = io.BytesIO()
+        if suffix == 'pdparams':
+            pickle.dump(changed, content)
+        else:
+            torch.save({next(iter(names)): changed}, content)
+        content = bytearray(content.getvalue())
+        if i % 3 == 0:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        src.write_bytes(content)
+        out = (
+            tmp_path / f'{i}.pdparams' if suffix == 'reverse' else tmp_path / f'{i}.pth'
+        )
+        errors = io.StringIO()
+        try:
+            with redirect_stderr(errors):
+                convert(src, out, *options)
+        except SystemExit as error:
+            codes.append(error.code)
+            assert ': error: ' in errors.getvalue()
+    assert {*codes} == {2} and len(codes) > 40
+
+
 def test_ours_goes_back_to_public_names(converted, tmp_path):
     torch.save(dict(state_dict=converted), tmp_path / 'ours.pth')
     public = convert(tmp_path / 'ours.pth', tmp_path / 'public.pth', '--reverse')
@@ -206,13 +276,13 @@ class Runs:
 @pytest.mark.parametrize(
     ('change', 'fact'),
     [
-        (lambda s: s.pop('blocks3.2.norm1._mean'), '1 tensors'),
+        (lambda s: s.pop('blocks3.2.norm1._mean'), 'stages.2.2.norm1.running_mean'),
         (lambda s: s.pop('head.bias'), 'head.fc.bias'),
-        (lambda s: s.pop('patch_embed1.proj.bias'), 'a part of one'),
+        (lambda s: s.pop('patch_embed1.proj.bias'), '[0, 128, 320, 512]'),
         (lambda s: s.update(more=s['head.bias']), "'more'"),
         (lambda s: s.update({'head.bias': s['head.bias'][:7]}), 'head.fc.weight'),
-        (lambda s: s.update({'head.bias': 'text'}), 'no parameters'),
-        (lambda s: s.clear(), 'no parameters'),
+        (lambda s: s.update({'head.bias': 'text'}), 'a.pdparams'),
+        (lambda s: s.clear(), 'a.pdparams'),
         (lambda s: s.update(more=os.getcwd), 'posix.getcwd'),
         (lambda s: s.update(more=Runs('ran')), 'posix.mkdir'),
     ],

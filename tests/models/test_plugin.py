@@ -117,10 +117,12 @@ def test_report_names_the_commands_that_solve_a_problem(monkeypatch):
     for module in (environment, __main__):
         monkeypatch.setattr(module, 'find_installed', installed.get)
     problems = ' '.join(__main__.find_problems())
-    assert 'mmengine and onedl-mmengine are both installed' in problems
-    assert 'pip uninstall mmengine onedl-mmengine' in problems
-    assert 'mmcv (>=2.0.0, <2.4), which is installed in version 1.7.0' in problems
-    assert 'pip install --no-build-isolation onedl-mmcv==2.3.6' in problems
+    for fact in (
+        'pip uninstall mmengine onedl-mmengine',
+        r'mmcv \(>=2\.0\.0, <2\.4\).*1\.7\.0',
+        'pip install --no-build-isolation onedl-mmcv==2.3.6',
+    ):
+        assert re.search(fact, problems), fact
 
 
 def test_report_of_a_missing_optional_package(monkeypatch, capsys):
@@ -137,8 +139,8 @@ def test_report_of_a_missing_optional_package(monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', '200')
     __main__.main()
     out = capsys.readouterr().out
-    assert 'pip install --no-build-isolation onedl-mmdetection==3.5.1' in out
-    assert 'needs mmdet' not in out
+    (line,) = (x for x in out.splitlines() if 'onedl-mmdetection==3.5.1' in x)
+    assert 'pip install --no-build-isolation' in line and 'Problem' not in line
 
 
 @pytest.mark.skipif(shutil.which('git') is None, reason='git is missing')
@@ -181,5 +183,6 @@ def test_error_without_mmcv_names_the_command(tmp_path):
         'import dsnet_mm.models',
         tmp_path,
     )
-    assert 'dsnet_mm.models needs mmcv (>=2.0.0, <2.4)' in done.stderr
-    assert 'pip install --no-build-isolation' in done.stderr
+    assert re.search(
+        r'mmcv \(>=2\.0\.0, <2\.4\).*pip install --no-build-isolation', done.stderr
+    )

@@ -234,7 +234,7 @@ def test_a_check_has_the_threads_of_the_record(
     assert (first.threads, second.threads) == (1, torch.get_num_threads())
     script = 'import os, sys; sys.exit(os.environ["OMP_NUM_THREADS"] != "1")'
     assert 0 < runs._call(['-c', script], 1) < 10
-    with pytest.raises(RuntimeError, match='failed'):
+    with pytest.raises(RuntimeError, match='import os, sys'):
         runs._call(['-c', script], 2)
     called = []
     monkeypatch.setattr(runs, '_call', lambda *call: called.append(call) or 1 / 0)
@@ -295,7 +295,7 @@ def test_report(table: Path):
     # Student's t for three values: 4.303 standard errors. The gaps are -10, -8, -9.
     assert '| Ours | 3 | 3.0 | 61.0 ± 2.5 | - |' in text
     assert '| Theirs | 3 | 3.0 | 52.0 ± 5.0 | -9.0 ± 2.5 |' in text
-    assert '6 of 6 runs' in text
+    assert '\n6 of 6 ' in text
     assert report.summary([60.0, 62.0]) == '61.0', 'two values have no interval'
     assert report.plot('small', results)[1:4] == b'PNG'
 
@@ -306,7 +306,7 @@ def test_report(table: Path):
 
     close = {**result, 'metrics': {'accuracy/top1': 61.5}}
     compare = (TABLE.rows[0], 2, close, result)
-    assert report.compare('small', *compare).endswith('reproduced')
+    assert re.search(r'61\.5.*61\.0', report.compare('small', *compare))
     close['metrics'] = {'accuracy/top1': 59.0}
-    with pytest.raises(ValueError, match=r'59\.0, recorded 61\.0'):
+    with pytest.raises(ValueError, match=r'59\.0.*61\.0'):
         report.compare('small', *compare)

@@ -42,7 +42,7 @@ def test_onnx_of_a_classifier(folder: Path, tmp_path: Path, capsys) -> None:
     export = module.export
     module.export = lambda net: program.append(export(net)) or program[0]
     module.main(args)
-    assert 'any size from 97 x 97' in capsys.readouterr().out
+    assert '97 x 97' in capsys.readouterr().out
     run = decode(out.read_bytes(), '.onnx')
     assert max(differences(net, run, [(1, 97, 300), (4, 301, 99)])) < 1e-4
     images = torch.randn(1, 3, 111, 222)
@@ -58,7 +58,7 @@ def test_onnx_of_a_classifier(folder: Path, tmp_path: Path, capsys) -> None:
     weights['state_dict']['head.fc.weight'] *= 1.01
     torch.save(weights, checkpoint)
     args[2] = str(tmp_path / 'refused.pt2')
-    with pytest.raises(SystemExit, match='Nothing is written'):
+    with pytest.raises(SystemExit, match='--tolerance'):
         module.main(args)
     assert not Path(args[2]).exists()
 

@@ -1,6 +1,7 @@
 """Counts, times, memory, benchmark.py and get_flops.py."""
 
 import csv
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -152,20 +153,21 @@ def test_table_plot_and_existing_files(
     [
         ('--models ours resnet', "'resnet'"),
         ('--size 64x', 'HEIGHTxWIDTH'),
-        ('--size 16', "32 pixels at least, got '16'"),
-        ('--turns 1', '--turns is 2 at least, got 1'),
-        ('--batch 0', '--batch is 1 at least, got 0'),
-        ('--attn-drop-rate 1', '[0, 1), got 1.0'),
-        (f'--out {__file__}', f'folder, but {__file__}'),
+        ('--size 16', "32.*'16'"),
+        ('--turns 1', '--turns .*2.*1'),
+        ('--batch 0', '--batch .*1.*0'),
+        ('--attn-drop-rate 1', r'--attn-drop-rate .*1\.0'),
+        (f'--out {__file__}', __file__),
         ('--against nowhere', 'nowhere'),
-        ('--against . --models ours', 'leave out --models'),
-        ('--against . --turns 2', '3 --turns'),
+        ('--against . --models ours', '--models'),
+        ('--against . --turns 2', '3 --turns.*2'),
     ],
 )
 def test_wrong_arguments(benchmark, args, fact, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args(args.split())
-    assert fact in ' '.join(capsys.readouterr().err.split())
+    message = ' '.join(capsys.readouterr().err.split()).partition(' error: ')[2]
+    assert re.search(fact, message)
 
 
 def test_without_timm(benchmark, monkeypatch, capsys):
@@ -253,7 +255,7 @@ def test_workers_take_turns(monkeypatch):
 
 def test_error_of_a_worker(checkout, capfd):
     (checkout / 'dsnet_mm' / 'models' / '__init__.py').write_text('1 / 0')
-    with pytest.raises(RuntimeError, match=f'{checkout} ended with status 1'):
+    with pytest.raises(RuntimeError, match=f'{checkout}.*1'):
         next(against.compare(checkout, [PANEL], 3, 1))
     assert 'ZeroDivisionError' in capfd.readouterr().err
 
@@ -265,5 +267,5 @@ def test_only_one_of_the_checkouts_has_compiled_ops(checkout):
         binary.unlink()
     if not binaries:
         (checkout / 'dsnet_mm/ops/_C.so').touch()
-    with pytest.raises(ValueError, match=r'are compiled in .* and not in'):
+    with pytest.raises(ValueError, match=f'{checkout}.*build_ext'):
         against.check_checkout(checkout)

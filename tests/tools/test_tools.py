@@ -346,7 +346,7 @@ def test_checkpoints_are_not_trained_over(
     assert f'load_from={weights}' in error(f'--resume={weights}')
     assert '--resume' in error(f'--work-dir={tmp_path}')
     # One of another model is refused.
-    facts = r'missing, .* head\.fc\.weight.* unknown to the model, .* bbox_head\.\S+'
+    facts = r'head\.fc\.weight.* bbox_head\.\S+'
     assert re.search(facts, error(str(detector), name='test.py'))
 
 
@@ -407,9 +407,9 @@ def test_a_checkpoint_is_loaded_if_it_fits(prefix: str, tmp_path: Path) -> None:
     assert torch.equal(net[0].weight, before['0.weight'] + 1)
     bias = f'{prefix}0.bias'
     for changed, facts in (
-        ({k: v for k, v in state.items() if k != bias}, r'1 .* missing, .* 0\.bias'),
-        (state | {f'{prefix}2.bias': torch.zeros(1)}, r'1 .* unknown .* 2\.bias'),
-        (state | {bias: torch.zeros(9)}, r'1 .* shape.* 0\.bias.*\[9\]'),
+        ({k: v for k, v in state.items() if k != bias}, r'\b1 .*missing.* 0\.bias'),
+        (state | {f'{prefix}2.bias': torch.zeros(1)}, r'\b1 .* 2\.bias'),
+        (state | {bias: torch.zeros(9)}, r'\b1 .* 0\.bias.*\[9\]'),
     ):
         torch.save(changed, path)
         with pytest.raises(ValueError, match=facts):

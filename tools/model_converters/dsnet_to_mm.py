@@ -12,13 +12,10 @@ ends with ``.pdparams`` gives the format of PaddleClas.
 """
 
 import argparse
-import codecs
 import io
 import pickle
 import re
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor
 from dsnet_mm.checkpoint import read_checkpoint
 from dsnet_mm.files import write_atomic
 from dsnet_mm.models import DSNet
+from dsnet_mm.weights import check_finite, check_kinds, read_paddle, read_pickled
 
 # Inside a block: public name -> ours.
 BLOCK_NAMES = {
@@ -81,11 +79,16 @@ def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]
     block = r'backbone\.stages\.{}\.(\d+)\.' if reverse else r'blocks{}\.(\d+)\.'
     patches = 'backbone.patch_embeds.{}.projection' if reverse else 'patch_embed{}.proj'
     bias = f'{"head.fc" if reverse else "head"}.bias'
-    depths, widths = [], []
-    for stage in stages:
-        found = (re.match(block.format(stage), key) for key in state)
-        depths.append(max((int(match[1]) + 1 for match in found if match), default=0))
-        widths.append(len(state.get(f'{patches.format(stage)}.bias', ())))
+
+    def length(key: str) -> int:
+        shape = state[key].shape if key in state else ()
+        return shape[0] if len(shape) == 1 else 0
+
+    depths = [
+        len({m[1] for m in (re.match(block.format(stage), k) for k in state) if m})
+        for stage in stages
+    ]
+    widths = [length(f'{patches.format(stage)}.bias') for stage in stages]
 
     def check_known(key: str, known: bool) -> None:
         if not known:
@@ -96,17 +99,23 @@ def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]
             )
 
     check_known(next(iter(state), ''), any(depths))
-    if 0 in depths + widths:
+    # Each block has more than 20 tensors, and more than one as large as its width
+    # squared. A file that demands more than it holds is not built.
+    squares = sum(d * w * w for d, w in zip(depths, widths, strict=True))
+    held = sum(tensor.numel() for tensor in state.values())
+    if 0 in depths + widths or 20 * sum(depths) > len(state) or squares > held:
         raise ValueError(
             f'the checkpoint has {depths} blocks and {widths} channels in the stages '
             f'of DS-Net; it is a part of one'
         )
     network = DSNet(dict(embed_dims=widths, depths=depths, num_heads=(1, 1, 1, 1)))
     names = {f'backbone.{key}': public_name(key) for key in network.state_dict()}
-    shapes = {f'backbone.{key}': x.shape for key, x in network.state_dict().items()}
+    own = {f'backbone.{key}': x for key, x in network.state_dict().items()}
+    shapes = {key: x.shape for key, x in own.items()}
     for name in ('weight', 'bias'):
         names[f'head.fc.{name}'] = f'head.{name}'
-    classes = len(state.get(bias, ()))
+        own[f'head.fc.{name}'] = torch.empty(0)
+    classes = length(bias)
     shapes |= {'head.fc.weight': (classes, widths[3]), 'head.fc.bias': (classes,)}
     ours = {key if reverse else public: key for key, public in names.items()}
     for key in state:
@@ -124,6 +133,8 @@ def rename(state: dict[str, Tensor], reverse: bool = False) -> dict[str, Tensor]
             f'{len(differing)} tensors differ from those of DS-Net with {depths} '
             f'blocks, for example {key}: {shape} and not {tuple(shapes[key])}'
         )
+    check_kinds(own, given, 'the checkpoint')
+    check_finite(given, 'the checkpoint')
     return {names[k]: x for k, x in given.items()} if reverse else given
 
 
@@ -153,38 +164,11 @@ def to_paddle(public: dict[str, Tensor]) -> dict[str, np.ndarray]:
     for key, tensor in public.items():
         name = key.rpartition('.')[2]
         if name != COUNTER:
+            if tensor.dtype == torch.bfloat16:  # which NumPy does not have
+                tensor = tensor.float()
             array = (tensor.T if tensor.ndim == 2 else tensor).contiguous().numpy()
             arrays[key.removesuffix(name) + STATISTICS.get(name, name)] = array
     return arrays
-
-
-class PaddleUnpickler(pickle.Unpickler):
-    """Reads what ``paddle.save`` writes: NumPy arrays by name. Refuses all else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns one of the few functions that such a file may call."""
-        multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
-        allowed = {
-            'numpy.core.multiarray._reconstruct': multiarray._reconstruct,
-            'numpy._core.multiarray._reconstruct': multiarray._reconstruct,
-            'numpy.ndarray': np.ndarray,
-            'numpy.dtype': np.dtype,
-            # The bytes of an array in old pickles.
-            '_codecs.encode': _encode_latin1,
-            # Some versions of Paddle store a pair of name and array.
-            'builtins.tuple': tuple,
-            '__builtin__.tuple': tuple,
-            'collections.OrderedDict': OrderedDict,
-        }
-        if f'{module}.{name}' not in allowed:
-            raise pickle.UnpicklingError(f'it names {module}.{name}')
-        return allowed[f'{module}.{name}']
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != 'latin1':
-        raise pickle.UnpicklingError(f'it names the encoding {encoding!r}')
-    return codecs.encode(text, encoding)
 
 
 def load_paddle(src: Path) -> dict[str, Tensor]:
@@ -197,15 +181,7 @@ def load_paddle(src: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds anything but arrays of floating-point numbers.
     """
-    _check(src)
-    try:
-        with src.open('rb') as file:
-            arrays = PaddleUnpickler(file).load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(
-            f'{src} cannot be loaded as parameters of Paddle; it is damaged or holds '
-            f'objects that are not safe to load ({error}).'
-        ) from error
+    arrays = read_paddle(src)
     if isinstance(arrays, dict):
         # Paddle 2.0 stores its own names of the parameters beside them.
         arrays.pop('StructuredToParameterName@@', None)
@@ -214,8 +190,10 @@ def load_paddle(src: Path) -> dict[str, Tensor]:
             for key, value in arrays.items()
         }
     if not (isinstance(arrays, dict) and arrays) or not all(
-        isinstance(value, np.ndarray) and value.dtype.kind == 'f'
-        for value in arrays.values()
+        isinstance(key, str)
+        and isinstance(value, np.ndarray)
+        and value.dtype.kind == 'f'
+        for key, value in arrays.items()
     ):
         raise ValueError(
             f'{src} holds no parameters: arrays of floating-point numbers.'
@@ -230,36 +208,24 @@ def load_public(src: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds anything but tensors and training settings.
     """
-    _check(src)
-    try:
-        # The public training script stores its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(src, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f'{src} cannot be loaded as a file of tensors; it is damaged or holds '
-            f'objects that are not safe to load.'
-        ) from error
+    # The public training script stores its arguments beside the weights.
+    checkpoint = read_pickled(src, ignore=('argparse.Namespace',))
     state = checkpoint.get('model', checkpoint) if isinstance(checkpoint, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not (isinstance(state, dict) and state) or not all(
+        isinstance(key, str) and isinstance(value, Tensor)
+        for key, value in state.items()
+    ):
         raise ValueError(
             f'{src} holds no state dict, neither bare nor under the key "model".'
         )
     return state
 
 
-def _check(src: Path) -> None:
-    if not src.is_file():
-        raise FileNotFoundError(f'No checkpoint at {src}.')
-
-
 def convert(src: Path, dst: Path, reverse: bool) -> tuple[int, bytes]:
     """Returns the number of tensors, and the content of the converted file."""
     buffer = io.BytesIO()
     if reverse:
-        _check(src)
-        checkpoint = read_checkpoint(str(src))
-        state = rename(checkpoint.get('state_dict', checkpoint), reverse=True)
+        state = rename(read_checkpoint(str(src))['state_dict'], reverse=True)
         if dst.suffix == '.pdparams':
             arrays = to_paddle(state)
             return len(arrays), pickle.dumps(arrays, protocol=4)
@@ -296,9 +262,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.dst.exists():
             raise ValueError(f'{args.dst} exists and is left alone; choose another.')
         count, content = convert(args.src, args.dst, args.reverse)
-    except (FileNotFoundError, ValueError) as error:
+        write_atomic(args.dst, content)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    write_atomic(args.dst, content)
     print(f'{count} tensors -> {args.dst}')
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsnet_mm.checkpoint import read_checkpoint, restricted_loading
 from dsnet_mm.models.layers import DSBlock, PatchEmbed
 from dsnet_mm.registry import MODELS
+from dsnet_mm.weights import check_kinds
 
 
 @MODELS.register_module()
@@ -235,8 +236,9 @@ class DSNet(BaseModule):
     def _check_fit(self, checkpoint: str, prefix: str) -> None:
         if prefix and not prefix.endswith('.'):
             prefix += '.'
-        state = read_checkpoint(checkpoint)
-        state = state.get('state_dict', state)
+        state = read_checkpoint(checkpoint)['state_dict']
+        own = {prefix + key: value for key, value in self.state_dict().items()}
+        check_kinds(own, state, checkpoint)
 
         def stage_shapes(state: dict[str, Tensor], prefix: str) -> dict:
             # Output norms are not compared: a classifier only has the last one.
