@@ -2,7 +2,9 @@
 
 import argparse
 import atexit
+import ctypes
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -180,6 +182,8 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
     cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
     if args.launcher != 'pytorch':
         return
+    if torch.distributed.is_torchelastic_launched():
+        end_with_parent()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if get_device() == 'cpu':
         backend = dist_cfg.get('backend', 'nccl')
@@ -198,6 +202,13 @@ def set_run(cfg: Config, args: argparse.Namespace) -> None:
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
         cfg.model_wrapper_cfg = wrapper | (cfg.get('model_wrapper_cfg') or {})
+
+
+def end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends, on Linux."""
+    if sys.platform == 'linux':
+        parent_death = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
 
 
 def end_run(code: int = 0) -> None:

@@ -1,11 +1,9 @@
 """Signals that stop a training, and processes that end with it."""
 
 import atexit
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +18,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler
 
+from dsnet_mm.engine.launch import end_with_parent
 from dsnet_mm.engine.resume import POINTER, STOPPED
 from dsnet_mm.files import write_atomic
 
@@ -198,9 +197,7 @@ class _TimedLoader(DataLoader):
 def _start_worker(parent: int, init: Callable | None, worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == 'linux':
-        parent_death = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
+    end_with_parent()
     if multiprocessing.get_start_method() == 'fork' and os.getppid() != parent:
         os._exit(1)  # it ended before
     if init:
