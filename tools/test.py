@@ -12,7 +12,12 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from dsnet_mm.checkpoint import load_checkpoint, restricted_loading, unwrap
-from dsnet_mm.engine.config import check_classes, check_data, load_config
+from dsnet_mm.engine.config import (
+    building_data,
+    check_classes,
+    check_data,
+    load_config,
+)
 from dsnet_mm.engine.launch import (
     add_config_arguments,
     add_run_arguments,
@@ -133,6 +138,8 @@ def test(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             runner.register_hook(dict(type='dsnet_mm.FuseHook'))
         # MMEngine loads it again, for its hooks, and would only warn of a misfit.
         load_checkpoint(runner.model, args.checkpoint)
+        with building_data(cfg, ['test']):
+            _ = runner.test_loop
         if args.tta and getattr(unwrap(runner.model), 'with_mask', False):
             raise ValueError(
                 '--tta merges boxes only, and this model predicts masks too; leave '

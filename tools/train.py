@@ -16,6 +16,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from dsnet_mm.checkpoint import check_match, load_checkpoint, restricted_loading
 from dsnet_mm.datasets.loading import UnreadableImageError
 from dsnet_mm.engine.config import (
+    building_data,
     check_classes,
     check_data,
     check_pretrained,
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
                 remove_parts(checkpoint_folder(cfg))
             set_start(cfg, args.resume)
             runner = build_runner(cfg)
+            with building_data(cfg, ('train', 'val')):
+                _ = runner.train_loop, runner.val_loop
         if args.resume and not cfg.resume:
             runner.logger.info(
                 f'{cfg.work_dir} holds nothing to resume from; training starts anew.'

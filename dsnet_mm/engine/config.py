@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from dsnet_mm.checkpoint import read_checkpoint
-from dsnet_mm.datasets.coco import check_class_order
+from dsnet_mm.datasets.coco import check_class_order, read_coco
 from dsnet_mm.files import check_file
 
 SCOPES = ('mmdet', 'mmpretrain')
@@ -255,20 +256,47 @@ def check_classes(cfg: Config, splits: Sequence[str]) -> None:
         ValueError: If a label has another name in the annotation file than in the
             configuration, or a head of the model has too few classes.
     """
+    for part, node, path in coco_files(cfg, splits):
+        from mmdet.datasets import CocoDataset
+
+        classes = CocoDataset._load_metainfo(node.get('metainfo'))['classes']
+        check_class_order(path, classes)
+        if len(classes) > (most := most_classes(cfg)):
+            raise ValueError(
+                f'{part} has {len(classes)} classes, and a head of the model has '
+                f'num_classes={most}; set it in each head'
+            )
+
+
+def coco_files(cfg: Config, splits: Sequence[str]) -> Iterator[tuple[str, dict, str]]:
+    """Yields the data sets in COCO's format: data loader, data set, annotation file."""
     for part in (f'{split}_dataloader' for split in splits):
         for node in dicts_in(cfg.get(part)):
             path = os.path.join(node.get('data_root') or '', node.get('ann_file') or '')
-            if _kind_of(node) != 'CocoDataset' or not os.path.isfile(path):
-                continue
-            from mmdet.datasets import CocoDataset
+            if _kind_of(node) == 'CocoDataset' and os.path.isfile(path):
+                yield part, node, path
 
-            classes = CocoDataset._load_metainfo(node.get('metainfo'))['classes']
-            check_class_order(path, classes)
-            if len(classes) > (most := most_classes(cfg)):
+
+@contextmanager
+def building_data(cfg: Config, splits: Sequence[str]) -> Iterator[None]:
+    """Names the annotation file that is wrong if data sets cannot be built.
+
+    mmdet reads it without a check.
+
+    Raises:
+        ValueError: If there is such a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        for _, _, path in coco_files(cfg, splits):
+            _, wrong = read_coco(path)
+            if wrong:
                 raise ValueError(
-                    f'{part} has {len(classes)} classes, and a head of the model has '
-                    f'num_classes={most}; set it in each head'
-                )
+                    f'{path} is not as COCO files are: {wrong[0]}; tools/check_data.py '
+                    f'names all errors'
+                ) from error
+        raise
 
 
 def most_classes(cfg: Config) -> float:

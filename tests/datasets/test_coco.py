@@ -104,3 +104,27 @@ def test_training_is_refused(
         tool('train.py').main(['mask_rcnn.py', '--cfg-options', COCO, option])
     assert fact in ' '.join(capsys.readouterr().err.split())
     assert not Path('work_dirs').exists()
+
+
+@pytest.mark.parametrize('loader', ['train', 'val'])
+def test_a_file_that_mmdet_cannot_read_is_named(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    loader: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    name = f'instances_{loader}2017.json'
+    annotations = folder / 'sets' / 'coco' / 'annotations' / name
+    content = json.loads(annotations.read_text())
+    del content['images'][1]['width']
+    damaged = tmp_path / 'damaged.json'
+    damaged.write_text(json.dumps(content))
+    options = [COCO, f'{loader}_dataloader.dataset.ann_file={damaged}']
+    words = ['mask_rcnn.py', '--work-dir', str(tmp_path / 'run'), '--cfg-options']
+    with pytest.raises(SystemExit, match='2'):
+        tool('train.py').main([*words, *options])
+    error = ' '.join(capsys.readouterr().err.split())
+    assert 'damaged.json' in error
+    assert 'images[1]: width' in error
