@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from math import ceil
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ class _TimedLoader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
+            except (ConnectionError, EOFError) as error:
+                # PyTorch tells that a worker ended, by an error of its handler of
+                # SIGCHLD, but perhaps not before this one.
+                wait([worker.sentinel for worker in batches._workers], 5)
+                raise RuntimeError('DataLoader worker does not answer') from error
             finally:
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, before)

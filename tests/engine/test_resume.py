@@ -505,7 +505,7 @@ def test_workers_die_with_the_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('number', 'fact'), [(SIGKILL, 'killed by signal'), (SIGSTOP, 'timed out after 1')]
+    ('number', 'fact'), [(SIGKILL, 'DataLoader worker'), (SIGSTOP, 'timed out after 1')]
 )
 def test_a_worker_that_ends_or_hangs_ends_the_training(
     number: int, fact: str, tmp_path: Path, capsys: pytest.CaptureFixture
