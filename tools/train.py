@@ -45,6 +45,7 @@ from dsnet_mm.engine.stopping import (
     StopHook,
     TrainingStopped,
     WorkerHook,
+    end_workers,
     stop_signals,
 )
 from dsnet_mm.files import remove_parts
@@ -140,6 +141,8 @@ def train(parser: argparse.ArgumentParser, runner: Runner | FlexibleRunner) -> N
         if not (sentence := describe(error)):
             raise
         parser.exit(1, f'{parser.prog}: training stopped: {sentence}\n')
+    finally:
+        end_workers()
 
 
 def describe(error: Exception) -> str | None:

@@ -148,7 +148,7 @@ class WorkerHook(Hook):
     """
 
     def __init__(self) -> None:
-        atexit.register(_kill_workers)
+        atexit.register(end_workers)
 
     def before_train(self, runner: Runner) -> None:
         """Sets what workers for training and validation begin with."""
@@ -210,8 +210,10 @@ def _start_worker(parent: int, init: Callable | None, worker: int) -> None:
         init(worker)
 
 
-def _kill_workers() -> None:
-    """Ends workers that are stopped or hang. Python would wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error
+def end_workers() -> None:
+    """Kills all workers. Python would wait for those that are stopped or hang."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error
     for child in multiprocessing.active_children():
         child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, before)
