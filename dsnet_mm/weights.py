@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 # -------------------------------------------------------------------------- checks
@@ -494,17 +494,12 @@ def read_safetensors(path: str | Path) -> dict[str, Any]:
         file by name.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If it cannot be read.
     """
-    try:
-        with safe_open(str(path), framework='pt') as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(
-            f'{path} cannot be read as a checkpoint; it is damaged or something else '
-            f'({error})'
-        ) from error
+    with _opened(path), safe_open(str(path), framework='pt') as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        meta = dict(file.metadata() or {})
     for name, value in state.items():
         if value.is_floating_point() and value.dtype.itemsize < 4:
             state[name] = value.float()

@@ -7,7 +7,7 @@
 # FAMILY: which OpenMMLab packages: onedl (maintained), openmmlab (official) or none.
 # TORCH: which PyTorch, as a requirement.
 #
-# By default the packages are those of requirements/*.txt (`make lock` writes them), and
+# By default the packages are those of requirements/ (`make lock` writes onedl.txt), and
 # the SHA-256 of each is checked. With another FAMILY, or a TORCH, pip chooses within the
 # ranges of pyproject.toml and checks none.
 set -euo pipefail

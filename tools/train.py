@@ -52,7 +52,7 @@ from dsnet_mm.files import remove_parts
 from dsnet_mm.models import DSNet
 from dsnet_mm.weights import DamagedCheckpointError
 
-STOPPED = 143
+STOPPED_BY_SIGNAL = 143
 """Exit code of a training that a signal stopped, and that goes on by ``--resume``."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -136,7 +136,7 @@ def train(parser: argparse.ArgumentParser, runner: Runner | FlexibleRunner) -> N
     except TrainingStopped as error:
         if is_main_process():
             print(f'{parser.prog}: training stopped by {error}')
-        end_run(STOPPED)
+        end_run(STOPPED_BY_SIGNAL)
     except Exception as error:
         if not (sentence := describe(error)):
             raise
