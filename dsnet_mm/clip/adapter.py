@@ -1,5 +1,7 @@
 """CLIP-Adapter (arXiv 2110.04544)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,11 @@ PRESETS: dict[str, dict] = {
         input_norm=False,
         output_norm=True,
         learn_classifier=False,
+        residual=False,
+        keep=0.0,
     ),
+    # Ours: safe without validation images, see docs/clip_adapter.md.
+    'default': dict(residual=True, keep=5.0),
     # github.com/gaopengcuhk/CLIP-Adapter, also used by CLAP and ProLIP.
     'released': dict(second_relu=True),
     # CLIP-Adapter as in the paper of Tip-Adapter.
@@ -28,6 +34,10 @@ PRESETS: dict[str, dict] = {
 """Arguments of :class:`CLIPAdapter` in published implementations."""
 
 
+RESIDUAL_SCALE = 0.05
+"""Factor of the residual R. With Adam, W* moves that much slower than the adapter."""
+
+
 class CLIPAdapter(nn.Module):
     r"""Classifier of frozen CLIP features with a residual bottleneck.
 
@@ -40,10 +50,14 @@ class CLIPAdapter(nn.Module):
 
     With alpha and beta 0, the logits are exactly those of zero-shot CLIP.
 
+    The preset ``'default'`` has W* = W + 0.05 R instead, with a learnt residual R of
+    the class weights that :meth:`start` sets, and a second term in the :meth:`loss`.
+
     Args:
         text_features: Text features (K, D), rows of unit norm.
         logit_scale: Scale of the cosine similarities.
-        preset: One of ``PRESETS``. The other arguments override it.
+        preset: One of ``PRESETS``. The other arguments override it. ``'paper'`` has the
+            equations above and the cross-entropy alone.
         visual: Whether image features are adapted (paper, Eq. 3).
         text: Whether text features are adapted (paper, Eq. 4).
         reduction: Ratio of D to the width of the bottleneck.
@@ -59,6 +73,9 @@ class CLIPAdapter(nn.Module):
             in ``nn.Linear``.
         learn_classifier: Whether the text features are parameters. They are then not
             normalised.
+        residual: Whether R is learnt, instead of a text adapter. It is 0 until
+            :meth:`start`.
+        keep: Weight of the distance from zero-shot CLIP in the :meth:`loss`.
 
     Attributes:
         options: All arguments except the first two, with the values of the preset.
@@ -71,7 +88,7 @@ class CLIPAdapter(nn.Module):
         self,
         text_features: Tensor,
         logit_scale: float,
-        preset: str = 'paper',
+        preset: str = 'default',
         *,
         visual: bool = True,
         text: bool = False,
@@ -85,6 +102,8 @@ class CLIPAdapter(nn.Module):
         output_norm: bool | None = None,
         zero_init: bool = False,
         learn_classifier: bool | None = None,
+        residual: bool | None = None,
+        keep: float | None = None,
     ) -> None:
         given = locals()
         super().__init__()
@@ -93,6 +112,7 @@ class CLIPAdapter(nn.Module):
                 f'preset must be one of {", ".join(PRESETS)}, got {preset!r}.'
             )
         of_preset = PRESETS['paper'] | PRESETS[preset]
+        of_preset['residual'] &= not text and not learn_classifier
         self.options = {
             name: of_preset[name] if value is None else value
             for name, value in given.items()
@@ -107,10 +127,16 @@ class CLIPAdapter(nn.Module):
             )
         if not visual and not text:
             raise ValueError('visual=False and text=False leave nothing to learn.')
-        if text and learn_classifier:
-            raise ValueError(
-                'text=True and learn_classifier=True exclude each other: both learn W.'
-            )
+        learn_w = dict(
+            text=text,
+            learn_classifier=learn_classifier,
+            residual=self.options['residual'],
+        )
+        if sum(map(bool, learn_w.values())) > 1:
+            both = ' and '.join(f'{name}=True' for name, on in learn_w.items() if on)
+            raise ValueError(f'{both} exclude each other: each learns W.')
+        if self.options['keep'] < 0:
+            raise ValueError(f'keep must be at least 0, got {self.options["keep"]}.')
         if zero_init and second_relu:
             raise ValueError(
                 'zero_init=True and second_relu=True exclude each other: no gradient.'
@@ -145,11 +171,50 @@ class CLIPAdapter(nn.Module):
         self.register_buffer('logit_scale', torch.tensor(float(logit_scale)))
         self.visual_adapter = adapter() if visual else None
         self.text_adapter = adapter() if text else None
+        if self.options['residual']:
+            self.residual = nn.Parameter(torch.zeros_like(text_features))
         for name, used in (('alpha', visual), ('beta', text)):
             if learn_ratio and used:
                 value = torch.tensor(self.options[name], dtype=torch.float64)
                 logit = nn.Parameter(torch.logit(value).float())
                 self.register_parameter(f'{name}_logit', logit)
+
+    @torch.no_grad()
+    def start(self, image_features: Tensor, labels: Tensor) -> float:
+        r"""Sets R to its value before training. Without a residual it does nothing.
+
+        ::
+
+            W* = (1 - beta) W + beta M
+            beta = 0.7 min(1, L / log K)^2
+
+        M are the class means of the training images, less their mean and divided by
+        their root mean square norm. L is the cross-entropy of zero-shot CLIP on these
+        images, and log K that of chance. So beta is near 0 if zero-shot CLIP is sure
+        and right, and 0.7 if it does no better than chance. All classes count the same.
+
+        Args:
+            image_features: Features of the training images (N, D), not normalised.
+            labels: Labels (N,).
+
+        Returns:
+            beta.
+        """
+        w = self.text_features
+        if not self.options['residual'] or len(w) < 2:
+            return 0.0
+        f = F.normalize(image_features, dim=-1)
+        count = labels.bincount(minlength=len(w))
+        seen, weight = count > 0, 1 / count[labels]
+        logits = zero_shot_logits(f, w, self.logit_scale)
+        loss = F.cross_entropy(logits, labels, reduction='none') @ weight / seen.sum()
+        beta = 0.7 * min(1.0, loss.item() / math.log(len(w))) ** 2
+        means = torch.zeros_like(w).index_add(0, labels, f * weight[:, None])[seen]
+        means = means - means.mean(0)
+        means /= means.square().sum(1).mean().sqrt().clamp(min=1e-12)
+        self.residual.zero_()
+        self.residual[seen] = beta * (means - w[seen]) / RESIDUAL_SCALE
+        return beta
 
     def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns f* (N, D) and W* (K, D), whose product :meth:`forward` scales.
@@ -176,6 +241,8 @@ class CLIPAdapter(nn.Module):
         if self.text_adapter is not None and self.options['beta'] != 0:  # W*
             w = beta * self.text_adapter(w) + (1 - beta) * w
             w = F.normalize(w, dim=-1)
+        if self.options['residual']:
+            w = w + RESIDUAL_SCALE * self.residual
         return f, w
 
     def forward(self, image_features: Tensor) -> Tensor:
@@ -205,8 +272,7 @@ class CLIPAdapter(nn.Module):
 
         f and W have unit norm, y is the label, and p its probability by zero-shot CLIP.
         An image has no part in the distance if zero-shot CLIP does no better than
-        chance on it. ``keep`` times the distance is the second term of the loss of
-        :class:`CLIPAdapterHead` and of the method ``clip_adapter``.
+        chance on it. A residual R has no part in it either.
 
         Args:
             image_features: Features of the image tower (N, D), not normalised.
@@ -226,6 +292,14 @@ class CLIPAdapter(nn.Module):
         if self.text_adapter is not None:
             moved = moved + (w_star - w)[labels].square().sum(-1)
         return self.logit_scale * f_star @ w_star.t(), (k * moved).mean()
+
+    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, and ``keep`` times the distance from zero-shot CLIP.
+
+        See :meth:`logits_and_distance` for the arguments and the distance.
+        """
+        logits, distance = self.logits_and_distance(image_features, labels)
+        return F.cross_entropy(logits, labels) + self.options['keep'] * distance
 
     @property
     def alpha(self) -> Tensor | float:

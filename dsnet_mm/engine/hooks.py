@@ -47,6 +47,33 @@ class CpuTimeHook(Hook):
         self._start = time.process_time()
 
 
+@HOOKS.register_module()
+class AdapterStartHook(Hook):
+    """Starts a :class:`CLIPAdapterHead` from the class means of the training images.
+
+    See :meth:`dsnet_mm.models.CLIPAdapter.start`. Each image is read once, before the
+    first iteration. A resumed training and one from a checkpoint go on as they are.
+    """
+
+    @torch.no_grad()
+    def before_train(self, runner: Runner) -> None:
+        """Reads the training images and calls the head."""
+        model, loader = runner.model, runner.train_dataloader
+        model = model.module if is_model_wrapper(model) else model
+        adapter = model.head.adapter
+        if not adapter.options['residual'] or adapter.residual.any():
+            return
+        features, labels = [], []
+        for batch in DataLoader(
+            loader.dataset, loader.batch_size, collate_fn=loader.collate_fn
+        ):
+            data = model.data_preprocessor(batch, True)
+            features.append(model.extract_feat(data['inputs'])[-1])
+            labels += [sample.gt_label for sample in data['data_samples']]
+        beta = model.head.start(torch.cat(features), torch.cat(labels))
+        runner.logger.info(f'CLIP-Adapter starts from class means, beta {beta:.3f}')
+
+
 class NonFiniteLossError(ValueError):
     """A loss or a weight is NaN or infinite."""
 

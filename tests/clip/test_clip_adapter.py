@@ -1,5 +1,7 @@
 """CLIPAdapter: the equations, the presets, and the arguments."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def test_paper_equations():
     expected = 10 * F.cosine_similarity(f[:, None], w[None], dim=-1)
     torch.testing.assert_close(adapter(IMAGES), expected)
     assert count(adapter) == 4 * 32 * 8
-    of_paper = CLIPAdapter(F.normalize(torch.randn(3, 1024), dim=-1), 100.0)
+    of_paper = CLIPAdapter(F.normalize(torch.randn(3, 1024), dim=-1), 100.0, 'paper')
     assert count(of_paper) == 524_288
 
 
@@ -55,6 +57,42 @@ def test_distance_from_zero_shot_counts_where_zero_shot_is_right():
     assert one_class.logits_and_distance(IMAGES, 0 * labels)[1] == 0
 
 
+def test_start_of_the_residual():
+    """The equations in float64, with unequal numbers of images, and an unseen class."""
+    images = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 4, 5, 6])
+    images[:6] += 2 * TEXT[labels[:6]]
+    adapter = CLIPAdapter(TEXT, 10.0)
+    beta = adapter.start(images, labels)
+    text, f = TEXT.double(), F.normalize(images.double(), dim=1)
+    classes = [0, 1, 2, 4, 5, 6]
+    log_p = (10 * f @ text.t()).log_softmax(1)
+    loss = -sum(log_p[labels == c, c].mean() for c in classes) / 6
+    u = max(0.0, 1 - loss.item() / math.log(7))
+    assert 0 < u < 1
+    assert beta == pytest.approx(0.7 * (1 - u) ** 2, rel=1e-5)
+    means = torch.stack([f[labels == c].mean(0) for c in classes])
+    means -= means.mean(0)
+    means /= (means.square().sum() / 6).sqrt()
+    expected = text.clone()
+    expected[classes] = (1 - beta) * text[classes] + beta * means
+    w = adapter.adapt(images)[1]
+    torch.testing.assert_close(w.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_start_trusts_a_sure_and_right_zero_shot_classifier():
+    for scale, images, low, high in (
+        (100.0, TEXT, 0.0, 1e-6),  # right
+        (100.0, TEXT.roll(1, 0), 0.7, 0.7),  # sure and wrong
+        (1e-4, TEXT, 0.69, 0.7),  # knows nothing
+    ):
+        beta = CLIPAdapter(TEXT, scale).start(images, torch.arange(7))
+        assert low <= beta <= high + 1e-6
+    one_class = CLIPAdapter(TEXT[:1], 10.0)
+    assert one_class.start(IMAGES, torch.zeros(5, dtype=torch.long)) == 0
+    assert CLIPAdapter(TEXT, 10.0, 'paper').start(IMAGES, torch.arange(5)) == 0
+
+
 def test_presets():
     released = CLIPAdapter(TEXT, 10.0, 'released', alpha=1.0)
     assert released.visual_adapter(IMAGES).min() >= 0
@@ -71,6 +109,7 @@ def test_classifier_files_hold_state_and_options(preset):
     """The names are those in files of earlier versions."""
     adapter = CLIPAdapter(TEXT, 10.0, preset, learn_ratio=True, second_relu=False)
     names = {'text_features', 'logit_scale', 'alpha_logit'}
+    names |= {'residual'} if preset == 'default' else set()
     names |= {f'visual_adapter.{i}.weight' for i in (0, 2)}
     if preset == 'biased':
         names |= {f'visual_adapter.{i}.bias' for i in (0, 2)}
@@ -78,7 +117,7 @@ def test_classifier_files_hold_state_and_options(preset):
     assert set(adapter.options) == {
         *('preset', 'visual', 'text', 'reduction', 'alpha', 'beta', 'learn_ratio'),
         *('bias', 'second_relu', 'input_norm', 'output_norm', 'zero_init'),
-        'learn_classifier',
+        *('learn_classifier', 'residual', 'keep'),
     }
     same = CLIPAdapter(torch.zeros(7, 32), 1.0, **adapter.options)
     same.load_state_dict(adapter.state_dict())
@@ -108,11 +147,13 @@ def test_start_of_training():
 @pytest.mark.parametrize(
     ('options', 'fact'),
     [
-        (dict(preset='best'), 'paper, released'),
+        (dict(preset='best'), 'paper, default, released'),
         (dict(alpha=1.5), 'alpha'),
         (dict(alpha=0.0, learn_ratio=True), 'learn_ratio'),
         (dict(visual=False), 'visual'),
         (dict(text=True, learn_classifier=True), 'learn_classifier'),
+        (dict(text=True, residual=True), 'residual'),
+        (dict(keep=-1.0), 'keep'),
         (dict(zero_init=True, second_relu=True), 'zero_init'),
         (dict(reduction=64), '32'),
         (dict(text_features=TEXT.long()), 'int64'),

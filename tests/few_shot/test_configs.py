@@ -89,7 +89,6 @@ def test_recipe_is_that_of_the_default_method():
     found = dict(
         RECIPE,
         **head.adapter,
-        keep=head.keep,
         optimizer=optimizer.type,
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
@@ -99,7 +98,7 @@ def test_recipe_is_that_of_the_default_method():
     assert found == {key: recipe[key] for key in found}
     assert cfg.param_scheduler.end == recipe['iterations']
     of_head = inspect.signature(CLIPAdapterHead).parameters
-    assert of_head['keep'].default == recipe['keep']
+    assert of_head['keep'].default is recipe['keep'] is None, 'that of the preset'
     assert of_head['adapter'].default == dict(preset=recipe['preset'])
 
 
@@ -113,7 +112,8 @@ def test_configuration_trains(name, tiny_config, encoder, image_folder, tmp_path
     state = model.state_dict()
     changed = {k for k, v in state.items() if not torch.equal(v, before[k])}
     adapter = 'head.adapter.visual_adapter'
-    assert changed == {f'{adapter}.0.weight', f'{adapter}.2.weight'}
+    learnt = {f'{adapter}.0.weight', f'{adapter}.2.weight', 'head.adapter.residual'}
+    assert changed == learnt
     assert not model.backbone.clip.training
 
     accuracy = runner.test()['accuracy/top1']

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from safetensors.torch import save_file
 
-from dsnet_mm.few_shot.methods.clip_adapter import KeptAdapter
+from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.models.heads import CLIPAdapterHead
 from tests.conftest import run_python
 
@@ -26,14 +26,15 @@ def test_head_is_built_without_data_set_and_clip(tiny_clip, loads, names):
 
 def test_first_forward_encodes_the_class_names(tiny_clip, encoder, image_folder, loads):
     head = CLIPAdapterHead(encoder=tiny_clip, class_names=str(image_folder))
+    assert head.adapter.residual.shape == (3, 16), 'the optimizer needs it'
     features = torch.randn(2, 16)
     logits = head((features,))
-    assert loads == ['read_folder'], 'the towers of the fixture are reused'
+    assert loads == 2 * ['read_folder'], 'the towers of the fixture are reused'
     text = encoder.encode_classes(['blue', 'green sea', 'red'], 'a photo of a {}.')
     assert torch.equal(head.adapter.text_features, text)
     assert head.adapter.logit_scale == encoder.logit_scale
     assert torch.equal(head((features,)), logits)
-    assert len(loads) == 1
+    assert len(loads) == 2
 
 
 def test_head_with_a_checkpoint_does_not_need_the_data_set(
@@ -105,23 +106,49 @@ def test_text_features_of_a_file(tiny_clip, tmp_path):
     assert same((torch.randn(2, 16),)).isfinite().all()
 
 
-@pytest.mark.parametrize('keep', [0.0, 3.0])
-def test_loss_of_the_head_is_that_of_the_method(tiny_clip, keep):
+@pytest.mark.parametrize(
+    ('adapter', 'keep', 'expected'),
+    [
+        (dict(), None, 5.0),
+        (dict(text=True, alpha=0.6, beta=0.6), 3.0, 3.0),
+        (dict(preset='released'), None, 0.0),
+    ],
+)
+def test_loss_of_the_head_is_that_of_the_method(tiny_clip, adapter, keep, expected):
     head = CLIPAdapterHead(
-        encoder=tiny_clip,
-        class_names=['a', 'b'],
-        adapter=dict(text=True, alpha=0.6, beta=0.6),
-        keep=keep,
+        encoder=tiny_clip, class_names=['a', 'b'], adapter=adapter, keep=keep
     )
+    assert head.adapter.options['keep'] == expected
     features, labels = torch.randn(5, 16), torch.tensor([0, 1, 1, 0, 1])
     samples = [DataSample().set_gt_label(label) for label in labels]
     losses = head.loss((features,), samples)
-    assert (losses['loss_keep'] > 0) == (keep > 0)
-    expected = KeptAdapter(head.adapter, keep).loss(features, labels)
-    torch.testing.assert_close(losses['loss'] + losses['loss_keep'], expected)
+    total = head.adapter.loss(features, labels)
+    torch.testing.assert_close(losses['loss'] + losses['loss_keep'], total)
+    assert (losses['loss_keep'] > 0) == (expected > 0)
 
 
 # --- In the Runner ------------------------------------------------------------------
+
+
+def test_training_starts_as_the_method_does(tiny_config):
+    """The residual starts from all training images, once."""
+    cfg = tiny_config(steps=1)
+    cfg.train_dataloader.dataset.views = 0
+    cfg.custom_hooks = [dict(type='dsnet_mm.AdapterStartHook')]
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    adapter, dataset = runner.model.head.adapter, runner.train_dataloader.dataset
+    own = CLIPAdapter(adapter.text_features, adapter.logit_scale.item())
+    samples = [dataset[i] for i in range(len(dataset))]
+    labels = torch.cat([sample['data_samples'].gt_label for sample in samples])
+    features = torch.stack([sample['inputs'] for sample in samples])
+    assert own.start(features, labels) > 0
+    torch.testing.assert_close(adapter.residual, own.residual)
+    with torch.no_grad():
+        adapter.residual.fill_(0.5)
+    runner.call_hook('before_train')
+    assert (adapter.residual == 0.5).all(), 'a started residual goes on'
 
 
 def test_training_loads_clip_once_and_learns(tiny_config, tiny_clip, tmp_path, loads):
@@ -131,7 +158,7 @@ def test_training_loads_clip_once_and_learns(tiny_config, tiny_clip, tmp_path, l
     cfg.optim_wrapper.optimizer.lr = 0.03
     cfg.model.head.update(keep=0.0, adapter=dict(alpha=0.8))
     runner = Runner.from_cfg(cfg)
-    assert loads == ['create_model']
+    assert loads == ['create_model', 'read_folder']
     runner.train()
     accuracy = runner.test()['accuracy/top1']
     assert accuracy > 60  # the classes are three colours
@@ -148,7 +175,6 @@ def test_training_loads_clip_once_and_learns(tiny_config, tiny_clip, tmp_path, l
 
 def test_moving_average_of_an_adapter(tiny_config):
     cfg = tiny_config()
-    cfg.model.head.class_names = ['blue', 'green sea', 'red']
     cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5)]
     runner = Runner.from_cfg(cfg)
     runner.train()

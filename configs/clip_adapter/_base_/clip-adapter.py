@@ -18,8 +18,7 @@ model = dict(
         type='dsnet_mm.CLIPAdapterHead',
         class_names=task,
         prompts=prompts,
-        adapter=dict(preset='paper', alpha=0.2),
-        keep=5.0,
+        adapter=dict(preset='default', alpha=0.2),
     ),
 )
 
@@ -54,6 +53,7 @@ if not is_imagenet:
 # The recipe of the method `clip_adapter`, see docs/clip_adapter.md.
 iterations = 200
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01))
+custom_hooks = [dict(type='dsnet_mm.AdapterStartHook')]
 param_scheduler = dict(type='CosineAnnealingLR', by_epoch=False, end=iterations)
 train_cfg = dict(by_epoch=False, max_iters=iterations, val_interval=50)
 log_processor = dict(by_epoch=False)

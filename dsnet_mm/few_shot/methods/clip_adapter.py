@@ -21,9 +21,9 @@ _PAPER = dict(
     alpha=0.2,
     beta=None,
     learn_ratio=False,
-    keep=0.0,
+    keep=None,
 )
-_OURS = dict(_PAPER, keep=5.0, lr=1e-3, iterations=200)
+_OURS = dict(_PAPER, preset='default', lr=1e-3, iterations=200)
 _KEEP = dict(keep=(1.0, 5.0, 20.0))
 
 COPIES = {
@@ -49,14 +49,13 @@ def fit_clip_adapter(
     alpha: float | None,
     beta: float | None,
     learn_ratio: bool,
-    keep: float,
+    keep: float | None,
     **recipe: object,
 ) -> CLIPAdapter:
     """Trains CLIP-Adapter.
 
-    ``recipe`` are the arguments of :func:`train`, ``keep`` is that of
-    :class:`KeptAdapter`, and the others are those of :class:`CLIPAdapter`. If ``beta``
-    is None it is alpha.
+    ``recipe`` are the arguments of :func:`train`, and the others are those of
+    :class:`CLIPAdapter`. If ``beta`` is None it is alpha.
     """
     if beta is None:
         beta = 0.2 if alpha is None else alpha
@@ -71,9 +70,11 @@ def fit_clip_adapter(
             alpha=alpha,
             beta=beta,
             learn_ratio=learn_ratio,
+            keep=keep,
         )
-    train(KeptAdapter(adapter, keep) if keep else adapter, data, **recipe)
-    return adapter.eval()
+    views = data.train.features
+    adapter.start(views.flatten(0, 1), data.train.labels.repeat(len(views)))
+    return train(adapter, data, **recipe)
 
 
 register_method(
@@ -82,26 +83,8 @@ register_method(
     'CLIP-Adapter',
     defaults=_OURS,
     grid=dict(alpha=(0.2, 0.5), **_KEEP),
-    source='adapter of the paper, with our recipe for cached features',
+    source='adapter of the paper; class weights, loss and recipe are ours',
 )(fit_clip_adapter)
-
-
-class KeptAdapter(nn.Module):
-    """An adapter that is kept close to zero-shot CLIP where that is right.
-
-    ::
-
-        loss = cross-entropy + keep * distance,   CLIPAdapter.logits_and_distance
-    """
-
-    def __init__(self, adapter: CLIPAdapter, keep: float) -> None:
-        super().__init__()
-        self.adapter, self.keep = adapter, keep
-
-    def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of features (N, D) and labels (N,)."""
-        logits, distance = self.adapter.logits_and_distance(image_features, labels)
-        return F.cross_entropy(logits, labels) + self.keep * distance
 
 
 class HoldOneShotOut(nn.Module):
@@ -162,7 +145,7 @@ def fit_hoso(data: FewShotData, *, alpha: float, **recipe: object) -> CLIPAdapte
     part = data.subset(rest.nonzero()[:, 0], data.shots - 1)
 
     def build(ratio: float) -> CLIPAdapter:
-        return CLIPAdapter(data.text_features, data.logit_scale, alpha=ratio)
+        return CLIPAdapter(data.text_features, data.logit_scale, 'paper', alpha=ratio)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.seed)
@@ -186,7 +169,7 @@ register_method(
     'clip_adapter_text',
     CLIPAdapter,
     'CLIP-Adapter, text',
-    defaults=dict(_OURS, visual=False, text=True),
+    defaults=dict(_OURS, visual=False, text=True, keep=5.0),
     grid=_KEEP,
     source='text adapter of the paper, with our recipe',
 )(fit_clip_adapter)

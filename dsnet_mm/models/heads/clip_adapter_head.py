@@ -27,7 +27,10 @@ class CLIPAdapterHead(ClsHead):
 
     The text features are part of the state dict. If no checkpoint is loaded, they are
     computed from the class names at the first forward. Before that they are NaN, and
-    neither the data set nor CLIP is loaded.
+    CLIP is not loaded.
+
+    The residual of the class weights starts at 0, or at class means with
+    :class:`dsnet_mm.AdapterStartHook`, as in the method ``clip_adapter``.
 
     If the adapter learns the text features, the constructor computes them, because the
     optimizer needs them as parameters.
@@ -42,9 +45,9 @@ class CLIPAdapterHead(ClsHead):
             the data set, or ``'photo'``.
         text_features: Instead of ``encoder`` and ``class_names``: a safetensors file
             with ``text_features`` (K, D) and ``logit_scale``.
-        adapter: Arguments of :class:`CLIPAdapter`.
-        keep: Weight of ``loss_keep``, the distance from zero-shot CLIP where that is
-            right, see :meth:`CLIPAdapter.logits_and_distance`.
+        adapter: Arguments of :class:`CLIPAdapter`, such as ``preset='released'``. Its
+            ``keep`` is the weight of ``loss_keep``.
+        keep: The same, instead of the preset's.
         **kwargs: Arguments of ``ClsHead``.
 
     Raises:
@@ -60,8 +63,8 @@ class CLIPAdapterHead(ClsHead):
         data_root: str = 'data',
         prompts: str | Sequence[str] | None = None,
         text_features: str | None = None,
-        adapter: dict = dict(preset='paper'),
-        keep: float = 5.0,
+        adapter: dict = dict(preset='default'),
+        keep: float | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -72,7 +75,7 @@ class CLIPAdapterHead(ClsHead):
                 'text_features.'
             )
         self.encoder, self.class_names = encoder, class_names
-        self.data_root, self.prompts, self.keep = data_root, prompts, keep
+        self.data_root, self.prompts = data_root, prompts
         self._has_text_features = not has_names
         if has_names:
             if prompts is not None:
@@ -87,17 +90,22 @@ class CLIPAdapterHead(ClsHead):
             stored = load_file(text_features)
             features = stored['text_features']
             logit_scale = stored['logit_scale'].item()
+        if keep is not None:
+            adapter = {**adapter, 'keep': keep}
         self.adapter = CLIPAdapter(features, logit_scale, **adapter)
         if has_names and self.adapter.options['learn_classifier']:
             self.encode_class_names()
 
     def _num_classes(self) -> int:
-        """Returns the number of classes, or 0 if the data set must be read for it."""
-        if not isinstance(self.class_names, str):
-            check_class_names(self.class_names)
-            return len(self.class_names)
-        info = PUBLIC_DATASETS.get(self.class_names)
-        return 0 if info is None else info.classes
+        """Returns the number of classes, or 0 if the data set is not here."""
+        names = self.class_names
+        if not isinstance(names, str):
+            check_class_names(names)
+            return len(names)
+        if names in PUBLIC_DATASETS:
+            return PUBLIC_DATASETS[names].classes
+        here = Path(names).exists()
+        return len(load_task(names, self.data_root).class_names) if here else 0
 
     @torch.no_grad()
     def encode_class_names(self) -> None:
@@ -125,6 +133,17 @@ class CLIPAdapterHead(ClsHead):
             self.encode_class_names()
         return self.adapter(self.pre_logits(feats))
 
+    def start(self, feats: Tensor, labels: Tensor) -> float:
+        """Starts the residual of the class weights, see :meth:`CLIPAdapter.start`.
+
+        Args:
+            feats: Features of all training images (N, D).
+            labels: Their labels (N,).
+        """
+        if not self._has_text_features:
+            self.encode_class_names()
+        return self.adapter.start(feats, labels)
+
     def loss(
         self, feats: tuple[Tensor, ...], data_samples: list[DataSample], **kwargs
     ) -> dict[str, Tensor]:
@@ -138,7 +157,7 @@ class CLIPAdapterHead(ClsHead):
         features = self.pre_logits(feats)
         logits, distance = self.adapter.logits_and_distance(features, labels)
         losses = self._get_loss(logits, data_samples, **kwargs)
-        return {**losses, 'loss_keep': self.keep * distance}
+        return {**losses, 'loss_keep': self.adapter.options['keep'] * distance}
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, *args, **kwargs
@@ -148,7 +167,10 @@ class CLIPAdapterHead(ClsHead):
             buffer = self.adapter.text_features
             if not self._has_text_features and isinstance(self.class_names, str):
                 # The number of classes is that of the checkpoint.
-                buffer.data = buffer.new_full((len(stored), buffer.shape[1]), torch.nan)
+                size = len(stored), buffer.shape[1]
+                buffer.data = buffer.new_full(size, torch.nan)
+                if self.adapter.options['residual']:
+                    self.adapter.residual.data = buffer.new_zeros(size)
             if stored.shape == buffer.shape:
                 is_nan = bool(stored.isnan().any())  # saved before the first forward
                 self._has_text_features = self.encoder is None or not is_nan
