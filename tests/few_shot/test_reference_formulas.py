@@ -193,11 +193,14 @@ def test_released_clip_adapter():
 
 
 def test_default_clip_adapter():
-    """A step of AdamW on the paper's network, kept close to zero-shot."""
+    """A step of AdamW on the adapter and the class residual, kept near zero-shot."""
     data, method = replace_float(make_data()), METHODS['clip_adapter']
     start = method.fit(data, batch_size=None, iterations=0).double()
     w1, w2 = (start.visual_adapter[i].weight.detach().clone() for i in (0, 2))
-    w1.requires_grad_(), w2.requires_grad_()
+    residual = start.residual.detach().clone()
+    assert residual.any()
+    for parameter in (w1, w2, residual):
+        parameter.requires_grad_()
     f, t = data.train.features[0].double(), data.text_features.double()
     mixed = 0.2 * (f @ w1.t()).relu() @ w2.t() + 0.8 * f
     unit = mixed / mixed.norm(dim=1, keepdim=True)
@@ -206,13 +209,17 @@ def test_default_clip_adapter():
     y, count = data.train.labels, len(t)
     right = (SCALE * zero_shot @ t.t()).softmax(1)[torch.arange(len(y)), y]
     weight = ((right - 1 / count) / (1 - 1 / count)).clamp(min=0)
-    loss = F.cross_entropy(SCALE * unit @ t.t(), y)
-    (loss + method.defaults['keep'] * (weight * moved).mean()).backward()
+    loss = F.cross_entropy(SCALE * unit @ (t + 0.05 * residual).t(), y)
+    (loss + 5.0 * (weight * moved).mean()).backward()
     step = method.fit(data, batch_size=None, iterations=1).double()
-    for i, w in ((0, w1), (2, w2)):
+    layers = step.visual_adapter
+    for new, w in (
+        (layers[0].weight, w1),
+        (layers[2].weight, w2),
+        (step.residual, residual),
+    ):
         expected = -1e-3 * (w.grad / (w.grad.abs() + 1e-8) + 0.01 * w)
-        moved = step.visual_adapter[i].weight - w
-        torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(new - w, expected, rtol=1e-2, atol=1e-6)
 
 
 def replace_float(data):
