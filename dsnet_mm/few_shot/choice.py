@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from .methods import METHODS
+
 REFERENCE = 'clip_adapter'
 """Method that is named if there are no validation images to choose by."""
 
@@ -24,14 +26,19 @@ class Choice:
 def choose(records: Sequence[dict]) -> Choice:
     """Chooses a classifier by validation accuracy. Test results are not used.
 
-    Candidates are zero-shot CLIP and the classifiers with the largest number of shots.
+    Candidates are zero-shot CLIP and the classifiers with the largest number of shots,
+    without oracles and transductive methods, which saw the test images.
     The method with the highest mean over seeds is chosen, and of its classifiers that
     with the highest accuracy. Of equal ones it is that with the lowest loss.
 
     Args:
         records: Content of ``runs/*.json``, zero-shot CLIP first.
     """
-    fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    fitted = [
+        r
+        for r in records
+        if r['shots'] and r['selection'] != 'oracle' and not is_transductive(r)
+    ]
     if not fitted:
         return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)
@@ -61,6 +68,12 @@ def choose(records: Sequence[dict]) -> Choice:
         f'Its method has the highest mean validation accuracy at {shots_text(most)}, '
         f'{accuracy:.2f} %, and this is the best of its seeds.',
     )
+
+
+def is_transductive(record: dict) -> bool:
+    """Tells whether a classifier is only for the test images that it was fitted to."""
+    method = METHODS.get(record['method'])
+    return method is not None and method.transductive
 
 
 def shots_text(shots: int) -> str:

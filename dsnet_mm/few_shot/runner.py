@@ -15,6 +15,7 @@ from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 
+from .base_to_new import BaseClasses, transfers
 from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
@@ -44,6 +45,11 @@ class _Job:
         kind = '_oracle' if self.oracle else ''
         return f'{self.method}{kind}_{self.shots}shot_seed{self.seed}'
 
+    @property
+    def sees_test(self) -> bool:
+        """Whether the fit takes test images, with or without their labels."""
+        return self.oracle or METHODS[self.method].transductive
+
 
 def run(
     config: FewShotConfig,
@@ -54,7 +60,8 @@ def run(
     """Fits and tests all methods, and writes a file for each classifier.
 
     First all images are encoded. Then all classifiers are selected and fitted without
-    the test split. Then the test split is opened once, and all classifiers are tested.
+    the test split. Then the test split is opened once, transductive methods are fitted
+    to its features without labels, and all classifiers are tested.
     ``run.log`` in ``work_dir`` records the order. A call with the same configuration
     continues an interrupted run. A call with other methods, shots or seeds adds them to
     the run.
@@ -96,7 +103,7 @@ def run(
         source.encode(draws, plain=config.selection == 'cv')
         runner = _Runner(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
-            for job in (job for job in jobs if not job.oracle):
+            for job in (job for job in jobs if not job.sees_test):
                 bar.set_postfix_str(job.name, refresh=False)
                 runner.fit(job)
                 bar.update()
@@ -104,7 +111,7 @@ def run(
             records = []
             for job in jobs:
                 records.append(runner.test(job, test))
-                bar.update(job.oracle)
+                bar.update(job.sees_test)
         if final:
             runner.fit_final(records)
     return records
@@ -128,6 +135,16 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         source.notes.append(
             f'Left out, because they need the encoder: {", ".join(left_out)}.'
         )
+    if config.base_to_new:
+        source = BaseClasses(source)
+        methods = dict.fromkeys((*config.methods, *config.oracle))
+        fixed = [m for m in methods if not transfers(m) and m not in left_out]
+        left_out += fixed
+        if fixed:
+            source.notes.append(
+                f'Left out, because they learn something for each class and cannot '
+                f'classify new ones: {", ".join(fixed)}.'
+            )
     resolved = replace(
         config,
         selection=config.selection or ('val' if source.has_val else 'fixed'),
@@ -183,14 +200,20 @@ class _Runner:
         save_classifier(file, classifier, source.made_by, names, preprocessing, record)
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
-        """Selects and fits one classifier. Oracles are selected on ``test``."""
+        """Selects and fits one classifier.
+
+        Oracles are selected on ``test``. Transductive methods see its features.
+        """
         path, _ = self.files(job.name)
         if path.is_file():
             return
         drawn = self.drawn(job.shots, job.seed)
+        data = self.data(drawn, job.shots, job.seed)
+        if METHODS[job.method].transductive:
+            data = replace(data, unlabelled=test.features[0])
         fit = select(
             METHODS[job.method],
-            self.data(drawn, job.shots, job.seed),
+            data,
             test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
             self.config.overrides.get(job.method),
@@ -249,13 +272,15 @@ class _Runner:
 
     def test(self, job: _Job, test: Features | None) -> dict:
         """Tests a classifier, if it is not tested yet. Returns its record."""
-        if job.oracle:
+        if job.sees_test:
             self.fit(job, test)
         path, classifier = self.files(job.name)
         record = read_json(path)
         if record['test'] is None:
-            score = evaluate(read_classifier(classifier)[0], test)
-            record['test'] = {**asdict(score), 'pictures': len(test)}
+            fitted = read_classifier(classifier)[0]
+            record['test'] = {**asdict(evaluate(fitted, test)), 'pictures': len(test)}
+            if self.config.base_to_new:
+                record['new'] = self.source.test_new(fitted)
             write_atomic(path, json.dumps(record, indent=2))
             logger.info('tested %s', job.name)
         return record

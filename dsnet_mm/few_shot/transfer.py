@@ -1,9 +1,11 @@
-"""Testing a classifier on another data set: counts, classes, confusions."""
+"""Testing a classifier, or all methods of a run, on other data sets."""
 
 import io
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from scipy import stats
@@ -13,8 +15,11 @@ from dsnet_mm.datasets import load_task
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.files import write_atomic
 
+from .choice import is_transductive, shots_text
 from .deployment import DeployedClassifier, load_classifier
 from .evaluation import Score, evaluate
+from .methods import METHODS
+from .work_dir import read_json
 
 
 @dataclass(frozen=True)
@@ -184,21 +189,13 @@ def write_transfer(
         FileExistsError: If the folder has the test of another classifier.
     """
     folder, text = Path(folder), table(result)
-    source, about = str(Path(classifier_file).resolve()), folder / 'test.json'
-    if about.is_file():
-        found = json.loads(about.read_text(encoding='utf-8'))
-        if (found.get('classifier'), found.get('dataset')) != (source, result.dataset):
-            raise FileExistsError(
-                f'{folder} contains the test of another classifier or data set; choose '
-                f'another folder with --out.'
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f'{folder} is not empty and not a test; choose another folder with --out.'
-        )
-    content = {
-        'classifier': source,
+    tested = {
+        'classifier': str(Path(classifier_file).resolve()),
         'dataset': result.dataset,
+    }
+    _check_folder(folder, tested)
+    content = {
+        **tested,
         'pictures': result.images,
         'skipped': result.skipped,
         **asdict(result.score),
@@ -206,7 +203,101 @@ def write_transfer(
         'class_names': list(result.class_names),
         'confusion': result.confusion.tolist(),
     }
-    write_atomic(about, json.dumps(content, indent=2))
+    write_atomic(folder / 'test.json', json.dumps(content, indent=2))
     write_atomic(folder / 'test.md', text)
     write_atomic(folder / 'confusion.png', plot_confusion(result))
     return text
+
+
+def transfer_run(
+    run_folder: str | Path,
+    datasets: Sequence[str | Path],
+    folder: str | Path,
+    load: Callable[[Path], DeployedClassifier] = load_classifier,
+    data_root: str | Path = 'data',
+    cache_dir: str | Path = 'work_dirs/few_shot_features',
+) -> str:
+    """Tests all methods of a run on other data sets. Returns the table.
+
+    Zero-shot CLIP and all classifiers with the largest number of shots are tested, the
+    latter as means over seeds. Oracles and transductive methods are left out: they were
+    fitted to the test images of the run. Writes ``test.md`` and ``test.json``.
+
+    Args:
+        run_folder: Folder of a run.
+        datasets: See :func:`transfer`.
+        folder: Folder to write.
+        load: Loads a classifier file.
+        data_root: Folder of the public data sets.
+        cache_dir: Folder of the features.
+
+    Raises:
+        FileExistsError: If ``folder`` has another test.
+        FileNotFoundError: If the folder is no run, or a file is missing.
+        ValueError: If a data set is named twice, or see :func:`transfer`.
+    """
+    run_folder = Path(run_folder)
+    records = [read_json(path) for path in sorted(run_folder.glob('runs/*.json'))]
+    if not records:
+        raise FileNotFoundError(f'{run_folder} is not the folder of a few-shot run.')
+    most = max(r['shots'] for r in records)
+    records = [
+        r
+        for r in records
+        if r['shots'] in (0, most) and r['test'] and r['selection'] != 'oracle'
+    ]
+    left_out = {METHODS[r['method']].title for r in records if is_transductive(r)}
+    rows: dict[str, list[dict]] = {}
+    for record in sorted((r for r in records if r['shots']), key=lambda r: r['seed']):
+        if not is_transductive(record):
+            rows.setdefault(record['method'], []).append(record)
+    zero_shot = [r for r in records if not r['shots']]
+    rows = {'zero_shot': zero_shot, **{m: rows[m] for m in METHODS if m in rows}}
+    tested = {'run': str(run_folder.resolve()), 'datasets': list(map(str, datasets))}
+    _check_folder(Path(folder), tested)
+    accuracies: dict[str, dict[str, float]] = {}
+    for record in (record for records in rows.values() for record in records):
+        file = run_folder / 'classifiers' / f'{record["name"]}.safetensors'
+        classifier = load(file)
+        accuracies[record['name']] = {'test split': record['test']['accuracy']}
+        for dataset in datasets:
+            result = transfer(classifier, dataset, data_root, cache_dir)
+            if result.dataset in accuracies[record['name']]:
+                raise ValueError(f'two data sets have the name {result.dataset}.')
+            accuracies[record['name']][result.dataset] = result.score.accuracy
+    columns = list(next(iter(accuracies.values())))
+    lines = [
+        f'# {run_folder.resolve().name}, {shots_text(most)}',
+        '',
+        'Accuracy in %, mean over seeds. The first column is the test split of the '
+        'run, and the last the mean of the others.',
+        '',
+        f'| method | seeds | {" | ".join(columns)} | mean |',
+        '|---|--:|' + '--:|' * (len(columns) + 1),
+    ]
+    for method, found in rows.items():
+        means = [mean(accuracies[r['name']][c] for r in found) for c in columns]
+        cells = ' | '.join(f'{x:.2f}' for x in (*means, mean(means[1:])))
+        lines.append(f'| {METHODS[method].title} | {len(found)} | {cells} |')
+    if left_out:
+        lines += ['', f'Left out: {", ".join(sorted(left_out))}.']
+    text = '\n'.join(lines) + '\n'
+    content = {**tested, 'shots': most, 'accuracy': accuracies}
+    write_atomic(Path(folder) / 'test.json', json.dumps(content, indent=2))
+    write_atomic(Path(folder) / 'test.md', text)
+    return text
+
+
+def _check_folder(folder: Path, tested: dict) -> None:
+    """Raises a FileExistsError if a folder has something else than this test."""
+    if (about := folder / 'test.json').is_file():
+        found = read_json(about)
+        if any(found.get(key) != value for key, value in tested.items()):
+            raise FileExistsError(
+                f'{folder} contains the test of another classifier, run or data set; '
+                f'choose another folder with --out.'
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f'{folder} is not empty and not a test; choose another folder with --out.'
+        )
