@@ -34,11 +34,8 @@ def choose(records: Sequence[dict]) -> Choice:
     Args:
         records: Content of ``runs/*.json``, zero-shot CLIP first.
     """
-    fitted = [
-        r
-        for r in records
-        if r['shots'] and r['selection'] != 'oracle' and not is_transductive(r)
-    ]
+    fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    fitted = [r for r in fitted if not is_transductive(r)]
     if not fitted:
         return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)

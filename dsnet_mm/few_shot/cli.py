@@ -361,8 +361,8 @@ def predict_command(args: argparse.Namespace) -> None:
     option('--cache-dir', 'folder of the features', default=FewShotConfig.cache_dir),
     option('--out', 'folder of the results (work_dirs/test_CLASSIFIER_DATASET)'),
     more='Tests on all images of a folder, or on its test part if it has one. Writes '
-    'test.md,\ntest.json and confusion.png. Of a run, all classifiers with the most shots '
-    'are tested,\nin one table of methods and data sets.',
+    'test.md,\ntest.json and confusion.png. Of a run it tests all classifiers with the '
+    'most shots, and\nwrites one table of methods and data sets.',
 )
 def test_command(args: argparse.Namespace) -> None:
     """Tests a classifier, and says where its training images may be among those."""
@@ -380,8 +380,6 @@ def test_command(args: argparse.Namespace) -> None:
             result = transfer(classifier, dataset, *where)
             name = f'test_{source.stem}_{result.dataset}'
             out = Path(args.out or f'work_dirs/{name}')
-            if args.out and len(args.dataset) > 1:
-                out = out / result.dataset
             Console().print(Markdown(write_transfer(out, args.classifier, result)))
             print(
                 f'{result.score.accuracy:.2f} % of {result.images} images are right; '

@@ -34,8 +34,8 @@ class FewShotConfig:
             or more give a confidence interval.
         selection: One of ``SELECTIONS``. None takes ``'val'``, or ``'fixed'`` if there
             are no validation images.
-        base_to_new: Whether methods are fitted to the first half of the classes and also
-            tested on the others. Methods that cannot classify new classes are left out.
+        base_to_new: Whether methods are fitted to the first half of the classes, and
+            also tested on the others. Methods that learn class by class are left out.
         overrides: Hyper-parameters by method that are set instead of selected.
         preprocessing: One of ``PREPROCESSINGS``.
         views: Augmented views of a training image. 0 takes the image itself.

@@ -137,13 +137,12 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         )
     if config.base_to_new:
         source = BaseClasses(source)
-        methods = dict.fromkeys((*config.methods, *config.oracle))
-        fixed = [m for m in methods if not transfers(m) and m not in left_out]
+        fixed = [m for m in (*config.methods, *config.oracle) if not transfers(m)]
         left_out += fixed
         if fixed:
+            names = ', '.join(dict.fromkeys(fixed))
             source.notes.append(
-                f'Left out, because they learn something for each class and cannot '
-                f'classify new ones: {", ".join(fixed)}.'
+                f'Left out, because they cannot classify new classes: {names}.'
             )
     resolved = replace(
         config,

@@ -211,7 +211,7 @@ def write_transfer(
 
 def transfer_run(
     run_folder: str | Path,
-    datasets: Sequence[str | Path],
+    datasets: Sequence[str],
     folder: str | Path,
     load: Callable[[Path], DeployedClassifier] = load_classifier,
     data_root: str | Path = 'data',
@@ -219,72 +219,46 @@ def transfer_run(
 ) -> str:
     """Tests all methods of a run on other data sets. Returns the table.
 
-    Zero-shot CLIP and all classifiers with the largest number of shots are tested, the
-    latter as means over seeds. Oracles and transductive methods are left out: they were
-    fitted to the test images of the run. Writes ``test.md`` and ``test.json``.
-
-    Args:
-        run_folder: Folder of a run.
-        datasets: See :func:`transfer`.
-        folder: Folder to write.
-        load: Loads a classifier file.
-        data_root: Folder of the public data sets.
-        cache_dir: Folder of the features.
+    Zero-shot CLIP and all classifiers with the most shots are tested, without oracles
+    and transductive methods. Writes ``test.md`` and ``test.json``. ``load`` loads a
+    classifier file. For the other arguments and errors see :func:`transfer`.
 
     Raises:
         FileExistsError: If ``folder`` has another test.
-        FileNotFoundError: If the folder is no run, or a file is missing.
-        ValueError: If a data set is named twice, or see :func:`transfer`.
+        FileNotFoundError: If ``run_folder`` is no run.
     """
-    run_folder = Path(run_folder)
+    run_folder, folder = Path(run_folder).resolve(), Path(folder)
     records = [read_json(path) for path in sorted(run_folder.glob('runs/*.json'))]
+    records = [r for r in records if r['test'] and r['selection'] != 'oracle']
     if not records:
-        raise FileNotFoundError(f'{run_folder} is not the folder of a few-shot run.')
+        raise FileNotFoundError(f'{run_folder} is not the folder of a finished run.')
     most = max(r['shots'] for r in records)
-    records = [
-        r
-        for r in records
-        if r['shots'] in (0, most) and r['test'] and r['selection'] != 'oracle'
-    ]
-    left_out = {METHODS[r['method']].title for r in records if is_transductive(r)}
-    rows: dict[str, list[dict]] = {}
-    for record in sorted((r for r in records if r['shots']), key=lambda r: r['seed']):
-        if not is_transductive(record):
-            rows.setdefault(record['method'], []).append(record)
-    zero_shot = [r for r in records if not r['shots']]
-    rows = {'zero_shot': zero_shot, **{m: rows[m] for m in METHODS if m in rows}}
-    tested = {'run': str(run_folder.resolve()), 'datasets': list(map(str, datasets))}
-    _check_folder(Path(folder), tested)
-    accuracies: dict[str, dict[str, float]] = {}
-    for record in (record for records in rows.values() for record in records):
-        file = run_folder / 'classifiers' / f'{record["name"]}.safetensors'
-        classifier = load(file)
-        accuracies[record['name']] = {'test split': record['test']['accuracy']}
-        for dataset in datasets:
-            result = transfer(classifier, dataset, data_root, cache_dir)
-            if result.dataset in accuracies[record['name']]:
-                raise ValueError(f'two data sets have the name {result.dataset}.')
-            accuracies[record['name']][result.dataset] = result.score.accuracy
-    columns = list(next(iter(accuracies.values())))
+    rows: dict[str, list[dict[str, float]]] = {'Zero-shot CLIP': []}
+    tested = {'run': str(run_folder), 'datasets': list(datasets)}
+    _check_folder(folder, tested)
+    for record in records:
+        if record['shots'] not in (0, most) or is_transductive(record):
+            continue
+        classifier = load(run_folder / f'classifiers/{record["name"]}.safetensors')
+        found = {
+            name: transfer(classifier, name, data_root, cache_dir).score.accuracy
+            for name in datasets
+        }
+        row = {'test split': record['test']['accuracy'], **found}
+        row['mean of the others'] = mean(found.values())
+        rows.setdefault(METHODS[record['method']].title, []).append(row)
     lines = [
-        f'# {run_folder.resolve().name}, {shots_text(most)}',
-        '',
-        'Accuracy in %, mean over seeds. The first column is the test split of the '
-        'run, and the last the mean of the others.',
-        '',
-        f'| method | seeds | {" | ".join(columns)} | mean |',
-        '|---|--:|' + '--:|' * (len(columns) + 1),
+        f'# {run_folder.name}, {shots_text(most)}\n\nAccuracy in %, mean over seeds. '
+        f'Oracles and methods that see unlabelled test images are left out.\n',
+        f'| method | {" | ".join(row)} |',
+        '|---|' + '--:|' * len(row),
     ]
-    for method, found in rows.items():
-        means = [mean(accuracies[r['name']][c] for r in found) for c in columns]
-        cells = ' | '.join(f'{x:.2f}' for x in (*means, mean(means[1:])))
-        lines.append(f'| {METHODS[method].title} | {len(found)} | {cells} |')
-    if left_out:
-        lines += ['', f'Left out: {", ".join(sorted(left_out))}.']
+    for title, found in rows.items():
+        cells = [f'{mean(one[column] for one in found):.2f}' for column in row]
+        lines.append(f'| {title} | {" | ".join(cells)} |')
     text = '\n'.join(lines) + '\n'
-    content = {**tested, 'shots': most, 'accuracy': accuracies}
-    write_atomic(Path(folder) / 'test.json', json.dumps(content, indent=2))
-    write_atomic(Path(folder) / 'test.md', text)
+    write_atomic(folder / 'test.json', json.dumps({**tested, 'rows': rows}, indent=2))
+    write_atomic(folder / 'test.md', text)
     return text
 
 

@@ -6,17 +6,13 @@ from torch import Tensor, nn
 
 from .base import FewShotData, mean_features, register_classifier, register_method
 
-STEPS, ASSIGNMENTS, NEIGHBOURS, CONFIDENT = 10, 5, 3, 8
-"""Updates of the Gaussians, of the probabilities for each of them, nearest images of an
-image, and images of a first mean. All are those of the code."""
-
 
 @register_classifier('features', 'log_probabilities')
 class SeenImages(nn.Module):
-    """The images that a transductive method has seen, and their probabilities.
+    """Images that a transductive method has seen, and their probabilities.
 
-    An image gets the probabilities of the most similar one that was seen. The code of
-    TransCLIP classifies validation images so. A seen image gets its own.
+    An image gets the probabilities of the most similar seen one, as the code of
+    TransCLIP classifies validation images. A seen image gets its own.
 
     Args:
         features: Features of the seen images (N, D), rows of unit norm.
@@ -25,8 +21,8 @@ class SeenImages(nn.Module):
 
     def __init__(self, features: Tensor, log_probabilities: Tensor) -> None:
         super().__init__()
-        self.register_buffer('features', features.detach().clone())
-        self.register_buffer('log_probabilities', log_probabilities.detach().clone())
+        self.register_buffer('features', features)
+        self.register_buffer('log_probabilities', log_probabilities)
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
@@ -42,9 +38,9 @@ class SeenImages(nn.Module):
     source='its code; it uses no label, and is the same for all shots',
 )
 def fit_transclip_zs(data: FewShotData) -> SeenImages:
-    """Fits TransCLIP-ZS, see :func:`solve`."""
+    """Fits TransCLIP without shots, see :func:`_solve`."""
     nothing = data.text_features[:0]
-    return solve(data, nothing, nothing.new_zeros(0).long(), gamma=0.0, text_weight=1.0)
+    return _solve(data, nothing, nothing.new_zeros(0).long(), 0.0, text_weight=1.0)
 
 
 @register_method(
@@ -58,95 +54,75 @@ def fit_transclip_zs(data: FewShotData) -> SeenImages:
     'fixed gamma, 0.002 is ours',
 )
 def fit_transclip(data: FewShotData, *, gamma: float) -> SeenImages:
-    """Fits TransCLIP-FS, see :func:`solve`. ``gamma`` is the weight of the shots."""
+    """Fits TransCLIP with shots, see :func:`_solve`. ``gamma`` is their weight."""
     shots, labels = mean_features(data.train), data.train.labels
-    return solve(data, shots, labels, gamma, text_weight=0.5)
+    return _solve(data, shots, labels, gamma, text_weight=0.5)
 
 
 @torch.no_grad()
-def solve(
+def _solve(
     data: FewShotData, shots: Tensor, labels: Tensor, gamma: float, text_weight: float
 ) -> SeenImages:
-    """Finds the probabilities z (N, K) of all unlabelled images together.
+    """Finds the probabilities z (N, K) of all N unlabelled images together.
 
-    Each class is a Gaussian, and all share a diagonal covariance v. In turn, z and the
-    Gaussians are updated::
+    Each class is a Gaussian, and all have the same diagonal covariance v::
 
-        z_i  = softmax(text_weight log p_i + (g_i + 50 / 6 sum_j (W_ij + W_ji) z_j) / 50)
+        z_i  = softmax(text_weight log p_i + g_i / 50 + sum_j (W_ij + W_ji) z_j / 6)
         g_ik = -1/2 sum_d (f_id - mu_kd)^2 / v_d
         mu_k = normalise(sum_i z_ik f_i / N + 50 gamma sum_{s of class k} f_s / S)
 
-    and v is the mean of (f_id - mu_kd)^2 with the same weights. p is zero-shot CLIP. W
-    has the cosine of an image to its three nearest unlabelled images. The shots have
-    their labels as z. The first mu are the means of the shots, or else of the eight
-    images of each class with the highest p.
+    v is the mean of (f_id - mu_kd)^2 with the weights of mu. p is zero-shot CLIP. W has
+    the cosines of an image and its three nearest unlabelled images. The z of the S
+    shots are their labels. mu starts as the means of the shots, or without shots as
+    those of the eight images of each class with the highest p.
 
     Source: ``TransCLIP_solver`` of github.com/MaxZanella/transduction-for-vlms. There
-    W has the shots first and z has them last, so with shots each image is pulled to
-    the neighbours of another one, and the nearest image of a shot is left out.
-
-    Args:
-        data: Text features, and the unlabelled images.
-        shots: Features of the labelled images (S, D), rows of unit norm.
-        labels: Their labels (S,).
-        gamma: Weight of the shots.
-        text_weight: Weight of zero-shot CLIP.
-
-    Raises:
-        ValueError: If there are no unlabelled images.
+    the shots are first in W and last in z, so each image is pulled to the neighbours of
+    another one, and the nearest image of a shot is left out.
     """
     if data.unlabelled is None:
         raise ValueError(
-            'TransCLIP needs FewShotData.unlabelled, the features of the images that '
-            'it is to classify.'
+            'TransCLIP needs the unlabelled images that it classifies, in '
+            'FewShotData.unlabelled.'
         )
-    text = data.text_features
-    f = F.normalize(data.unlabelled, dim=-1)
+    text, f = data.text_features, F.normalize(data.unlabelled, dim=-1)
     count, width = f.shape
     log_p = (data.logit_scale * f @ text.t()).log_softmax(-1)
     z, fixed = log_p.exp(), F.one_hot(labels, len(text)).to(f)
-    everything = torch.cat([f, shots])
-    if len(shots):
-        mu = fixed.t() @ shots
-    else:
-        top = z.topk(min(CONFIDENT, count), dim=0).indices
-        mu = torch.zeros_like(z).scatter(0, top, z.gather(0, top)).t() @ f
+    everything, mu = torch.cat([f, shots]), fixed.t() @ shots
+    if not len(shots):
+        top = z.topk(min(8, count), dim=0)
+        mu = torch.zeros_like(z).scatter(0, top.indices, top.values).t() @ f
     mu, v = F.normalize(mu, dim=-1), torch.full((width,), 1 / width).to(f)
-    pull = affinity(f, everything)
-    share = 50 * gamma / max(len(shots), 1)
-    for step in range(STEPS + 1):
+    pull, share = _affinity(everything, f), 50 * gamma / max(len(shots), 1)
+    for step in range(11):
+        if step:
+            weight = torch.cat([z / count, share * fixed])
+            total = weight.t() @ everything
+            mu = F.normalize(total, dim=-1)
+            v = weight.sum(1) @ everything.square() - 2 * (mu * total).sum(0)
+            v = (v + weight.sum(0) @ mu.square()) / weight.sum()
         # Without the terms that are the same for all classes.
-        gauss = (f / v) @ mu.t() - 0.5 * (mu.square() / v).sum(-1)
-        for _ in range(ASSIGNMENTS):
+        g = (f / v) @ mu.t() - 0.5 * (mu.square() / v).sum(-1)
+        for _ in range(5):
             near = pull.t() @ torch.cat([z, fixed]) + (pull @ z)[:count]
-            near = gauss + 50 / (2 * NEIGHBOURS) * near
-            log_z = (text_weight * log_p + near / 50).log_softmax(-1)
+            log_z = (text_weight * log_p + g / 50 + near / 6).log_softmax(-1)
             z = log_z.exp()
-        if step == STEPS:
-            return SeenImages(f, log_z)
-        weight = torch.cat([z / count, share * fixed])
-        total = weight.t() @ everything
-        mu = F.normalize(total, dim=-1)
-        v = weight.sum(1) @ everything.square() - 2 * (mu * total).sum(0)
-        v = (v + weight.sum(0) @ mu.square()) / weight.sum()
+    return SeenImages(f, log_z)
 
 
-def affinity(f: Tensor, rows: Tensor) -> Tensor:
-    """Returns W, sparse: each row and the ``NEIGHBOURS`` of f (N, D) nearest to it.
-
-    The first N rows are f itself, and no image is its own neighbour.
-    """
-    count = min(NEIGHBOURS, len(f) - 1)
+def _affinity(rows: Tensor, f: Tensor, neighbours: int = 3) -> Tensor:
+    """Returns W, sparse. The first rows are f (N, D), whose nearest are not itself."""
+    neighbours = min(neighbours, len(f) - 1)
     values, columns = [], []
     for start in range(0, len(rows), 1024):
         similar = rows[start : start + 1024] @ f.t()
         similar.diagonal(start).fill_(-torch.inf)
-        nearest = similar.topk(count)
+        nearest = similar.topk(neighbours)
         values.append(nearest.values.flatten())
         columns.append(nearest.indices.flatten())
-    index = torch.arange(len(rows)).repeat_interleave(count)
-    index = torch.stack([index, torch.cat(columns)])
-    shape = len(rows), len(f)
+    index = torch.arange(len(rows)).repeat_interleave(neighbours)
+    index, shape = torch.stack([index, torch.cat(columns)]), (len(rows), len(f))
     return torch.sparse_coo_tensor(
         index, torch.cat(values), shape, check_invariants=True
-    ).coalesce()
+    )
