@@ -48,15 +48,15 @@ def fit_transclip_zs(data: FewShotData) -> SeenImages:
     SeenImages,
     'TransCLIP (sees unlabelled test images)',
     transductive=True,
-    defaults=dict(gamma=0.002),
-    grid=dict(gamma=(0.002, 0.01, 0.02, 0.2)),
+    defaults=dict(shot_weight=0.002),
+    grid=dict(shot_weight=(0.002, 0.01, 0.02, 0.2)),
     source='its code, with the order of its affinity matrix corrected; it has no '
-    'fixed gamma, 0.002 is ours',
+    'fixed shot_weight, 0.002 is ours',
 )
-def fit_transclip(data: FewShotData, *, gamma: float) -> SeenImages:
-    """Fits TransCLIP with shots, see :func:`_solve`. ``gamma`` is their weight."""
+def fit_transclip(data: FewShotData, *, shot_weight: float) -> SeenImages:
+    """Fits TransCLIP with shots, see :func:`_solve`. ``shot_weight`` is gamma."""
     shots, labels = mean_features(data.train), data.train.labels
-    return _solve(data, shots, labels, gamma, text_weight=0.5)
+    return _solve(data, shots, labels, shot_weight, text_weight=0.5)
 
 
 @torch.no_grad()
