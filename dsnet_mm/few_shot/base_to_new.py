@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.datasets.features import Features
 
+from .choice import shots_text
 from .evaluation import evaluate
 from .methods import METHODS
 from .methods.linear_adapter import LinearAdapter
@@ -90,11 +91,12 @@ class BaseClasses:
         return {**asdict(evaluate(other, new)), 'pictures': len(new)}
 
 
-def new_classes_table(cells: Sequence, shots: str) -> str:
+def new_classes_table(cells: Sequence) -> str:
     """Formats accuracies on base and new classes of the cells of a report."""
     lines = [
-        f'## New classes, at {shots}\n\n{cells[0].records[0]["new"]["pictures"]} test '
-        f'images of the other classes. H is the harmonic mean.\n',
+        f'## New classes, at {shots_text(cells[-1].shots)}\n\n'
+        f'{cells[0].records[0]["new"]["pictures"]} test images of the other classes. H '
+        f'is the harmonic mean.\n',
         '| method | base | new | H |',
         '|---|--:|--:|--:|',
     ]

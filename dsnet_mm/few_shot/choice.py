@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from .methods import METHODS
-
 REFERENCE = 'clip_adapter'
 """Method that is named if there are no validation images to choose by."""
 
@@ -35,7 +33,7 @@ def choose(records: Sequence[dict]) -> Choice:
         records: Content of ``runs/*.json``, zero-shot CLIP first.
     """
     fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
-    fitted = [r for r in fitted if not is_transductive(r)]
+    fitted = [r for r in fitted if not r.get('transductive')]
     if not fitted:
         return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)
@@ -65,12 +63,6 @@ def choose(records: Sequence[dict]) -> Choice:
         f'Its method has the highest mean validation accuracy at {shots_text(most)}, '
         f'{accuracy:.2f} %, and this is the best of its seeds.',
     )
-
-
-def is_transductive(record: dict) -> bool:
-    """Tells whether a classifier is only for the test images that it was fitted to."""
-    method = METHODS.get(record['method'])
-    return method is not None and method.transductive
 
 
 def shots_text(shots: int) -> str:

@@ -126,24 +126,15 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
             f'{config.features or config.dataset} has no validation images; use '
             f'selection cv or fixed.'
         )
-    left_out = [
-        name
-        for name in (*config.methods, *config.oracle)
-        if METHODS[name].needs_encoder and config.features is not None
-    ]
-    if left_out:
-        source.notes.append(
-            f'Left out, because they need the encoder: {", ".join(left_out)}.'
-        )
+    names = dict.fromkeys((*config.methods, *config.oracle))
+    left_out = set()
+    if config.features is not None:
+        unfit = [name for name in names if METHODS[name].needs_encoder]
+        left_out |= _leave_out(source, unfit, 'need the encoder')
     if config.base_to_new:
         source = BaseClasses(source)
-        fixed = [m for m in (*config.methods, *config.oracle) if not transfers(m)]
-        left_out += fixed
-        if fixed:
-            names = ', '.join(dict.fromkeys(fixed))
-            source.notes.append(
-                f'Left out, because they cannot classify new classes: {names}.'
-            )
+        unfit = [name for name in names if not transfers(name)]
+        left_out |= _leave_out(source, unfit, 'cannot classify new classes')
     resolved = replace(
         config,
         selection=config.selection or ('val' if source.has_val else 'fixed'),
@@ -152,6 +143,12 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         oracle=tuple(m for m in config.oracle if m not in left_out),
     )
     return resolved, source
+
+
+def _leave_out(source: Source, methods: list[str], why: str) -> set[str]:
+    if methods:
+        source.notes.append(f'Left out, because they {why}: {", ".join(methods)}.')
+    return set(methods)
 
 
 class _Runner:
@@ -230,6 +227,7 @@ class _Runner:
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
             'redrawn': drawn.redrawn,
+            'transductive': METHODS[job.method].transductive,
             'made_with': self.made_with,
         }
         self.save(job.name, fit.classifier, record)

@@ -15,7 +15,7 @@ from dsnet_mm.datasets import load_task
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.files import write_atomic
 
-from .choice import is_transductive, shots_text
+from .choice import shots_text
 from .deployment import DeployedClassifier, load_classifier
 from .evaluation import Score, evaluate
 from .methods import METHODS
@@ -237,7 +237,7 @@ def transfer_run(
     tested = {'run': str(run_folder), 'datasets': list(datasets)}
     _check_folder(folder, tested)
     for record in records:
-        if record['shots'] not in (0, most) or is_transductive(record):
+        if record['shots'] not in (0, most) or record.get('transductive'):
             continue
         classifier = load(run_folder / f'classifiers/{record["name"]}.safetensors')
         found = {

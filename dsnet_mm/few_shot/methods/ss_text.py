@@ -11,8 +11,7 @@ from .zero_shot import CosineClassifier
     'ss_text',
     CosineClassifier,
     'SS-Text',
-    source='its code (SS-Text+), without the last step, which needs the lengths of '
-    'features that the encoder returns',
+    source='its code (SS-Text+), without the last step',
 )
 def fit_ss_text(data: FewShotData) -> CosineClassifier:
     """Blends image and text features of each class, by its number of images.
@@ -25,14 +24,12 @@ def fit_ss_text(data: FewShotData) -> CosineClassifier:
     N is the number of images, and n_k that of class k. f and t have unit norm. A class
     without images keeps its text feature. Views are averaged.
 
-    Source: ``solvers/sstext.py`` of github.com/jusiro/SS-Text. With ``repel`` it also
-    subtracts (2 w_k - mean w), scaled to length 1. The features are about 10 long
-    there, and it changes little. With features of unit norm and many classes it
-    turns w_k around.
+    Source: ``solvers/sstext.py`` of github.com/jusiro/SS-Text. It then subtracts
+    2 w_k - mean w, scaled to length 1 (``repel``). With features of length 10 this
+    changes little, but with unit norm and many classes it turns w_k around.
     """
     f, labels, text = mean_features(data.train), data.train.labels, data.text_features
     counts = labels.bincount(minlength=len(text)).to(text)[:, None]
     total = torch.zeros_like(text).index_add(0, labels, f)
-    # 1 / lambda_k is n_k, at most 1000.
-    images = data.logit_scale * counts.clamp(max=1000) / len(f) * total
-    return CosineClassifier(F.normalize(text + images, dim=-1), data.logit_scale)
+    w = text + data.logit_scale / len(f) * counts.clamp(max=1000) * total
+    return CosineClassifier(F.normalize(w, dim=-1), data.logit_scale)
