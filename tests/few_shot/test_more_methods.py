@@ -38,13 +38,15 @@ def unequal(counts, unlabelled=40):
     return FewShotData(train, 1, text, SCALE, names, unlabelled=seen)
 
 
-@pytest.mark.parametrize('counts', [(3, 1, 0, 2, 4), (1100, 1, 2, 1, 1)])
-def test_ss_text_is_the_minimum_of_its_objective(counts):
+@pytest.mark.parametrize(
+    ('counts', 'scale'), [((3, 1, 0, 2, 4), 30.0), ((1100, 1, 2, 1, 1), 0.001)]
+)
+def test_ss_text_is_the_minimum_of_its_objective(counts, scale):
     """The mean of -logit_scale w_y f, and lambda_k / 2 |w_k - t_k|^2 of all classes."""
-    data = unequal(counts)
+    data = replace(unequal(counts), logit_scale=scale)
     f = F.normalize(F.normalize(data.train.features, dim=-1).mean(0), dim=-1)
     w = data.text_features.clone().requires_grad_()
-    (-SCALE * (w[data.train.labels] * f).sum(-1).mean()).backward()
+    (-scale * (w[data.train.labels] * f).sum(-1).mean()).backward()
     penalty = torch.tensor([max(1 / n, 0.001) if n else 1 for n in counts])
     expected = F.normalize(w - w.grad / penalty[:, None], dim=-1)
     actual = METHODS['ss_text'].fit(data).text_features
