@@ -378,7 +378,7 @@ def test_command(args: argparse.Namespace) -> None:
         classifier = load(args, args.classifier, args.device)
         for dataset in args.dataset:
             result = transfer(classifier, dataset, *where)
-            name = f'test_{source.stem}_{result.dataset}'
+            name = f'test_{Path(args.classifier).stem}_{result.dataset}'
             out = Path(args.out or f'work_dirs/{name}')
             Console().print(Markdown(write_transfer(out, args.classifier, result)))
             print(
