@@ -122,6 +122,11 @@ def test_transductive_methods_of_a_run(file, tmp_path):
     best = [{**r, **scores, 'val_accuracy': len(r['method'])} for r in records]
     assert choose(best).record['method'] == 'ss_text'
 
+    about = json.loads((tmp_path / 'one/run.json').read_text())
+    del about['config']['base_to_new']  # an older version did not have it
+    (tmp_path / 'one/run.json').write_text(json.dumps(about))
+    assert run(config, tmp_path / 'one', quiet=True) == records
+
     data = read_feature_file(file)
     test = replace(data.test, labels=data.test.labels.flip(0))  # they are not used
     replace(data, test=test).write(tmp_path / 'other')
