@@ -28,10 +28,7 @@ def transfers(method: str) -> bool:
 
 
 def with_classes(classifier: nn.Module, text_features: Tensor) -> nn.Module:
-    """Returns a classifier of other classes (K, D) with the same adapters.
-
-    ``classifier`` is of a method that :func:`transfers`.
-    """
+    """Returns a classifier of other classes (K, D) with the same adapters."""
     options = getattr(classifier, 'options', {})
     other = type(classifier)(text_features, classifier.logit_scale, **options)
     adapters = ('visual_adapter', 'text_adapter', 'alpha', 'beta', 'matrix')
@@ -55,8 +52,7 @@ class BaseClasses:
         self.count = (count + 1) // 2
         self.class_names = source.class_names[: self.count]
         source.notes.append(
-            f'Base-to-new: fitted to, and if not said otherwise tested on, the first '
-            f'{self.count} of {count} classes.'
+            f'Fitted to and tested on the first {self.count} of {count} classes.'
         )
 
     def __getattr__(self, name: str) -> object:
@@ -68,7 +64,7 @@ class BaseClasses:
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         drawn = self.source.draw(shots, seed, plain)
-        parts = {name: getattr(drawn, name) for name in ('train', 'plain', 'val')}
+        parts = dict(train=drawn.train, plain=drawn.plain, val=drawn.val)
         return replace(drawn, **{k: v and self.base(v) for k, v in parts.items()})
 
     def test(self) -> Features:

@@ -233,12 +233,7 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
     option('--methods', 'see below', nargs='+', metavar='METHOD'),
     option('--seeds', 'seeds of draws and methods (1 2 3)', nargs='+', type=int),
     option('--selection', 'val, cv or fixed (default: val, fixed without such images)'),
-    option(
-        '--base-to-new',
-        'fit to the first half of the classes, and test on the others too',
-        **FLAG,
-        default=None,
-    ),
+    option('--base-to-new', 'fit to half of the classes', **FLAG, default=None),
     option('--final', 'also fit the chosen method to all images', **FLAG),
     more=describe_methods(),
 )
@@ -370,8 +365,8 @@ def test_command(args: argparse.Namespace) -> None:
     where = args.data_root, args.cache_dir
     if source.is_dir():
         out = Path(args.out or f'work_dirs/test_{source.name}')
-        files = functools.partial(load, args, device=args.device)
-        text = transfer_run(source, args.dataset, out, files, *where)
+        read = functools.partial(load, args, device=args.device)
+        text = transfer_run(source, args.dataset, out, read, *where)
         Console().print(Markdown(text))
         print(f'{out}/test.md, test.json')
     else:

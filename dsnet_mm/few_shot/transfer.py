@@ -189,10 +189,8 @@ def write_transfer(
         FileExistsError: If the folder has the test of another classifier.
     """
     folder, text = Path(folder), table(result)
-    tested = {
-        'classifier': str(Path(classifier_file).resolve()),
-        'dataset': result.dataset,
-    }
+    source = str(Path(classifier_file).resolve())
+    tested = {'classifier': source, 'dataset': result.dataset}
     _check_folder(folder, tested)
     content = {
         **tested,
