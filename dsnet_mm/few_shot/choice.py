@@ -24,7 +24,8 @@ class Choice:
 def choose(records: Sequence[dict]) -> Choice:
     """Chooses a classifier by validation accuracy. Test results are not used.
 
-    Candidates are zero-shot CLIP and the classifiers with the largest number of shots.
+    Candidates are zero-shot CLIP and the classifiers with the largest number of shots,
+    without oracles and transductive methods, which saw the test images.
     The method with the highest mean over seeds is chosen, and of its classifiers that
     with the highest accuracy. Of equal ones it is that with the lowest loss.
 
@@ -32,6 +33,7 @@ def choose(records: Sequence[dict]) -> Choice:
         records: Content of ``runs/*.json``, zero-shot CLIP first.
     """
     fitted = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    fitted = [r for r in fitted if not r.get('transductive')]
     if not fitted:
         return Choice(records[0], 'No other method was fitted without the test split.')
     most = max(r['shots'] for r in fitted)

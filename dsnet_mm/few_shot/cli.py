@@ -1,6 +1,7 @@
 """The commands of ``tools/few_shot.py``."""
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ from .other_formats import convert_checkpoint, export_matrix, export_open_clip
 from .predict import as_csv, as_json, as_table, predict
 from .report import write_report
 from .runner import run
-from .transfer import transfer, write_transfer
+from .transfer import transfer, transfer_run, write_transfer
 
 try:
     from dsnet_mm.engine.launch import CfgOptions
@@ -232,6 +233,7 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
     option('--methods', 'see below', nargs='+', metavar='METHOD'),
     option('--seeds', 'seeds of draws and methods (1 2 3)', nargs='+', type=int),
     option('--selection', 'val, cv or fixed (default: val, fixed without such images)'),
+    option('--base-to-new', 'fit to half of the classes', **FLAG, default=None),
     option('--final', 'also fit the chosen method to all images', **FLAG),
     more=describe_methods(),
 )
@@ -346,33 +348,46 @@ def predict_command(args: argparse.Namespace) -> None:
 
 
 @command(
-    'test a classifier on another data set',
-    *CLASSIFIER,
-    option('dataset', 'name, folder, CSV file or parquet file'),
+    'test a classifier, or all methods of a run, on other data sets',
+    option('classifier', 'classifier file, or the folder of a run'),
+    *CLASSIFIER[1:],
+    option('dataset', 'names, folders, CSV files or parquet files', nargs='+'),
     DATA_ROOT,
     option('--cache-dir', 'folder of the features', default=FewShotConfig.cache_dir),
     option('--out', 'folder of the results (work_dirs/test_CLASSIFIER_DATASET)'),
     more='Tests on all images of a folder, or on its test part if it has one. Writes '
-    'test.md,\ntest.json and confusion.png.',
+    'test.md,\ntest.json and confusion.png. Of a run it tests all classifiers with the '
+    'most shots, and\nwrites one table of methods and data sets.',
 )
 def test_command(args: argparse.Namespace) -> None:
     """Tests a classifier, and says where its training images may be among those."""
-    classifier = load(args, args.classifier, args.device)
-    result = transfer(classifier, args.dataset, args.data_root, args.cache_dir)
-    name = f'test_{Path(args.classifier).stem}_{result.dataset}'
-    out = Path(args.out or Path('work_dirs') / name)
-    Console().print(Markdown(write_transfer(out, args.classifier, result)))
-    print(
-        f'{result.score.accuracy:.2f} % of {result.images} images are right; see '
-        f'{out}/test.md, test.json, confusion.png'
-    )
-    run = Path(args.classifier).resolve().parent.parent / 'run.json'
+    source = Path(args.classifier).resolve()
+    where = args.data_root, args.cache_dir
+    if source.is_dir():
+        out = Path(args.out or f'work_dirs/test_{source.name}')
+        read = functools.partial(load, args, device=args.device)
+        text = transfer_run(source, args.dataset, out, read, *where)
+        Console().print(Markdown(text))
+        print(f'{out}/test.md, test.json')
+    else:
+        classifier = load(args, args.classifier, args.device)
+        for dataset in args.dataset:
+            result = transfer(classifier, dataset, *where)
+            name = f'test_{Path(args.classifier).stem}_{result.dataset}'
+            out = Path(args.out or f'work_dirs/{name}')
+            Console().print(Markdown(write_transfer(out, args.classifier, result)))
+            print(
+                f'{result.score.accuracy:.2f} % of {result.images} images are right; '
+                f'see {out}/test.md, test.json, confusion.png'
+            )
+    run = (source if source.is_dir() else source.parent.parent) / 'run.json'
     if run.is_file():
         config = json.loads(run.read_text(encoding='utf-8'))['config']
-        if Path(config['dataset'] or '').stem == Path(args.dataset).resolve().stem:
+        names = [Path(dataset).resolve().stem for dataset in args.dataset]
+        if Path(config['dataset'] or '').stem in names:
             print(
                 f'The run of this classifier has a data set of the same name. If it is '
-                f'this one, and has no test part of its own, training images are '
+                f'one of these, and has no test part of its own, training images are '
                 f'among those tested; {run.parent}/results.md is without them.'
             )
 

@@ -34,6 +34,8 @@ class FewShotConfig:
             or more give a confidence interval.
         selection: One of ``SELECTIONS``. None takes ``'val'``, or ``'fixed'`` if there
             are no validation images.
+        base_to_new: Whether methods are fitted to the first half of the classes, and
+            also tested on the others. Methods that learn class by class are left out.
         overrides: Hyper-parameters by method that are set instead of selected.
         preprocessing: One of ``PREPROCESSINGS``.
         views: Augmented views of a training image. 0 takes the image itself.
@@ -64,6 +66,7 @@ class FewShotConfig:
     shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
     selection: str | None = None
+    base_to_new: bool = False
     overrides: dict[str, dict] = field(default_factory=dict)
     preprocessing: str = 'clip'
     views: int = 10

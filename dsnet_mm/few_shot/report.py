@@ -10,6 +10,7 @@ from scipy import stats
 
 from dsnet_mm.files import write_atomic
 
+from .base_to_new import new_classes_table
 from .choice import REFERENCE, choose, shots_text
 from .methods import METHODS
 
@@ -128,6 +129,9 @@ def table(records: list[dict], about: dict) -> str:
             cells[label, shots[-1]] for label in labels if (label, shots[-1]) in cells
         ]
         parts += [f'## At {shots_text(shots[-1])}', *_most_shots(rows, zero_shot)]
+    if about['config'].get('base_to_new'):
+        most = [cell for cell in cells.values() if cell.shots in (0, *shots[-1:])]
+        parts.append(new_classes_table(most))
     chosen = choose(records)
     parts.append(f'Classifier to use: `{chosen.file}`. {chosen.why}')
     return '\n\n'.join(parts) + '\n'

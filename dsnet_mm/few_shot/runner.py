@@ -15,6 +15,7 @@ from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 
+from .base_to_new import BaseClasses, transfers
 from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
@@ -44,6 +45,11 @@ class _Job:
         kind = '_oracle' if self.oracle else ''
         return f'{self.method}{kind}_{self.shots}shot_seed{self.seed}'
 
+    @property
+    def sees_test(self) -> bool:
+        """Whether the fit takes test images, with or without their labels."""
+        return self.oracle or METHODS[self.method].transductive
+
 
 def run(
     config: FewShotConfig,
@@ -54,7 +60,8 @@ def run(
     """Fits and tests all methods, and writes a file for each classifier.
 
     First all images are encoded. Then all classifiers are selected and fitted without
-    the test split. Then the test split is opened once, and all classifiers are tested.
+    the test split. Then the test split is opened once, transductive methods are fitted
+    to its features without labels, and all classifiers are tested.
     ``run.log`` in ``work_dir`` records the order. A call with the same configuration
     continues an interrupted run. A call with other methods, shots or seeds adds them to
     the run.
@@ -96,7 +103,7 @@ def run(
         source.encode(draws, plain=config.selection == 'cv')
         runner = _Runner(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
-            for job in (job for job in jobs if not job.oracle):
+            for job in (job for job in jobs if not job.sees_test):
                 bar.set_postfix_str(job.name, refresh=False)
                 runner.fit(job)
                 bar.update()
@@ -104,7 +111,7 @@ def run(
             records = []
             for job in jobs:
                 records.append(runner.test(job, test))
-                bar.update(job.oracle)
+                bar.update(job.sees_test)
         if final:
             runner.fit_final(records)
     return records
@@ -119,15 +126,15 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
             f'{config.features or config.dataset} has no validation images; use '
             f'selection cv or fixed.'
         )
-    left_out = [
-        name
-        for name in (*config.methods, *config.oracle)
-        if METHODS[name].needs_encoder and config.features is not None
-    ]
-    if left_out:
-        source.notes.append(
-            f'Left out, because they need the encoder: {", ".join(left_out)}.'
-        )
+    names = dict.fromkeys((*config.methods, *config.oracle))
+    left_out = set()
+    if config.features is not None:
+        unfit = [name for name in names if METHODS[name].needs_encoder]
+        left_out |= _leave_out(source, unfit, 'need the encoder')
+    if config.base_to_new:
+        source = BaseClasses(source)
+        unfit = [name for name in names if not transfers(name)]
+        left_out |= _leave_out(source, unfit, 'cannot classify new classes')
     resolved = replace(
         config,
         selection=config.selection or ('val' if source.has_val else 'fixed'),
@@ -136,6 +143,12 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         oracle=tuple(m for m in config.oracle if m not in left_out),
     )
     return resolved, source
+
+
+def _leave_out(source: Source, methods: list[str], why: str) -> set[str]:
+    if methods:
+        source.notes.append(f'Left out, because they {why}: {", ".join(methods)}.')
+    return set(methods)
 
 
 class _Runner:
@@ -183,14 +196,20 @@ class _Runner:
         save_classifier(file, classifier, source.made_by, names, preprocessing, record)
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
-        """Selects and fits one classifier. Oracles are selected on ``test``."""
+        """Selects and fits one classifier.
+
+        Oracles are selected on ``test``. Transductive methods see its features.
+        """
         path, _ = self.files(job.name)
         if path.is_file():
             return
         drawn = self.drawn(job.shots, job.seed)
+        data = self.data(drawn, job.shots, job.seed)
+        if METHODS[job.method].transductive:
+            data = replace(data, unlabelled=test.features[0])
         fit = select(
             METHODS[job.method],
-            self.data(drawn, job.shots, job.seed),
+            data,
             test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
             self.config.overrides.get(job.method),
@@ -208,6 +227,7 @@ class _Runner:
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
             'redrawn': drawn.redrawn,
+            'transductive': METHODS[job.method].transductive,
             'made_with': self.made_with,
         }
         self.save(job.name, fit.classifier, record)
@@ -249,13 +269,15 @@ class _Runner:
 
     def test(self, job: _Job, test: Features | None) -> dict:
         """Tests a classifier, if it is not tested yet. Returns its record."""
-        if job.oracle:
+        if job.sees_test:
             self.fit(job, test)
         path, classifier = self.files(job.name)
         record = read_json(path)
         if record['test'] is None:
-            score = evaluate(read_classifier(classifier)[0], test)
-            record['test'] = {**asdict(score), 'pictures': len(test)}
+            fitted = read_classifier(classifier)[0]
+            record['test'] = {**asdict(evaluate(fitted, test)), 'pictures': len(test)}
+            if self.config.base_to_new:
+                record['new'] = self.source.test_new(fitted)
             write_atomic(path, json.dumps(record, indent=2))
             logger.info('tested %s', job.name)
         return record

@@ -1,9 +1,11 @@
-"""Testing a classifier on another data set: counts, classes, confusions."""
+"""Testing a classifier, or all methods of a run, on other data sets."""
 
 import io
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from scipy import stats
@@ -13,8 +15,11 @@ from dsnet_mm.datasets import load_task
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.files import write_atomic
 
+from .choice import shots_text
 from .deployment import DeployedClassifier, load_classifier
 from .evaluation import Score, evaluate
+from .methods import METHODS
+from .work_dir import read_json
 
 
 @dataclass(frozen=True)
@@ -184,21 +189,11 @@ def write_transfer(
         FileExistsError: If the folder has the test of another classifier.
     """
     folder, text = Path(folder), table(result)
-    source, about = str(Path(classifier_file).resolve()), folder / 'test.json'
-    if about.is_file():
-        found = json.loads(about.read_text(encoding='utf-8'))
-        if (found.get('classifier'), found.get('dataset')) != (source, result.dataset):
-            raise FileExistsError(
-                f'{folder} contains the test of another classifier or data set; choose '
-                f'another folder with --out.'
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f'{folder} is not empty and not a test; choose another folder with --out.'
-        )
+    source = str(Path(classifier_file).resolve())
+    tested = {'classifier': source, 'dataset': result.dataset}
+    _check_folder(folder, tested)
     content = {
-        'classifier': source,
-        'dataset': result.dataset,
+        **tested,
         'pictures': result.images,
         'skipped': result.skipped,
         **asdict(result.score),
@@ -206,7 +201,75 @@ def write_transfer(
         'class_names': list(result.class_names),
         'confusion': result.confusion.tolist(),
     }
-    write_atomic(about, json.dumps(content, indent=2))
+    write_atomic(folder / 'test.json', json.dumps(content, indent=2))
     write_atomic(folder / 'test.md', text)
     write_atomic(folder / 'confusion.png', plot_confusion(result))
     return text
+
+
+def transfer_run(
+    run_folder: str | Path,
+    datasets: Sequence[str],
+    folder: str | Path,
+    load: Callable[[Path], DeployedClassifier] = load_classifier,
+    data_root: str | Path = 'data',
+    cache_dir: str | Path = 'work_dirs/few_shot_features',
+) -> str:
+    """Tests all methods of a run on other data sets. Returns the table.
+
+    Zero-shot CLIP and all classifiers with the most shots are tested, without oracles
+    and transductive methods. Writes ``test.md`` and ``test.json``. ``load`` loads a
+    classifier file. For the other arguments and errors see :func:`transfer`.
+
+    Raises:
+        FileExistsError: If ``folder`` has another test.
+        FileNotFoundError: If ``run_folder`` is no run.
+    """
+    run_folder, folder = Path(run_folder).resolve(), Path(folder)
+    records = [read_json(path) for path in sorted(run_folder.glob('runs/*.json'))]
+    records = [r for r in records if r['test'] and r['selection'] != 'oracle']
+    if not records:
+        raise FileNotFoundError(f'{run_folder} is not the folder of a finished run.')
+    most = max(r['shots'] for r in records)
+    rows: dict[str, list[dict[str, float]]] = {'Zero-shot CLIP': []}
+    tested = {'run': str(run_folder), 'datasets': list(datasets)}
+    _check_folder(folder, tested)
+    for record in records:
+        if record['shots'] not in (0, most) or record.get('transductive'):
+            continue
+        classifier = load(run_folder / f'classifiers/{record["name"]}.safetensors')
+        found = {
+            name: transfer(classifier, name, data_root, cache_dir).score.accuracy
+            for name in datasets
+        }
+        row = {'test split': record['test']['accuracy'], **found}
+        row['mean of the others'] = mean(found.values())
+        rows.setdefault(METHODS[record['method']].title, []).append(row)
+    lines = [
+        f'# {run_folder.name}, {shots_text(most)}\n\nAccuracy in %, mean over seeds. '
+        f'Oracles and methods that see unlabelled test images are left out.\n',
+        f'| method | {" | ".join(row)} |',
+        '|---|' + '--:|' * len(row),
+    ]
+    for title, found in rows.items():
+        cells = [f'{mean(one[column] for one in found):.2f}' for column in row]
+        lines.append(f'| {title} | {" | ".join(cells)} |')
+    text = '\n'.join(lines) + '\n'
+    write_atomic(folder / 'test.json', json.dumps({**tested, 'rows': rows}, indent=2))
+    write_atomic(folder / 'test.md', text)
+    return text
+
+
+def _check_folder(folder: Path, tested: dict) -> None:
+    """Raises a FileExistsError if a folder has something else than this test."""
+    if (about := folder / 'test.json').is_file():
+        found = read_json(about)
+        if any(found.get(key) != value for key, value in tested.items()):
+            raise FileExistsError(
+                f'{folder} contains the test of another classifier, run or data set; '
+                f'choose another folder with --out.'
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f'{folder} is not empty and not a test; choose another folder with --out.'
+        )

@@ -91,7 +91,8 @@ def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
         key
         for key in sorted(wanted.keys() | known.keys())
         if key not in (*FREE, *GROWING, 'overrides')
-        and wanted.get(key) != known.get(key)
+        # An older version did not have all options.
+        and wanted.get(key) != known.get(key, getattr(FewShotConfig, key, None))
     ]
     named = {*wanted['methods'], *wanted['oracle'], *wanted['overrides']}
     other += [

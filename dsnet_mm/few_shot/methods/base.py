@@ -24,6 +24,7 @@ class FewShotData:
         seed: Seed of the initialisation, the order of images and their views.
         plain: Features of the training images, prepared as test images are, without
             augmentation. None if they are not needed.
+        unlabelled: Features of the test images (N, D), for transductive methods.
     """
 
     train: Features
@@ -34,6 +35,7 @@ class FewShotData:
     encoder: OpenCLIPEncoder | None = None
     seed: int = 0
     plain: Features | None = None
+    unlabelled: Tensor | None = None
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training images."""
@@ -90,6 +92,8 @@ class Method:
             that nothing is fitted again for them.
         source: Where the defaults come from.
         needs_encoder: Whether ``function`` uses ``FewShotData.encoder``.
+        transductive: Whether ``function`` uses ``FewShotData.unlabelled``. Such a
+            classifier is fitted after the test split is opened, and its title says so.
 
     Raises:
         ValueError: If the class of the classifier is not registered, or ``grid`` has
@@ -104,6 +108,7 @@ class Method:
     after_fit: tuple[str, ...] = ()
     source: str = ''
     needs_encoder: bool = False
+    transductive: bool = False
 
     def __post_init__(self) -> None:
         if self.returns.__name__ not in CLASSIFIERS:
