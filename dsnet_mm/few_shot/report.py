@@ -2,15 +2,18 @@
 
 import io
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from dsnet_mm.files import write_atomic
 
 from .choice import REFERENCE, choose, shots_text
+from .evaluation import unpack
+from .intervals import Difference, difference, holm
 from .methods import METHODS
 
 
@@ -38,11 +41,6 @@ class Cell:
         return float(np.mean(list(self.accuracies.values())))
 
     @property
-    def interval(self) -> float | None:
-        """Half of the width of the 95 % confidence interval of the mean over seeds."""
-        return half_interval(list(self.accuracies.values()))
-
-    @property
     def is_oracle(self) -> bool:
         return self.records[0]['selection'] == 'oracle'
 
@@ -55,37 +53,38 @@ class Cell:
         """Mean time of a fit (``'fit'``), or of selection and fit (``'select'``)."""
         return float(np.mean([r[f'{what}_seconds'] for r in self.records]))
 
-    def gaps(self, reference: 'Cell | None') -> list[float]:
-        """Differences from a method on the same draws, none from itself."""
-        if reference is None or reference is self:
-            return []
-        mine, other = self.accuracies, reference.accuracies
-        return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+    @property
+    def overlap(self) -> float:
+        """Share of the training images that two seeds have in common."""
+        return max(r.get('overlap', float(not r['redrawn'])) for r in self.records)
 
+    @property
+    def is_redrawn(self) -> bool:
+        """Whether seeds stand for other training images."""
+        return len(self.records) > 1 and self.overlap < 1
 
-def half_interval(values: list[float]) -> float | None:
-    """Returns half of the 95 % confidence interval of a mean, by Student's t.
+    def minus(self, other: 'Cell | None') -> Difference | None:
+        """Returns the difference from a method on the same draws and test images.
 
-    ``values`` has one value for each seed. For fewer than three it is None.
-    """
-    if len(values) < 3:
-        return None
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Corrects p-values for their number (Holm, Scand. J. Statist. 6, 1979).
-
-    NaN is no comparison. The corrected values are at most 1.
-    """
-    corrected, largest = list(p_values), 0.0
-    order = sorted(i for i, p in enumerate(p_values) if not np.isnan(p))
-    order.sort(key=lambda i: p_values[i])
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+        There is none from itself, and no interval if it is not stored which images are
+        right.
+        """
+        if other is None or other is self:
+            return None
+        tests = {r['seed']: r['test'] for r in self.records}
+        others = {r['seed']: r['test'] for r in other.records}
+        if not other.shots:  # zero-shot CLIP, the same for all draws
+            others = dict.fromkeys(tests, *others.values())
+        pairs = [(tests[seed], others[seed]) for seed in tests.keys() & others.keys()]
+        if not pairs:
+            return None
+        known = all('correct' in test for pair in pairs for test in pair)
+        if not known or len({test['pictures'] for pair in pairs for test in pair}) > 1:
+            return Difference(
+                np.mean([a['accuracy'] - b['accuracy'] for a, b in pairs])
+            )
+        rows = [[unpack(t['correct'], t['pictures']) for t in pair] for pair in pairs]
+        return difference(np.array([a - b for a, b in rows]), self.overlap)
 
 
 def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
@@ -101,36 +100,40 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
 def table(records: list[dict], about: dict) -> str:
     """Formats the records of a run, and the content of ``run.json``, as Markdown.
 
-    The first table has the accuracy of each method and number of shots, with the 95 %
-    confidence interval of the mean over seeds, and a mark where nothing was selected.
-    The second is for the largest number of shots. It has the gain over zero-shot, the
-    paired comparison with CLIP-Adapter, with p-values corrected by Holm, calibration,
-    time and parameters. Sentences name the methods whose gain over zero-shot is not
-    larger than the interval, and the classifier to use.
+    The first table has the mean accuracy of each method and number of shots, with a
+    mark where nothing was selected. The next ones have the gain over zero-shot with its
+    95 % confidence interval (see :func:`.intervals.difference`), and sentences that
+    name the methods with an interval above or below 0. The last table is for the
+    largest number of shots. It has the difference from CLIP-Adapter with p-values
+    corrected by Holm, calibration, time and parameters. The last sentence names the
+    classifier to use. No table is wider than 80 columns with up to three numbers of
+    shots, or five without intervals.
     """
     cells = collect(records)
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     shots = sorted({k for _, k in cells} - {0})
     labels = dict.fromkeys(label for label, k in cells if k)
-    columns = [*map(shots_text, shots)] or ['accuracy']
-    lines = [
-        f'| method | {" | ".join(columns)} |',
-        '|---|' + '--:|' * len(columns),
-        f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
+    rows = [[zero_shot.label] + [f'{zero_shot.mean:.2f}'] * max(len(shots), 1)]
+    rows += [
+        [label] + [_accuracy(cells.get((label, k)), about) for k in shots]
+        for label in labels
     ]
-    for label in labels:
-        row = [_accuracy(cells.get((label, k)), about) for k in shots]
-        lines.append(f'| {label} | ' + ' | '.join(row) + ' |')
-    parts = [f'# {about["title"]}', _describe(records, about), '\n'.join(lines)]
+    header = ['method', *(map(shots_text, shots) if shots else ['accuracy'])]
+    parts = [f'# {about["title"]}', _describe(records, about), _markdown(header, rows)]
     parts += _notes([*cells.values()], records, about)
     if shots:
-        rows = [
-            cells[label, shots[-1]] for label in labels if (label, shots[-1]) in cells
-        ]
-        parts += [f'## At {shots_text(shots[-1])}', *_most_shots(rows, zero_shot)]
+        parts += ['## Gain over zero-shot', *_gains(cells, zero_shot)]
+        last = [cell for cell in cells.values() if cell.shots == shots[-1]]
+        parts += [f'## At {shots_text(shots[-1])}', _most_shots(last, zero_shot)]
     chosen = choose(records)
     parts.append(f'Classifier to use: `{chosen.file}`. {chosen.why}')
     return '\n\n'.join(parts) + '\n'
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Formats a table whose first column is text."""
+    lines = [header, ['---'] + ['--:'] * (len(header) - 1), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def _describe(records: list[dict], about: dict) -> str:
@@ -138,7 +141,7 @@ def _describe(records: list[dict], about: dict) -> str:
     config, prompts = about['config'], about['prompts']
     facts = [
         f'{len(about["class_names"])} classes, {records[0]["test"]["pictures"]} test '
-        f'images, seeds {", ".join(map(str, config["seeds"]))}'
+        f'images, seeds {_numbers(config["seeds"])}'
     ]
     if config['features'] is None:
         facts.append(f'preprocessing `{config["preprocessing"]}`')
@@ -147,10 +150,7 @@ def _describe(records: list[dict], about: dict) -> str:
     elif prompts:
         facts.append(f'{len(prompts)} prompts from `{prompts[0]}` on')
     facts.append(f'hyper-parameters by `{config["selection"]}`')
-    return (
-        '; '.join(facts) + '. Test accuracy in %, mean and 95 % confidence interval '
-        'over seeds (Student t).'
-    )
+    return '; '.join(facts) + '. Test accuracy in %, mean over seeds.'
 
 
 def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
@@ -167,13 +167,6 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
             'Selection by `val` uses min(shots, 4) more labelled images of each '
             'class: "1 shot" is two labels a class, "16 shots" is 20.'
         )
-    same = sorted({r['shots'] for r in records if r['shots'] and not r['redrawn']})
-    if same:
-        notes.append(
-            f'At {", ".join(map(str, same))} shots the file has no other images to '
-            f'draw: all seeds have the same training images, and the intervals are '
-            f'only those of initialisation, order and validation images.'
-        )
     options = [
         f'{METHODS[name].title} {key}={value}'
         for name, values in config['overrides'].items()
@@ -183,55 +176,118 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
+    notes.append(_openings(cells, records))
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 
 
-def _most_shots(rows: list[Cell], zero_shot: Cell) -> list[str]:
-    """Returns the table of methods with the same shots, and a sentence on it."""
-    title = METHODS[REFERENCE].title
-    reference = next((cell for cell in rows if cell.label == title), None)
-    lines = [
-        '| method | gain over zero-shot | minus CLIP-Adapter, paired (p, Holm) | ECE '
-        '| fit, s | with selection, s | parameters |',
-        '|---|--:|--:|--:|--:|--:|--:|',
-        f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
+def _openings(cells: list[Cell], records: list[dict]) -> str:
+    """Says how often the test split was opened, and what was fitted after that."""
+    count = max(r['test'].get('opening', 1) for r in records)
+    late: dict[str, list[dict]] = {}
+    for cell in (cell for cell in cells if not cell.is_oracle):
+        found = [r for r in cell.records if r.get('openings_before')]
+        late.setdefault(cell.label, []).extend(found)
+    added = [
+        f'{label} (shots {_numbers(r["shots"] for r in found)}; '
+        f'seeds {_numbers(r["seed"] for r in found)})'
+        for label, found in late.items()
+        if found
     ]
-    p_values = holm([_p_value(cell, reference) for cell in rows])
-    for cell, p in zip(rows, p_values, strict=True):
-        gain, gaps, paired = cell.mean - zero_shot.mean, cell.gaps(reference), '-'
-        if gaps:
-            paired = f'{np.mean(gaps):+.2f}{_plus_minus(half_interval(gaps))}'
-            paired += '' if np.isnan(p) else f' ({p:.2f})'
-        lines.append(
-            f'| {cell.label} | {gain:+.2f}{_plus_minus(cell.interval)} | {paired} | '
-            f'{cell.ece:.1f} | {cell.seconds("fit"):.2f} | '
-            f'{cell.seconds("select"):.2f} | {cell.records[0]["parameters"]:,} |'
+    times = 'once' if count == 1 else f'{count} times'
+    if not added:
+        return f'The test split was opened {times}, after all fits.'
+    return (
+        f'The test split was opened {times}. Fitted after it was first opened, when '
+        f'test results were known: {", ".join(added)}.'
+    )
+
+
+def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
+    """Returns tables of gains over zero-shot, and what they show."""
+    shots = sorted({k for _, k in cells} - {0})
+    labels = dict.fromkeys(label for label, k in cells if k)
+    gains = {key: cell.minus(zero_shot) for key, cell in cells.items() if cell.shots}
+    parts = []
+    for i in range(0, len(shots), 3):  # three intervals in 80 columns
+        part = shots[i : i + 3]
+        rows = [
+            [label, *(str(gains.get((label, k), '-')) for k in part)]
+            for label in labels
+        ]
+        parts.append(_markdown(['method', *map(shots_text, part)], rows))
+    fitted = [cell for cell in cells.values() if cell.shots]
+    parts.append(
+        'Points, with the 95 % confidence interval for new draws of training images '
+        'and new test images. The images are paired.'
+    )
+    if old := [c.label for c in fitted if math.isnan(gains[c.label, c.shots].half)]:
+        parts.append(
+            f'No interval: {", ".join(dict.fromkeys(old))}. It is not stored which '
+            f'images are right (a run of an older version), or some could not be read. '
+            f'Run them in a new folder.'
         )
-    results = [cell for cell in rows if not cell.is_oracle]
-    behind = [
-        cell.label
-        for cell in results
-        if cell.interval is None or cell.mean - zero_shot.mean <= cell.interval
+    shared = {c.shots: c.overlap for c in fitted if c.is_redrawn and c.overlap >= 0.05}
+    if shared:
+        each = [
+            f'{100 * share:.0f} % at {shots_text(k)}' for k, share in shared.items()
+        ]
+        parts.append(
+            f'The draws come from few images. Two draws have these in common: '
+            f'{", ".join(each)}. The intervals are wider for it.'
+        )
+    if fixed := sorted({c.shots for c in fitted if not c.is_redrawn}):
+        parts.append(
+            f'At {_numbers(fixed)} shots there is one set of training images. The '
+            f'intervals are for new test images and these training images: nothing '
+            f'follows for other draws.'
+        )
+    results = [c for c in fitted if not c.is_oracle]
+    lines = []
+    for k in shots:
+        found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        for cell in (c for c in results if c.shots == k):
+            found[gains[cell.label, k].sign].append(cell.label)
+        which = ' (these training images)' if k in fixed else ''
+        said = [
+            f'{text} {", ".join(found[sign])}'
+            for sign, text in ((1, 'above'), (-1, 'below'), (0, 'not told apart:'))
+            if found[sign]
+        ]
+        lines += [f'- {shots_text(k)}{which}: {"; ".join(said)}.'] if said else []
+    return [*parts, '\n'.join(lines)] if lines else parts
+
+
+def _most_shots(cells: list[Cell], zero_shot: Cell) -> str:
+    """Returns the table of methods with the same shots."""
+    title = METHODS[REFERENCE].title
+    reference = next((cell for cell in cells if cell.label == title), None)
+    gaps = [cell.minus(reference) for cell in cells]
+    p_values = holm(
+        [
+            math.nan if gap is None or cell.is_oracle else gap.p
+            for cell, gap in zip(cells, gaps, strict=True)
+        ]
+    )
+    rows = [[zero_shot.label, '-', '-', f'{zero_shot.ece:.1f}', '-', '-', '0']]
+    rows += [
+        [
+            cell.label,
+            str(gap or '-'),
+            '-' if math.isnan(p) else f'{p:.2f}',
+            f'{cell.ece:.1f}',
+            f'{cell.seconds("fit"):.2f}',
+            f'{cell.seconds("select"):.2f}',
+            f'{cell.records[0]["parameters"]:,}',
+        ]
+        for cell, gap, p in zip(cells, gaps, p_values, strict=True)
     ]
-    at, sentences = shots_text(rows[0].shots), []
-    if behind:
-        few = any(len(cell.records) < 3 for cell in rows)
-        why = ' (three seeds or more are needed to tell)' if few else ''
-        sentences = [
-            f'Not above zero-shot by more than the confidence interval at {at}{why}: '
-            f'{", ".join(behind)}.'
-        ]
-    elif results:
-        sentences = [
-            f'All methods are above zero-shot by more than the confidence interval at '
-            f'{at}.'
-        ]
-    return ['\n'.join(lines), *sentences]
+    header = ['method', f'minus {title}', 'p (Holm)', 'ECE', 'fit, s', 'all, s']
+    return _markdown([*header, 'parameters'], rows)
 
 
-def _plus_minus(half: float | None) -> str:
-    return '' if half is None else f' ± {half:.2f}'
+def _numbers(values: Iterable[int]) -> str:
+    return ', '.join(map(str, sorted(set(values))))
 
 
 def _accuracy(cell: Cell | None, about: dict) -> str:
@@ -240,19 +296,14 @@ def _accuracy(cell: Cell | None, about: dict) -> str:
         return '-'
     fixed = any(r['selection'] == 'fixed' for r in cell.records)
     mark = ' f' if fixed and about['config']['selection'] != 'fixed' else ''
-    return f'{cell.mean:.2f}{_plus_minus(cell.interval)}{mark}'
-
-
-def _p_value(cell: Cell, reference: Cell | None) -> float:
-    """Returns the p-value of a paired t-test, NaN if there is none."""
-    gaps = [] if cell.is_oracle else cell.gaps(reference)
-    if len(gaps) < 3 or np.std(gaps) == 0:
-        return float('nan')
-    return float(stats.ttest_1samp(gaps, 0).pvalue)
+    return f'{cell.mean:.2f}{mark}'
 
 
 def plot(records: list[dict], about: dict) -> bytes:
-    """Plots the accuracy over shots with confidence intervals, as a PNG file."""
+    """Plots the accuracy over shots, as a PNG file.
+
+    The bars are the 95 % confidence intervals of the difference from zero-shot.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -271,7 +322,7 @@ def plot(records: list[dict], about: dict) -> bytes:
         _, _, bars = axes.errorbar(
             [c.shots * shift for c in line],
             [c.mean for c in line],
-            [c.interval or 0 for c in line],
+            [np.nan_to_num(c.minus(zero_shot).half) for c in line],
             label=label,
             color='black' if is_main else colormaps['tab20'](2 * i % 20 + i // 10),
             marker=markers[i % len(markers)],
@@ -287,7 +338,7 @@ def plot(records: list[dict], about: dict) -> bytes:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set_xlabel('training images of each class')
-    axes.set_ylabel('test accuracy, %')
+    axes.set_ylabel('test accuracy, % (bars: 95 % of the gain over zero-shot)')
     axes.set_title(about['title'])
     axes.grid(color='0.9')
     axes.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))

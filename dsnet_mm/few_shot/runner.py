@@ -27,6 +27,9 @@ from .work_dir import claim_work_dir, describe_software, read_json
 
 logger = logging.getLogger(__name__)
 
+OPENED = 'test split opened'
+"""What ``run.log`` has for each time that the test split was opened."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -54,10 +57,10 @@ def run(
     """Fits and tests all methods, and writes a file for each classifier.
 
     First all images are encoded. Then all classifiers are selected and fitted without
-    the test split. Then the test split is opened once, and all classifiers are tested.
+    the test split. Then the test split is opened, and all classifiers are tested.
     ``run.log`` in ``work_dir`` records the order. A call with the same configuration
     continues an interrupted run. A call with other methods, shots or seeds adds them to
-    the run.
+    the run, and opens the test split again; the records count that.
 
     Args:
         config: Options of the run.
@@ -144,6 +147,8 @@ class _Runner:
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.made_with = describe_software()
+        log = (work_dir / 'run.log').read_text(encoding='utf-8')
+        self.openings = log.count(OPENED)
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def files(self, name: str) -> tuple[Path, Path]:
@@ -207,7 +212,9 @@ class _Runner:
             'fit_seconds': fit.fit_seconds,
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
-            'redrawn': drawn.redrawn,
+            'redrawn': drawn.overlap < 1,
+            'overlap': drawn.overlap,
+            'openings_before': self.openings,
             'made_with': self.made_with,
         }
         self.save(job.name, fit.classifier, record)
@@ -241,9 +248,9 @@ class _Runner:
         if len(fitted) == len(jobs) and all(read_json(p)['test'] for p in fitted):
             return None
         test = self.source.test()
+        self.openings += 1
         logger.info(
-            'test split opened: %d images; %d classifiers are fixed',
-            *(len(test), len(fitted)),
+            OPENED + ': %d images; %d classifiers are fixed', len(test), len(fitted)
         )
         return test
 
@@ -255,7 +262,8 @@ class _Runner:
         record = read_json(path)
         if record['test'] is None:
             score = evaluate(read_classifier(classifier)[0], test)
-            record['test'] = {**asdict(score), 'pictures': len(test)}
+            found = {**asdict(score), 'pictures': len(test), 'opening': self.openings}
+            record['test'] = found
             write_atomic(path, json.dumps(record, indent=2))
             logger.info('tested %s', job.name)
         return record

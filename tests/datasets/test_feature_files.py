@@ -117,9 +117,9 @@ def test_draws_from_a_file(file):
         assert set(rows) <= pool and len(set(rows)) == 6
         assert draw.train.labels.bincount().tolist() == [2, 2, 2]
         assert draw.val.labels.bincount().tolist() == [2, 2, 2]
-        assert draw.redrawn
+        assert draw.overlap == 0.5
     assert not torch.equal(draws[0].train.features, draws[1].train.features)
-    assert not source.draw(4, 2, False).redrawn
+    assert source.draw(4, 2, False).overlap == 1
 
 
 def test_default_shots_of_a_file_with_few_images(tmp_path):
