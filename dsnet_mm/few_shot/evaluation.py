@@ -16,8 +16,7 @@ from dsnet_mm.datasets.features import Features
 class Score:
     """Top-1 accuracy and expected calibration error in percent, mean cross-entropy.
 
-    ``correct`` has a bit for each image, 1 if it is classified rightly, in base64; see
-    :func:`unpack`.
+    ``correct`` has a bit for each image, 1 if it is right, in base64 (:func:`unpack`).
     """
 
     accuracy: float
@@ -27,12 +26,7 @@ class Score:
 
 
 def unpack(correct: str, count: int) -> np.ndarray:
-    """Returns 1 for each of ``count`` images that is classified rightly, else 0 (N,).
-
-    Args:
-        correct: That of a :class:`Score`.
-        count: Number of images.
-    """
+    """Returns 1 for each of N = ``count`` images that is right, else 0 (N,), int8."""
     packed = np.frombuffer(base64.b64decode(correct), np.uint8)
     return np.unpackbits(packed, count=count).astype(np.int8)
 

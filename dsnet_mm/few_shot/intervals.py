@@ -9,12 +9,9 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of two accuracies, in percentage points.
+    """Difference in points: mean, half of the 95 % interval, two-sided p-value.
 
-    Attributes:
-        mean: The mean over draws.
-        half: Half of the width of its 95 % confidence interval; NaN if unknown.
-        p: Two-sided p-value of no difference; NaN if unknown.
+    ``half`` and ``p`` are NaN if they are unknown.
     """
 
     mean: float
@@ -33,16 +30,13 @@ class Difference:
 def difference(gaps: np.ndarray, overlap: float) -> Difference:
     """Estimates the difference of two methods for new draws and new test images.
 
-    The variance is the sum of two: of the means of draws, and of the means of images.
-    Both contain that of draws and images together, so the interval is rather too wide.
-    Student's t has the degrees of freedom of Welch and Satterthwaite.
-
-    - Images: one won and one lost image are added (Bonett and Price, J. Educ. Behav.
-      Stat. 37, 2012), because few images may decide.
-    - Draws: those from a small pool are correlated, by not more than the share of
-      images they have in common (Hoeffding, Ann. Math. Stat. 19, 1948). Nadeau and
-      Bengio (Machine Learning 52, 2003) have the factor. If all images are in common,
-      or there is one draw, the interval holds for these training images alone.
+    The variance is the sum of that between draws and that between images, with
+    Student's t and the degrees of freedom of Welch and Satterthwaite. One won and one
+    lost image are added, because few images may decide (Bonett and Price, J. Educ.
+    Behav. Stat. 37, 2012). Draws from a small pool are correlated, by not more than
+    their overlap (Hoeffding, Ann. Math. Stat. 19, 1948); the factor is that of Nadeau
+    and Bengio (Machine Learning 52, 2003). If nothing was redrawn, the interval holds
+    for these training images alone.
 
     Args:
         gaps: 1 where only the first method is right, -1 where only the second is, else
@@ -54,9 +48,9 @@ def difference(gaps: np.ndarray, overlap: float) -> Difference:
     images = by_image.var(ddof=1) / len(by_image)
     draws = gaps.mean(1).var(ddof=1) if count > 1 else 0.0
     draws *= 1 / count + (overlap / (1 - overlap) if overlap < 1 else 0)
-    freedom = images**2 / (len(by_image) - 1)
-    freedom += draws**2 / (count - 1) if count > 1 else 0
-    freedom = (images + draws) ** 2 / freedom
+    freedom = (images + draws) ** 2 / (
+        images**2 / (len(by_image) - 1) + draws**2 / max(count - 1, 1)
+    )
     mean, error = gaps.mean(), math.sqrt(images + draws)
     half = stats.t.ppf(0.975, freedom) * error
     p = 2 * stats.t.sf(abs(mean) / error, freedom)
@@ -68,10 +62,8 @@ def holm(p_values: list[float]) -> list[float]:
 
     NaN is no comparison. The corrected values are at most 1.
     """
-    corrected, largest = list(p_values), 0.0
-    order = sorted(i for i, p in enumerate(p_values) if not math.isnan(p))
-    order.sort(key=lambda i: p_values[i])
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    p = np.array(p_values, dtype=float)
+    order, count = p.argsort(), np.isfinite(p).sum()  # NaN is last
+    steps = p[order] * (count - np.arange(len(p)))
+    p[order] = np.maximum.accumulate(steps).clip(max=1)
+    return p.tolist()

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,9 @@ class Cell:
     records: list[dict]
 
     @property
-    def accuracies(self) -> dict[int, float]:
-        """Test accuracy by seed, in percent."""
-        return {r['seed']: r['test']['accuracy'] for r in self.records}
-
-    @property
     def mean(self) -> float:
-        return float(np.mean(list(self.accuracies.values())))
+        """Mean test accuracy, in percent."""
+        return float(np.mean([r['test']['accuracy'] for r in self.records]))
 
     @property
     def is_oracle(self) -> bool:
@@ -55,13 +52,9 @@ class Cell:
 
     @property
     def overlap(self) -> float:
-        """Share of the training images that two seeds have in common."""
-        return max(r.get('overlap', float(not r['redrawn'])) for r in self.records)
-
-    @property
-    def is_redrawn(self) -> bool:
-        """Whether seeds stand for other training images."""
-        return len(self.records) > 1 and self.overlap < 1
+        """Share of the training images that draws have in common, 1 for one draw."""
+        shares = (r.get('overlap', float(not r['redrawn'])) for r in self.records)
+        return max(shares) if len(self.records) > 1 else 1.0
 
     def minus(self, other: 'Cell | None') -> Difference | None:
         """Returns the difference from a method on the same draws and test images.
@@ -71,20 +64,22 @@ class Cell:
         """
         if other is None or other is self:
             return None
-        tests = {r['seed']: r['test'] for r in self.records}
-        others = {r['seed']: r['test'] for r in other.records}
+        tests, others = (
+            {r['seed']: r['test'] for r in cell.records} for cell in (self, other)
+        )
         if not other.shots:  # zero-shot CLIP, the same for all draws
             others = dict.fromkeys(tests, *others.values())
         pairs = [(tests[seed], others[seed]) for seed in tests.keys() & others.keys()]
         if not pairs:
             return None
-        known = all('correct' in test for pair in pairs for test in pair)
-        if not known or len({test['pictures'] for pair in pairs for test in pair}) > 1:
+        counts = {t.get('correct') and t['pictures'] for pair in pairs for t in pair}
+        if len(counts) > 1 or None in counts:
             return Difference(
                 np.mean([a['accuracy'] - b['accuracy'] for a, b in pairs])
             )
-        rows = [[unpack(t['correct'], t['pictures']) for t in pair] for pair in pairs]
-        return difference(np.array([a - b for a, b in rows]), self.overlap)
+        (count,) = counts
+        right = np.array([[unpack(t['correct'], count) for t in p] for p in pairs])
+        return difference(right[:, 0] - right[:, 1], self.overlap)
 
 
 def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
@@ -100,24 +95,20 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
 def table(records: list[dict], about: dict) -> str:
     """Formats the records of a run, and the content of ``run.json``, as Markdown.
 
-    The first table has the mean accuracy of each method and number of shots, with a
-    mark where nothing was selected. The next ones have the gain over zero-shot with its
-    95 % confidence interval (see :func:`.intervals.difference`), and sentences that
-    name the methods with an interval above or below 0. The last table is for the
-    largest number of shots. It has the difference from CLIP-Adapter with p-values
-    corrected by Holm, calibration, time and parameters. The last sentence names the
-    classifier to use. No table is wider than 80 columns with up to three numbers of
-    shots, or five without intervals.
+    The tables have mean accuracies, with a mark where nothing was selected; gains over
+    zero-shot with 95 % confidence intervals (:func:`.intervals.difference`), and what
+    they show; and for the largest number of shots the difference from CLIP-Adapter with
+    p-values corrected by Holm, calibration, time and parameters. They fit 80 columns.
+    The last sentence names the classifier to use.
     """
     cells = collect(records)
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     shots = sorted({k for _, k in cells} - {0})
     labels = dict.fromkeys(label for label, k in cells if k)
     rows = [[zero_shot.label] + [f'{zero_shot.mean:.2f}'] * max(len(shots), 1)]
-    rows += [
-        [label] + [_accuracy(cells.get((label, k)), about) for k in shots]
-        for label in labels
-    ]
+    for label in labels:
+        row = [_accuracy(cells.get((label, k)), about) for k in shots]
+        rows.append([label, *row])
     header = ['method', *(map(shots_text, shots) if shots else ['accuracy'])]
     parts = [f'# {about["title"]}', _describe(records, about), _markdown(header, rows)]
     parts += _notes([*cells.values()], records, about)
@@ -176,85 +167,67 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
-    notes.append(_openings(cells, records))
+    notes.append(_openings(records))
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 
 
-def _openings(cells: list[Cell], records: list[dict]) -> str:
+def _openings(records: list[dict]) -> str:
     """Says how often the test split was opened, and what was fitted after that."""
     count = max(r['test'].get('opening', 1) for r in records)
-    late: dict[str, list[dict]] = {}
-    for cell in (cell for cell in cells if not cell.is_oracle):
-        found = [r for r in cell.records if r.get('openings_before')]
-        late.setdefault(cell.label, []).extend(found)
-    added = [
-        f'{label} (shots {_numbers(r["shots"] for r in found)}; '
-        f'seeds {_numbers(r["seed"] for r in found)})'
-        for label, found in late.items()
-        if found
-    ]
     times = 'once' if count == 1 else f'{count} times'
-    if not added:
+    results = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    of = Counter(METHODS[r['method']].title for r in results)
+    late = [r for r in results if r.get('openings_before')]
+    if not late:
         return f'The test split was opened {times}, after all fits.'
+    count = Counter(METHODS[r['method']].title for r in late)
+    added = ', '.join(f'{k} ({n} of {of[k]} classifiers)' for k, n in count.items())
     return (
-        f'The test split was opened {times}. Fitted after it was first opened, when '
-        f'test results were known: {", ".join(added)}.'
+        f'The test split was opened {times}. Fitted later, when the first test results '
+        f'were known: {added}.'
     )
 
 
 def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
     """Returns tables of gains over zero-shot, and what they show."""
-    shots = sorted({k for _, k in cells} - {0})
-    labels = dict.fromkeys(label for label, k in cells if k)
-    gains = {key: cell.minus(zero_shot) for key, cell in cells.items() if cell.shots}
+    fitted = [cell for cell in cells.values() if cell.shots]
+    shots = sorted({c.shots for c in fitted})
+    gains = {(c.label, c.shots): c.minus(zero_shot) for c in fitted}
     parts = []
     for i in range(0, len(shots), 3):  # three intervals in 80 columns
         part = shots[i : i + 3]
         rows = [
             [label, *(str(gains.get((label, k), '-')) for k in part)]
-            for label in labels
+            for label in dict.fromkeys(c.label for c in fitted)
         ]
         parts.append(_markdown(['method', *map(shots_text, part)], rows))
-    fitted = [cell for cell in cells.values() if cell.shots]
-    parts.append(
-        'Points, with the 95 % confidence interval for new draws of training images '
-        'and new test images. The images are paired.'
-    )
-    if old := [c.label for c in fitted if math.isnan(gains[c.label, c.shots].half)]:
+    parts.append('In points, with 95 % intervals for new draws and new test images.')
+    if old := dict.fromkeys(k[0] for k, gain in gains.items() if math.isnan(gain.half)):
         parts.append(
-            f'No interval: {", ".join(dict.fromkeys(old))}. It is not stored which '
-            f'images are right (a run of an older version), or some could not be read. '
-            f'Run them in a new folder.'
+            f'No interval: {", ".join(old)}. Which images are right is not known (an '
+            f'older version, or unreadable images). Run again in a new folder.'
         )
-    shared = {c.shots: c.overlap for c in fitted if c.is_redrawn and c.overlap >= 0.05}
+    shared = {c.shots: 100 * c.overlap for c in fitted if 0.05 <= c.overlap < 1}
     if shared:
-        each = [
-            f'{100 * share:.0f} % at {shots_text(k)}' for k, share in shared.items()
-        ]
+        each = (f'{share:.0f} % at {shots_text(k)}' for k, share in shared.items())
         parts.append(
-            f'The draws come from few images. Two draws have these in common: '
-            f'{", ".join(each)}. The intervals are wider for it.'
+            f'Two draws share images: {", ".join(each)}. Intervals are wider for it.'
         )
-    if fixed := sorted({c.shots for c in fitted if not c.is_redrawn}):
+    if fixed := sorted({c.shots for c in fitted if c.overlap == 1}):
         parts.append(
-            f'At {_numbers(fixed)} shots there is one set of training images. The '
-            f'intervals are for new test images and these training images: nothing '
-            f'follows for other draws.'
+            f'At {", ".join(map(shots_text, fixed))} there is one set of training '
+            f'images: intervals are for new test images alone, not for other draws.'
         )
-    results = [c for c in fitted if not c.is_oracle]
+    signs = {1: 'above zero-shot', -1: 'below zero-shot', 0: 'not known'}
     lines = []
     for k in shots:
-        found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-        for cell in (c for c in results if c.shots == k):
-            found[gains[cell.label, k].sign].append(cell.label)
-        which = ' (these training images)' if k in fixed else ''
-        said = [
-            f'{text} {", ".join(found[sign])}'
-            for sign, text in ((1, 'above'), (-1, 'below'), (0, 'not told apart:'))
-            if found[sign]
-        ]
-        lines += [f'- {shots_text(k)}{which}: {"; ".join(said)}.'] if said else []
+        said: dict[str, list[str]] = {text: [] for text in signs.values()}
+        for cell in (c for c in fitted if c.shots == k and not c.is_oracle):
+            said[signs[gains[cell.label, k].sign]].append(cell.label)
+        if found := [f'{text}: {", ".join(x)}' for text, x in said.items() if x]:
+            only = ', these training images only' * (k in fixed)
+            lines.append(f'- {shots_text(k)}{only}: {"; ".join(found)}.')
     return [*parts, '\n'.join(lines)] if lines else parts
 
 
@@ -263,12 +236,8 @@ def _most_shots(cells: list[Cell], zero_shot: Cell) -> str:
     title = METHODS[REFERENCE].title
     reference = next((cell for cell in cells if cell.label == title), None)
     gaps = [cell.minus(reference) for cell in cells]
-    p_values = holm(
-        [
-            math.nan if gap is None or cell.is_oracle else gap.p
-            for cell, gap in zip(cells, gaps, strict=True)
-        ]
-    )
+    compared = zip(cells, gaps, strict=True)
+    p_values = holm([g.p if g and not c.is_oracle else math.nan for c, g in compared])
     rows = [[zero_shot.label, '-', '-', f'{zero_shot.ece:.1f}', '-', '-', '0']]
     rows += [
         [

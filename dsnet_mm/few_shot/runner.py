@@ -27,9 +27,6 @@ from .work_dir import claim_work_dir, describe_software, read_json
 
 logger = logging.getLogger(__name__)
 
-OPENED = 'test split opened'
-"""What ``run.log`` has for each time that the test split was opened."""
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -148,7 +145,7 @@ class _Runner:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.made_with = describe_software()
         log = (work_dir / 'run.log').read_text(encoding='utf-8')
-        self.openings = log.count(OPENED)
+        self.openings = log.count('test split opened')
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def files(self, name: str) -> tuple[Path, Path]:
@@ -250,7 +247,8 @@ class _Runner:
         test = self.source.test()
         self.openings += 1
         logger.info(
-            OPENED + ': %d images; %d classifiers are fixed', len(test), len(fitted)
+            'test split opened: %d images; %d classifiers are fixed',
+            *(len(test), len(fitted)),
         )
         return test
 
@@ -262,8 +260,8 @@ class _Runner:
         record = read_json(path)
         if record['test'] is None:
             score = evaluate(read_classifier(classifier)[0], test)
-            found = {**asdict(score), 'pictures': len(test), 'opening': self.openings}
-            record['test'] = found
+            record['test'] = {**asdict(score), 'pictures': len(test)}
+            record['test']['opening'] = self.openings
             write_atomic(path, json.dumps(record, indent=2))
             logger.info('tested %s', job.name)
         return record
