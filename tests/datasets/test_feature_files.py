@@ -306,10 +306,11 @@ def test_encoded_file_gives_the_results_of_the_images(
         )
         for a, b in zip(found, expected, strict=True):
             assert a.keys() == b.keys()
-            for key in ('name', 'selection', 'options', 'parameters', 'redrawn'):
+            for key in ('name', 'selection', 'options', 'parameters', 'overlap'):
                 assert a[key] == b[key]
             for record in (a, b):
                 record['test']['val'] = record['val_accuracy'] or 0
+            assert a['test'].pop('correct') == b['test'].pop('correct')
             assert a['test'] == pytest.approx(b['test'], rel=1e-4)
     file = 'classifiers/clip_adapter_4shot_seed2.safetensors'
     image = [next(image_folder.glob('red/*.png'))]
