@@ -115,7 +115,7 @@ def table(records: list[dict], about: dict) -> str:
     if shots:
         parts += ['## Gain over zero-shot', *_gains(cells, zero_shot)]
         last = [cell for cell in cells.values() if cell.shots == shots[-1]]
-        parts += [f'## At {shots_text(shots[-1])}', _most_shots(last, zero_shot)]
+        parts += [f'## At {shots_text(shots[-1])}', *_most_shots(last, zero_shot)]
     chosen = choose(records)
     parts.append(f'Classifier to use: `{chosen.file}`. {chosen.why}')
     return '\n\n'.join(parts) + '\n'
@@ -219,40 +219,39 @@ def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
             f'At {", ".join(map(shots_text, fixed))} there is one set of training '
             f'images: intervals are for new test images alone, not for other draws.'
         )
-    signs = {1: 'above zero-shot', -1: 'below zero-shot', 0: 'not known'}
+    signs = {1: 'Above zero-shot', -1: 'Below zero-shot', 0: 'Undecided'}
     lines = []
     for k in shots:
         said: dict[str, list[str]] = {text: [] for text in signs.values()}
         for cell in (c for c in fitted if c.shots == k and not c.is_oracle):
             said[signs[gains[cell.label, k].sign]].append(cell.label)
-        if found := [f'{text}: {", ".join(x)}' for text, x in said.items() if x]:
+        if found := [f'{text}: {"; ".join(x)}.' for text, x in said.items() if x]:
             only = ', these training images only' * (k in fixed)
-            lines.append(f'- {shots_text(k)}{only}: {"; ".join(found)}.')
+            lines.append(f'- {shots_text(k)}{only}. {" ".join(found)}')
     return [*parts, '\n'.join(lines)] if lines else parts
 
 
-def _most_shots(cells: list[Cell], zero_shot: Cell) -> str:
-    """Returns the table of methods with the same shots."""
+def _most_shots(cells: list[Cell], zero_shot: Cell) -> list[str]:
+    """Returns the tables of methods with the same shots."""
     title = METHODS[REFERENCE].title
     reference = next((cell for cell in cells if cell.label == title), None)
     gaps = [cell.minus(reference) for cell in cells]
     compared = zip(cells, gaps, strict=True)
     p_values = holm([g.p if g and not c.is_oracle else math.nan for c, g in compared])
-    rows = [[zero_shot.label, '-', '-', f'{zero_shot.ece:.1f}', '-', '-', '0']]
-    rows += [
-        [
-            cell.label,
-            str(gap or '-'),
-            '-' if math.isnan(p) else f'{p:.2f}',
-            f'{cell.ece:.1f}',
-            f'{cell.seconds("fit"):.2f}',
-            f'{cell.seconds("select"):.2f}',
-            f'{cell.records[0]["parameters"]:,}',
-        ]
+    against = [
+        [cell.label, str(gap or '-'), '-' if math.isnan(p) else f'{p:.2f}']
         for cell, gap, p in zip(cells, gaps, p_values, strict=True)
     ]
-    header = ['method', f'minus {title}', 'p (Holm)', 'ECE', 'fit, s', 'all, s']
-    return _markdown([*header, 'parameters'], rows)
+    cost = [[zero_shot.label, f'{zero_shot.ece:.1f}', '-', '-', '0']]
+    for cell in cells:
+        seconds = [f'{cell.seconds(what):.2f}' for what in ('fit', 'select')]
+        count = f'{cell.records[0]["parameters"]:,}'
+        cost.append([cell.label, f'{cell.ece:.1f}', *seconds, count])
+    header = ['method', 'ECE', 'fit, s', 'with selection, s', 'parameters']
+    tables = [_markdown(header, cost)]
+    if reference is not None:
+        tables.insert(0, _markdown(['method', f'minus {title}', 'p (Holm)'], against))
+    return tables
 
 
 def _numbers(values: Iterable[int]) -> str:

@@ -166,7 +166,7 @@ def test_methods_shots_and_seeds_are_added_to_a_run(config, work_dir):
     text = write_report(work_dir, run(first, work_dir, quiet=True))
     assert 'opened 3 times' in text
     assert 'No interval: Tip-Adapter, Linear probe.' in text
-    assert re.search(r'- 1 shot: .*not known: Tip-Adapter, Linear probe', text)
+    assert re.search(r'- 1 shot\. .*Undecided: .*Tip-Adapter; Linear probe', text)
     gain = r'[+-]\d+\.\d\d'
     assert re.search(rf'\n\| Tip-Adapter \| {gain} \| {gain} \|\n', text)
     assert re.search(rf'\n\| GDA \| {gain} ± \d.* \|\n', text)
@@ -334,7 +334,7 @@ def test_a_run_of_oracles_alone_has_no_results(config, work_dir):
     config = replace(config, **{**NOTHING, 'oracle': ('gda',)})
     text = write_report(work_dir, run(config, work_dir, quiet=True))
     assert '## At 1 shot\n' in text and 'GDA (oracle)' in text
-    assert 'above zero-shot' not in text
+    assert 'Above zero-shot' not in text and 'Undecided' not in text
 
 
 def test_damaged_description_of_a_run(config, work_dir):
