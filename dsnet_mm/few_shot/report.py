@@ -174,15 +174,16 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
 
 def _openings(records: list[dict]) -> str:
     """Says how often the test split was opened, and what was fitted after that."""
-    count = max(r['test'].get('opening', 1) for r in records)
+    if any('opening' not in r['test'] for r in records):
+        return 'An older version did not count openings of the test split: see run.log.'
+    count = max(r['test']['opening'] for r in records)
     times = 'once' if count == 1 else f'{count} times'
     results = [r for r in records if r['shots'] and r['selection'] != 'oracle']
     of = Counter(METHODS[r['method']].title for r in results)
-    late = [r for r in results if r.get('openings_before')]
+    late = Counter(METHODS[r['method']].title for r in results if r['openings_before'])
     if not late:
         return f'The test split was opened {times}, after all fits.'
-    count = Counter(METHODS[r['method']].title for r in late)
-    added = ', '.join(f'{k} ({n} of {of[k]} classifiers)' for k, n in count.items())
+    added = ', '.join(f'{k} ({n} of {of[k]} classifiers)' for k, n in late.items())
     return (
         f'The test split was opened {times}. Fitted later, when the first test results '
         f'were known: {added}.'
