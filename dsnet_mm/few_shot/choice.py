@@ -25,9 +25,10 @@ def choose(records: Sequence[dict]) -> Choice:
     """Chooses a classifier by validation accuracy. Test results are not used.
 
     Candidates are zero-shot CLIP and the classifiers with the largest number of shots,
-    without oracles and transductive methods, which saw the test images.
-    The method with the highest mean over seeds is chosen, and of its classifiers that
-    with the highest accuracy. Of equal ones it is that with the lowest loss.
+    without oracles and transductive methods, which saw the test images. The method with
+    the highest mean over seeds is chosen, of equal ones that with the lowest loss, and
+    its classifier with the first seed: other seeds have other validation images, so
+    their accuracies do not tell which classifier is better.
 
     Args:
         records: Content of ``runs/*.json``, zero-shot CLIP first.
@@ -59,9 +60,10 @@ def choose(records: Sequence[dict]) -> Choice:
             f'images of {shots_text(most)}.',
         )
     return Choice(
-        max(best, key=lambda r: _score([r])),
+        min(best, key=lambda r: r['seed']),
         f'Its method has the highest mean validation accuracy at {shots_text(most)}, '
-        f'{accuracy:.2f} %, and this is the best of its seeds.',
+        f'{accuracy:.2f} %, and this is its first seed; `--final` fits the method to '
+        f'all labelled images.',
     )
 
 

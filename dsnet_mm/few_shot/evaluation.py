@@ -1,8 +1,10 @@
 """Accuracy, calibration and loss of a classifier."""
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,11 +14,21 @@ from dsnet_mm.datasets.features import Features
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 accuracy and expected calibration error in percent, mean cross-entropy."""
+    """Top-1 accuracy and expected calibration error in percent, mean cross-entropy.
+
+    ``correct`` has a bit for each image, 1 if it is right, in base64 (:func:`unpack`).
+    """
 
     accuracy: float
     ece: float
     loss: float
+    correct: str = ''
+
+
+def unpack(correct: str, count: int) -> np.ndarray:
+    """Returns 1 for each of N = ``count`` images that is right, else 0 (N,), int8."""
+    packed = np.frombuffer(base64.b64decode(correct), np.uint8)
+    return np.unpackbits(packed, count=count).astype(np.int8)
 
 
 @torch.no_grad()
@@ -41,7 +53,8 @@ def evaluate(
         correct.append(top.indices == labels)
     confidence, correct = torch.cat(confidence), torch.cat(correct).float()
     ece = calibration_error(confidence, correct)
-    return Score(100 * correct.mean().item(), 100 * ece, loss / len(data))
+    packed = base64.b64encode(np.packbits(correct.bool().numpy()).tobytes()).decode()
+    return Score(100 * correct.mean().item(), 100 * ece, loss / len(data), packed)
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:

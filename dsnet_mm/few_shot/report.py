@@ -2,16 +2,20 @@
 
 import io
 import json
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from dsnet_mm.files import write_atomic
 
 from .base_to_new import new_classes_table
 from .choice import REFERENCE, choose, shots_text
+from .evaluation import unpack
+from .intervals import Difference, difference, holm
 from .methods import METHODS
 
 
@@ -30,18 +34,9 @@ class Cell:
     records: list[dict]
 
     @property
-    def accuracies(self) -> dict[int, float]:
-        """Test accuracy by seed, in percent."""
-        return {r['seed']: r['test']['accuracy'] for r in self.records}
-
-    @property
     def mean(self) -> float:
-        return float(np.mean(list(self.accuracies.values())))
-
-    @property
-    def interval(self) -> float | None:
-        """Half of the width of the 95 % confidence interval of the mean over seeds."""
-        return half_interval(list(self.accuracies.values()))
+        """Mean test accuracy, in percent."""
+        return float(np.mean([r['test']['accuracy'] for r in self.records]))
 
     @property
     def is_oracle(self) -> bool:
@@ -56,37 +51,36 @@ class Cell:
         """Mean time of a fit (``'fit'``), or of selection and fit (``'select'``)."""
         return float(np.mean([r[f'{what}_seconds'] for r in self.records]))
 
-    def gaps(self, reference: 'Cell | None') -> list[float]:
-        """Differences from a method on the same draws, none from itself."""
-        if reference is None or reference is self:
-            return []
-        mine, other = self.accuracies, reference.accuracies
-        return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+    @property
+    def overlap(self) -> float:
+        """Share of the training images that draws have in common, 1 for one draw."""
+        shares = (r.get('overlap', float(not r['redrawn'])) for r in self.records)
+        return max(shares) if len(self.records) > 1 else 1.0
 
+    def minus(self, other: 'Cell | None') -> Difference | None:
+        """Returns the difference from a method on the same draws and test images.
 
-def half_interval(values: list[float]) -> float | None:
-    """Returns half of the 95 % confidence interval of a mean, by Student's t.
-
-    ``values`` has one value for each seed. For fewer than three it is None.
-    """
-    if len(values) < 3:
-        return None
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Corrects p-values for their number (Holm, Scand. J. Statist. 6, 1979).
-
-    NaN is no comparison. The corrected values are at most 1.
-    """
-    corrected, largest = list(p_values), 0.0
-    order = sorted(i for i, p in enumerate(p_values) if not np.isnan(p))
-    order.sort(key=lambda i: p_values[i])
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+        There is none from itself, and no interval if it is not stored which images are
+        right.
+        """
+        if other is None or other is self:
+            return None
+        tests, others = (
+            {r['seed']: r['test'] for r in cell.records} for cell in (self, other)
+        )
+        if not other.shots:  # zero-shot CLIP, the same for all draws
+            others = dict.fromkeys(tests, *others.values())
+        pairs = [(tests[seed], others[seed]) for seed in tests.keys() & others.keys()]
+        if not pairs:
+            return None
+        counts = {t.get('correct') and t['pictures'] for pair in pairs for t in pair}
+        if len(counts) > 1 or None in counts:
+            return Difference(
+                np.mean([a['accuracy'] - b['accuracy'] for a, b in pairs])
+            )
+        (count,) = counts
+        right = np.array([[unpack(t['correct'], count) for t in p] for p in pairs])
+        return difference(right[:, 0] - right[:, 1], self.overlap)
 
 
 def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
@@ -102,33 +96,27 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
 def table(records: list[dict], about: dict) -> str:
     """Formats the records of a run, and the content of ``run.json``, as Markdown.
 
-    The first table has the accuracy of each method and number of shots, with the 95 %
-    confidence interval of the mean over seeds, and a mark where nothing was selected.
-    The second is for the largest number of shots. It has the gain over zero-shot, the
-    paired comparison with CLIP-Adapter, with p-values corrected by Holm, calibration,
-    time and parameters. Sentences name the methods whose gain over zero-shot is not
-    larger than the interval, and the classifier to use.
+    The tables have mean accuracies, with a mark where nothing was selected; gains over
+    zero-shot with 95 % confidence intervals (:func:`.intervals.difference`), and what
+    they show; and for the largest number of shots the difference from CLIP-Adapter with
+    p-values corrected by Holm, calibration, time and parameters. They fit 80 columns.
+    The last sentence names the classifier to use.
     """
     cells = collect(records)
     zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
     shots = sorted({k for _, k in cells} - {0})
     labels = dict.fromkeys(label for label, k in cells if k)
-    columns = [*map(shots_text, shots)] or ['accuracy']
-    lines = [
-        f'| method | {" | ".join(columns)} |',
-        '|---|' + '--:|' * len(columns),
-        f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
-    ]
+    rows = [[zero_shot.label] + [f'{zero_shot.mean:.2f}'] * max(len(shots), 1)]
     for label in labels:
         row = [_accuracy(cells.get((label, k)), about) for k in shots]
-        lines.append(f'| {label} | ' + ' | '.join(row) + ' |')
-    parts = [f'# {about["title"]}', _describe(records, about), '\n'.join(lines)]
+        rows.append([label, *row])
+    header = ['method', *(map(shots_text, shots) if shots else ['accuracy'])]
+    parts = [f'# {about["title"]}', _describe(records, about), _markdown(header, rows)]
     parts += _notes([*cells.values()], records, about)
     if shots:
-        rows = [
-            cells[label, shots[-1]] for label in labels if (label, shots[-1]) in cells
-        ]
-        parts += [f'## At {shots_text(shots[-1])}', *_most_shots(rows, zero_shot)]
+        parts += ['## Gain over zero-shot', *_gains(cells, zero_shot)]
+        last = [cell for cell in cells.values() if cell.shots == shots[-1]]
+        parts += [f'## At {shots_text(shots[-1])}', *_most_shots(last, zero_shot)]
     if about['config'].get('base_to_new'):
         most = [cell for cell in cells.values() if cell.shots in (0, *shots[-1:])]
         parts.append(new_classes_table(most))
@@ -137,12 +125,18 @@ def table(records: list[dict], about: dict) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Formats a table whose first column is text."""
+    lines = [header, ['---'] + ['--:'] * (len(header) - 1), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def _describe(records: list[dict], about: dict) -> str:
     """Describes data and protocol of a run in a few sentences."""
     config, prompts = about['config'], about['prompts']
     facts = [
         f'{len(about["class_names"])} classes, {records[0]["test"]["pictures"]} test '
-        f'images, seeds {", ".join(map(str, config["seeds"]))}'
+        f'images, seeds {_numbers(config["seeds"])}'
     ]
     if config['features'] is None:
         facts.append(f'preprocessing `{config["preprocessing"]}`')
@@ -151,10 +145,7 @@ def _describe(records: list[dict], about: dict) -> str:
     elif prompts:
         facts.append(f'{len(prompts)} prompts from `{prompts[0]}` on')
     facts.append(f'hyper-parameters by `{config["selection"]}`')
-    return (
-        '; '.join(facts) + '. Test accuracy in %, mean and 95 % confidence interval '
-        'over seeds (Student t).'
-    )
+    return '; '.join(facts) + '. Test accuracy in %, mean over seeds.'
 
 
 def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
@@ -171,13 +162,6 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
             'Selection by `val` uses min(shots, 4) more labelled images of each '
             'class: "1 shot" is two labels a class, "16 shots" is 20.'
         )
-    same = sorted({r['shots'] for r in records if r['shots'] and not r['redrawn']})
-    if same:
-        notes.append(
-            f'At {", ".join(map(str, same))} shots the file has no other images to '
-            f'draw: all seeds have the same training images, and the intervals are '
-            f'only those of initialisation, order and validation images.'
-        )
     options = [
         f'{METHODS[name].title} {key}={value}'
         for name, values in config['overrides'].items()
@@ -187,55 +171,96 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
+    notes.append(_openings(records))
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 
 
-def _most_shots(rows: list[Cell], zero_shot: Cell) -> list[str]:
-    """Returns the table of methods with the same shots, and a sentence on it."""
-    title = METHODS[REFERENCE].title
-    reference = next((cell for cell in rows if cell.label == title), None)
-    lines = [
-        '| method | gain over zero-shot | minus CLIP-Adapter, paired (p, Holm) | ECE '
-        '| fit, s | with selection, s | parameters |',
-        '|---|--:|--:|--:|--:|--:|--:|',
-        f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
-    ]
-    p_values = holm([_p_value(cell, reference) for cell in rows])
-    for cell, p in zip(rows, p_values, strict=True):
-        gain, gaps, paired = cell.mean - zero_shot.mean, cell.gaps(reference), '-'
-        if gaps:
-            paired = f'{np.mean(gaps):+.2f}{_plus_minus(half_interval(gaps))}'
-            paired += '' if np.isnan(p) else f' ({p:.2f})'
-        lines.append(
-            f'| {cell.label} | {gain:+.2f}{_plus_minus(cell.interval)} | {paired} | '
-            f'{cell.ece:.1f} | {cell.seconds("fit"):.2f} | '
-            f'{cell.seconds("select"):.2f} | {cell.records[0]["parameters"]:,} |'
+def _openings(records: list[dict]) -> str:
+    """Says how often the test split was opened, and what was fitted after that."""
+    if any('opening' not in r['test'] for r in records):
+        return 'An older version did not count openings of the test split: see run.log.'
+    count = max(r['test']['opening'] for r in records)
+    times = 'once' if count == 1 else f'{count} times'
+    results = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    of = Counter(METHODS[r['method']].title for r in results)
+    late = Counter(METHODS[r['method']].title for r in results if r['openings_before'])
+    if not late:
+        return f'The test split was opened {times}, after all fits.'
+    added = ', '.join(f'{k} ({n} of {of[k]} classifiers)' for k, n in late.items())
+    return (
+        f'The test split was opened {times}. Fitted later, when the first test results '
+        f'were known: {added}.'
+    )
+
+
+def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
+    """Returns tables of gains over zero-shot, and what they show."""
+    fitted = [cell for cell in cells.values() if cell.shots]
+    shots = sorted({c.shots for c in fitted})
+    gains = {(c.label, c.shots): c.minus(zero_shot) for c in fitted}
+    parts = []
+    for i in range(0, len(shots), 3):  # three intervals in 80 columns
+        part = shots[i : i + 3]
+        rows = [
+            [label, *(str(gains.get((label, k), '-')) for k in part)]
+            for label in dict.fromkeys(c.label for c in fitted)
+        ]
+        parts.append(_markdown(['method', *map(shots_text, part)], rows))
+    parts.append('In points, with 95 % intervals for new draws and new test images.')
+    if old := dict.fromkeys(k[0] for k, gain in gains.items() if math.isnan(gain.half)):
+        parts.append(
+            f'No interval: {", ".join(old)}. Which images are right is not known (an '
+            f'older version, or unreadable images). Run again in a new folder.'
         )
-    results = [cell for cell in rows if not cell.is_oracle]
-    behind = [
-        cell.label
-        for cell in results
-        if cell.interval is None or cell.mean - zero_shot.mean <= cell.interval
+    shared = {c.shots: 100 * c.overlap for c in fitted if 0.05 <= c.overlap < 1}
+    if shared:
+        each = (f'{share:.0f} % at {shots_text(k)}' for k, share in shared.items())
+        parts.append(
+            f'Two draws share images: {", ".join(each)}. Intervals are wider for it.'
+        )
+    if fixed := sorted({c.shots for c in fitted if c.overlap == 1}):
+        parts.append(
+            f'At {", ".join(map(shots_text, fixed))} there is one set of training '
+            f'images: intervals are for new test images alone, not for other draws.'
+        )
+    signs = {1: 'Above zero-shot', -1: 'Below zero-shot', 0: 'Undecided'}
+    lines = []
+    for k in shots:
+        said: dict[str, list[str]] = {text: [] for text in signs.values()}
+        for cell in (c for c in fitted if c.shots == k and not c.is_oracle):
+            said[signs[gains[cell.label, k].sign]].append(cell.label)
+        if found := [f'{text}: {"; ".join(x)}.' for text, x in said.items() if x]:
+            only = ', these training images only' * (k in fixed)
+            lines.append(f'- {shots_text(k)}{only}. {" ".join(found)}')
+    return [*parts, '\n'.join(lines)] if lines else parts
+
+
+def _most_shots(cells: list[Cell], zero_shot: Cell) -> list[str]:
+    """Returns the tables of methods with the same shots."""
+    title = METHODS[REFERENCE].title
+    reference = next((cell for cell in cells if cell.label == title), None)
+    gaps = [cell.minus(reference) for cell in cells]
+    compared = zip(cells, gaps, strict=True)
+    p_values = holm([g.p if g and not c.is_oracle else math.nan for c, g in compared])
+    against = [
+        [cell.label, str(gap or '-'), '-' if math.isnan(p) else f'{p:.2f}']
+        for cell, gap, p in zip(cells, gaps, p_values, strict=True)
     ]
-    at, sentences = shots_text(rows[0].shots), []
-    if behind:
-        few = any(len(cell.records) < 3 for cell in rows)
-        why = ' (three seeds or more are needed to tell)' if few else ''
-        sentences = [
-            f'Not above zero-shot by more than the confidence interval at {at}{why}: '
-            f'{", ".join(behind)}.'
-        ]
-    elif results:
-        sentences = [
-            f'All methods are above zero-shot by more than the confidence interval at '
-            f'{at}.'
-        ]
-    return ['\n'.join(lines), *sentences]
+    cost = [[zero_shot.label, f'{zero_shot.ece:.1f}', '-', '-', '0']]
+    for cell in cells:
+        seconds = [f'{cell.seconds(what):.2f}' for what in ('fit', 'select')]
+        count = f'{cell.records[0]["parameters"]:,}'
+        cost.append([cell.label, f'{cell.ece:.1f}', *seconds, count])
+    header = ['method', 'ECE', 'fit, s', 'with selection, s', 'parameters']
+    tables = [_markdown(header, cost)]
+    if reference is not None:
+        tables.insert(0, _markdown(['method', f'minus {title}', 'p (Holm)'], against))
+    return tables
 
 
-def _plus_minus(half: float | None) -> str:
-    return '' if half is None else f' ± {half:.2f}'
+def _numbers(values: Iterable[int]) -> str:
+    return ', '.join(map(str, sorted(set(values))))
 
 
 def _accuracy(cell: Cell | None, about: dict) -> str:
@@ -244,19 +269,14 @@ def _accuracy(cell: Cell | None, about: dict) -> str:
         return '-'
     fixed = any(r['selection'] == 'fixed' for r in cell.records)
     mark = ' f' if fixed and about['config']['selection'] != 'fixed' else ''
-    return f'{cell.mean:.2f}{_plus_minus(cell.interval)}{mark}'
-
-
-def _p_value(cell: Cell, reference: Cell | None) -> float:
-    """Returns the p-value of a paired t-test, NaN if there is none."""
-    gaps = [] if cell.is_oracle else cell.gaps(reference)
-    if len(gaps) < 3 or np.std(gaps) == 0:
-        return float('nan')
-    return float(stats.ttest_1samp(gaps, 0).pvalue)
+    return f'{cell.mean:.2f}{mark}'
 
 
 def plot(records: list[dict], about: dict) -> bytes:
-    """Plots the accuracy over shots with confidence intervals, as a PNG file."""
+    """Plots the accuracy over shots, as a PNG file.
+
+    The bars are the 95 % confidence intervals of the difference from zero-shot.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -275,7 +295,7 @@ def plot(records: list[dict], about: dict) -> bytes:
         _, _, bars = axes.errorbar(
             [c.shots * shift for c in line],
             [c.mean for c in line],
-            [c.interval or 0 for c in line],
+            [np.nan_to_num(c.minus(zero_shot).half) for c in line],
             label=label,
             color='black' if is_main else colormaps['tab20'](2 * i % 20 + i // 10),
             marker=markers[i % len(markers)],
@@ -291,7 +311,7 @@ def plot(records: list[dict], about: dict) -> bytes:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set_xlabel('training images of each class')
-    axes.set_ylabel('test accuracy, %')
+    axes.set_ylabel('test accuracy, % (bars: 95 % of the gain over zero-shot)')
     axes.set_title(about['title'])
     axes.grid(color='0.9')
     axes.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))

@@ -60,11 +60,11 @@ def run(
     """Fits and tests all methods, and writes a file for each classifier.
 
     First all images are encoded. Then all classifiers are selected and fitted without
-    the test split. Then the test split is opened once, transductive methods are fitted
-    to its features without labels, and all classifiers are tested.
+    the test split. Then the test split is opened, transductive methods are fitted to
+    its features without labels, and all classifiers are tested.
     ``run.log`` in ``work_dir`` records the order. A call with the same configuration
     continues an interrupted run. A call with other methods, shots or seeds adds them to
-    the run.
+    the run, and opens the test split again; the records count that.
 
     Args:
         config: Options of the run.
@@ -157,6 +157,8 @@ class _Runner:
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.made_with = describe_software()
+        log = (work_dir / 'run.log').read_text(encoding='utf-8')
+        self.openings = log.count('test split opened')
         self._draw: tuple[tuple[int, int], Drawn] | None = None
 
     def files(self, name: str) -> tuple[Path, Path]:
@@ -226,7 +228,9 @@ class _Runner:
             'fit_seconds': fit.fit_seconds,
             'select_seconds': fit.select_seconds,
             'parameters': num_learnt(fit.classifier),
-            'redrawn': drawn.redrawn,
+            'redrawn': drawn.overlap < 1,
+            'overlap': drawn.overlap,
+            'openings_before': self.openings,
             'transductive': METHODS[job.method].transductive,
             'made_with': self.made_with,
         }
@@ -261,6 +265,7 @@ class _Runner:
         if len(fitted) == len(jobs) and all(read_json(p)['test'] for p in fitted):
             return None
         test = self.source.test()
+        self.openings += 1
         logger.info(
             'test split opened: %d images; %d classifiers are fixed',
             *(len(test), len(fitted)),
@@ -276,6 +281,7 @@ class _Runner:
         if record['test'] is None:
             fitted = read_classifier(classifier)[0]
             record['test'] = {**asdict(evaluate(fitted, test)), 'pictures': len(test)}
+            record['test']['opening'] = self.openings
             if self.config.base_to_new:
                 record['new'] = self.source.test_new(fitted)
             write_atomic(path, json.dumps(record, indent=2))

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -38,13 +40,14 @@ class Drawn:
         train: Training images, with augmented views.
         plain: The same without augmentation, or None if they are not needed.
         val: Validation images, or None if there are none.
-        redrawn: Whether another seed draws other images.
+        overlap: Share of the training images that two seeds have in common on average,
+            0 to 1. With 1 nothing is redrawn.
     """
 
     train: Features
     plain: Features | None
     val: Features | None
-    redrawn: bool = True
+    overlap: float = 0.0
 
 
 class Source(ABC):
@@ -144,6 +147,7 @@ class ImageSource(Source):
             train,
             self.cache.images(items['train']) if plain else None,
             self.cache.images(items['val']) if items['val'] else None,
+            _overlap((item[1] for item in self.task.split['train']), shots),
         )
 
     def test(self) -> Features:
@@ -263,7 +267,7 @@ class FeatureSource(Source):
             train,
             kept if plain else None,
             val and _first_view(val.take(drawn['val'])),
-            self.pool != shots,
+            _overlap(pool.labels.tolist(), shots),
         )
 
     def test(self) -> Features:
@@ -360,6 +364,12 @@ def encode_parts(
             *(len(copies), task.name),
         )
     return 0
+
+
+def _overlap(labels: Iterable[int], shots: int) -> float:
+    """Returns the share of images that two draws have in common, mean over classes."""
+    counts = Counter(labels).values()
+    return mean(min(1.0, shots / count) for count in counts)
 
 
 def _first_view(part: Features) -> Features:

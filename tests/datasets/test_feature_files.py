@@ -117,9 +117,9 @@ def test_draws_from_a_file(file):
         assert set(rows) <= pool and len(set(rows)) == 6
         assert draw.train.labels.bincount().tolist() == [2, 2, 2]
         assert draw.val.labels.bincount().tolist() == [2, 2, 2]
-        assert draw.redrawn
+        assert draw.overlap == 0.5
     assert not torch.equal(draws[0].train.features, draws[1].train.features)
-    assert not source.draw(4, 2, False).redrawn
+    assert source.draw(4, 2, False).overlap == 1
 
 
 def test_default_shots_of_a_file_with_few_images(tmp_path):
@@ -306,10 +306,11 @@ def test_encoded_file_gives_the_results_of_the_images(
         )
         for a, b in zip(found, expected, strict=True):
             assert a.keys() == b.keys()
-            for key in ('name', 'selection', 'options', 'parameters', 'redrawn'):
+            for key in ('name', 'selection', 'options', 'parameters', 'overlap'):
                 assert a[key] == b[key]
             for record in (a, b):
                 record['test']['val'] = record['val_accuracy'] or 0
+            assert a['test'].pop('correct') == b['test'].pop('correct')
             assert a['test'] == pytest.approx(b['test'], rel=1e-4)
     file = 'classifiers/clip_adapter_4shot_seed2.safetensors'
     image = [next(image_folder.glob('red/*.png'))]

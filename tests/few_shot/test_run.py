@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,8 @@ from dsnet_mm.few_shot import (
 from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.choice import choose
 from dsnet_mm.few_shot.deployment import read_classifier
-from dsnet_mm.few_shot.report import half_interval, holm, write_report
+from dsnet_mm.few_shot.intervals import difference, holm
+from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.selection import _folds
 
 # CLIP-Adapter with a short training, and nothing to select.
@@ -82,8 +84,10 @@ def test_run_opens_the_test_split_once_and_last(config, work_dir, monkeypatch):
     assert (work_dir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
     assert re.search(r'\| Tip-Adapter \(oracle\) \|.*\nOracle: ', text, re.S)
     # All options are set by overrides.
-    accuracy = r'\d+\.\d\d ± \d+\.\d\d'
-    assert re.search(rf'\| CLIP-Adapter \| {accuracy} f \|.*\nf: ', text, re.S)
+    assert re.search(r'\| CLIP-Adapter \| \d+\.\d\d f \|.*\nf: ', text, re.S)
+    # 12 training images of each class.
+    assert re.search(r'share.* 8 % at 1 shot, 33 % at 4 shots', text)
+    assert 'opened once, after all fits' in text
     assert 'CLIP-Adapter alpha=0.2, CLIP-Adapter keep=1.0' in text
     assert re.search(r'commit \w+\+?, torch .*, 1 thread', text)
     assert re.search(r'\n3 classes, 24 .*seeds 1, 2, 3;', text)
@@ -152,6 +156,22 @@ def test_methods_shots_and_seeds_are_added_to_a_run(config, work_dir):
     assert len(records) == 1 + 2 * 2 * 2
     assert [r for r in records if r in before] == before
     assert run(first, work_dir, quiet=True) == records
+    text = write_report(work_dir, records)
+    for fact in ('opened 2 times', 'Linear probe (4 of 4', 'Tip-Adapter (3 of 4'):
+        assert fact in text
+    records = run(replace(first, methods=('gda',)), work_dir, quiet=True)
+    new = 'correct', 'opening'
+    assert 'opened 3 times' in write_report(work_dir, records)
+    for file in (work_dir / 'runs').glob('*.json'):
+        if not file.name.startswith(('gda', 'zero')):  # as an older version wrote them
+            change_json(file, lambda record: [record['test'].pop(k) for k in new])
+    text = write_report(work_dir, run(first, work_dir, quiet=True))
+    assert 'opened' not in text and 'run.log' in text
+    assert 'No interval: Tip-Adapter, Linear probe.' in text
+    assert re.search(r'- 1 shot\. .*Undecided: .*Tip-Adapter; Linear probe', text)
+    gain = r'[+-]\d+\.\d\d'
+    assert re.search(rf'\n\| Tip-Adapter \| {gain} \| {gain} \|\n', text)
+    assert re.search(rf'\n\| GDA \| {gain} ± \d.* \|\n', text)
 
 
 def test_folder_of_another_run(config, work_dir, tmp_path, monkeypatch):
@@ -261,10 +281,11 @@ def test_classifier_to_use_and_final(config, encoder, work_dir):
 
 
 def test_choice():
-    def record(method, accuracy, zero_shot=50.0, loss=1.0, shots=4):
+    def record(method, accuracy, zero_shot=50.0, loss=1.0, shots=4, seed=1):
         return dict(
             method=method,
             shots=shots,
+            seed=seed,
             val_accuracy=accuracy,
             val_loss=loss,
             val_zero_shot=zero_shot,
@@ -276,6 +297,9 @@ def test_choice():
     few = record('task_res', 90.0, shots=1)
     oracle = {**record('task_res', 90.0), 'selection': 'oracle'}
     assert choose([zero_shot, few, tip, adapter, oracle]).record is adapter
+    # Seeds have other validation images: the second is not better for its 90 %.
+    again = record('clip_adapter', 90.0, seed=2)
+    assert choose([zero_shot, tip, again, adapter]).record is adapter
     below = [zero_shot, record('clip_adapter', 50.0)]
     assert choose(below).record is zero_shot
     unknown = [zero_shot, record('tip_adapter', None), record('clip_adapter', None)]
@@ -312,7 +336,7 @@ def test_a_run_of_oracles_alone_has_no_results(config, work_dir):
     config = replace(config, **{**NOTHING, 'oracle': ('gda',)})
     text = write_report(work_dir, run(config, work_dir, quiet=True))
     assert '## At 1 shot\n' in text and 'GDA (oracle)' in text
-    assert 'above zero-shot' not in text
+    assert 'Above zero-shot' not in text and 'Undecided' not in text
 
 
 def test_damaged_description_of_a_run(config, work_dir):
@@ -324,8 +348,21 @@ def test_damaged_description_of_a_run(config, work_dir):
 
 
 def test_statistics():
-    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)
-    assert half_interval([1.0, 2.0]) is None
+    won = np.zeros((1, 1307))
+    won[0, :17] = [1] * 12 + [-1] * 5
+    for gaps in (won, won.repeat(5, 0)):  # seeds of one set of training images
+        found = difference(gaps, 1.0)
+        assert found.mean == pytest.approx(700 / 1307) and found.sign == 0
+        assert 0.05 < found.p < 0.144, "not above McNemar's exact test"
+    # Without differences of draws: Bonett and Price, 1 won and 1 lost image added.
+    assert found.half == pytest.approx(196.2 * (19 - 49 / 1309) ** 0.5 / 1309, rel=1e-3)
+    assert difference(np.zeros((3, 100)), 0.0).half > 0
+    # Draws alone: Student's t of 0, 0.1, 0.2 in a test split without end.
+    gaps = np.stack([np.tile(np.arange(10) < k, 10**5) for k in (0, 1, 2)]).astype(int)
+    assert difference(gaps, 0.0).half == pytest.approx(24.84, abs=0.05)
+    # Nadeau and Bengio: 1/3 + 1 instead of 1/3.
+    assert difference(gaps, 0.5).half == pytest.approx(2 * 24.84, abs=0.1)
+    assert difference(gaps, 1.0).sign == 0 and difference(1 - gaps, 0.0).sign == 1
     nan = float('nan')
     # As R's p.adjust(c(0.01, 0.04, 0.03), 'holm').
     corrected = holm([0.01, nan, 0.04, 0.03])

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
@@ -13,8 +13,8 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from scipy import stats
 
-from dsnet_mm.few_shot.report import half_interval
 from dsnet_mm.files import write_atomic
 
 from .runs import RESULTS, ROOT
@@ -53,9 +53,10 @@ def summary(numbers: list[float], sign: str = '') -> str:
     """Formats the mean and, of three and more, the 95 % interval (Student t)."""
     if not numbers:
         return '-'
-    half = half_interval(numbers)
-    text = f'{mean(numbers):{sign}.1f}'
-    return text if half is None else f'{text} ± {half:.1f}'
+    text, count = f'{mean(numbers):{sign}.1f}', len(numbers)
+    if count < 3:
+        return text
+    return f'{text} ± {stats.t.ppf(0.975, count - 1) * stdev(numbers) / count**0.5:.1f}'
 
 
 def main_table(name: str, results: Results) -> str:
