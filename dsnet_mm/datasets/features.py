@@ -258,7 +258,9 @@ class FeatureCache:
             if good:
                 stacked = torch.cat([image for image, *_ in good]).to(device)
                 features = self.encoder(stacked)[0].cpu().chunk(len(good))
-                results = iter(zip(features, *[*zip(*good, strict=True)][1:], strict=True))
+                results = iter(
+                    zip(features, *[*zip(*good, strict=True)][1:], strict=True)
+                )
             yield [x if isinstance(x, str) else next(results) for x in batch]
 
     def _refuse(self, problem: str) -> None:

@@ -1,18 +1,20 @@
 """The commands of ``tools/few_shot.py``."""
 
 import argparse
-import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
 
 from dsnet_mm.datasets import PUBLIC_DATASETS
 from dsnet_mm.datasets.check import diagnose
@@ -20,7 +22,7 @@ from dsnet_mm.datasets.images import find_images
 from dsnet_mm.environment import existing_device, install_command
 from dsnet_mm.files import check_new, print_any_name, write_atomic
 
-from .choice import choose
+from .choice import REFERENCE, choose
 from .config import FewShotConfig
 from .deployment import (
     DeployedClassifier,
@@ -29,6 +31,7 @@ from .deployment import (
     read_classifier,
 )
 from .encode import encode, share_of_torchrun
+from .fit import Fitted, fit
 from .methods import METHODS
 from .methods.training import RECIPE
 from .onnx import export_onnx
@@ -37,6 +40,7 @@ from .predict import as_csv, as_json, as_table, predict
 from .report import write_report
 from .runner import run
 from .transfer import transfer, write_transfer
+from .work_dir import read_json
 
 try:
     from dsnet_mm.engine.launch import CfgOptions
@@ -103,14 +107,13 @@ def option(flag: str, help: str, **settings: object) -> tuple[str, dict]:
 FLAG = dict(action='store_true')
 DATA_ROOT = option('--data-root', 'folder of the public data sets', default='data')
 DATA = (
-    option('source', 'data set, or configuration (file or name)', nargs='?'),
-    option('--dataset', 'name, folder or CSV file'),
+    option('source', 'data set, file of features or configuration', nargs='?'),
+    option('--dataset', 'name, folder, CSV file or parquet file'),
     option('--model', 'model of open_clip, or a JSON file'),
     option('--pretrained', 'tag or file of its weights'),
     option('--download', 'fetch weights that are not here', **FLAG, default=None),
     option('--data-root', 'folder of the public data sets'),
     option('--device', 'device of the encoder (default: auto, a GPU if there is one)'),
-    option('--shots', 'training images of each class', nargs='+', type=int),
     option(
         '--cfg-options',
         'other options, see FewShotConfig, such as views=0 or '
@@ -121,6 +124,9 @@ DATA = (
         default={},
         metavar='KEY=VALUE',
     ),
+)
+SHOTS = option(
+    '--shots', 'training images of each class', nargs='+', type=int, metavar='K'
 )
 ENCODER = (
     option('--model', 'model of open_clip, if it is a file or the classifier has none'),
@@ -139,17 +145,23 @@ CLASSIFIER = (
 def describe_methods() -> str:
     """Returns a list of all methods with their hyper-parameters."""
     defaults = ', '.join(FewShotConfig.methods)
-    lines = [f'methods (default: {defaults}), with their fixed settings:']
+    lines = [fold(f'methods (default: {defaults}), with their fixed settings:')]
     for name, method in METHODS.items():
         lines.append(f'  {name}: {method.title}')
         if method.source:
-            lines.append(f'      from {method.source}')
+            lines.append(fold(f'from {method.source}', indent=6))
         own = [item for item in method.defaults.items() if item not in RECIPE.items()]
         if own:
-            lines.append('      ' + ' '.join(f'{k}={v}' for k, v in own))
+            lines.append(fold(' '.join(f'{k}={v}' for k, v in own), indent=6))
         if method.grid:
-            lines.append(f'      val and cv select {", ".join(method.grid)}')
+            lines.append(fold(f'val and cv select {", ".join(method.grid)}', indent=6))
     return '\n'.join(lines)
+
+
+def fold(text: str, indent: int = 0) -> str:
+    """Breaks a text between words into lines of at most 79 characters."""
+    words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(textwrap.fill(text, 79 - indent, **words), ' ' * indent)
 
 
 # ----------------------------------------------------------------------- run, encode
@@ -161,7 +173,8 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     The options of the command line have precedence over those of a configuration.
     """
     options, work_dir, source = {}, None, args.source
-    is_config = source is not None and not is_dataset(source)
+    kind = 'dataset' if source is None else kind_of(source)
+    is_config = kind == 'config'
     if CfgOptions == 'store' and (is_config or args.cfg_options):
         raise ImportError(
             f'a configuration, or --cfg-options, needs mmengine; '
@@ -174,7 +187,7 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     elif source is not None and args.dataset is not None:
         raise ValueError(f'name one data set, not both {source} and {args.dataset}.')
     elif source is not None:
-        options['dataset'] = source
+        options[kind] = source
     known = {field.name for field in fields(FewShotConfig)}
     options |= {k: v for k, v in vars(args).items() if k in known and v is not None}
     if changes:
@@ -195,11 +208,24 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     return options, work_dir
 
 
-def is_dataset(source: str) -> bool:
-    """Tells whether an argument is a data set, and not a configuration."""
+def kind_of(source: str) -> str:
+    """Returns what an argument is: ``'dataset'``, ``'features'`` or ``'config'``.
+
+    Raises:
+        FileNotFoundError: If there is nothing of this name.
+    """
     path = Path(source)
-    is_file = path.suffix.lower() in ('.csv', '.parquet')
-    return source in PUBLIC_DATASETS or path.is_dir() or is_file
+    suffix = path.suffix.lower()
+    # A configuration of this package may be given by its name.
+    if source.startswith('clip-adapter') or suffix in ('.py', '.json', '.yaml', '.yml'):
+        return 'dataset' if path.is_dir() else 'config'
+    if source not in PUBLIC_DATASETS and not path.exists():
+        raise FileNotFoundError(
+            f'there is no {source}; name a folder of images, a CSV or parquet file, a '
+            f'.safetensors file of features, a public data set such as eurosat, or a '
+            f'configuration.'
+        )
+    return 'features' if suffix == '.safetensors' else 'dataset'
 
 
 def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dict, str]:
@@ -210,15 +236,9 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
     """
     from dsnet_mm.engine.config import read_config
 
-    try:
-        cfg = read_config(path, task)
-        if task is None and dataset is not None and 'task' in cfg:
-            cfg = read_config(path, dataset)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f'{error}; a data set is a folder, a CSV or parquet file, or a name such '
-            f'as eurosat.'
-        ) from error
+    cfg = read_config(path, task)
+    if task is None and dataset is not None and 'task' in cfg:
+        cfg = read_config(path, dataset)
     if 'few_shot' not in cfg:
         raise ValueError(f'{path} has no few_shot=dict(...).')
     return cfg.few_shot.to_dict(), cfg.get('work_dir', f'work_dirs/{Path(path).stem}')
@@ -227,10 +247,17 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
 @command(
     'methods x shots x seeds: table, plot and classifiers',
     *DATA,
+    SHOTS,
     option('--features', 'file of features, instead of a data set and a model'),
     option('--work-dir', 'folder of the results'),
     option('--methods', 'see below', nargs='+', metavar='METHOD'),
-    option('--seeds', 'seeds of draws and methods (1 2 3)', nargs='+', type=int),
+    option(
+        '--seeds',
+        'seeds of draws and methods (1 2 3)',
+        nargs='+',
+        type=int,
+        metavar='SEED',
+    ),
     option('--selection', 'val, cv or fixed (default: val, fixed without such images)'),
     option('--final', 'also fit the chosen method to all images', **FLAG),
     more=describe_methods(),
@@ -240,23 +267,110 @@ def run_command(args: argparse.Namespace) -> None:
     options, default = read_options(args)
     work_dir = Path(args.work_dir or default)
     records = run(FewShotConfig(**options), work_dir, final=args.final)
-    Console().print(Markdown(write_report(work_dir, records)))
-    print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/')
+    print_markdown(write_report(work_dir, records))
+    print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/\n')
     file = work_dir / choose(records).file
     if args.final:
         file = work_dir / 'classifiers/final.safetensors'
-    # Not through rich, which would break the command into lines.
-    print(f'\nThe classifier to use: {file}\nIt classifies images by')
+    print_use(file)
+
+
+def print_markdown(text: str) -> None:
+    """Prints Markdown. Cells of a table that are too long are folded, not cut."""
+    Console().print(FoldedMarkdown(text))
+
+
+class FoldedTable(TableElement):
+    """A table of Markdown without dots in place of letters."""
+
+    def __rich_console__(self, *arguments: Any) -> Iterator[Table]:
+        for table in super().__rich_console__(*arguments):
+            table.padding = (0, 1, 0, 0)
+            for column in table.columns:
+                column.overflow = 'fold'
+            yield table
+
+
+class FoldedMarkdown(Markdown):
+    """Markdown with folded tables."""
+
+    elements = {**Markdown.elements, 'table_open': FoldedTable}
+
+
+def print_use(file: Path) -> None:
+    """Prints how a classifier file is used. A shell takes the command as it is."""
     named = files_to_name(read_classifier(file)[1])
-    words = ['predict', str(file), 'IMAGES']
-    for key, value in named.items():
-        words += [f'--{key}', value or key.upper()]
-    print(f'    python tools/few_shot.py {shlex.join(words)}')
+    options = ([f'--{key}', value or key.upper()] for key, value in named.items())
+    command = command_of('predict', [str(file), 'IMAGES'], *options)
+    print(f'The classifier to use:\n    {file}\nIt classifies images by\n{command}')
+
+
+def command_of(name: str, *groups: Sequence[str]) -> str:
+    """Returns a command for the shell, in short lines that keep groups of words."""
+    lines = [f'python tools/few_shot.py {name}']
+    for text in map(shlex.join, groups):
+        if len(lines[-1]) + len(text) < 72:
+            lines[-1] += f' {text}'
+        else:
+            lines.append(f'    {text}')
+    return textwrap.indent(' \\\n'.join(lines), '    ')
+
+
+# ------------------------------------------------------------------------------- fit
+
+
+@command(
+    'fit a classifier to all your images',
+    *DATA,
+    option('--method', 'see run --help (clip_adapter)', default=REFERENCE),
+    option('--out', 'classifier file to write (work_dirs/fit_DATASET.safetensors)'),
+    more='Classes may have unequal numbers of images, and count equally. No image is\n'
+    'held back for a test, but a part test of the data set is left alone.',
+)
+def fit_command(args: argparse.Namespace) -> None:
+    """Fits a method to all images, and says what it is fitted to."""
+    options, _ = read_options(args)
+    options |= dict(methods=(args.method,), shots=None)
+    config = FewShotConfig(**options)
+    data = config.features or config.dataset
+    out = Path(args.out or f'work_dirs/fit_{Path(data).absolute().stem}.safetensors')
+    found = fit(config, out, args.method)
+    print(describe_fit(found, METHODS[args.method].title))
+    if found.left and not config.features:
+        print(command_of('test', [str(out), data]))
+    print()
+    print_use(out)
+
+
+def describe_fit(found: Fitted, title: str) -> str:
+    """Formats what a classifier was fitted to, and what is known of its accuracy."""
+    counts = sorted(found.counts.items(), key=lambda pair: -pair[1])
+    numbers = ', '.join(f'{count} of {name}' for name, count in counts[:8])
+    if len(counts) > 8:
+        numbers += f' ... {counts[-1][1]} of {counts[-1][0]}'
+    lines = [
+        f'{title} is fitted to {sum(found.counts.values())} images of {len(counts)} '
+        f'classes, which count equally: {numbers}.'
+    ]
+    if found.accuracy:
+        (accuracy, mean), (zero, zero_mean) = found.accuracy
+        lines.append(
+            f'In a cross-validation {accuracy:.1f} % of the images are right ('
+            f'{mean:.1f} % as the mean over classes); by zero-shot CLIP {zero:.1f} % '
+            f'({zero_mean:.1f} %). Images that are almost the same make this too high.'
+        )
+    lines.append(
+        f'The {found.left} test images are left; they tell its accuracy:'
+        if found.left
+        else 'Its accuracy on other images is not known; test it on images of its own.'
+    )
+    return '\n'.join(map(fold, lines))
 
 
 @command(
     'encode a data set into a file for run --features',
     *DATA,
+    SHOTS,
     option('--out', 'file to write, .safetensors', required=True),
     more='Several processes share the work: torchrun --nproc-per-node 4 '
     'tools/few_shot.py encode ...\nOn machines without a common torchrun, set RANK and '
@@ -350,7 +464,7 @@ def predict_command(args: argparse.Namespace) -> None:
     *CLASSIFIER,
     option('dataset', 'name, folder, CSV file or parquet file'),
     DATA_ROOT,
-    option('--cache-dir', 'folder of the features', default=FewShotConfig.cache_dir),
+    option('--cache-dir', 'folder of the features (default: that of the run)'),
     option('--out', 'folder of the results (work_dirs/test_CLASSIFIER_DATASET)'),
     more='Tests on all images of a folder, or on its test part if it has one. Writes '
     'test.md,\ntest.json and confusion.png.',
@@ -358,23 +472,25 @@ def predict_command(args: argparse.Namespace) -> None:
 def test_command(args: argparse.Namespace) -> None:
     """Tests a classifier, and says where its training images may be among those."""
     classifier = load(args, args.classifier, args.device)
-    result = transfer(classifier, args.dataset, args.data_root, args.cache_dir)
+    run, config = Path(args.classifier).resolve().parent.parent / 'run.json', {}
+    if run.is_file():
+        config = read_json(run)['config']
+    cache = args.cache_dir or config.get('cache_dir') or FewShotConfig.cache_dir
+    result = transfer(classifier, args.dataset, args.data_root, cache)
     name = f'test_{Path(args.classifier).stem}_{result.dataset}'
     out = Path(args.out or Path('work_dirs') / name)
-    Console().print(Markdown(write_transfer(out, args.classifier, result)))
+    print_markdown(write_transfer(out, args.classifier, result))
     print(
-        f'{result.score.accuracy:.2f} % of {result.images} images are right; see '
+        f'{result.score.accuracy:.2f} % of {result.images} images are right; see\n'
         f'{out}/test.md, test.json, confusion.png'
     )
-    run = Path(args.classifier).resolve().parent.parent / 'run.json'
-    if run.is_file():
-        config = json.loads(run.read_text(encoding='utf-8'))['config']
-        if Path(config['dataset'] or '').stem == Path(args.dataset).resolve().stem:
-            print(
-                f'The run of this classifier has a data set of the same name. If it is '
-                f'this one, and has no test part of its own, training images are '
-                f'among those tested; {run.parent}/results.md is without them.'
-            )
+    if Path(config.get('dataset') or '').stem == Path(args.dataset).resolve().stem:
+        text = (
+            f'The run of this classifier has a data set of the same name. If it is '
+            f'this one, and has no test part of its own, training images are among '
+            f'those tested; {run.parent}/results.md is without them.'
+        )
+        print(fold(text))
 
 
 @command(

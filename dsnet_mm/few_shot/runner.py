@@ -19,6 +19,7 @@ from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
 from .evaluation import evaluate
+from .fit import fit_to
 from .methods import METHODS, FewShotData
 from .methods.base import num_learnt
 from .selection import Fit, select
@@ -164,16 +165,7 @@ class _Runner:
 
     def data(self, drawn: Drawn, shots: int, seed: int) -> FewShotData:
         """Returns the training data of a method."""
-        return FewShotData(
-            drawn.train,
-            shots,
-            self.source.text_features,
-            self.source.logit_scale,
-            self.source.class_names,
-            self.source.encoder,
-            seed,
-            drawn.plain,
-        )
+        return self.source.data(drawn.train, shots, seed, drawn.plain)
 
     def save(self, name: str, classifier: nn.Module, record: dict) -> None:
         """Writes a classifier."""
@@ -261,17 +253,15 @@ class _Runner:
         return record
 
     def fit_final(self, records: list[dict]) -> None:
-        """Fits the chosen method with its options to all images."""
+        """Fits the chosen method with its options to all images, see :func:`fit_to`."""
         chosen = choose(records).record
         train, seed = self.source.all_labelled(), chosen['seed']
-        shots = max(1, len(train) // len(self.source.class_names))
-        classifier = METHODS[chosen['method']].fit(
-            self.data(Drawn(train, None, None), shots, seed), **chosen['options']
-        )
+        method, options = chosen['method'], chosen['options']
+        classifier = fit_to(self.source, train, method, options, seed)
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
             'name': 'final',
-            'shots': shots,
+            'shots': max(1, len(train) // len(self.source.class_names)),
             'seed': seed,
             'pictures': len(train),
             'made_with': self.made_with,
