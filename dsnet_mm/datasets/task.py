@@ -90,8 +90,9 @@ def load_task(
     elif path.suffix.lower() == '.csv' and os.path.isfile(path):
         name, split = path.stem, read_csv(path)
     else:
+        problem = 'is no data set' if path.exists() else 'does not exist'
         raise FileNotFoundError(
-            f'there is no {dataset}; name a folder, a CSV or parquet file, or one of '
+            f'{dataset} {problem}; name a folder, a CSV or parquet file, or one of '
             f'{", ".join(PUBLIC_DATASETS)}.'
         )
     try:

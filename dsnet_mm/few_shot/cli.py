@@ -299,15 +299,15 @@ class FoldedMarkdown(Markdown):
 
 def print_use(file: Path) -> None:
     """Prints how a classifier file is used. A shell takes the command as it is."""
-    named = files_to_name(read_classifier(file)[1])
-    options = ([f'--{key}', value or key.upper()] for key, value in named.items())
-    command = command_of('predict', [str(file), 'IMAGES'], *options)
+    command = command_of('predict', file, 'IMAGES')
     print(f'The classifier to use:\n    {file}\nIt classifies images by\n{command}')
 
 
-def command_of(name: str, *groups: Sequence[str]) -> str:
-    """Returns a command for the shell, in short lines that keep groups of words."""
-    lines = [f'python tools/few_shot.py {name}']
+def command_of(name: str, file: Path, data: str) -> str:
+    """Returns a command for a shell that uses a classifier file, in short lines."""
+    lines, groups = [f'python tools/few_shot.py {name}'], [[str(file), data]]
+    for key, value in files_to_name(read_classifier(file)[1]).items():
+        groups.append([f'--{key}', value or key.upper()])
     for text in map(shlex.join, groups):
         if len(lines[-1]) + len(text) < 72:
             lines[-1] += f' {text}'
@@ -337,7 +337,7 @@ def fit_command(args: argparse.Namespace) -> None:
     found = fit(config, out, args.method)
     print(describe_fit(found, METHODS[args.method].title))
     if found.left and not config.features:
-        print(command_of('test', [str(out), data]))
+        print(command_of('test', out, data))
     print()
     print_use(out)
 
@@ -360,9 +360,12 @@ def describe_fit(found: Fitted, title: str) -> str:
             f'({zero_mean:.1f} %). Images that are almost the same make this too high.'
         )
     lines.append(
-        f'The {found.left} test images are left; they tell its accuracy:'
-        if found.left
-        else 'Its accuracy on other images is not known; test it on images of its own.'
+        'Its accuracy on other images is not known; '
+        + (
+            f'the {found.left} images of the part test are left for that.'
+            if found.left
+            else 'test it on images that are not among these.'
+        )
     )
     return '\n'.join(map(fold, lines))
 
@@ -372,10 +375,11 @@ def describe_fit(found: Fitted, title: str) -> str:
     *DATA,
     SHOTS,
     option('--out', 'file to write, .safetensors', required=True),
-    more='Several processes share the work: torchrun --nproc-per-node 4 '
-    'tools/few_shot.py encode ...\nOn machines without a common torchrun, set RANK and '
-    'WORLD_SIZE; they need a common\ncache_dir. The same command continues after an '
-    'interruption, with any number of\nprocesses.',
+    more='Several processes share the work:\n'
+    '    torchrun --nproc-per-node 4 tools/few_shot.py encode ...\n'
+    'On machines without a common torchrun, set RANK and WORLD_SIZE; they need a\n'
+    'common cache_dir. The same command continues after an interruption, with any\n'
+    'number of processes.',
 )
 def encode_command(args: argparse.Namespace) -> None:
     """Encodes the share of this process."""
@@ -426,7 +430,7 @@ def load(
     option('--batch-size', 'images in memory at once', type=int, default=64),
     option('--json', 'file of JSON instead of the table, - for the screen'),
     option('--csv', 'file of CSV instead of the table, - for the screen'),
-    more='Images that cannot be read are named and skipped. The exit status is 1 if '
+    more='Images that cannot be read are named and skipped. The exit status is 1 if\n'
     'none can be read.',
 )
 def predict_command(args: argparse.Namespace) -> None:
@@ -466,8 +470,8 @@ def predict_command(args: argparse.Namespace) -> None:
     DATA_ROOT,
     option('--cache-dir', 'folder of the features (default: that of the run)'),
     option('--out', 'folder of the results (work_dirs/test_CLASSIFIER_DATASET)'),
-    more='Tests on all images of a folder, or on its test part if it has one. Writes '
-    'test.md,\ntest.json and confusion.png.',
+    more='Tests on all images of a folder, or on its test part if it has one. Writes\n'
+    'test.md, test.json and confusion.png.',
 )
 def test_command(args: argparse.Namespace) -> None:
     """Tests a classifier, and says where its training images may be among those."""
@@ -481,8 +485,8 @@ def test_command(args: argparse.Namespace) -> None:
     out = Path(args.out or Path('work_dirs') / name)
     print_markdown(write_transfer(out, args.classifier, result))
     print(
-        f'{result.score.accuracy:.2f} % of {result.images} images are right; see\n'
-        f'{out}/test.md, test.json, confusion.png'
+        f'{result.score.accuracy:.2f} % of {result.images} images are right; see '
+        f'test.md, test.json, confusion.png in\n{out}'
     )
     if Path(config.get('dataset') or '').stem == Path(args.dataset).resolve().stem:
         text = (
