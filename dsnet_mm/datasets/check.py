@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dsnet_mm.files import sha256
@@ -70,8 +70,8 @@ def diagnose(
         )
     if copies := find_copies(task.split, pixels):
         problems.append(describe_copies(copies))
-    if pairs := find_contradictions(task.split, pixels):
-        problems.append(describe_contradictions(pairs))
+    if problem := find_contradictions(task.split, pixels):
+        problems.append(problem)
     return problems
 
 
@@ -98,9 +98,7 @@ def find_copies(split: Split, pixels: Mapping[str, str] = {}) -> dict[str, str]:
     return copies
 
 
-def find_contradictions(
-    split: Split, pixels: Mapping[str, str] = {}
-) -> list[tuple[Item, Item]]:
+def find_contradictions(split: Split, pixels: Mapping[str, str] = {}) -> str:
     """Finds images that are the same and have two classes.
 
     Args:
@@ -108,18 +106,23 @@ def find_contradictions(
         pixels: See :func:`find_copies`.
 
     Returns:
-        Pairs of an image and an earlier one of another class, by path, content or
-        pixels.
+        A sentence that names two of them, empty if there are none.
     """
     items = [item for part in split.values() for item in part]
     pairs: dict[Item, Item] = {}
-    for hashes in (_hash_files(dict.fromkeys(i[0] for i in items)), pixels):
+    for hashes in (_hash_files({item[0]: None for item in items}), pixels):
         first: dict[str, Item] = {}
         for item in items:
             other = first.setdefault(hashes.get(item[0], item[0]), item)
             if other[1] != item[1]:
                 pairs.setdefault(item, other)
-    return list(pairs.items())
+    for (path, _, name), (other, _, other_name) in pairs.items():
+        return (
+            f'{len(pairs)} images are also in another class, by the same file or the '
+            f'same pixels, such as {path} ({name}) and {other} ({other_name}); keep '
+            f'each in its right class.'
+        )
+    return ''
 
 
 def _hash_files(paths: Iterable[str]) -> dict[str, str]:
@@ -130,16 +133,6 @@ def _hash_files(paths: Iterable[str]) -> dict[str, str]:
     return {
         path: sha256(path) for path, size in sizes.items() if size and counts[size] > 1
     }
-
-
-def describe_contradictions(pairs: Sequence[tuple[Item, Item]]) -> str:
-    """Formats what :func:`find_contradictions` found as a sentence."""
-    (path, _, name), (other, _, other_name) = pairs[0]
-    return (
-        f'{len(pairs)} images are also in another class, by the same file or the same '
-        f'pixels, such as {path} ({name}) and {other} ({other_name}); keep each in its '
-        f'right class.'
-    )
 
 
 def describe_copies(copies: Mapping[str, str]) -> str:

@@ -107,8 +107,9 @@ def read_feature_file(path: str | Path) -> FeatureFile:
     try:
         return _parse(about, tensors)
     except ValueError as error:
+        problem = str(error).removesuffix('.')
         raise ValueError(
-            f'{path}: {error}; docs/clip_adapter.md describes the file.'
+            f'{path}: {problem}; docs/clip_adapter.md describes the file.'
         ) from error
 
 
@@ -121,12 +122,7 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
             f'{list(class_names)}'
         )
     if len(class_names) != 1000:  # ImageNet has duplicate names
-        try:
-            check_class_names(class_names)
-        except ValueError as error:
-            raise ValueError(
-                f'the metadata class_names has {str(error).removesuffix(".")}'
-            ) from error
+        check_class_names(class_names)
     logit_scale = math.nan
     with suppress(ValueError):
         logit_scale = float(about.pop('logit_scale', 'nan'))

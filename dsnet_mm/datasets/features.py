@@ -153,12 +153,8 @@ class FeatureCache:
             for i, (key, item) in enumerate(zip(image_keys(items), items, strict=True))
             if i // size % processes == rank
         }
-        shards.scan()
+        shards.scan(wanted)
         missing = {key: p for key, p in wanted.items() if key not in shards.rows}
-        keys = list(missing)
-        for part in (keys[i : i + size] for i in range(0, len(keys), size)):
-            for key in shards.copy_known({key: missing[key] for key in part}):
-                del missing[key]
         if not missing:
             return
         keys, encoded = list(missing), []
@@ -173,8 +169,9 @@ class FeatureCache:
     def count_missing(self, items: Sequence[Item], views: int = 0) -> int:
         """Returns the number of images that are not in the cache yet."""
         shards = self._shards_of(views)
-        shards.scan()
-        return sum(key not in shards.rows for key in image_keys(items))
+        keys = image_keys(items)
+        shards.scan(dict(zip(keys, (item[0] for item in items), strict=True)))
+        return sum(key not in shards.rows for key in keys)
 
     def pixels(self, items: Sequence[Item], views: int = 0) -> dict[str, str]:
         """Returns a hash of the pixels of each image, by path.
@@ -276,43 +273,29 @@ class _Shards:
     Attributes:
         folder: Folder of the files.
         rows: File and row of each image, or the reason why it cannot be read.
-        contents: The same by content, see :func:`content_key`.
+        contents: The same by :func:`_name_key` and content.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         self.rows: dict[str, tuple[Path, int] | str] = {}
-        self.contents: dict[str, tuple[Path, int]] = {}
-        self._names: set[str] = set()
+        self.contents: dict[str, dict[str, tuple[Path, int]]] = {}
         self._seen: set[Path] = set()
 
-    def scan(self) -> None:
-        """Reads the lists of images of files that are new."""
+    def scan(self, images: Mapping[str, str]) -> None:
+        """Reads the lists of images of files that are new.
+
+        An image that they lack by its key is looked for by its content. Its file is
+        read for that only if one of the same name, folder and size is known.
+        """
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
             if path.is_file():
                 with _removing_damaged(path), safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
-
-    def copy_known(self, images: Mapping[str, str]) -> Mapping[str, '_Encoded']:
-        """Writes the images again that are known by content. Returns these.
-
-        Files are read only if one of the same name, folder and size is known.
-        """
-        known = {}
-        for key, path in images.items():
-            if _name_key(path) in self._names:
-                content = content_key(path)
-                if place := self.contents.get(content):
-                    known[key] = content, place
-        if not known:
-            return {}
-        contents, places = zip(*known.values(), strict=True)
-        rows = [self.read(name, places) for name in ('features', 'pixels')]
-        if any(row is None for row in rows):
-            return {}
-        copies = dict(zip(known, zip(*rows, contents, strict=True), strict=True))
-        self.write(copies)
-        return copies
+        for key in images.keys() - self.rows.keys():
+            known = self.contents.get(_name_key(images[key]))
+            if known and (place := known.get(sha256(images[key]))):
+                self.rows[key] = place
 
     def write(self, images: Mapping[str, '_Encoded | str']) -> None:
         """Writes a file of features and pixel hashes."""
@@ -351,7 +334,7 @@ class _Shards:
                 found = tensor.new_empty(len(places), *tensor.shape[1:])
             to, at = zip(*rows, strict=True)
             found[list(to)] = tensor[list(at)]
-        for known in (self.rows, self.contents):
+        for known in (self.rows, *self.contents.values()):
             for key in [k for k, v in known.items() if v[0] in damaged]:
                 del known[key]
         return None if damaged else found
@@ -361,14 +344,13 @@ class _Shards:
         self.rows.update({key: (path, row) for row, key in enumerate(images)})
         self.rows.update(json.loads(about['bad']))
         # An older version did not write them.
-        for row, content in enumerate(json.loads(about.get('contents', '[]'))):
-            self.contents[content] = path, row
-            self._names.add(content.partition('/')[0])
+        for row, (name, content) in enumerate(json.loads(about.get('contents', '[]'))):
+            self.contents.setdefault(name, {})[content] = path, row
         self._seen.add(path)
 
 
-_Encoded = tuple[Tensor, Tensor, str]
-"""Features (V, D), a hash of the pixels, and :func:`content_key`."""
+_Encoded = tuple[Tensor, Tensor, tuple[str, str]]
+"""Features (V, D), a hash of the pixels, and those of name and content."""
 
 
 @dataclass
@@ -385,7 +367,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> _Encoded | str:
         try:
             image = open_image(self.paths[index])
-            content = content_key(self.paths[index])
+            content = _name_key(self.paths[index]), sha256(self.paths[index])
         except ValueError as error:
             return str(error)
         pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
@@ -420,12 +402,8 @@ def image_keys(items: Sequence[Item]) -> list[str]:
     return keys
 
 
-def content_key(path: str) -> str:
-    """Returns a hash of name, folder and size of a file, and one of its content."""
-    return f'{_name_key(path)}/{sha256(path)}'
-
-
 def _name_key(path: str) -> str:
+    """Returns a hash of name, folder and size of a file."""
     place = Path(path)
     return _short_hash(f'{place.parent.name}/{place.name}/{place.stat().st_size}')
 

@@ -31,7 +31,7 @@ from .deployment import (
     read_classifier,
 )
 from .encode import encode, share_of_torchrun
-from .fit import Fitted, fit
+from .fit import fit
 from .methods import METHODS
 from .methods.training import RECIPE
 from .onnx import export_onnx
@@ -125,9 +125,7 @@ DATA = (
         metavar='KEY=VALUE',
     ),
 )
-SHOTS = option(
-    '--shots', 'training images of each class', nargs='+', type=int, metavar='K'
-)
+SHOTS = option('--shots', 'training images of each class', nargs='+', type=int)
 ENCODER = (
     option('--model', 'model of open_clip, if it is a file or the classifier has none'),
     option(
@@ -251,13 +249,7 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
     option('--features', 'file of features, instead of a data set and a model'),
     option('--work-dir', 'folder of the results'),
     option('--methods', 'see below', nargs='+', metavar='METHOD'),
-    option(
-        '--seeds',
-        'seeds of draws and methods (1 2 3)',
-        nargs='+',
-        type=int,
-        metavar='SEED',
-    ),
+    option('--seeds', 'seeds of draws and methods (1 2 3)', nargs='+', type=int),
     option('--selection', 'val, cv or fixed (default: val, fixed without such images)'),
     option('--final', 'also fit the chosen method to all images', **FLAG),
     more=describe_methods(),
@@ -275,13 +267,8 @@ def run_command(args: argparse.Namespace) -> None:
     print_use(file)
 
 
-def print_markdown(text: str) -> None:
-    """Prints Markdown. Cells of a table that are too long are folded, not cut."""
-    Console().print(FoldedMarkdown(text))
-
-
 class FoldedTable(TableElement):
-    """A table of Markdown without dots in place of letters."""
+    """A table of Markdown whose cells are folded if they are too long, not cut."""
 
     def __rich_console__(self, *arguments: Any) -> Iterator[Table]:
         for table in super().__rich_console__(*arguments):
@@ -291,21 +278,16 @@ class FoldedTable(TableElement):
             yield table
 
 
-class FoldedMarkdown(Markdown):
-    """Markdown with folded tables."""
-
-    elements = {**Markdown.elements, 'table_open': FoldedTable}
+def print_markdown(text: str) -> None:
+    """Prints Markdown."""
+    markdown = Markdown(text)
+    markdown.elements = {**Markdown.elements, 'table_open': FoldedTable}
+    Console().print(markdown)
 
 
 def print_use(file: Path) -> None:
     """Prints how a classifier file is used. A shell takes the command as it is."""
-    command = command_of('predict', file, 'IMAGES')
-    print(f'The classifier to use:\n    {file}\nIt classifies images by\n{command}')
-
-
-def command_of(name: str, file: Path, data: str) -> str:
-    """Returns a command for a shell that uses a classifier file, in short lines."""
-    lines, groups = [f'python tools/few_shot.py {name}'], [[str(file), data]]
+    lines, groups = ['python tools/few_shot.py predict'], [[str(file), 'IMAGES']]
     for key, value in files_to_name(read_classifier(file)[1]).items():
         groups.append([f'--{key}', value or key.upper()])
     for text in map(shlex.join, groups):
@@ -313,7 +295,8 @@ def command_of(name: str, file: Path, data: str) -> str:
             lines[-1] += f' {text}'
         else:
             lines.append(f'    {text}')
-    return textwrap.indent(' \\\n'.join(lines), '    ')
+    command = ' \\\n    '.join(lines)
+    print(f'The classifier to use:\n    {file}\nIt classifies images by\n    {command}')
 
 
 # ------------------------------------------------------------------------------- fit
@@ -334,40 +317,18 @@ def fit_command(args: argparse.Namespace) -> None:
     config = FewShotConfig(**options)
     data = config.features or config.dataset
     out = Path(args.out or f'work_dirs/fit_{Path(data).absolute().stem}.safetensors')
-    found = fit(config, out, args.method)
-    print(describe_fit(found, METHODS[args.method].title))
-    if found.left and not config.features:
-        print(command_of('test', out, data))
-    print()
+    counts = fit(config, out, args.method)
+    text = (
+        f'{METHODS[args.method].title} is fitted to {sum(counts.values())} images of '
+        f'{len(counts)} classes, {min(counts.values())} to {max(counts.values())} of '
+        f'each; the classes count equally. Its accuracy is not known: test it on '
+        f'images that are not among these.'
+    )
+    print(fold(text), end='\n\n')
     print_use(out)
 
 
-def describe_fit(found: Fitted, title: str) -> str:
-    """Formats what a classifier was fitted to, and what is known of its accuracy."""
-    counts = sorted(found.counts.items(), key=lambda pair: -pair[1])
-    numbers = ', '.join(f'{count} of {name}' for name, count in counts[:8])
-    if len(counts) > 8:
-        numbers += f' ... {counts[-1][1]} of {counts[-1][0]}'
-    lines = [
-        f'{title} is fitted to {sum(found.counts.values())} images of {len(counts)} '
-        f'classes, which count equally: {numbers}.'
-    ]
-    if found.accuracy:
-        (accuracy, mean), (zero, zero_mean) = found.accuracy
-        lines.append(
-            f'In a cross-validation {accuracy:.1f} % of the images are right ('
-            f'{mean:.1f} % as the mean over classes); by zero-shot CLIP {zero:.1f} % '
-            f'({zero_mean:.1f} %). Images that are almost the same make this too high.'
-        )
-    lines.append(
-        'Its accuracy on other images is not known; '
-        + (
-            f'the {found.left} images of the part test are left for that.'
-            if found.left
-            else 'test it on images that are not among these.'
-        )
-    )
-    return '\n'.join(map(fold, lines))
+# ---------------------------------------------------------------------------- encode
 
 
 @command(

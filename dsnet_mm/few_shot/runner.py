@@ -254,19 +254,8 @@ class _Runner:
 
     def fit_final(self, records: list[dict]) -> None:
         """Fits the chosen method with its options to all images, see :func:`fit_to`."""
-        chosen = choose(records).record
-        train, seed = self.source.all_labelled(), chosen['seed']
-        method, options = chosen['method'], chosen['options']
-        classifier = fit_to(self.source, train, method, options, seed)
-        record = {
-            **{key: chosen[key] for key in ('method', 'selection', 'options')},
-            'name': 'final',
-            'shots': max(1, len(train) // len(self.source.class_names)),
-            'seed': seed,
-            'pictures': len(train),
-            'made_with': self.made_with,
-        }
-        self.save('final', classifier, record)
+        chosen, train = choose(records).record, self.source.all_labelled()
+        fit_to(self.source, train, self.files('final')[1], chosen)
         logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
 
 

@@ -19,12 +19,7 @@ from dsnet_mm.datasets import (
     load_task,
     sample_few_shot,
 )
-from dsnet_mm.datasets.check import (
-    describe_contradictions,
-    describe_copies,
-    find_contradictions,
-    find_copies,
-)
+from dsnet_mm.datasets.check import describe_copies, find_contradictions, find_copies
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 from dsnet_mm.files import sha256
@@ -120,13 +115,8 @@ class Source(ABC):
         """Returns the test images."""
 
     @abstractmethod
-    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
-        """Returns the images of train, val and test together, with views.
-
-        Args:
-            test: Whether those of test are among them.
-            plain: Whether there is one view, as test images have it.
-        """
+    def all_labelled(self, test: bool = True) -> Features:
+        """Returns the images of train, val and perhaps test together, with views."""
 
 
 class ImageSource(Source):
@@ -188,10 +178,10 @@ class ImageSource(Source):
     def test(self) -> Features:
         return self.cache.images(self.task.split['test'])
 
-    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
+    def all_labelled(self, test: bool = True) -> Features:
         parts = ('train', 'val', 'test')[: 2 + test]
         items = [item for part in parts for item in self.task.split[part]]
-        return self.cache.images(items, 0 if plain else self.config.views)
+        return self.cache.images(items, self.config.views)
 
     def contents(self) -> str:
         if self.task.name in PUBLIC_DATASETS:
@@ -308,11 +298,9 @@ class FeatureSource(Source):
     def test(self) -> Features:
         return _first_view(self.file.test)
 
-    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
-        train = self.file.train[self.pool]
-        train = self.file.plain.get(self.pool, train) if plain else train
-        parts = [train, self.file.val, self.file.test][: 2 + test]
-        parts = [_first_view(part) if plain else part for part in parts if part]
+    def all_labelled(self, test: bool = True) -> Features:
+        parts = (self.file.train[self.pool], self.file.val, self.file.test)
+        parts = [part for part in parts[: 2 + test] if part]
         views = torch.arange(max(len(part.features) for part in parts))
         features = [part.features[views % len(part.features)] for part in parts]
         return Features(
@@ -400,8 +388,8 @@ def encode_parts(
             'validation images; they are used as published.',
             *(len(copies), task.name),
         )
-    if not is_public and (pairs := find_contradictions(task.split, pixels)):
-        raise ValueError(describe_contradictions(pairs))
+    if not is_public and (problem := find_contradictions(task.split, pixels)):
+        raise ValueError(problem)
     return 0
 
 

@@ -176,7 +176,7 @@ BAD = {
     'preprocessing': lambda t, m: m.update(preprocessing='none'),
     'logit_scale.* exp': lambda t, m: m.update(logit_scale='4.605'),
     'class_names.* two': lambda t, m: m.update(class_names='["cat"]'),
-    'class_names.*Dog': lambda t, m: m.update(class_names='["dog", "Dog", "cat"]'),
+    'class names.*Dog': lambda t, m: m.update(class_names='["dog", "Dog", "cat"]'),
     'val_features.*int8': lambda t, m: t.update(val_features=torch.ones(18, 16).char()),
     'train_2_features.*row 3': lambda t, m: t['train_2_features'][3].zero_(),
     'test_features.*row 5': lambda t, m: t.update(
