@@ -6,7 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,16 @@ class Features:
     def take(self, index: Tensor) -> 'Features':
         """Returns the features of the images with these indices."""
         return Features(self.features[:, index], self.labels[index])
+
+    def balanced(self) -> 'Features':
+        """Repeats images of smaller classes up to the number of the largest one.
+
+        For every method, also in closed form, that is a weight of the images.
+        """
+        most = int(self.labels.bincount().max())
+        classes = [(self.labels == k).nonzero()[:, 0] for k in self.labels.unique()]
+        rows = [own.repeat(-(-most // len(own)))[:most] for own in classes]
+        return self.take(torch.cat(rows).sort().values)
 
 
 @dataclass(eq=False)
@@ -293,9 +303,10 @@ class _Shards:
                 with _removing_damaged(path), safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
         for key in images.keys() - self.rows.keys():
-            known = self.contents.get(_name_key(images[key]))
-            if known and (place := known.get(sha256(images[key]))):
-                self.rows[key] = place
+            with suppress(OSError):  # a forbidden file is refused when it is read
+                known = self.contents.get(_name_key(images[key]))
+                if known and (place := known.get(sha256(images[key]))):
+                    self.rows[key] = place
 
     def write(self, images: Mapping[str, '_Encoded | str']) -> None:
         """Writes a file of features and pixel hashes."""

@@ -1,53 +1,20 @@
 """A classifier of all images, whose classes may have unequal numbers of them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import check_new
 
 from .config import FewShotConfig
-from .deployment import save_classifier
 from .methods import METHODS
+from .runner import Fitter
 from .sources import FeatureSource, ImageSource, Source, encode_parts
-from .work_dir import describe_software
 
 
-def fit_to(
-    source: Source, train: Features, out: Path, about: Mapping[str, object]
-) -> None:
-    """Fits a method so that all classes count equally, and writes the classifier.
+class _FitterOfOne(Fitter):
+    """Writes one classifier to the file that ``work_dir`` is here."""
 
-    ``about`` has ``method``, ``options``, ``selection`` and ``seed``. Images of smaller
-    classes are repeated up to the number of the largest one. That is a weight of the
-    images for every method, also in closed form.
-    """
-    keys = ('method', 'selection', 'options', 'seed')
-    shots = max(1, len(train) // len(source.class_names))
-    record = {key: about[key] for key in keys} | {
-        'name': out.stem,
-        'shots': shots,
-        'pictures': len(train),
-        'made_with': describe_software(),
-    }
-    data = source.data(train.take(balanced(train.labels)), shots, about['seed'])
-    classifier = METHODS[about['method']].fit(data, **about['options'])
-    made = source.made_by, source.class_names, source.preprocessing
-    save_classifier(out, classifier, *made, record)
-
-
-def balanced(labels: Tensor) -> Tensor:
-    """Returns rows in which each class is as frequent as the largest one.
-
-    If the classes have equal numbers, these are all rows in order.
-    """
-    most = int(labels.bincount().max())
-    classes = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    rows = [own.repeat(-(-most // len(own)))[:most] for own in classes]
-    return torch.cat(rows).sort().values
+    def files(self, name: str) -> tuple[Path, Path]:
+        return self.work_dir, self.work_dir
 
 
 def fit(
@@ -76,11 +43,11 @@ def fit(
     if not config.features:
         parts = {k: source.task.split[k] for k in ('train', 'val')}
         encode_parts(source.task, source.cache, parts, config.views, False)
-    train, names = source.all_labelled(test=False), source.class_names
-    counts = train.labels.bincount(minlength=len(names)).tolist()
+    labels, names = source.all_labelled(test=False).labels, source.class_names
+    counts = labels.bincount(minlength=len(names)).tolist()
     if 0 in counts:
         raise ValueError(f'no image of {names[counts.index(0)]!r} can be read.')
     options = {**METHODS[method].defaults, **config.overrides.get(method, {})}
-    about = dict(method=method, options=options, selection='fixed', seed=1)
-    fit_to(source, train, Path(out), about)
+    chosen = dict(method=method, options=options, selection='fixed', seed=1)
+    _FitterOfOne(config, Path(out), source).fit_all(chosen, Path(out).stem, test=False)
     return dict(zip(names, counts, strict=True))

@@ -19,7 +19,6 @@ from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
 from .evaluation import evaluate
-from .fit import fit_to
 from .methods import METHODS, FewShotData
 from .methods.base import num_learnt
 from .selection import Fit, select
@@ -95,7 +94,7 @@ def run(
         for note in source.notes:
             logger.warning(note)
         source.encode(draws, plain=config.selection == 'cv')
-        runner = _Runner(config, work_dir, source)
+        runner = Fitter(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
             for job in (job for job in jobs if not job.oracle):
                 bar.set_postfix_str(job.name, refresh=False)
@@ -139,7 +138,7 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
     return resolved, source
 
 
-class _Runner:
+class Fitter:
     """Fits and tests the classifiers of a run that are not there yet."""
 
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
@@ -165,7 +164,16 @@ class _Runner:
 
     def data(self, drawn: Drawn, shots: int, seed: int) -> FewShotData:
         """Returns the training data of a method."""
-        return self.source.data(drawn.train, shots, seed, drawn.plain)
+        return FewShotData(
+            drawn.train,
+            shots,
+            self.source.text_features,
+            self.source.logit_scale,
+            self.source.class_names,
+            self.source.encoder,
+            seed,
+            drawn.plain,
+        )
 
     def save(self, name: str, classifier: nn.Module, record: dict) -> None:
         """Writes a classifier."""
@@ -253,10 +261,38 @@ class _Runner:
         return record
 
     def fit_final(self, records: list[dict]) -> None:
-        """Fits the chosen method with its options to all images, see :func:`fit_to`."""
-        chosen, train = choose(records).record, self.source.all_labelled()
-        fit_to(self.source, train, self.files('final')[1], chosen)
-        logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
+        """Fits the chosen method with its options to all images."""
+        chosen = choose(records).record
+        count = self.fit_all(chosen, 'final')
+        logger.info('fitted final, %s, to all %d images', chosen['name'], count)
+
+    def fit_all(self, chosen: dict, name: str, test: bool = True) -> int:
+        """Fits a method to all images, so that classes count equally.
+
+        Args:
+            chosen: Method, options, selection and seed.
+            name: Name of the classifier.
+            test: Whether test images are among them.
+
+        Returns:
+            Number of images.
+        """
+        train, seed = self.source.all_labelled(test), chosen['seed']
+        shots = max(1, len(train) // len(self.source.class_names))
+        classifier = METHODS[chosen['method']].fit(
+            self.data(Drawn(train.balanced(), None, None), shots, seed),
+            **chosen['options'],
+        )
+        record = {
+            **{key: chosen[key] for key in ('method', 'selection', 'options')},
+            'name': name,
+            'shots': shots,
+            'seed': seed,
+            'pictures': len(train),
+            'made_with': self.made_with,
+        }
+        self.save(name, classifier, record)
+        return len(train)
 
 
 @contextmanager

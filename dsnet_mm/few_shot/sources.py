@@ -25,7 +25,6 @@ from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 from dsnet_mm.files import sha256
 
 from .config import FewShotConfig
-from .methods import FewShotData
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +80,6 @@ class Source(ABC):
                 raise ValueError(f'{message} Choose fewer with --shots.')
             self.notes.append(f'{message} Run: {", ".join(map(str, found))}.')
         return found
-
-    def data(
-        self, train: Features, shots: int, seed: int, plain: Features | None = None
-    ) -> FewShotData:
-        """Returns the training data of a method."""
-        text, scale, names = self.text_features, self.logit_scale, self.class_names
-        return FewShotData(train, shots, text, scale, names, self.encoder, seed, plain)
 
     def contents(self) -> str:
         """Returns a hash of the content of all images, empty if none is needed."""

@@ -110,7 +110,8 @@ def _merge(work_dir: Path, found: dict, wanted: dict, source: Source) -> dict:
     old, data = found.get('data', {}), source.fingerprint
     changed = [key for key, value in data.items() if old.get(key) != value]
     # An image may have another time, if it has the same content.
-    if 'pictures' in changed and old.get('contents') == source.contents():
+    contents = old.get('contents')
+    if 'pictures' in changed and contents and contents == source.contents():
         changed.remove('pictures')
     if changed:
         raise FileExistsError(

@@ -22,7 +22,7 @@ from dsnet_mm.few_shot import (
 from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.choice import choose
 from dsnet_mm.few_shot.deployment import read_classifier
-from dsnet_mm.few_shot.fit import balanced, fit
+from dsnet_mm.few_shot.fit import fit
 from dsnet_mm.few_shot.report import half_interval, holm, write_report
 from dsnet_mm.few_shot.selection import _folds
 from tests.datasets.test_feature_files import METADATA, made_tensors
@@ -271,7 +271,6 @@ def test_fit_of_all_images(config, tool, tmp_path, image_folder, monkeypatch, ca
         assert classifier.labels.bincount().tolist() == [8, 8], 'classes are balanced'
         with pytest.raises(SystemExit, match=f'fit_{data}.safetensors exists'):
             tool(*fit_it)
-    assert torch.equal(balanced(torch.tensor([1, 0, 0, 1])), torch.arange(4))
 
 
 def test_fit_of_features(tmp_path):
