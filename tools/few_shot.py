@@ -4,6 +4,7 @@
 
     python tools/few_shot.py run my_images --model RN50-quickgelu \
         --pretrained openai --download --shots 1 4 16
+    python tools/few_shot.py fit my_images --model RN50-quickgelu --pretrained openai
     python tools/few_shot.py run clip-adapter_rn50 --cfg-options task=eurosat
     torchrun --nproc-per-node 4 tools/few_shot.py encode my_images \
         --model RN50-quickgelu --pretrained openai --out features.safetensors

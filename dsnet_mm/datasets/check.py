@@ -1,15 +1,16 @@
 """Check of the files of a data set."""
 
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from dsnet_mm.files import sha256
 from dsnet_mm.progress import progress_bar
 
 from .catalogue import PUBLIC_DATASETS
 from .images import damage_of, hash_pixels, open_image
-from .splits import Split
+from .splits import Item, Split
 from .task import load_task
 
 
@@ -21,13 +22,14 @@ def diagnose(
     Args:
         dataset: Name, folder or file, see :func:`dsnet_mm.datasets.load_task`.
         data_root: Folder of the public data sets.
-        decode: Whether to read all images, to find damaged ones and test images
-            with the pixels of a training or validation image.
+        decode: Whether to read all images, to find damaged ones and those with the
+            pixels of another one.
 
     Returns:
         One sentence for each problem. Problems are missing files, numbers of classes or
-        images that differ from the papers, damaged images (see :func:`.damage_of`), and
-        test images that are also training or validation images.
+        images that differ from the papers, damaged images (see :func:`.damage_of`),
+        images of two classes, and test images that are also training or validation
+        images.
     """
     try:
         task = load_task(dataset, data_root)
@@ -68,6 +70,8 @@ def diagnose(
         )
     if copies := find_copies(task.split, pixels):
         problems.append(describe_copies(copies))
+    if problem := find_contradictions(task.split, pixels):
+        problems.append(problem)
     return problems
 
 
@@ -85,25 +89,50 @@ def find_copies(split: Split, pixels: Mapping[str, str] = {}) -> dict[str, str]:
     """
     seen = {item[0]: None for part in ('train', 'val') for item in split[part]}
     tested = {item[0]: None for item in split['test']}
-    readable = (p for p in seen | tested if os.path.isfile(p) and os.access(p, os.R_OK))
-    sizes = {path: os.path.getsize(path) for path in readable}
-
-    def sizes_of(paths: Iterable[str]) -> set[int]:
-        return {sizes[path] for path in paths if path in sizes}
-
-    common = (sizes_of(seen) & sizes_of(tested)) - {0}
-    contents = {
-        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for path, size in sizes.items()
-        if size in common
-    }
     copies: dict[str, str] = {}
-    for hashes in (contents, pixels):
+    for hashes in (_hash_files(seen | tested), pixels):
         known = {hashes[path]: path for path in seen if path in hashes}
         for path in tested:
             if other := known.get(hashes.get(path)):
                 copies.setdefault(path, other)
     return copies
+
+
+def find_contradictions(split: Split, pixels: Mapping[str, str] = {}) -> str:
+    """Finds images that are the same and have two classes.
+
+    Args:
+        split: The images, of all parts. Missing ones are passed over.
+        pixels: See :func:`find_copies`.
+
+    Returns:
+        A sentence that names two of them, empty if there are none.
+    """
+    items = [item for part in split.values() for item in part]
+    pairs: dict[Item, Item] = {}
+    for hashes in (_hash_files({item[0]: None for item in items}), pixels):
+        first: dict[str, Item] = {}
+        for item in items:
+            other = first.setdefault(hashes.get(item[0], item[0]), item)
+            if other[1] != item[1]:
+                pairs.setdefault(item, other)
+    for (path, _, name), (other, _, other_name) in pairs.items():
+        return (
+            f'{len(pairs)} images are also in another class, by the same file or the '
+            f'same pixels, such as {path} ({name}) and {other} ({other_name}); keep '
+            f'each in its right class.'
+        )
+    return ''
+
+
+def _hash_files(paths: Iterable[str]) -> dict[str, str]:
+    """Hashes the files whose size in bytes is also that of another one."""
+    readable = (p for p in paths if os.path.isfile(p) and os.access(p, os.R_OK))
+    sizes = {path: os.path.getsize(path) for path in readable}
+    counts = Counter(sizes.values())
+    return {
+        path: sha256(path) for path, size in sizes.items() if size and counts[size] > 1
+    }
 
 
 def describe_copies(copies: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dsnet_mm.clip.prompts import check_class_names
 from dsnet_mm.files import write_atomic
 
 from .features import Features
@@ -106,21 +107,33 @@ def read_feature_file(path: str | Path) -> FeatureFile:
     try:
         return _parse(about, tensors)
     except ValueError as error:
+        problem = str(error).removesuffix('.')
         raise ValueError(
-            f'{path}: {error}; docs/clip_adapter.md describes the file.'
+            f'{path}: {problem}; docs/clip_adapter.md describes the file.'
         ) from error
 
 
 def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     class_names = tuple(_json(about, 'class_names', list))
     del about['class_names']
-    if not class_names:
-        raise ValueError('the metadata class_names is an empty list')
+    if len(class_names) < 2:
+        raise ValueError(
+            f'the metadata class_names must have two classes or more, got '
+            f'{list(class_names)}'
+        )
+    if len(class_names) != 1000:  # ImageNet has duplicate names
+        check_class_names(class_names)
     logit_scale = math.nan
     with suppress(ValueError):
         logit_scale = float(about.pop('logit_scale', 'nan'))
     if not 0 < logit_scale < math.inf:
         raise ValueError('the metadata logit_scale must be a number above 0')
+    if 'identity' not in about and math.log(10) < logit_scale < math.log(200):
+        raise ValueError(
+            f'the metadata logit_scale is {logit_scale:g}, which looks like the '
+            f'logarithm that CLIP learns; write exp({logit_scale:g}) = '
+            f'{math.exp(logit_scale):.4g}'
+        )
     for name, kind in (('prompts', list), ('identity', dict | None)):
         if name in about:
             _json(about, name, kind)
@@ -135,8 +148,6 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     width = (tensors['text_features'].shape or (0,))[-1]
     (text_features,) = _floats(tensors, 'text_features', (len(class_names), width))
     norm = text_features.norm(dim=-1, keepdim=True)
-    if not (norm.isfinite() & (norm > 0)).all():
-        raise ValueError('text_features has rows that are zero or too large')
     if (norm - 1).abs().max() > 1e-3:
         text_features = text_features / norm
 
@@ -215,7 +226,8 @@ def _floats(
     """Returns a tensor of this shape in float32, with up to so many views before."""
     if not tensors[name].is_floating_point():
         raise ValueError(
-            f'{name} must be of a floating type, got {tensors[name].dtype}'
+            f'{name} must be of a floating type, got {tensors[name].dtype}; convert '
+            f'it to float16 or float32'
         )
     found = tensors[name].float()
     if found.dim() == 2:
@@ -227,4 +239,11 @@ def _floats(
         )
     if not found.isfinite().all():
         raise ValueError(f'{name} has values that are not finite')
+    norm = found.norm(dim=-1)  # infinite if its square is too large
+    bad = ~(norm.isfinite() & (norm > 1e-12)).all(0)
+    if bad.any():
+        raise ValueError(
+            f'{name} has {bad.sum()} rows that are zero or too large, such as row '
+            f'{bad.nonzero()[0].item()}; leave them out'
+        )
     return found

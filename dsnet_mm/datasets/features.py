@@ -6,7 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dsnet_mm.clip import OpenCLIPEncoder
-from dsnet_mm.files import write_atomic
+from dsnet_mm.files import sha256, write_atomic
 from dsnet_mm.progress import progress_bar
 
 from .images import PREPROCESSINGS, build_transform, hash_pixels, open_image
@@ -50,6 +50,16 @@ class Features:
         """Returns the features of the images with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
+    def balanced(self) -> 'Features':
+        """Repeats images of smaller classes up to the number of the largest one.
+
+        For every method, also in closed form, that is a weight of the images.
+        """
+        most = int(self.labels.bincount().max())
+        classes = [(self.labels == k).nonzero()[:, 0] for k in self.labels.unique()]
+        rows = [own.repeat(-(-most // len(own)))[:most] for own in classes]
+        return self.take(torch.cat(rows).sort().values)
+
 
 @dataclass(eq=False)
 class FeatureCache:
@@ -60,8 +70,9 @@ class FeatureCache:
     process asks for it. The name of the folder is a hash of the encoder's identity
     (weights, configuration, tokenizer, preprocessing, version of open_clip), of the
     options below, and of the versions of Pillow and torchvision. An image is known by
-    path, size and modification time. Each file has a checksum, and the images of a
-    damaged one are encoded again.
+    path, size and modification time. One that these do not find is compared by content
+    with those of its name, folder and size, so a copied or touched file is not encoded
+    again. Each file has a checksum, and the images of a damaged one are encoded again.
 
     Args:
         folder: Folder of the cache. It is created if needed.
@@ -152,7 +163,7 @@ class FeatureCache:
             for i, (key, item) in enumerate(zip(image_keys(items), items, strict=True))
             if i // size % processes == rank
         }
-        shards.scan()
+        shards.scan(wanted)
         missing = {key: p for key, p in wanted.items() if key not in shards.rows}
         if not missing:
             return
@@ -168,8 +179,9 @@ class FeatureCache:
     def count_missing(self, items: Sequence[Item], views: int = 0) -> int:
         """Returns the number of images that are not in the cache yet."""
         shards = self._shards_of(views)
-        shards.scan()
-        return sum(key not in shards.rows for key in image_keys(items))
+        keys = image_keys(items)
+        shards.scan(dict(zip(keys, (item[0] for item in items), strict=True)))
+        return sum(key not in shards.rows for key in keys)
 
     def pixels(self, items: Sequence[Item], views: int = 0) -> dict[str, str]:
         """Returns a hash of the pixels of each image, by path.
@@ -235,8 +247,8 @@ class FeatureCache:
 
     def _encode(
         self, paths: Sequence[str], views: int
-    ) -> Iterator[list['tuple[Tensor, Tensor] | str']]:
-        """Yields batches of features (V, D) and pixel hashes, or of error messages."""
+    ) -> Iterator[list['_Encoded | str']]:
+        """Yields batches of encoded images, or of error messages."""
         device = next(self.encoder.parameters()).device
         crop = self.crop_scale if views else None
         transform = build_transform(self.encoder, self.preprocessing, crop)
@@ -251,9 +263,11 @@ class FeatureCache:
             for problem in (x for x in batch if isinstance(x, str)):
                 self._refuse(problem)
             if good:
-                stacked = torch.cat([image for image, _ in good]).to(device)
+                stacked = torch.cat([image for image, *_ in good]).to(device)
                 features = self.encoder(stacked)[0].cpu().chunk(len(good))
-                results = iter(zip(features, (p for _, p in good), strict=True))
+                results = iter(
+                    zip(features, *[*zip(*good, strict=True)][1:], strict=True)
+                )
             yield [x if isinstance(x, str) else next(results) for x in batch]
 
     def _refuse(self, problem: str) -> None:
@@ -269,29 +283,44 @@ class _Shards:
     Attributes:
         folder: Folder of the files.
         rows: File and row of each image, or the reason why it cannot be read.
+        contents: The same by :func:`_name_key` and content.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         self.rows: dict[str, tuple[Path, int] | str] = {}
+        self.contents: dict[str, dict[str, tuple[Path, int]]] = {}
         self._seen: set[Path] = set()
 
-    def scan(self) -> None:
-        """Reads the lists of images of files that are new."""
+    def scan(self, images: Mapping[str, str]) -> None:
+        """Reads the lists of images of files that are new.
+
+        An image that they lack by its key is looked for by its content. Its file is
+        read for that only if one of the same name, folder and size is known.
+        """
         for path in sorted(set(self.folder.glob('*.safetensors')) - self._seen):
             if path.is_file():
                 with _removing_damaged(path), safe_open(path, 'pt') as file:
                     self._add(path, file.metadata() or {})
+        for key in images.keys() - self.rows.keys():
+            with suppress(OSError):  # a forbidden file is refused when it is read
+                known = self.contents.get(_name_key(images[key]))
+                if known and (place := known.get(sha256(images[key]))):
+                    self.rows[key] = place
 
-    def write(self, images: Mapping[str, tuple[Tensor, Tensor] | str]) -> None:
+    def write(self, images: Mapping[str, '_Encoded | str']) -> None:
         """Writes a file of features and pixel hashes."""
         good = {k: x for k, x in images.items() if not isinstance(x, str)}
         bad = {k: x for k, x in images.items() if isinstance(x, str)}
-        tensors = {}
+        tensors, contents = {}, ()
         if good:
-            features, pixels = zip(*good.values(), strict=True)
+            features, pixels, contents = zip(*good.values(), strict=True)
             tensors = {'features': torch.stack(features), 'pixels': torch.stack(pixels)}
-        about = {'pictures': json.dumps(list(good)), 'bad': json.dumps(bad)}
+        about = {
+            'pictures': json.dumps(list(good)),
+            'bad': json.dumps(bad),
+            'contents': json.dumps(contents),
+        }
         path = self.folder / f'{_short_hash(json.dumps(list(images)))}.safetensors'
         _write_file(path, self.key, tensors, about)
         self._add(path, about)
@@ -316,19 +345,28 @@ class _Shards:
                 found = tensor.new_empty(len(places), *tensor.shape[1:])
             to, at = zip(*rows, strict=True)
             found[list(to)] = tensor[list(at)]
-        self.rows = {k: v for k, v in self.rows.items() if v[0] not in damaged}
+        for known in (self.rows, *self.contents.values()):
+            for key in [k for k, v in known.items() if v[0] in damaged]:
+                del known[key]
         return None if damaged else found
 
     def _add(self, path: Path, about: Mapping[str, str]) -> None:
         images = json.loads(about['pictures'])
         self.rows.update({key: (path, row) for row, key in enumerate(images)})
         self.rows.update(json.loads(about['bad']))
+        # An older version did not write them.
+        for row, (name, content) in enumerate(json.loads(about.get('contents', '[]'))):
+            self.contents.setdefault(name, {})[content] = path, row
         self._seen.add(path)
+
+
+_Encoded = tuple[Tensor, Tensor, tuple[str, str]]
+"""Features (V, D), a hash of the pixels, and those of name and content."""
 
 
 @dataclass
 class _Images(Dataset):
-    """Inputs of the encoder with pixel hashes, and messages for unreadable images."""
+    """Inputs of the encoder with both hashes, and messages for unreadable images."""
 
     paths: Sequence[str]
     views: int
@@ -337,14 +375,15 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | str:
+    def __getitem__(self, index: int) -> _Encoded | str:
         try:
             image = open_image(self.paths[index])
+            content = _name_key(self.paths[index]), sha256(self.paths[index])
         except ValueError as error:
             return str(error)
         pixels = torch.tensor(list(hash_pixels(image)), dtype=torch.uint8)
         if self.views == 0:
-            return self.transform(image)[None], pixels
+            return self.transform(image)[None], pixels, content
         place = Path(self.paths[index])
         augmented = []
         for view in range(self.views):
@@ -352,7 +391,7 @@ class _Images(Dataset):
                 name = f'{place.parent.name}/{place.name}/{view}'
                 torch.manual_seed(zlib.crc32(name.encode()))  # it takes 32 bits
                 augmented.append(self.transform(image))
-        return torch.stack(augmented), pixels
+        return torch.stack(augmented), pixels, content
 
 
 def image_keys(items: Sequence[Item]) -> list[str]:
@@ -372,6 +411,12 @@ def image_keys(items: Sequence[Item]) -> list[str]:
         state = f'{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}'
         keys.append(_short_hash(state))
     return keys
+
+
+def _name_key(path: str) -> str:
+    """Returns a hash of name, folder and size of a file."""
+    place = Path(path)
+    return _short_hash(f'{place.parent.name}/{place.name}/{place.stat().st_size}')
 
 
 def _short_hash(text: str) -> str:

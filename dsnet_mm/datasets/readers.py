@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from dsnet_mm.files import read_text
 from .catalogue import PUBLIC_DATASETS, SPLITS_SOURCE
 from .images import count_other_files, is_image
 from .splits import Split, read_split
+
+logger = logging.getLogger(__name__)
 
 PART_NAMES = {
     **{'train': 'train', 'test': 'test'},
@@ -103,18 +106,22 @@ def _read_imagenet(name: str, folder: Path) -> Split:
 
 
 def _images(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:  # it knows the kind of an entry
-        paths = [Path(entry.path) for entry in entries if not entry.is_dir()]
-    return sorted(path for path in paths if is_image(path))
+    """Returns the images in and below a folder, without hidden folders."""
+    found = []
+    for place, below, names in os.walk(folder):
+        below[:] = (name for name in below if not name.startswith('.'))
+        found += (Path(place, name) for name in names)
+    return sorted(path for path in found if is_image(path))
 
 
 def read_folder(folder: Path) -> Split:
     """Reads a folder of images.
 
     Args:
-        folder: Folder with one folder of images a class, directly or below
-            ``train``, ``test`` and, if there is one, ``val``. ``validation`` is
-            another name of ``val``.
+        folder: Folder with one folder a class, directly or below ``train``, ``test``
+            and, if there is one, ``val``. ``validation`` is another name of ``val``.
+            Images in folders below that of a class are of the class. A folder that
+            contains nothing but one folder of folders stands for that.
 
     Returns:
         The split, or ``'all'`` if the folder has no split of its own.
@@ -122,9 +129,12 @@ def read_folder(folder: Path) -> Split:
     Raises:
         ValueError: If a class has no image, or there is a ``train`` and no ``test``.
     """
+    inside = _folders(folder)
+    while len(inside) == 1 and _is_wrapper(inside[0]):
+        folder, inside = inside[0], _folders(inside[0])
     places = [
         sub
-        for sub in _folders(folder)
+        for sub in inside
         if sub.name.lower() in PART_NAMES and any(p.is_dir() for p in sub.iterdir())
     ]  # without folders it is a class of this name
     parts = {PART_NAMES[place.name.lower()]: place for place in places}
@@ -135,7 +145,7 @@ def read_folder(folder: Path) -> Split:
             f'needed, and no second one of a part; or move the classes directly into '
             f'{folder} to have them split.'
         )
-    rows = []
+    rows, deep = [], []
     for part, place in (parts or {'all': folder}).items():
         for sub in _folders(place):
             images = _images(sub)
@@ -146,12 +156,25 @@ def read_folder(folder: Path) -> Split:
                     + (f', but {others}; convert them to JPEG.' if others else '.')
                 )
             rows += [(part, str(path), sub.name) for path in images]
+            deep += [(path, sub.name) for path in images if path.parent != sub]
+    if deep:
+        logger.warning(
+            '%d images are in folders below that of a class and count as of the class, '
+            'such as %s as %r; a CSV file can name other classes.',
+            *(len(deep), *deep[0]),
+        )
     if not rows:
         raise ValueError(
             f'{folder} must contain a folder of images for each class, directly or '
             f'below train and test; found none.'
         )
     return number_classes(rows)
+
+
+def _is_wrapper(place: Path) -> bool:
+    is_part = place.name.lower() in PART_NAMES
+    own = (path for path in place.iterdir() if is_image(path) and path.is_file())
+    return not is_part and bool(_folders(place)) and not any(own)
 
 
 def _folders(place: Path) -> list[Path]:

@@ -40,6 +40,7 @@ def load_task(
     data_root: str | Path = 'data',
     prompts: str | Path | Sequence[str] | None = None,
     test_only: bool = False,
+    whole: bool = False,
 ) -> FewShotTask:
     """Reads a data set by name, folder or file. Images are not opened.
 
@@ -61,6 +62,8 @@ def load_task(
             ``'photo'`` for a folder or file.
         test_only: Whether only the test images are needed. Those of a folder or file
             without its own split are then all of its images.
+        whole: Whether the training images of a folder or file without its own split
+            are all of its images. There are no others then.
 
     Returns:
         The task.
@@ -87,12 +90,13 @@ def load_task(
     elif path.suffix.lower() == '.csv' and os.path.isfile(path):
         name, split = path.stem, read_csv(path)
     else:
+        problem = 'is no data set' if path.exists() else 'does not exist'
         raise FileNotFoundError(
-            f'{str(dataset)!r} is neither a data set ({", ".join(PUBLIC_DATASETS)}) '
-            f'nor an existing folder, CSV file or parquet file.'
+            f'{dataset} {problem}; name a folder, a CSV or parquet file, or one of '
+            f'{", ".join(PUBLIC_DATASETS)}.'
         )
     try:
-        return _build_task(name, split, prompts, test_only)
+        return _build_task(name, split, prompts, test_only, whole)
     except ValueError as error:
         raise ValueError(f'{dataset}: {error}') from error
 
@@ -102,11 +106,14 @@ def _build_task(
     split: Split,
     prompts: str | Path | Sequence[str] | None,
     test_only: bool,
+    whole: bool,
 ) -> FewShotTask:
     if 'all' in split:
         items = split['all']
         split = {'train': [], 'val': [], 'test': items}
-        if not test_only:
+        if whole:
+            split = {'train': items, 'val': [], 'test': []}
+        elif not test_only:
             split = split_within_classes(items)
     names: dict[int, str] = {}
     for path, label, cls in (item for items in split.values() for item in items):
@@ -114,7 +121,7 @@ def _build_task(
             raise ValueError(
                 f'label {label} is {names[label]!r}; of {path!r}, {cls!r}.'
             )
-    if not split['test']:
+    if not split['test'] and not whole:
         raise ValueError('there are no test images.')
     if sorted(names) != [*range(len(names))]:
         found = reprlib.repr(sorted(names))

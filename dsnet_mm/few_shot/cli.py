@@ -2,18 +2,20 @@
 
 import argparse
 import functools
-import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
 
 from dsnet_mm.datasets import PUBLIC_DATASETS
 from dsnet_mm.datasets.check import diagnose
@@ -21,7 +23,7 @@ from dsnet_mm.datasets.images import find_images
 from dsnet_mm.environment import existing_device, install_command
 from dsnet_mm.files import check_new, print_any_name, write_atomic
 
-from .choice import choose
+from .choice import REFERENCE, choose
 from .config import FewShotConfig
 from .deployment import (
     DeployedClassifier,
@@ -30,6 +32,7 @@ from .deployment import (
     read_classifier,
 )
 from .encode import encode, share_of_torchrun
+from .fit import fit
 from .methods import METHODS
 from .methods.training import RECIPE
 from .onnx import export_onnx
@@ -38,6 +41,7 @@ from .predict import as_csv, as_json, as_table, predict
 from .report import write_report
 from .runner import run
 from .transfer import transfer, transfer_run, write_transfer
+from .work_dir import read_json
 
 try:
     from dsnet_mm.engine.launch import CfgOptions
@@ -104,14 +108,13 @@ def option(flag: str, help: str, **settings: object) -> tuple[str, dict]:
 FLAG = dict(action='store_true')
 DATA_ROOT = option('--data-root', 'folder of the public data sets', default='data')
 DATA = (
-    option('source', 'data set, or configuration (file or name)', nargs='?'),
-    option('--dataset', 'name, folder or CSV file'),
+    option('source', 'data set, file of features or configuration', nargs='?'),
+    option('--dataset', 'name, folder, CSV file or parquet file'),
     option('--model', 'model of open_clip, or a JSON file'),
     option('--pretrained', 'tag or file of its weights'),
     option('--download', 'fetch weights that are not here', **FLAG, default=None),
     option('--data-root', 'folder of the public data sets'),
     option('--device', 'device of the encoder (default: auto, a GPU if there is one)'),
-    option('--shots', 'training images of each class', nargs='+', type=int),
     option(
         '--cfg-options',
         'other options, see FewShotConfig, such as views=0 or '
@@ -123,6 +126,7 @@ DATA = (
         metavar='KEY=VALUE',
     ),
 )
+SHOTS = option('--shots', 'training images of each class', nargs='+', type=int)
 ENCODER = (
     option('--model', 'model of open_clip, if it is a file or the classifier has none'),
     option(
@@ -140,17 +144,23 @@ CLASSIFIER = (
 def describe_methods() -> str:
     """Returns a list of all methods with their hyper-parameters."""
     defaults = ', '.join(FewShotConfig.methods)
-    lines = [f'methods (default: {defaults}), with their fixed settings:']
+    lines = [fold(f'methods (default: {defaults}), with their fixed settings:')]
     for name, method in METHODS.items():
         lines.append(f'  {name}: {method.title}')
         if method.source:
-            lines.append(f'      from {method.source}')
+            lines.append(fold(f'from {method.source}', indent=6))
         own = [item for item in method.defaults.items() if item not in RECIPE.items()]
         if own:
-            lines.append('      ' + ' '.join(f'{k}={v}' for k, v in own))
+            lines.append(fold(' '.join(f'{k}={v}' for k, v in own), indent=6))
         if method.grid:
-            lines.append(f'      val and cv select {", ".join(method.grid)}')
+            lines.append(fold(f'val and cv select {", ".join(method.grid)}', indent=6))
     return '\n'.join(lines)
+
+
+def fold(text: str, indent: int = 0) -> str:
+    """Breaks a text between words into lines of at most 79 characters."""
+    words = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(textwrap.fill(text, 79 - indent, **words), ' ' * indent)
 
 
 # ----------------------------------------------------------------------- run, encode
@@ -162,7 +172,8 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     The options of the command line have precedence over those of a configuration.
     """
     options, work_dir, source = {}, None, args.source
-    is_config = source is not None and not is_dataset(source)
+    kind = 'dataset' if source is None else kind_of(source)
+    is_config = kind == 'config'
     if CfgOptions == 'store' and (is_config or args.cfg_options):
         raise ImportError(
             f'a configuration, or --cfg-options, needs mmengine; '
@@ -175,7 +186,7 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     elif source is not None and args.dataset is not None:
         raise ValueError(f'name one data set, not both {source} and {args.dataset}.')
     elif source is not None:
-        options['dataset'] = source
+        options[kind] = source
     known = {field.name for field in fields(FewShotConfig)}
     options |= {k: v for k, v in vars(args).items() if k in known and v is not None}
     if changes:
@@ -196,11 +207,24 @@ def read_options(args: argparse.Namespace) -> tuple[dict, str]:
     return options, work_dir
 
 
-def is_dataset(source: str) -> bool:
-    """Tells whether an argument is a data set, and not a configuration."""
+def kind_of(source: str) -> str:
+    """Returns what an argument is: ``'dataset'``, ``'features'`` or ``'config'``.
+
+    Raises:
+        FileNotFoundError: If there is nothing of this name.
+    """
     path = Path(source)
-    is_file = path.suffix.lower() in ('.csv', '.parquet')
-    return source in PUBLIC_DATASETS or path.is_dir() or is_file
+    suffix = path.suffix.lower()
+    # A configuration of this package may be given by its name.
+    if source.startswith('clip-adapter') or suffix in ('.py', '.json', '.yaml', '.yml'):
+        return 'dataset' if path.is_dir() else 'config'
+    if source not in PUBLIC_DATASETS and not path.exists():
+        raise FileNotFoundError(
+            f'there is no {source}; name a folder of images, a CSV or parquet file, a '
+            f'.safetensors file of features, a public data set such as eurosat, or a '
+            f'configuration.'
+        )
+    return 'features' if suffix == '.safetensors' else 'dataset'
 
 
 def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dict, str]:
@@ -211,15 +235,9 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
     """
     from dsnet_mm.engine.config import read_config
 
-    try:
-        cfg = read_config(path, task)
-        if task is None and dataset is not None and 'task' in cfg:
-            cfg = read_config(path, dataset)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f'{error}; a data set is a folder, a CSV or parquet file, or a name such '
-            f'as eurosat.'
-        ) from error
+    cfg = read_config(path, task)
+    if task is None and dataset is not None and 'task' in cfg:
+        cfg = read_config(path, dataset)
     if 'few_shot' not in cfg:
         raise ValueError(f'{path} has no few_shot=dict(...).')
     return cfg.few_shot.to_dict(), cfg.get('work_dir', f'work_dirs/{Path(path).stem}')
@@ -228,6 +246,7 @@ def read_few_shot(path: str, task: str | None, dataset: str | None) -> tuple[dic
 @command(
     'methods x shots x seeds: table, plot and classifiers',
     *DATA,
+    SHOTS,
     option('--features', 'file of features, instead of a data set and a model'),
     option('--work-dir', 'folder of the results'),
     option('--methods', 'see below', nargs='+', metavar='METHOD'),
@@ -242,28 +261,88 @@ def run_command(args: argparse.Namespace) -> None:
     options, default = read_options(args)
     work_dir = Path(args.work_dir or default)
     records = run(FewShotConfig(**options), work_dir, final=args.final)
-    Console().print(Markdown(write_report(work_dir, records)))
-    print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/')
+    print_markdown(write_report(work_dir, records))
+    print(f'{work_dir}/results.md, accuracy.png, runs/, classifiers/\n')
     file = work_dir / choose(records).file
     if args.final:
         file = work_dir / 'classifiers/final.safetensors'
-    # Not through rich, which would break the command into lines.
-    print(f'\nThe classifier to use: {file}\nIt classifies images by')
-    named = files_to_name(read_classifier(file)[1])
-    words = ['predict', str(file), 'IMAGES']
-    for key, value in named.items():
-        words += [f'--{key}', value or key.upper()]
-    print(f'    python tools/few_shot.py {shlex.join(words)}')
+    print_use(file)
+
+
+class FoldedTable(TableElement):
+    """A table of Markdown whose cells are folded if they are too long, not cut."""
+
+    def __rich_console__(self, *arguments: Any) -> Iterator[Table]:
+        for table in super().__rich_console__(*arguments):
+            table.padding = (0, 1, 0, 0)
+            for column in table.columns:
+                column.overflow = 'fold'
+            yield table
+
+
+def print_markdown(text: str) -> None:
+    """Prints Markdown."""
+    markdown = Markdown(text)
+    markdown.elements = {**Markdown.elements, 'table_open': FoldedTable}
+    Console().print(markdown)
+
+
+def print_use(file: Path) -> None:
+    """Prints how a classifier file is used. A shell takes the command as it is."""
+    lines, groups = ['python tools/few_shot.py predict'], [[str(file), 'IMAGES']]
+    for key, value in files_to_name(read_classifier(file)[1]).items():
+        groups.append([f'--{key}', value or key.upper()])
+    for text in map(shlex.join, groups):
+        if len(lines[-1]) + len(text) < 72:
+            lines[-1] += f' {text}'
+        else:
+            lines.append(f'    {text}')
+    command = ' \\\n    '.join(lines)
+    print(f'The classifier to use:\n    {file}\nIt classifies images by\n    {command}')
+
+
+# ------------------------------------------------------------------------------- fit
+
+
+@command(
+    'fit a classifier to all your images',
+    *DATA,
+    option('--method', 'see run --help (clip_adapter)', default=REFERENCE),
+    option('--out', 'classifier file to write (work_dirs/fit_DATASET.safetensors)'),
+    more='Classes may have unequal numbers of images, and count equally. No image is\n'
+    'held back for a test, but a part test of the data set is left alone.',
+)
+def fit_command(args: argparse.Namespace) -> None:
+    """Fits a method to all images, and says what it is fitted to."""
+    options, _ = read_options(args)
+    options |= dict(methods=(args.method,), shots=None)
+    config = FewShotConfig(**options)
+    data = config.features or config.dataset
+    out = Path(args.out or f'work_dirs/fit_{Path(data).absolute().stem}.safetensors')
+    counts = fit(config, out, args.method)
+    text = (
+        f'{METHODS[args.method].title} is fitted to {sum(counts.values())} images of '
+        f'{len(counts)} classes, {min(counts.values())} to {max(counts.values())} of '
+        f'each; the classes count equally. Its accuracy is not known: test it on '
+        f'images that are not among these.'
+    )
+    print(fold(text), end='\n\n')
+    print_use(out)
+
+
+# ---------------------------------------------------------------------------- encode
 
 
 @command(
     'encode a data set into a file for run --features',
     *DATA,
+    SHOTS,
     option('--out', 'file to write, .safetensors', required=True),
-    more='Several processes share the work: torchrun --nproc-per-node 4 '
-    'tools/few_shot.py encode ...\nOn machines without a common torchrun, set RANK and '
-    'WORLD_SIZE; they need a common\ncache_dir. The same command continues after an '
-    'interruption, with any number of\nprocesses.',
+    more='Several processes share the work:\n'
+    '    torchrun --nproc-per-node 4 tools/few_shot.py encode ...\n'
+    'On machines without a common torchrun, set RANK and WORLD_SIZE; they need a\n'
+    'common cache_dir. The same command continues after an interruption, with any\n'
+    'number of processes.',
 )
 def encode_command(args: argparse.Namespace) -> None:
     """Encodes the share of this process."""
@@ -314,7 +393,7 @@ def load(
     option('--batch-size', 'images in memory at once', type=int, default=64),
     option('--json', 'file of JSON instead of the table, - for the screen'),
     option('--csv', 'file of CSV instead of the table, - for the screen'),
-    more='Images that cannot be read are named and skipped. The exit status is 1 if '
+    more='Images that cannot be read are named and skipped. The exit status is 1 if\n'
     'none can be read.',
 )
 def predict_command(args: argparse.Namespace) -> None:
@@ -353,21 +432,24 @@ def predict_command(args: argparse.Namespace) -> None:
     *CLASSIFIER[1:],
     option('dataset', 'names, folders, CSV files or parquet files', nargs='+'),
     DATA_ROOT,
-    option('--cache-dir', 'folder of the features', default=FewShotConfig.cache_dir),
+    option('--cache-dir', 'folder of the features (default: that of the run)'),
     option('--out', 'folder of the results (work_dirs/test_CLASSIFIER_DATASET)'),
-    more='Tests on all images of a folder, or on its test part if it has one. Writes '
-    'test.md,\ntest.json and confusion.png. Of a run it tests all classifiers with the '
-    'most shots, and\nwrites one table of methods and data sets.',
+    more='Tests on all images of a folder, or on its test part if it has one. Writes\n'
+    'test.md, test.json and confusion.png. Of a run it tests all classifiers with\n'
+    'the most shots, and writes one table of methods and data sets.',
 )
 def test_command(args: argparse.Namespace) -> None:
     """Tests a classifier, and says where its training images may be among those."""
-    source = Path(args.classifier).resolve()
-    where = args.data_root, args.cache_dir
+    source, config = Path(args.classifier).resolve(), {}
+    run = source if source.is_dir() else source.parent.parent
+    if (run / 'run.json').is_file():
+        config = read_json(run / 'run.json')['config']
+    cache = args.cache_dir or config.get('cache_dir') or FewShotConfig.cache_dir
+    where = args.data_root, cache
     if source.is_dir():
         out = Path(args.out or f'work_dirs/test_{source.name}')
         read = functools.partial(load, args, device=args.device)
-        text = transfer_run(source, args.dataset, out, read, *where)
-        Console().print(Markdown(text))
+        print_markdown(transfer_run(source, args.dataset, out, read, *where))
         print(f'{out}/test.md, test.json')
     else:
         classifier = load(args, args.classifier, args.device)
@@ -375,21 +457,19 @@ def test_command(args: argparse.Namespace) -> None:
             result = transfer(classifier, dataset, *where)
             name = f'test_{Path(args.classifier).stem}_{result.dataset}'
             out = Path(args.out or f'work_dirs/{name}')
-            Console().print(Markdown(write_transfer(out, args.classifier, result)))
+            print_markdown(write_transfer(out, args.classifier, result))
             print(
                 f'{result.score.accuracy:.2f} % of {result.images} images are right; '
-                f'see {out}/test.md, test.json, confusion.png'
+                f'see test.md, test.json, confusion.png in\n{out}'
             )
-    run = (source if source.is_dir() else source.parent.parent) / 'run.json'
-    if run.is_file():
-        config = json.loads(run.read_text(encoding='utf-8'))['config']
-        names = [Path(dataset).resolve().stem for dataset in args.dataset]
-        if Path(config['dataset'] or '').stem in names:
-            print(
-                f'The run of this classifier has a data set of the same name. If it is '
-                f'one of these, and has no test part of its own, training images are '
-                f'among those tested; {run.parent}/results.md is without them.'
-            )
+    names = [Path(dataset).resolve().stem for dataset in args.dataset]
+    if Path(config.get('dataset') or '').stem in names:
+        text = (
+            f'The run of this classifier has a data set of the same name. If it is one '
+            f'of these, and has no test part of its own, training images are among '
+            f'those tested; {run}/results.md is without them.'
+        )
+        print(fold(text))
 
 
 @command(

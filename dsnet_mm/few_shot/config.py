@@ -29,7 +29,8 @@ class FewShotConfig:
         methods: Names of ``METHODS``. Zero-shot is always added.
         oracle: Methods that are also selected on the test split. They are labelled so.
         shots: Training images of each class, one or more values. None takes 1, 2, 4,
-            8 and 16, or those that ``features`` has.
+            8 and 16, or those that ``features`` has. Those that a class has too few
+            images for are left out, with a note.
         seeds: Seeds of the draws, and of initialisation and order of the methods. Three
             or more give a confidence interval.
         selection: One of ``SELECTIONS``. None takes ``'val'``, or ``'fixed'`` if there

@@ -101,7 +101,7 @@ def run(
         for note in source.notes:
             logger.warning(note)
         source.encode(draws, plain=config.selection == 'cv')
-        runner = _Runner(config, work_dir, source)
+        runner = Fitter(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
             for job in (job for job in jobs if not job.sees_test):
                 bar.set_postfix_str(job.name, refresh=False)
@@ -151,7 +151,7 @@ def _leave_out(source: Source, methods: list[str], why: str) -> set[str]:
     return set(methods)
 
 
-class _Runner:
+class Fitter:
     """Fits and tests the classifiers of a run that are not there yet."""
 
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
@@ -291,21 +291,36 @@ class _Runner:
     def fit_final(self, records: list[dict]) -> None:
         """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
-        train, seed = self.source.all_labelled(), chosen['seed']
+        count = self.fit_all(chosen, 'final')
+        logger.info('fitted final, %s, to all %d images', chosen['name'], count)
+
+    def fit_all(self, chosen: dict, name: str, test: bool = True) -> int:
+        """Fits a method to all images, so that classes count equally.
+
+        Args:
+            chosen: Method, options, selection and seed.
+            name: Name of the classifier.
+            test: Whether test images are among them.
+
+        Returns:
+            Number of images.
+        """
+        train, seed = self.source.all_labelled(test), chosen['seed']
         shots = max(1, len(train) // len(self.source.class_names))
         classifier = METHODS[chosen['method']].fit(
-            self.data(Drawn(train, None, None), shots, seed), **chosen['options']
+            self.data(Drawn(train.balanced(), None, None), shots, seed),
+            **chosen['options'],
         )
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
-            'name': 'final',
+            'name': name,
             'shots': shots,
             'seed': seed,
             'pictures': len(train),
             'made_with': self.made_with,
         }
-        self.save('final', classifier, record)
-        logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
+        self.save(name, classifier, record)
+        return len(train)
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from dsnet_mm.datasets import (
     load_task,
     sample_few_shot,
 )
-from dsnet_mm.datasets.check import describe_copies, find_copies
+from dsnet_mm.datasets.check import describe_copies, find_contradictions, find_copies
 from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
+from dsnet_mm.files import sha256
 
 from .config import FewShotConfig
 
@@ -71,6 +72,21 @@ class Source(ABC):
     notes: list[str]
     encoder: OpenCLIPEncoder | None = None
 
+    def possible(self, wanted: Sequence[int], most: int, has: str) -> tuple[int, ...]:
+        """Returns the numbers of shots up to ``most``, and notes what is left out."""
+        found = tuple(k for k in wanted if k <= most)
+        if len(found) < len(wanted):
+            none = ', '.join(str(k) for k in wanted if k > most)
+            message = f'{has} training images, so there are no {none} shots.'
+            if not found:
+                raise ValueError(f'{message} Choose fewer with --shots.')
+            self.notes.append(f'{message} Run: {", ".join(map(str, found))}.')
+        return found
+
+    def contents(self) -> str:
+        """Returns a hash of the content of all images, empty if none is needed."""
+        return ''
+
     @abstractmethod
     def prepare(self) -> None:
         """Loads the encoder, or hashes the file."""
@@ -93,22 +109,26 @@ class Source(ABC):
         """Returns the test images."""
 
     @abstractmethod
-    def all_labelled(self) -> Features:
-        """Returns the images of train, val and test together, with views."""
+    def all_labelled(self, test: bool = True) -> Features:
+        """Returns the images of train, val and perhaps test together, with views."""
 
 
 class ImageSource(Source):
     """Features of the images of a data set."""
 
-    def __init__(self, config: FewShotConfig, quiet: bool = False) -> None:
+    def __init__(
+        self, config: FewShotConfig, quiet: bool = False, whole: bool = False
+    ) -> None:
         self.config, self.quiet, self.notes = config, quiet, []
-        self.task = load_train_task(config)
+        self.task = load_train_task(config, whole)
         self.title = f'{self.task.name}, {Path(config.model).stem}'
         self.class_names, self.prompts = self.task.class_names, self.task.prompts
-        self.shots, self.preprocessing = tuple(config.shots), config.preprocessing
+        self.preprocessing = config.preprocessing
         self.has_val = bool(self.task.split['val'])
-        for shots in self.shots:  # raises before the encoder is loaded
-            sample_few_shot(self.task.split, shots, config.seeds[0])
+        counts = Counter(label for _, label, _ in self.task.split['train'])
+        least = min(counts, key=counts.get)
+        has = f'{self.class_names[least]!r} of {config.dataset} has {counts[least]}'
+        self.shots = self.possible(config.shots, counts[least], has)
 
     def prepare(self) -> None:
         self.cache = open_cache(self.config, self.quiet)
@@ -116,7 +136,7 @@ class ImageSource(Source):
         self.logit_scale = self.encoder.logit_scale
         self.text_features = self.cache.texts(self.class_names, self.prompts)
         # Paths and labels, and the files of a user's own data set.
-        items = [[k, *item] for k, part in self.task.split.items() for item in part]
+        items = self._items()
         if self.task.name not in PUBLIC_DATASETS:
             items += image_keys([item[1:] for item in items])
         self.fingerprint = {
@@ -153,9 +173,18 @@ class ImageSource(Source):
     def test(self) -> Features:
         return self.cache.images(self.task.split['test'])
 
-    def all_labelled(self) -> Features:
-        items = [item for part in self.task.split.values() for item in part]
+    def all_labelled(self, test: bool = True) -> Features:
+        parts = ('train', 'val', 'test')[: 2 + test]
+        items = [item for part in parts for item in self.task.split[part]]
         return self.cache.images(items, self.config.views)
+
+    def contents(self) -> str:
+        if self.task.name in PUBLIC_DATASETS:
+            return ''
+        return _hash([[*item, _content(item[1])] for item in self._items()])
+
+    def _items(self) -> list[list]:
+        return [[k, *item] for k, part in self.task.split.items() for item in part]
 
 
 class FeatureSource(Source):
@@ -201,18 +230,9 @@ class FeatureSource(Source):
                 minlength=len(self.class_names)
             )
             most = max(most, int(counts.min()))
-        possible = tuple(k for k in wanted if k <= most)
-        if len(possible) < len(wanted):
-            left_out = ', '.join(str(k) for k in wanted if k > most)
-            message = (
-                f'{self.config.features} has at most {most} training images of each '
-                f'class, so there are no {left_out} shots.'
-            )
-            if not possible:
-                raise ValueError(message)
-            only = ', '.join(map(str, possible))
-            self.notes.append(f'{message} Only {only} are run.')
-        return possible
+        return self.possible(
+            wanted, most, f'a class of {self.config.features} has {most}'
+        )
 
     def prepare(self) -> None:
         self.text_features = self.file.text_features
@@ -273,9 +293,9 @@ class FeatureSource(Source):
     def test(self) -> Features:
         return _first_view(self.file.test)
 
-    def all_labelled(self) -> Features:
+    def all_labelled(self, test: bool = True) -> Features:
         parts = (self.file.train[self.pool], self.file.val, self.file.test)
-        parts = [part for part in parts if part]
+        parts = [part for part in parts[: 2 + test] if part]
         views = torch.arange(max(len(part.features) for part in parts))
         features = [part.features[views % len(part.features)] for part in parts]
         return Features(
@@ -283,9 +303,9 @@ class FeatureSource(Source):
         )
 
 
-def load_train_task(config: FewShotConfig) -> FewShotTask:
+def load_train_task(config: FewShotConfig, whole: bool = False) -> FewShotTask:
     """Reads the data set of a run, which must have training images."""
-    task = load_task(config.dataset, config.data_root, config.prompts)
+    task = load_task(config.dataset, config.data_root, config.prompts, whole=whole)
     if not task.split['train']:
         raise ValueError(
             f'{task.name} has no training images; test a classifier of another data '
@@ -339,9 +359,9 @@ def encode_parts(
     processes. Returns the number of images that other processes have not encoded yet.
 
     Raises:
-        ValueError: If an image cannot be read, or a test image is also a training or
-            validation image. The published splits of the public data sets are used as
-            they are, with a warning.
+        ValueError: If an image cannot be read, is of two classes, or is a test image
+            and also a training or validation image. The published splits of the public
+            data sets are used as they are, with a warning.
     """
     todo = [(k, items, views if k == 'train' else 0) for k, items in parts.items()]
     if plain and views:
@@ -363,6 +383,8 @@ def encode_parts(
             'validation images; they are used as published.',
             *(len(copies), task.name),
         )
+    if not is_public and (problem := find_contradictions(task.split, pixels)):
+        raise ValueError(problem)
     return 0
 
 
@@ -374,6 +396,13 @@ def _overlap(labels: Iterable[int], shots: int) -> float:
 
 def _first_view(part: Features) -> Features:
     return replace(part, features=part.features[:1])
+
+
+def _content(path: str) -> str:
+    try:
+        return sha256(path)
+    except OSError:  # it is refused, or skipped, when it is read
+        return ''
 
 
 def _hash(value: object) -> str:

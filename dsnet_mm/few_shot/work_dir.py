@@ -46,17 +46,20 @@ def claim_work_dir(
             data, or other files.
     """
     wanted = json.loads(json.dumps(asdict(config)))
-    about = work_dir / 'run.json'
+    about, contents = work_dir / 'run.json', None
     # A run without results, which a bad image has stopped, is begun again.
     if about.is_file() and any((work_dir / 'runs').glob('*.json')):
-        wanted = _merge(work_dir, read_json(about), wanted, source.fingerprint)
+        found = read_json(about)
+        wanted = _merge(work_dir, found, wanted, source)
+        contents = found.get('data', {}).get('contents')
     elif not about.is_file() and work_dir.exists() and any(work_dir.iterdir()):
         raise FileExistsError(
             f'{work_dir} is not empty and not a few-shot run; choose another folder.'
         )
     description = {
         'config': wanted,
-        'data': source.fingerprint,
+        # It takes long to read all images.
+        'data': {**source.fingerprint, 'contents': contents or source.contents()},
         'title': source.title,
         'notes': source.notes,
         'class_names': list(source.class_names),
@@ -84,7 +87,7 @@ def _is_changed(old: list[dict], new: list[dict]) -> bool:
     return known != old[0] or grid != new[1]
 
 
-def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
+def _merge(work_dir: Path, found: dict, wanted: dict, source: Source) -> dict:
     """Returns the options of the run with what is added to it."""
     known = found['config']
     other = [
@@ -105,8 +108,12 @@ def _merge(work_dir: Path, found: dict, wanted: dict, data: dict) -> dict:
             f'{work_dir} contains another run, with other {", ".join(other)}; choose '
             f'another folder.'
         )
-    old = found.get('data', {})
+    old, data = found.get('data', {}), source.fingerprint
     changed = [key for key, value in data.items() if old.get(key) != value]
+    # An image may have another time, if it has the same content.
+    contents = old.get('contents')
+    if 'pictures' in changed and contents and contents == source.contents():
+        changed.remove('pictures')
     if changed:
         raise FileExistsError(
             f'{work_dir} contains a run with other data: '

@@ -204,13 +204,13 @@ def test_any_tree_of_folders(whole, tree):
             for part in task.split.values()
             for item in part
         }
-        (depth,) = {len(path.parts) for path in found}
+        depth = min(len(path.parts) for path in found)
         assert found == {
             path
             for path in (
                 p.relative_to(root) for p in Path(root).rglob('*') if p.is_file()
             )
-            if len(path.parts) == depth
+            if len(path.parts) >= depth
             and is_image(path)
             and not any(name.startswith('.') for name in path.parts)
             and (depth == 2 or path.parts[0].lower() in PART_NAMES)

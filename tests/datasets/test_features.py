@@ -132,6 +132,26 @@ def test_changed_image_is_encoded_again(tmp_path, encoder):
     assert not torch.allclose(*seen)
 
 
+def test_touched_and_moved_images_are_not_encoded_again(
+    tmp_path, encoder, items, opened
+):
+    shutil.copytree(Path(items[0][0]).parents[1], tmp_path / 'a')
+    moved = [
+        (str(tmp_path / 'a' / Path(p).parent.name / Path(p).name), *rest)
+        for p, *rest in items
+    ]
+    first = FeatureCache(tmp_path / 'cache', encoder).images(items, views=1)
+    opened.clear()
+    for round_ in range(2):
+        found = FeatureCache(tmp_path / 'cache', encoder).images(moved, views=1)
+        assert torch.equal(found.features, first.features) and not opened
+        os.utime(moved[round_][0], ns=(5, 5))
+    content = Path(moved[3][0]).read_bytes()
+    Path(moved[3][0]).write_bytes(content[:-1] + b'x')  # of the same size
+    FeatureCache(tmp_path / 'cache', encoder).images(moved, views=1)
+    assert opened == [moved[3][0]]
+
+
 def test_unreadable_images(tmp_path, encoder, items, caplog, opened):
     bad = tmp_path / 'bad.jpg'
     bad.write_bytes(b'no image')

@@ -139,6 +139,17 @@ def test_folder_with_split_and_empty_class(tmp_path):
         load_task(tmp_path)
 
 
+def test_nested_folders(tmp_path, caplog):
+    root = make_folder(tmp_path / 'mine' / 'archive', {'a': 2, 'a/x': 4, 'b': 6})
+    make_folder(root / 'a', {'.b': 1})
+    task = load_task(tmp_path / 'mine', whole=True)
+    assert task.class_names == ('a', 'b') and sizes(task)['train'] == 12
+    assert sizes(task)['test'] == 0
+    assert '4 images' in caplog.text and 'a/x/0.png' in caplog.text
+    make_folder(tmp_path / 'mine', {'other': 3})  # now archive is a class
+    assert load_task(tmp_path / 'mine').class_names == ('archive', 'other')
+
+
 def test_csv_with_split(tmp_path):
     lines = [f'{c}/{i}.png,{c},{("train", "test")[i]}' for c in 'ba' for i in (0, 1)]
     file = tmp_path / 'list.csv'
@@ -160,6 +171,12 @@ def test_check_of_a_folder(tmp_path):
     assert diagnose(folder) == [], 'the files are not'
     shutil.copy(train[0], test[0])
     assert test[0] in diagnose(folder)[0]
+
+    Image.open(folder / 'a' / '3.png').save(folder / 'b' / 'again.bmp')
+    assert not any('again.bmp' in problem for problem in diagnose(folder))
+    problems = [p for p in diagnose(folder, decode=True) if 'another class' in p]
+    assert 'a/3.png (a)' in problems[0] and 'again.bmp (b)' in problems[0]
+    (folder / 'b' / 'again.bmp').unlink()
 
     (folder / 'a' / '0.png').write_bytes(b'')
     (folder / 'b' / '0.png').write_bytes(b'no image')

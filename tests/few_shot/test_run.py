@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dsnet_mm.datasets import load_task, sample_few_shot
 from dsnet_mm.few_shot import (
@@ -22,9 +23,11 @@ from dsnet_mm.few_shot import (
 from dsnet_mm.few_shot import runner as runner_module
 from dsnet_mm.few_shot.choice import choose
 from dsnet_mm.few_shot.deployment import read_classifier
+from dsnet_mm.few_shot.fit import fit
 from dsnet_mm.few_shot.intervals import difference, holm
 from dsnet_mm.few_shot.report import write_report
 from dsnet_mm.few_shot.selection import _folds
+from tests.datasets.test_feature_files import METADATA, made_tensors
 
 # CLIP-Adapter with a short training, and nothing to select.
 CHEAP = dict(alpha=0.2, keep=1.0, lr=0.01, iterations=5)
@@ -231,6 +234,72 @@ def test_run_is_not_continued_with_other_data(
         run(small, work_dir, quiet=True)
 
 
+def test_touched_images_do_not_stop_a_run(config, work_dir, tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    file = tmp_path / 'list.csv'
+    rows = [f'images/{c}/{i}.png,{c}' for c in ('red', 'blue') for i in range(24)]
+    file.write_text('\n'.join(['path,class', *rows]))
+    small = replace(config, dataset=str(file), **NOTHING)
+    run(small, work_dir, quiet=True)
+    for path in (tmp_path / 'images').rglob('*.png'):
+        path.touch()
+    more = replace(small, methods=('tip_adapter',))
+    assert len(run(more, work_dir, quiet=True)) == 2
+    rows[0] = rows[0].replace(',red', ',blue')
+    file.write_text('\n'.join(['path,class', *rows]))
+    with pytest.raises(FileExistsError, match='images'):
+        run(more, work_dir, quiet=True)
+
+
+def split_folder(image_folder, root):
+    """Copies images into train and test, 4 of red and 8 of blue into train."""
+    for part, name, numbers in (
+        ('train', 'red', range(4)),
+        ('train', 'blue', range(8)),
+        ('test', 'red', range(10, 13)),
+        ('test', 'blue', range(10, 13)),
+    ):
+        (root / part / name).mkdir(parents=True)
+        for i in numbers:
+            shutil.copy(image_folder / name / f'{i}.png', root / part / name)
+    return root
+
+
+def test_copies_under_two_classes_are_refused(config, work_dir, tmp_path, image_folder):
+    images = split_folder(image_folder, tmp_path / 'images')
+    small = replace(config, dataset=str(images), **NOTHING)
+    shutil.copy(images / 'train/red/0.png', images / 'train/blue/copy.png')
+    fact = r'red/0\.png \(red\) and .*copy\.png \(blue\)|copy.*blue.*0\.png \(red\)'
+    with pytest.raises(ValueError, match=fact):
+        run(small, work_dir, quiet=True)
+    with pytest.raises(ValueError, match=fact):
+        fit(small, tmp_path / 'fit.safetensors', 'gda', quiet=True)
+
+
+def test_fit_of_all_images(config, tool, tmp_path, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    split_folder(image_folder, tmp_path / 'mine')
+    Path('plain').symlink_to('mine/train')
+    encoder = ('--model', config.model, '--pretrained', config.pretrained)
+    for data in ('mine', 'plain'):  # the part test of the first is left alone
+        fit_it = ('fit', data, *encoder, '--cfg-options', 'views=0')
+        tool(*fit_it, '--method', 'tip_adapter')
+        printed = ' '.join(capsys.readouterr().out.split())
+        assert '2 classes, 4 to 8 of each' in printed and 'not known' in printed
+        classifier, about = read_classifier(f'work_dirs/fit_{data}.safetensors')
+        assert about['record']['pictures'] == 12
+        assert classifier.labels.bincount().tolist() == [8, 8], 'classes are balanced'
+        with pytest.raises(SystemExit, match=f'fit_{data}.safetensors exists'):
+            tool(*fit_it)
+
+
+def test_fit_of_features(tmp_path):
+    save_file(made_tensors(), file := tmp_path / 'birds.safetensors', METADATA)
+    config = FewShotConfig(features=str(file))
+    counts = fit(config, tmp_path / 'gda.safetensors', 'gda', quiet=True)
+    assert counts == dict.fromkeys(('cat', 'dog', 'emu'), 4 + 6), 'train_4 and val'
+
+
 def test_copies_of_test_images_are_refused(
     config, work_dir, tmp_path, image_folder, tool
 ):
@@ -388,9 +457,13 @@ def test_options(config, work_dir):
     ):
         with pytest.raises(ValueError, match=fact):
             replace(config, **options)
-    with pytest.raises(ValueError, match=r'\b16\b'):
-        run(replace(config, shots=(1, 16)), work_dir, quiet=True)
+    with pytest.raises(ValueError, match=r'\b12\b.*\b16\b'):
+        run(replace(config, shots=(16,)), work_dir, quiet=True)
     assert not work_dir.exists(), 'nothing is written'
+    few = run(replace(config, **{**NOTHING, 'shots': (1, 16)}), work_dir, quiet=True)
+    assert len(few) == 1  # zero-shot
+    about = json.loads((work_dir / 'run.json').read_text())
+    assert about['config']['shots'] == [1] and '12 training' in about['notes'][0]
 
 
 # --- Commands ---------------------------------------------------------------------
@@ -402,15 +475,18 @@ def test_run_command(tool, config, image_folder, tmp_path, capsys, monkeypatch):
     command = [
         *('run', 'my_images', '--model', config.model, '--methods', 'clip_adapter'),
         *('--pretrained', config.pretrained, '--shots', '4', '--seeds', '1'),
-        *('--cfg-options', 'views=0'),
+        *('--cfg-options', 'views=0', 'cache_dir=my_cache'),
         *(f'overrides.clip_adapter.{key}={value}' for key, value in CHEAP.items()),
     ]
     tool(*command)
     printed = capsys.readouterr().out
     assert 'CLIP-Adapter' in printed
-    (named,) = re.findall(r'few_shot.py predict (\S+) IMAGES', printed)
+    named = re.search(r'few_shot.py predict \\\s+(\S+) IMAGES \\\n', printed)[1]
     assert Path(named).parent == Path('work_dirs/few_shot_my_images/classifiers')
     assert Path(named).is_file()
+    encoder = ('--model', config.model, '--pretrained', config.pretrained)
+    tool('test', named, 'my_images', *encoder)
+    assert not Path('work_dirs/few_shot_features').exists(), 'the cache of the run'
     with pytest.raises(SystemExit, match=r'work_dirs/few_shot_my_images.*selection'):
         tool(*command, '--selection', 'fixed')
 
@@ -448,12 +524,15 @@ def test_check_command(tool, image_folder, tmp_path, capsys):
 
 def test_bad_arguments_of_the_command_line(tool, tmp_path, image_folder):
     (tmp_path / 'other.py').write_text('model = dict()')
+    (tmp_path / 'x.safetensors').touch()
     for arguments, fact in (
         ((tmp_path / 'other.py',), r'other\.py.*few_shot'),
         ((), 'dataset.*model'),
         ((image_folder,), 'model'),
         ((image_folder, '--dataset', 'x'), 'images.*x'),
         (('my_imges',), 'my_imges.*folder'),
+        (('none.safetensors',), r'none\.safetensors.*folder'),
+        ((tmp_path / 'x.safetensors',), r'x\.safetensors is not a safetensors file'),
         ((image_folder, '--model', 'y', '--cfg-options', 'shot=1'), 'shot'),
         (('clip-adapter_rn50_dtd',), 'clip-adapter_rn50 .*task=dtd'),
     ):
