@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,21 +21,31 @@ def predict(
     top: int = 3,
     batch_size: int = 64,
     quiet: bool = False,
+    reject: bool = False,
+    coverage: float | None = None,
 ) -> tuple[list[dict], list[str]]:
     """Classifies files of images, in batches.
 
     Returns:
         For each image a dict of ``image``, its file, and ``classes``, the ``top`` most
-        probable ones: dicts of ``class`` and ``probability``. And a sentence for each
-        image that cannot be read.
+        probable ones: dicts of ``class`` and ``probability``. With ``reject`` also
+        ``none_of_these``, whether it is of no class, and with ``coverage`` ``set``,
+        the names of its prediction set (see :class:`.calibration.Calibration`). And a
+        sentence for each image that cannot be read.
 
     Raises:
-        ValueError: If ``top`` or ``batch_size`` is below 1.
+        ValueError: If ``top`` or ``batch_size`` is below 1, or the classifier is not
+            calibrated for ``reject`` or ``coverage``.
     """
     for name, value in (('top', top), ('batch_size', batch_size)):
         if value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}.')
-    names = classifier.class_names
+    names, calibration = classifier.class_names, classifier.calibration
+    nothing = torch.empty(0, len(names))  # raises before anything is classified
+    if reject:
+        calibration.rejects(nothing)
+    if coverage is not None:
+        calibration.sets(nothing, coverage)
     predictions, problems = [], []
     with progress_bar(len(images), 'classifying', 'images', quiet) as bar:
         for start in range(0, len(images), batch_size):
@@ -48,14 +59,23 @@ def predict(
             if prepared:
                 found = classifier.probabilities([x for _, x in prepared])
                 best = found.topk(min(top, len(names)))
-                for (image, _), values, labels in zip(
-                    prepared, best.values.tolist(), best.indices.tolist(), strict=True
-                ):
+                for i, (image, _) in enumerate(prepared):
                     classes = [
                         {'class': names[label], 'probability': round(value, 6)}
-                        for value, label in zip(values, labels, strict=True)
+                        for value, label in zip(
+                            best.values[i].tolist(),
+                            best.indices[i].tolist(),
+                            strict=True,
+                        )
                     ]
-                    predictions.append({'image': image, 'classes': classes})
+                    entry = {'image': image, 'classes': classes}
+                    if reject:
+                        entry['none_of_these'] = bool(calibration.rejects(found[i]))
+                    if coverage is not None:
+                        inside = calibration.sets(found[i], coverage)
+                        order = found[i].argsort(descending=True).tolist()
+                        entry['set'] = [names[k] for k in order if inside[k]]
+                    predictions.append(entry)
             bar.update(len(batch))
     return predictions, problems
 
@@ -71,6 +91,17 @@ def _rows(predictions: Sequence[dict], scale: int, digits: int) -> list[list[str
     return rows
 
 
+def _more(predictions: Sequence[dict]) -> dict[str, list[str]]:
+    """Returns the columns that rejection and sets add."""
+    columns = {}
+    if 'none_of_these' in predictions[0]:
+        words = ('no', 'yes')
+        columns['none_of_these'] = [words[p['none_of_these']] for p in predictions]
+    if 'set' in predictions[0]:
+        columns['set'] = [' | '.join(p['set']) for p in predictions]
+    return columns
+
+
 def as_table(predictions: Sequence[dict]) -> Table:
     """Formats predictions for the screen."""
     table = Table('image')
@@ -78,8 +109,12 @@ def as_table(predictions: Sequence[dict]) -> Table:
     for rank in range(len(predictions[0]['classes'])):
         table.add_column(f'{rank + 1}.' if rank else 'class', overflow='fold')
         table.add_column('%', justify='right')
-    for row in _rows(predictions, 100, 1):
-        table.add_row(*map(escape, row))
+    more = _more(predictions)
+    for name in more:
+        table.add_column(name.replace('_', ' '), overflow='fold')
+    rows = _rows(predictions, 100, 1)
+    for row, *cells in zip(rows, *more.values(), strict=True):
+        table.add_row(*map(escape, (*row, *cells)))
     return table
 
 
@@ -90,11 +125,16 @@ def as_json(predictions: Sequence[dict], problems: Sequence[str]) -> str:
 
 
 def as_csv(predictions: Sequence[dict]) -> str:
-    """Formats predictions as CSV: image, class_1, probability_1, class_2 ..."""
+    """Formats predictions as CSV: image, class_1, probability_1, class_2 ...
+
+    The columns ``none_of_these`` and ``set`` follow, if they were asked for.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     ranks = range(1, len(predictions[0]['classes']) + 1)
     head = [cell for rank in ranks for cell in (f'class_{rank}', f'probability_{rank}')]
-    writer.writerow(['image', *head])
-    writer.writerows(_rows(predictions, 1, 6))
+    more, rows = _more(predictions), _rows(predictions, 1, 6)
+    writer.writerow(['image', *head, *more])
+    for row, *cells in zip(rows, *more.values(), strict=True):
+        writer.writerow([*row, *cells])
     return text.getvalue()

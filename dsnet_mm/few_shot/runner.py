@@ -15,6 +15,7 @@ from dsnet_mm.datasets.features import Features
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 
+from .calibration import Calibration, calibrate
 from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
@@ -93,7 +94,7 @@ def run(
     with _log_to(work_dir / 'run.log'):
         for note in source.notes:
             logger.warning(note)
-        source.encode(draws, plain=config.selection == 'cv')
+        source.encode(draws, plain=config.selection != 'val')
         runner = _Runner(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
             for job in (job for job in jobs if not job.oracle):
@@ -158,7 +159,7 @@ class _Runner:
             none = Features(torch.empty(1, 0, width), torch.empty(0).long())
             return Drawn(none, None, None)
         if self._draw is None or self._draw[0] != (shots, seed):
-            plain = self.config.selection == 'cv'
+            plain = self.config.selection != 'val'
             self._draw = (shots, seed), self.source.draw(shots, seed, plain)
         return self._draw[1]
 
@@ -175,12 +176,17 @@ class _Runner:
             drawn.plain,
         )
 
-    def save(self, name: str, classifier: nn.Module, record: dict) -> None:
+    def save(
+        self, name: str, classifier: nn.Module, record: dict, calibration: Calibration
+    ) -> None:
         """Writes a classifier."""
         source = self.source
         names, preprocessing = source.class_names, source.preprocessing
         file = self.files(name)[1]
-        save_classifier(file, classifier, source.made_by, names, preprocessing, record)
+        save_classifier(
+            *(file, classifier, source.made_by, names, preprocessing, record),
+            calibration,
+        )
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
         """Selects and fits one classifier. Oracles are selected on ``test``."""
@@ -210,7 +216,13 @@ class _Runner:
             'redrawn': drawn.redrawn,
             'made_with': self.made_with,
         }
-        self.save(job.name, fit.classifier, record)
+        method, held_out = METHODS[job.method], drawn.val
+        if job.method == 'zero_shot':  # no image fits it, so the shots are held out
+            other = self.drawn(max(self.config.shots), self.config.seeds[0])
+            held_out = other.val or other.plain or other.train
+        data = self.data(drawn, job.shots, job.seed)
+        calibration = calibrate(method, data, held_out, fit.classifier, fit.options)
+        self.save(job.name, fit.classifier, record, calibration)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
             'fitted %s, selection %s, %d tried', job.name, fit.selection, fit.tried
@@ -254,7 +266,9 @@ class _Runner:
         path, classifier = self.files(job.name)
         record = read_json(path)
         if record['test'] is None:
-            score = evaluate(read_classifier(classifier)[0], test)
+            fitted, about = read_classifier(classifier)
+            temperature = Calibration.read(about).temperature
+            score = evaluate(lambda f: fitted(f) / temperature, test)
             record['test'] = {**asdict(score), 'pictures': len(test)}
             write_atomic(path, json.dumps(record, indent=2))
             logger.info('tested %s', job.name)
@@ -264,10 +278,11 @@ class _Runner:
         """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
         train, seed = self.source.all_labelled(), chosen['seed']
+        plain, method = self.source.all_labelled(plain=True), METHODS[chosen['method']]
         shots = max(1, len(train) // len(self.source.class_names))
-        classifier = METHODS[chosen['method']].fit(
-            self.data(Drawn(train, None, None), shots, seed), **chosen['options']
-        )
+        data = self.data(Drawn(train, plain, None), shots, seed)
+        classifier = method.fit(data, **chosen['options'])
+        calibration = calibrate(method, data, None, classifier, chosen['options'])
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
             'name': 'final',
@@ -276,7 +291,7 @@ class _Runner:
             'pictures': len(train),
             'made_with': self.made_with,
         }
-        self.save('final', classifier, record)
+        self.save('final', classifier, record, calibration)
         logger.info('fitted final, %s, to all %d images', chosen['name'], len(train))
 
 

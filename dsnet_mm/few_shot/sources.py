@@ -90,8 +90,8 @@ class Source(ABC):
         """Returns the test images."""
 
     @abstractmethod
-    def all_labelled(self) -> Features:
-        """Returns the images of train, val and test together, with views."""
+    def all_labelled(self, plain: bool = False) -> Features:
+        """Returns the images of train, val and test together, with views or plain."""
 
 
 class ImageSource(Source):
@@ -149,9 +149,9 @@ class ImageSource(Source):
     def test(self) -> Features:
         return self.cache.images(self.task.split['test'])
 
-    def all_labelled(self) -> Features:
+    def all_labelled(self, plain: bool = False) -> Features:
         items = [item for part in self.task.split.values() for item in part]
-        return self.cache.images(items, self.config.views)
+        return self.cache.images(items, 0 if plain else self.config.views)
 
 
 class FeatureSource(Source):
@@ -269,8 +269,11 @@ class FeatureSource(Source):
     def test(self) -> Features:
         return _first_view(self.file.test)
 
-    def all_labelled(self) -> Features:
-        parts = (self.file.train[self.pool], self.file.val, self.file.test)
+    def all_labelled(self, plain: bool = False) -> Features:
+        pool = self.file.train[self.pool]
+        if plain:
+            pool = _first_view(self.file.plain.get(self.pool) or pool)
+        parts = (pool, self.file.val, self.file.test)
         parts = [part for part in parts if part]
         views = torch.arange(max(len(part.features) for part in parts))
         features = [part.features[views % len(part.features)] for part in parts]
