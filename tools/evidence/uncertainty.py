@@ -8,6 +8,7 @@ of the classes, drawn anew with each seed, are hidden from the classifier.
 
 import csv
 import io
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,23 +26,24 @@ from dsnet_mm.files import write_atomic
 
 NAMES = ('zero_shot', 'clip_adapter', 'gda', 'linear_probe')
 COVERAGE, SEEDS = 0.9, range(1, 11)
-# File, shots, where they are from, calibrated on (folds: the shots), tested on.
-CASES = (
-    ('caltech101', 4, 'train', 'folds', 'val'),  # the case to choose by
-    ('caltech101', 4, 'train', 'val', 'test'),
-    ('caltech101', 4, 'train', '4 of each class of val', 'test'),
-    ('caltech101', 4, 'train', 'folds', 'test'),
-    ('caltech101', 4, 'val', 'folds', 'test'),  # single views, as test images are
-    ('imagenet', 2, 'train', 'half of test', 'test'),
-    ('imagenet', 2, 'train', 'folds', 'test'),
-)
+# Features, shots, and where they are from: calibrated on (folds: the shots), tested on.
+CASES = {
+    ('caltech101', 4, 'train'): (
+        ('folds', 'val'),  # the case to choose by
+        ('folds', 'test'),
+        ('val', 'test'),
+        ('4 of each class of val', 'test'),
+    ),
+    ('caltech101', 4, 'val'): (('folds', 'test'),),  # single views, as test images are
+    ('imagenet', 2, 'train'): (('folds', 'test'), ('half of test', 'test')),
+}
 
 
 def of_each(part: Features, count: int, rng: torch.Generator) -> Features:
     """Draws images of each class."""
     rows = torch.randperm(len(part), generator=rng)
     groups = [rows[part.labels[rows] == k][:count] for k in part.labels.unique()]
-    return part.take(torch.cat(groups))
+    return part.take(torch.cat(groups).sort().values)
 
 
 def known(part: Features, classes: Tensor) -> Features:
@@ -57,26 +59,40 @@ def separate(good: Tensor, bad: Tensor) -> tuple[float, float]:
     return 100 * area, 100 * (bad >= good.quantile(0.05)).float().mean().item()
 
 
-def measure(file: FeatureFile, case: tuple, name: str, seed: int) -> dict[str, float]:
-    """Fits a classifier to all classes and one to half of them, and tests both."""
-    _, shots, origin, source, tested = case
-    rng, method = torch.Generator().manual_seed(seed), METHODS[name]
+class Fits:
+    """Fits a method to some classes of a draw, and calibrates it by folds, once."""
+
+    def __init__(self, file: FeatureFile, name: str) -> None:
+        self.file, self.method, self.found = file, METHODS[name], {}
+
+    def __call__(self, train: Features, classes: Tensor) -> tuple:
+        key = train.features.sum().item(), tuple(classes.tolist())
+        if key not in self.found:
+            names = tuple(self.file.class_names[k] for k in classes)
+            shots, text = len(train) // len(names), self.file.text_features[classes]
+            data = FewShotData(train, shots, text, self.file.logit_scale, names, seed=1)
+            classifier, options = self.method.fit(data), self.method.defaults
+            folds = calibrate(self.method, data, None, classifier, options)
+            self.found[key] = classifier, folds
+        return self.found[key]
+
+
+def measure(fits: Fits, case: tuple, source: str, tested: str, seed: int) -> dict:
+    """Tests a classifier of all classes, and one of half of them."""
+    rng, file, (_, shots, origin) = torch.Generator().manual_seed(seed), fits.file, case
+    count, found = len(file.class_names), {}
+    half = torch.randperm(count, generator=rng)[: count // 2].sort().values
     pool = file.val if origin == 'val' else file.train[max(file.train)]
-    train, test = of_each(pool, shots, rng), getattr(file, tested)
-    held_out = None if source == 'folds' else file.val
+    train, test, held_out = of_each(pool, shots, rng), getattr(file, tested), file.val
     if source == 'half of test':
         first, second = torch.randperm(len(test), generator=rng).chunk(2)
         held_out, test = test.take(first), test.take(second)
     elif source.startswith('4'):
         held_out = of_each(file.val, 4, rng)
-    count, found = len(file.class_names), {}
-    half = torch.randperm(count, generator=rng)[: count // 2].sort().values
     for classes in (torch.arange(count), half):
-        names = tuple(file.class_names[k] for k in classes)
-        few = known(train, classes), shots, file.text_features[classes]
-        data = FewShotData(*few, file.logit_scale, names, seed=seed)
-        classifier, part = method.fit(data), held_out and known(held_out, classes)
-        made = calibrate(method, data, part, classifier, method.defaults)
+        classifier, made = fits(known(train, classes), classes)
+        if source != 'folds':
+            made = calibrate(None, None, known(held_out, classes), classifier, {})
         with torch.no_grad():
             logits = classifier(test.features[0]).float()
         p, n = made.probabilities(logits), len(made.scores)
@@ -111,13 +127,13 @@ def measure(file: FeatureFile, case: tuple, name: str, seed: int) -> dict[str, f
 
 def main(folder: str, out: str) -> None:
     """Writes the means over the seeds, a row for each case and method."""
-    head = ('features', 'shots', 'shots from', 'calibrated on', 'tested on', 'method')
+    head = ('features', 'shots', 'shots from', 'method', 'calibrated on', 'tested on')
     text, writer = io.StringIO(), None
-    for case in CASES:
-        file = read_feature_file(Path(folder) / f'{case[0]}.safetensors')
-        for name in NAMES:
-            draws = [measure(file, case, name, seed) for seed in SEEDS]
-            row = dict(zip(head, (*case, name), strict=True))
+    for (case, pairs), name in itertools.product(CASES.items(), NAMES):
+        fits = Fits(read_feature_file(Path(folder) / f'{case[0]}.safetensors'), name)
+        for pair in pairs:
+            draws = [measure(fits, case, *pair, seed) for seed in SEEDS]
+            row = dict(zip(head, (*case, name, *pair), strict=True))
             for what in draws[0]:
                 row[what] = f'{sum(x[what] for x in draws) / len(draws):.2f}'
             if writer is None:
