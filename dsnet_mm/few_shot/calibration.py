@@ -24,18 +24,14 @@ ENOUGH = 200
 KEPT = 0.95
 """Share of the held-out images that rejection keeps."""
 
-SOFTER = 4.0
-"""Temperature of :func:`confidence` over that of the probabilities."""
-
 
 @dataclass(frozen=True)
 class Calibration:
     """What images that did not fit a classifier say of its probabilities.
 
     Attributes:
-        source: ``'held_out'``: images that did not fit the classifier, such as
-            validation images. ``'folds'``: training images, each by a classifier
-            that was fitted to the other folds. None: there were none.
+        source: ``'held_out'``: such images, as those of val. ``'folds'``: each training
+            image, with a classifier of the other folds. None: there were none.
         temperature: What logits are divided by before the softmax.
         threshold: Least :func:`confidence` of an image of a known class, or None.
         scores: 1 - p of the true class for each of these images, sorted.
@@ -57,78 +53,70 @@ class Calibration:
         try:
             made = cls(**{**found, 'scores': tuple(found.get('scores', ()))})
             values = (made.temperature, made.threshold or 0.0, *made.scores)
-            good = made.temperature > 0 and all(map(math.isfinite, values))
+            if min(made.temperature, *map(math.isfinite, values)) > 0:
+                return made
+            raise TypeError('a value is 0 or not finite')
         except (AttributeError, TypeError) as error:
-            raise ValueError(f'its calibration is damaged ({error})') from error
-        if not good:
-            raise ValueError('its calibration has no finite numbers above 0')
-        return made
+            raise ValueError(f'its calibration is wrong: {error}') from error
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turns logits (N, K) into probabilities (N, K)."""
         return (logits / self.temperature).softmax(-1)
 
     def rejects(self, probabilities: Tensor) -> Tensor:
-        """Tells for each image (N,) of probabilities (N, K) if it is of no class.
+        """Tells which images (N,) of probabilities (N, K) are of none of the classes.
 
         Raises:
             ValueError: If the classifier is not calibrated.
         """
-        self._check()
-        return confidence(probabilities) < self.threshold
+        return confidence(probabilities) < self._checked().threshold
 
     def sets(self, probabilities: Tensor, coverage: float) -> Tensor:
-        """Returns which classes (N, K) are in the prediction set of each image.
+        """Returns which classes (N, K) are in the prediction sets of images.
 
-        A set has the true class with the probability ``coverage`` if the images are
-        drawn as the held-out ones were. It can be empty.
-
-        Args:
-            probabilities: Probabilities (N, K).
-            coverage: Wanted share of images whose set has the true class.
+        The share ``coverage`` of the sets has the true class if images and held-out
+        images are drawn alike. A set can be empty.
 
         Raises:
             ValueError: If the classifier is not calibrated, ``coverage`` is not between
-                0 and 1, or there are too few held-out images for it.
+                0 and 1, or there were too few held-out images for it.
         """
-        self._check()
         if not 0 < coverage < 1:
             raise ValueError(f'coverage must be above 0 and below 1, got {coverage}.')
-        count = len(self.scores)
-        rank = math.ceil(round((count + 1) * coverage, 9))
-        if rank > count:
+        count = len(self._checked().scores)
+        if (rank := _ceil((count + 1) * coverage)) > count:
             raise ValueError(
-                f'a coverage of {coverage} needs at least '
-                f'{math.ceil(round(coverage / (1 - coverage), 9))} held-out images, '
-                f'but the classifier has {count}; choose a lower coverage.'
+                f'a coverage of {coverage} needs {_ceil(coverage / (1 - coverage))} '
+                f'held-out images, but there were {count}; choose a lower coverage.'
             )
         return 1 - probabilities <= self.scores[rank - 1]
 
     def describe(self) -> str:
         """Returns a sentence on where it comes from."""
-        count = len(self.scores)
-        if self.source == 'folds':
-            return (
-                f'Calibrated by cross-validation on {count} shots: coverage is '
-                f'approximate, because the classifier was fitted to them afterwards.'
-            )
-        return f'Split conformal calibration on {count} held-out images.'
+        if self.source == 'held_out':
+            return f'Split conformal calibration on {len(self.scores)} held-out images.'
+        return (
+            f'Calibrated by cross-validation on {len(self.scores)} shots, to which the '
+            f'classifier was fitted afterwards: coverage is approximate.'
+        )
 
-    def _check(self) -> None:
-        if not self.scores:
+    def _checked(self) -> 'Calibration':
+        if self.source is None:
             raise ValueError(
-                'the classifier is not calibrated: its file is of an earlier version, '
-                'or it was fitted to one image of a class without validation images; '
-                'fit it again with two or more.'
+                'the classifier is not calibrated: its file is old, or it has one '
+                'image of a class and no validation images; fit it again, to more.'
             )
+        return self
 
 
-def confidence(probabilities: Tensor, softer: float = SOFTER) -> Tensor:
-    """Returns the largest softmax (N,) at a higher temperature, of that of (N, K).
+def _ceil(value: float) -> int:
+    return math.ceil(round(value, 9))  # 0.9 / (1 - 0.9) is above 9
 
-    With factor 4 it tells images of unknown classes better than the largest
-    probability, logit or energy do. The factor was chosen on validation images of
-    Caltech101, by ``tools/evidence/uncertainty.py``.
+
+def confidence(probabilities: Tensor, softer: float = 4.0) -> Tensor:
+    """Returns the largest softmax (N,) at a higher temperature than that of (N, K).
+
+    The factor was chosen on validation images, by ``tools/evidence/uncertainty.py``.
     """
     root = probabilities ** (1 / softer)
     return root.amax(-1) / root.sum(-1)
@@ -141,25 +129,22 @@ def calibrate(
     classifier: nn.Module,
     options: Mapping[str, object],
 ) -> Calibration:
-    """Calibrates a classifier without test images.
-
-    Without ``held_out`` it costs up to min(n, 4) more fits, n being the images of
-    the smallest class; no more than are needed for ``ENOUGH`` images.
+    """Calibrates a classifier of a method without test images.
 
     Args:
         method: The method.
         data: Its training data.
-        held_out: Images that did not fit the classifier, or None for folds of the
-            training images.
+        held_out: Images that did not fit the classifier. None takes folds of the
+            training images, at the cost of at most four more fits.
         classifier: What the method returned.
         options: All hyper-parameters of that fit.
     """
+    source, pairs = 'held_out', []
     if held_out is not None and len(held_out):
-        source, pairs = 'held_out', [(_logits(classifier, held_out), held_out.labels)]
+        pairs.append((_logits(classifier, held_out), held_out.labels))
     else:
-        source, pairs = 'folds', []
         sizes = data.train.labels.bincount(minlength=len(data.class_names))
-        folds = min(int(sizes.min()), 4)
+        source, folds = 'folds', min(int(sizes.min()), 4)
         for part, rest in _folds(data, folds) if folds > 1 else ():
             pairs.append((_logits(method.fit(part, **options), rest), rest.labels))
             if sum(len(labels) for _, labels in pairs) >= ENOUGH:
@@ -169,22 +154,17 @@ def calibrate(
     logits, labels = map(torch.cat, zip(*pairs, strict=True))
     temperature = fit_temperature(logits, labels)
     p = (logits / temperature).softmax(-1)
-    known = confidence(p).sort().values
-    lost = max(0, int((len(labels) + 1) * (1 - KEPT)) - 1)
-    scores = (1 - p[torch.arange(len(labels)), labels]).sort().values
-    # Rounded to the side that covers more.
-    scores = tuple(math.ceil(1e6 * score) / 1e6 for score in scores.tolist())
-    return Calibration(source, temperature, known[lost].item(), scores)
+    lost = max(1, int((len(labels) + 1) * (1 - KEPT)))
+    threshold = confidence(p).sort().values[lost - 1].item()
+    scores = (1 - p.gather(1, labels[:, None])[:, 0]).sort().values.tolist()
+    scores = tuple(math.ceil(1e6 * score) / 1e6 for score in scores)  # covers more
+    return Calibration(source, temperature, threshold, scores)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Returns the temperature with the least cross-entropy.
+    """Returns the temperature with the least cross-entropy of (N, K) and labels (N,).
 
     The term (log T)² / 2 keeps it near 1 if there are few images.
-
-    Args:
-        logits: Logits (N, K) of images that did not fit the classifier.
-        labels: Their labels (N,).
     """
 
     def loss(log: float) -> float:

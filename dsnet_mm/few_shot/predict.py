@@ -58,15 +58,11 @@ def predict(
                     problems.append(f'skipped: {error}')
             if prepared:
                 found = classifier.probabilities([x for _, x in prepared])
-                best = found.topk(min(top, len(names)))
+                best = found.topk(min(top, len(names))).indices
                 for i, (image, _) in enumerate(prepared):
                     classes = [
-                        {'class': names[label], 'probability': round(value, 6)}
-                        for value, label in zip(
-                            best.values[i].tolist(),
-                            best.indices[i].tolist(),
-                            strict=True,
-                        )
+                        {'class': names[k], 'probability': round(found[i, k].item(), 6)}
+                        for k in best[i].tolist()
                     ]
                     entry = {'image': image, 'classes': classes}
                     if reject:
@@ -81,25 +77,25 @@ def predict(
 
 
 def _rows(predictions: Sequence[dict], scale: int, digits: int) -> list[list[str]]:
-    """Returns image, class, probability, class and so on of each prediction."""
+    """Returns image, class, probability and so on, and what :func:`_more` adds."""
     rows = []
     for p in predictions:
         pairs = (
             (c['class'], f'{scale * c["probability"]:.{digits}f}') for c in p['classes']
         )
-        rows.append([p['image'], *(cell for pair in pairs for cell in pair)])
+        cells = (cell for pair in pairs for cell in pair)
+        rows.append([p['image'], *cells, *_more(p).values()])
     return rows
 
 
-def _more(predictions: Sequence[dict]) -> dict[str, list[str]]:
-    """Returns the columns that rejection and sets add."""
-    columns = {}
-    if 'none_of_these' in predictions[0]:
-        words = ('no', 'yes')
-        columns['none_of_these'] = [words[p['none_of_these']] for p in predictions]
-    if 'set' in predictions[0]:
-        columns['set'] = [' | '.join(p['set']) for p in predictions]
-    return columns
+def _more(prediction: dict) -> dict[str, str]:
+    """Returns the cells of rejection and of the prediction set by column."""
+    found = {}
+    if 'none_of_these' in prediction:
+        found['none_of_these'] = 'yes' if prediction['none_of_these'] else 'no'
+    if 'set' in prediction:
+        found['set'] = ' | '.join(prediction['set'])
+    return found
 
 
 def as_table(predictions: Sequence[dict]) -> Table:
@@ -109,12 +105,10 @@ def as_table(predictions: Sequence[dict]) -> Table:
     for rank in range(len(predictions[0]['classes'])):
         table.add_column(f'{rank + 1}.' if rank else 'class', overflow='fold')
         table.add_column('%', justify='right')
-    more = _more(predictions)
-    for name in more:
+    for name in _more(predictions[0]):
         table.add_column(name.replace('_', ' '), overflow='fold')
-    rows = _rows(predictions, 100, 1)
-    for row, *cells in zip(rows, *more.values(), strict=True):
-        table.add_row(*map(escape, (*row, *cells)))
+    for row in _rows(predictions, 100, 1):
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -125,16 +119,11 @@ def as_json(predictions: Sequence[dict], problems: Sequence[str]) -> str:
 
 
 def as_csv(predictions: Sequence[dict]) -> str:
-    """Formats predictions as CSV: image, class_1, probability_1, class_2 ...
-
-    The columns ``none_of_these`` and ``set`` follow, if they were asked for.
-    """
+    """Formats predictions as CSV: image, class_1, probability_1, class_2 ..., set."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     ranks = range(1, len(predictions[0]['classes']) + 1)
     head = [cell for rank in ranks for cell in (f'class_{rank}', f'probability_{rank}')]
-    more, rows = _more(predictions), _rows(predictions, 1, 6)
-    writer.writerow(['image', *head, *more])
-    for row, *cells in zip(rows, *more.values(), strict=True):
-        writer.writerow([*row, *cells])
+    writer.writerow(['image', *head, *_more(predictions[0])])
+    writer.writerows(_rows(predictions, 1, 6))
     return text.getvalue()
