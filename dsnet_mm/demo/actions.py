@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -262,7 +263,8 @@ def learn(
         )
     method = METHODS['clip_adapter']
     fit = select(method, data, None, 'fixed')
-    calibration = calibrate(method, data, None, fit.classifier, fit.options)
+    again = partial(method.fit, **fit.options)
+    calibration = calibrate(again, data, None, fit.classifier)
     record = dict(
         method='clip_adapter',
         shots=data.shots,

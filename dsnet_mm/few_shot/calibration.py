@@ -5,7 +5,7 @@ score 1 - p of the true class, arXiv 2107.07511, section 1.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.datasets.features import Features
 
-from .methods import FewShotData, Method
+from .methods import FewShotData
 from .selection import _folds
 
 ENOUGH = 200
@@ -123,30 +123,28 @@ def confidence(probabilities: Tensor, softer: float = 4.0) -> Tensor:
 
 
 def calibrate(
-    method: Method,
+    fit: Callable[[FewShotData], nn.Module],
     data: FewShotData,
     held_out: Features | None,
     classifier: nn.Module,
-    options: Mapping[str, object],
 ) -> Calibration:
-    """Calibrates a classifier of a method without test images.
+    """Calibrates a classifier without test images.
 
     Args:
-        method: The method.
-        data: Its training data.
+        fit: What fits such a classifier. It is called for folds only.
+        data: Training data. Images of classes with one image are in no fold.
         held_out: Images that did not fit the classifier. None takes folds of the
             training images, at the cost of at most four more fits.
-        classifier: What the method returned.
-        options: All hyper-parameters of that fit.
+        classifier: What ``fit`` returns for all data.
     """
     source, pairs = 'held_out', []
     if held_out is not None and len(held_out):
         pairs.append((_logits(classifier, held_out), held_out.labels))
     else:
         sizes = data.train.labels.bincount(minlength=len(data.class_names))
-        source, folds = 'folds', min(int(sizes.min()), 4)
+        source, folds = 'folds', min(int(sizes.max()), 4)
         for part, rest in _folds(data, folds) if folds > 1 else ():
-            pairs.append((_logits(method.fit(part, **options), rest), rest.labels))
+            pairs.append((_logits(fit(part), rest), rest.labels))
             if sum(len(labels) for _, labels in pairs) >= ENOUGH:
                 break
     if not pairs:

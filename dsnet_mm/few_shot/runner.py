@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -216,12 +217,13 @@ class _Runner:
             'redrawn': drawn.redrawn,
             'made_with': self.made_with,
         }
-        method, held_out = METHODS[job.method], drawn.val
+        fit_again = partial(METHODS[job.method].fit, **fit.options)
+        held_out = drawn.val
         if job.method == 'zero_shot':  # no image fits it, so the shots are held out
             other = self.drawn(max(self.config.shots), self.config.seeds[0])
             held_out = other.val or other.plain or other.train
         data = self.data(drawn, job.shots, job.seed)
-        calibration = calibrate(method, data, held_out, fit.classifier, fit.options)
+        calibration = calibrate(fit_again, data, held_out, fit.classifier)
         self.save(job.name, fit.classifier, record, calibration)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
@@ -278,11 +280,12 @@ class _Runner:
         """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
         train, seed = self.source.all_labelled(), chosen['seed']
-        plain, method = self.source.all_labelled(plain=True), METHODS[chosen['method']]
+        plain = self.source.all_labelled(plain=True)
+        fit = partial(METHODS[chosen['method']].fit, **chosen['options'])
         shots = max(1, len(train) // len(self.source.class_names))
         data = self.data(Drawn(train, plain, None), shots, seed)
-        classifier = method.fit(data, **chosen['options'])
-        calibration = calibrate(method, data, None, classifier, chosen['options'])
+        classifier = fit(data)
+        calibration = calibrate(fit, data, None, classifier)
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
             'name': 'final',

@@ -1,7 +1,6 @@
 """Temperature, prediction sets and rejection."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def test_coverage_and_rejection_are_as_promised():
     covered, kept, unsure = [], [], []
     for seed in range(200):
         logits, labels = sample(100, seed, 4.0)
-        found = calibrate(None, None, Features(logits[None], labels), lambda f: f, {})
+        found = calibrate(None, None, Features(logits[None], labels), lambda f: f)
         logits, labels = sample(500, 1000 + seed, 4.0)
         p = found.probabilities(logits)
         assert torch.equal(p.argmax(1), logits.argmax(1))
@@ -49,9 +48,10 @@ def test_coverage_and_rejection_are_as_promised():
 
 
 def test_no_image_is_held_out_of_a_classifier_that_it_fits():
-    def fit(part, alpha):
+    def fit(part):
         seen = set(part.train.features[0, :, 0].tolist())
-        fits.append(alpha)
+        fits.append(part)
+        assert set(part.train.labels.tolist()) == set(range(5))
 
         def classify(f):
             assert not seen & set((f[:, 0] - 0.5).tolist())  # those of plain
@@ -59,13 +59,16 @@ def test_no_image_is_held_out_of_a_classifier_that_it_fits():
 
         return classify
 
-    for count, wanted, images in ((1, 0, 0), (2, 2, 10), (6, 4, 30), (200, 1, 250)):
+    cases = (1, 0, 0), (2, 2, 10), (6, 4, 30), (200, 1, 250), (3, 3, 12)
+    for count, wanted, images in cases:
         fits, labels = [], torch.arange(5).repeat(count)
-        number = torch.arange(5.0 * count)[None, :, None].repeat(1, 1, 2)
+        if images == 12:  # one image of the first class
+            labels = torch.cat([labels[:1], labels[labels > 0]])
+        number = torch.arange(1.0 * len(labels))[None, :, None].repeat(1, 1, 2)
         few = Features(number, labels), count, torch.eye(5, 2), 1.0, tuple('abcde')
         data = FewShotData(*few, plain=Features(number + 0.5, labels))
-        found = calibrate(SimpleNamespace(fit=fit), data, None, None, {'alpha': 7})
-        assert (fits, len(found.scores)) == ([7] * wanted, images)
+        found = calibrate(fit, data, None, None)
+        assert (len(fits), len(found.scores)) == (wanted, images)
         assert found.source == ('folds' if wanted else None)
     for call in (lambda x: Calibration().sets(x, 0.9), Calibration().rejects):
         with pytest.raises(ValueError, match='not calibrated'):

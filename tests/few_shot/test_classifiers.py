@@ -132,7 +132,7 @@ def test_damaged_classifier_file(encoder, tmp_path, name):
     bad = tmp_path / 'bad.safetensors'
     rewrite(saved(encoder, tmp_path, 'cosine'), bad, *DAMAGES[name])
     with pytest.raises(ValueError, match=r'bad\.safetensors') as error:
-        load_classifier(bad)
+        read_classifier(bad)
     assert '\n' not in str(error.value)
 
 
