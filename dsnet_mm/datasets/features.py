@@ -50,15 +50,16 @@ class Features:
         """Returns the features of the images with these indices."""
         return Features(self.features[:, index], self.labels[index])
 
-    def balanced(self) -> 'Features':
-        """Repeats images of smaller classes up to the number of the largest one.
 
-        For every method, also in closed form, that is a weight of the images.
-        """
-        most = int(self.labels.bincount().max())
-        classes = [(self.labels == k).nonzero()[:, 0] for k in self.labels.unique()]
-        rows = [own.repeat(-(-most // len(own)))[:most] for own in classes]
-        return self.take(torch.cat(rows).sort().values)
+def balancing(labels: Tensor) -> Tensor:
+    """Returns indices that repeat images up to the number of the largest class.
+
+    For every method, also in closed form, that is a weight of the images.
+    """
+    most = int(labels.bincount().max())
+    classes = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+    rows = [own.repeat(-(-most // len(own)))[:most] for own in classes]
+    return torch.cat(rows).sort().values
 
 
 @dataclass(eq=False)

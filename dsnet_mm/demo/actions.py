@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.clip.prompts import check_class_names, resolve_prompts
 from dsnet_mm.datasets.features import FeatureCache
 from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, save_classifier
+from dsnet_mm.few_shot.calibration import calibrate
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 from dsnet_mm.few_shot.methods import FewShotData
 from dsnet_mm.few_shot.selection import select
@@ -257,8 +259,12 @@ def learn(
             names,
             encoder,
             seed=seed,
+            plain=cache.images(items),
         )
-    fit = select(METHODS['clip_adapter'], data, None, 'fixed')
+    method = METHODS['clip_adapter']
+    fit = select(method, data, None, 'fixed')
+    again = partial(method.fit, **fit.options)
+    calibration = calibrate(again, data, None, fit.classifier)
     record = dict(
         method='clip_adapter',
         shots=data.shots,
@@ -267,7 +273,10 @@ def learn(
         options=fit.options,
         images=len(items),
     )
-    save_classifier(out, fit.classifier, encoder, names, defaults.preprocessing, record)
+    save_classifier(
+        *(out, fit.classifier, encoder, names, defaults.preprocessing, record),
+        calibration,
+    )
     return load_classifier(out, encoder)
 
 

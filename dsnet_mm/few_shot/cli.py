@@ -23,6 +23,7 @@ from dsnet_mm.datasets.images import find_images
 from dsnet_mm.environment import existing_device, install_command
 from dsnet_mm.files import check_new, print_any_name, write_atomic
 
+from .calibration import Calibration
 from .choice import REFERENCE, choose
 from .config import FewShotConfig
 from .deployment import (
@@ -391,6 +392,8 @@ def load(
     option('images', 'images and folders of images', nargs='+'),
     option('--top', 'classes of an image', type=int, default=3),
     option('--batch-size', 'images in memory at once', type=int, default=64),
+    option('--reject', 'say which images are of none of the classes', **FLAG),
+    option('--coverage', 'add the set that has the class so often, 0.9', type=float),
     option('--json', 'file of JSON instead of the table, - for the screen'),
     option('--csv', 'file of CSV instead of the table, - for the screen'),
     more='Images that cannot be read are named and skipped. The exit status is 1 if\n'
@@ -403,7 +406,16 @@ def predict_command(args: argparse.Namespace) -> None:
             check_new(file)
     images, notes = find_images(args.images)
     classifier = load(args, args.classifier, args.device)
-    predictions, problems = predict(classifier, images, args.top, args.batch_size)
+    predictions, problems = predict(
+        classifier,
+        images,
+        args.top,
+        args.batch_size,
+        reject=args.reject,
+        coverage=args.coverage,
+    )
+    if args.reject or args.coverage is not None:
+        notes = (*notes, classifier.calibration.describe())
     for line in (*notes, *problems):
         print(line, file=sys.stderr)
     if not predictions:
@@ -495,7 +507,8 @@ def export_command(args: argparse.Namespace) -> None:
         )
     elif args.format == 'matrix':
         classifier, about = read_classifier(args.source)
-        export_matrix(classifier, tuple(about['class_names']), args.out)
+        names, temperature = about['class_names'], Calibration.read(about).temperature
+        export_matrix(classifier, tuple(names), args.out, temperature)
     elif args.format == 'open_clip':
         export_open_clip(load(args, args.source), args.out)
     else:

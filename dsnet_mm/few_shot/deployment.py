@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from dsnet_mm.datasets.images import (
 from dsnet_mm.files import write_atomic
 from dsnet_mm.weights import check_finite, check_kinds
 
+from .calibration import Calibration
 from .methods.base import CLASSIFIERS
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ def save_classifier(
     class_names: Sequence[str],
     preprocessing: str,
     record: Mapping[str, object] | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Writes a classifier as a safetensors file, atomically.
 
@@ -49,6 +52,7 @@ def save_classifier(
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
         record: How it was made: method, shots, seed, selection and options.
+        calibration: What :func:`calibrate` returned, None if it was not called.
 
     Raises:
         ValueError: If its class is not registered.
@@ -65,6 +69,7 @@ def save_classifier(
         'preprocessing': preprocessing,
         **(encoder.source() if isinstance(encoder, OpenCLIPEncoder) else encoder),
         'record': dict(record or {}),
+        'calibration': asdict(calibration or Calibration()),
     }
     tensors = {
         name: value.detach().cpu().contiguous()
@@ -82,6 +87,7 @@ class DeployedClassifier:
         class_names: Names by label.
         preprocessing: One of ``PREPROCESSINGS``.
         transform: An image to an input of the encoder, (3, H, W).
+        calibration: Its temperature, and what sets and rejection need.
     """
 
     def __init__(
@@ -90,7 +96,9 @@ class DeployedClassifier:
         encoder: OpenCLIPEncoder,
         class_names: Sequence[str],
         preprocessing: str,
+        calibration: Calibration = Calibration(),
     ) -> None:
+        self.calibration = calibration
         self.encoder = encoder
         self.classifier = classifier.to(self.device)
         self.class_names = tuple(class_names)
@@ -130,7 +138,7 @@ class DeployedClassifier:
     def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
         """Returns the probabilities (N, K) of a batch of :meth:`prepare`."""
         features = self.encoder(torch.stack(list(prepared)).to(self.device))[0]
-        return self.classifier(features).float().softmax(-1).cpu()
+        return self.calibration.probabilities(self.classifier(features).float()).cpu()
 
 
 def read_classifier(path: str | Path) -> tuple[nn.Module, dict]:
@@ -191,6 +199,7 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> nn.Module:
         raise ValueError(
             f'unknown kind {kind!r}; import the module that registers its class'
         )
+    Calibration.read(about)  # raises if it is damaged
     check_finite(tensors, 'it')
     cls, arguments = CLASSIFIERS[kind]
     if tensors[arguments[0]].shape[1] > MAX_WIDTH:
@@ -259,9 +268,9 @@ def load_classifier(
             f'{path} classifies features of width {width}, but those of '
             f'{encoder.model_name!r} are {encoder.embed_dims} wide.'
         )
-    return DeployedClassifier(
-        classifier, encoder, about['class_names'], about['preprocessing']
-    )
+    names, preprocessing = about['class_names'], about['preprocessing']
+    calibration = Calibration.read(about)
+    return DeployedClassifier(classifier, encoder, names, preprocessing, calibration)
 
 
 def _named_encoder(

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, deployed: DeployedClassifier) -> None:
         super().__init__()
         self.clip = deployed.encoder.clip
-        self.classifier = deployed.classifier
+        self.classifier, self.calibration = deployed.classifier, deployed.calibration
         for name in ('mean', 'std'):
             value = torch.tensor(getattr(deployed.encoder, name), dtype=torch.float32)
             self.register_buffer(name, value.view(3, 1, 1).to(deployed.device))
@@ -36,7 +37,7 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities (N, K) of RGB images (N, 3, H, W) with values 0 to 1."""
         features = self.clip.encode_image((images - self.mean) / self.std)
-        return self.classifier(features.float()).softmax(-1)
+        return self.calibration.probabilities(self.classifier(features.float()))
 
 
 def export_onnx(
@@ -45,9 +46,9 @@ def export_onnx(
     """Writes image tower and classifier as an ONNX file.
 
     Its input ``images`` (N, 3, H, W) are RGB images after resize and crop, with
-    values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names
-    and the preprocessing are in its metadata. Above 1.5 GB the weights are in a second
-    file beside it, ``path`` with ``.data`` added.
+    values 0 to 1. Its output ``probabilities`` is (N, K). N is free. The class names,
+    the preprocessing and the calibration are in its metadata. Above 1.5 GB the weights
+    are in a second file beside it, ``path`` with ``.data`` added.
 
     The file is compared with PyTorch in onnxruntime, for two batch sizes, before it is
     moved to its place.
@@ -103,6 +104,7 @@ def export_onnx(
             program.model.metadata_props.update(
                 class_names=json.dumps(deployed.class_names),
                 model=deployed.encoder.model_name,
+                calibration=json.dumps(asdict(deployed.calibration)),
                 preprocessing=json.dumps(
                     {'resize': deployed.preprocessing, **deployed.encoder.preprocess}
                 ),

@@ -20,12 +20,16 @@ from .methods.linear_adapter import LinearAdapter
 
 @torch.no_grad()
 def export_matrix(
-    classifier: nn.Module, class_names: tuple[str, ...], path: str | Path
+    classifier: nn.Module,
+    class_names: tuple[str, ...],
+    path: str | Path,
+    temperature: float = 1.0,
 ) -> None:
     """Writes a linear classifier as a safetensors file of ``weight`` and ``bias``.
 
     Its logits are ``normalise(f) @ weight.T + bias`` for image features f. With a bias
     of 0, ``weight.T`` is what open_clip calls a zero-shot classifier, scale included.
+    Both are divided by ``temperature``.
 
     Raises:
         FileExistsError: If the file exists.
@@ -47,7 +51,8 @@ def export_matrix(
         'class_names': json.dumps(class_names),
         'logits': 'normalise(f) @ weight.T + bias',
     }
-    tensors = {'weight': weight.contiguous(), 'bias': bias.contiguous()}
+    tensors = {'weight': weight / temperature, 'bias': bias / temperature}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     write_atomic(path, save(tensors, about))
 
 

@@ -5,17 +5,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.logging import RichHandler
 from torch import nn
 
-from dsnet_mm.datasets.features import Features
+from dsnet_mm.datasets.features import Features, balancing
 from dsnet_mm.files import write_atomic
 from dsnet_mm.progress import progress_bar
 
 from .base_to_new import BaseClasses, transfers
+from .calibration import Calibration, calibrate
 from .choice import choose
 from .config import FewShotConfig
 from .deployment import read_classifier, save_classifier
@@ -100,7 +102,7 @@ def run(
     with _log_to(work_dir / 'run.log'):
         for note in source.notes:
             logger.warning(note)
-        source.encode(draws, plain=config.selection == 'cv')
+        source.encode(draws, plain=config.selection != 'val')
         runner = Fitter(config, work_dir, source)
         with progress_bar(len(jobs), 'fitting', 'classifiers', quiet) as bar:
             for job in (job for job in jobs if not job.sees_test):
@@ -173,7 +175,7 @@ class Fitter:
             none = Features(torch.empty(1, 0, width), torch.empty(0).long())
             return Drawn(none, None, None)
         if self._draw is None or self._draw[0] != (shots, seed):
-            plain = self.config.selection == 'cv'
+            plain = self.config.selection != 'val'
             self._draw = (shots, seed), self.source.draw(shots, seed, plain)
         return self._draw[1]
 
@@ -190,12 +192,17 @@ class Fitter:
             drawn.plain,
         )
 
-    def save(self, name: str, classifier: nn.Module, record: dict) -> None:
+    def save(
+        self, name: str, classifier: nn.Module, record: dict, calibration: Calibration
+    ) -> None:
         """Writes a classifier."""
         source = self.source
         names, preprocessing = source.class_names, source.preprocessing
         file = self.files(name)[1]
-        save_classifier(file, classifier, source.made_by, names, preprocessing, record)
+        save_classifier(
+            *(file, classifier, source.made_by, names, preprocessing, record),
+            calibration,
+        )
 
     def fit(self, job: _Job, test: Features | None = None) -> None:
         """Selects and fits one classifier.
@@ -234,7 +241,14 @@ class Fitter:
             'transductive': METHODS[job.method].transductive,
             'made_with': self.made_with,
         }
-        self.save(job.name, fit.classifier, record)
+        fit_again = partial(METHODS[job.method].fit, **fit.options)
+        held_out = drawn.val
+        if job.method == 'zero_shot':  # no image fits it, so the shots are held out
+            other = self.drawn(max(self.config.shots), self.config.seeds[0])
+            held_out = other.val or other.plain or other.train
+        data = self.data(drawn, job.shots, job.seed)
+        calibration = calibrate(fit_again, data, held_out, fit.classifier)
+        self.save(job.name, fit.classifier, record, calibration)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
             'fitted %s, selection %s, %d tried', job.name, fit.selection, fit.tried
@@ -279,8 +293,10 @@ class Fitter:
         path, classifier = self.files(job.name)
         record = read_json(path)
         if record['test'] is None:
-            fitted = read_classifier(classifier)[0]
-            record['test'] = {**asdict(evaluate(fitted, test)), 'pictures': len(test)}
+            fitted, about = read_classifier(classifier)
+            temperature = Calibration.read(about).temperature
+            score = evaluate(lambda f: fitted(f) / temperature, test)
+            record['test'] = {**asdict(score), 'pictures': len(test)}
             record['test']['opening'] = self.openings
             if self.config.base_to_new:
                 record['new'] = self.source.test_new(fitted)
@@ -306,11 +322,18 @@ class Fitter:
             Number of images.
         """
         train, seed = self.source.all_labelled(test), chosen['seed']
+        plain = self.source.all_labelled(test, plain=True)
+        method = METHODS[chosen['method']]
+
+        def fit(part: FewShotData) -> nn.Module:
+            balanced = part.subset(balancing(part.train.labels), part.shots)
+            return method.fit(balanced, **chosen['options'])
+
         shots = max(1, len(train) // len(self.source.class_names))
-        classifier = METHODS[chosen['method']].fit(
-            self.data(Drawn(train.balanced(), None, None), shots, seed),
-            **chosen['options'],
-        )
+        data = self.data(Drawn(train, plain, None), shots, seed)
+        classifier = fit(data)
+        # Folds are made before images are repeated, so no copy is in two of them.
+        calibration = calibrate(fit, data, None, classifier)
         record = {
             **{key: chosen[key] for key in ('method', 'selection', 'options')},
             'name': name,
@@ -319,7 +342,7 @@ class Fitter:
             'pictures': len(train),
             'made_with': self.made_with,
         }
-        self.save(name, classifier, record)
+        self.save(name, classifier, record, calibration)
         return len(train)
 
 

@@ -140,12 +140,14 @@ def _with(classifier: nn.Module, attributes: dict) -> nn.Module:
 def _folds(data: FewShotData, count: int) -> Iterator[tuple[FewShotData, Features]]:
     """Yields training data and held-out features, balanced over classes."""
     labels = data.train.labels
-    position = torch.zeros_like(labels)
+    # An image that is the only one of its class is never held out.
+    position = torch.full_like(labels, -1)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        position[members] = torch.arange(len(members))
+        if len(members) > 1:
+            position[members] = torch.arange(len(members))
     for fold in range(count):
-        held_out = position % count == fold
+        held_out = (position % count == fold) & (position >= 0)
         shots = int((~held_out).sum() / len(data.class_names))
         part = data.subset((~held_out).nonzero()[:, 0], max(shots, 1))
         plain = data.train if data.plain is None else data.plain

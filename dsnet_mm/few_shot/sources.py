@@ -109,8 +109,8 @@ class Source(ABC):
         """Returns the test images."""
 
     @abstractmethod
-    def all_labelled(self, test: bool = True) -> Features:
-        """Returns the images of train, val and perhaps test together, with views."""
+    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
+        """Returns the images of train, val and perhaps test, with views or plain."""
 
 
 class ImageSource(Source):
@@ -173,10 +173,10 @@ class ImageSource(Source):
     def test(self) -> Features:
         return self.cache.images(self.task.split['test'])
 
-    def all_labelled(self, test: bool = True) -> Features:
+    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
         parts = ('train', 'val', 'test')[: 2 + test]
         items = [item for part in parts for item in self.task.split[part]]
-        return self.cache.images(items, self.config.views)
+        return self.cache.images(items, 0 if plain else self.config.views)
 
     def contents(self) -> str:
         if self.task.name in PUBLIC_DATASETS:
@@ -293,8 +293,11 @@ class FeatureSource(Source):
     def test(self) -> Features:
         return _first_view(self.file.test)
 
-    def all_labelled(self, test: bool = True) -> Features:
-        parts = (self.file.train[self.pool], self.file.val, self.file.test)
+    def all_labelled(self, test: bool = True, plain: bool = False) -> Features:
+        pool = self.file.train[self.pool]
+        if plain:
+            pool = _first_view(self.file.plain.get(self.pool) or pool)
+        parts = (pool, self.file.val, self.file.test)
         parts = [part for part in parts[: 2 + test] if part]
         views = torch.arange(max(len(part.features) for part in parts))
         features = [part.features[views % len(part.features)] for part in parts]

@@ -108,6 +108,7 @@ def transfer(
 
     def classify(features: Tensor) -> Tensor:
         logits = classifier.classifier(features.to(classifier.device))[:, columns].cpu()
+        logits = logits / classifier.calibration.temperature
         predicted.append(logits.argmax(1))
         return logits
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsnet_mm.datasets import load_task
 from dsnet_mm.few_shot import FeatureCache, load_classifier, save_classifier, transfer
+from dsnet_mm.few_shot.calibration import Calibration
 from dsnet_mm.few_shot.deployment import read_classifier
 from dsnet_mm.few_shot.evaluation import Score
 from dsnet_mm.few_shot.methods.linear_adapter import LinearAdapter
@@ -27,6 +28,8 @@ from dsnet_mm.few_shot.transfer import Transfer, plot_confusion, table, write_tr
 from dsnet_mm.models import CLIPAdapter, OpenCLIPEncoder
 
 NAMES = ('blue', 'green sea', 'red')
+SCORES = tuple(i / 20 for i in range(1, 20))
+CALIBRATION = Calibration('folds', 3.0, 0.345, SCORES)
 ELSEWHERE = {'model': None, 'pretrained': None, 'identity': None}
 
 
@@ -57,7 +60,8 @@ def models_of(tiny_clip) -> tuple[str, ...]:
 
 def saved(encoder, folder: Path, name: str) -> Path:
     file = folder / f'{name}.safetensors'
-    save_classifier(file, classifiers(encoder)[name].eval(), encoder, NAMES, 'clip')
+    classifier = classifiers(encoder)[name].eval()
+    save_classifier(file, classifier, encoder, NAMES, 'clip', None, CALIBRATION)
     return file
 
 
@@ -68,7 +72,8 @@ def test_file_of_each_kind_in_batches(encoder, image_folder, tmp_path, name):
     found = deployed(images, batch_size=3)
     prepared = torch.stack([deployed.prepare(p) for p in images])
     logits = classifiers(encoder)[name].eval()(encoder(prepared)[0])
-    assert torch.allclose(found, logits.softmax(-1), atol=1e-5)
+    assert torch.allclose(found, (logits / 3).softmax(-1), atol=1e-5)
+    assert torch.equal(found.argmax(1), logits.argmax(1))
     assert not found.requires_grad
     assert deployed([]).shape == (0, 3)
     assert torch.equal(deployed(images[0]), deployed(images[:1]))
@@ -110,6 +115,10 @@ DAMAGES = {
     'swapped kinds': (lambda a: a | {'kind': 'LinearClassifier'}, None),
     'unknown option': (lambda a: a | {'options': {'gamma': 1}}, None),
     'preprocessing': (lambda a: a | {'preprocessing': 'stretch'}, None),
+    'calibration is a list': (lambda a: a | {'calibration': [1]}, None),
+    'no such calibration': (lambda a: a | {'calibration': {'bias': 1.0}}, None),
+    'temperature': (lambda a: a | {'calibration': {'temperature': 0.0}}, None),
+    'scores': (lambda a: a | {'calibration': {'scores': ['a']}}, None),
     'no tensor': (None, lambda t: t.pop('text_features')),
     'no numbers': (None, lambda t: t['text_features'].fill_(torch.nan)),
     'shape': (None, lambda t: t.update(text_features=torch.eye(16)[0])),
@@ -123,7 +132,7 @@ def test_damaged_classifier_file(encoder, tmp_path, name):
     bad = tmp_path / 'bad.safetensors'
     rewrite(saved(encoder, tmp_path, 'cosine'), bad, *DAMAGES[name])
     with pytest.raises(ValueError, match=r'bad\.safetensors') as error:
-        load_classifier(bad)
+        read_classifier(bad)
     assert '\n' not in str(error.value)
 
 
@@ -254,6 +263,17 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
             expected.max().item(), abs=1e-5
         )
 
+    tool('predict', *elsewhere, 'album', '--reject', '--coverage', '0.9', '--csv', '-')
+    shown = capsys.readouterr()
+    rows = list(csv.DictReader(shown.out.splitlines()))
+    for row, entry in zip(rows, content['predictions'], strict=True):
+        (p,) = deployed([entry['image']])
+        best = p**0.25 / (p**0.25).sum()
+        assert row['none_of_these'] == ('yes' if best.max() < 0.345 else 'no')
+        inside = [NAMES[i] for i in p.argsort(descending=True) if p[i] >= 0.1]
+        assert row['set'].split(' | ') == inside
+    assert '19 shots' in shown.err
+
     # It is found before anything is classified.
     with pytest.raises(SystemExit, match=r'a\.json'):
         tool('predict', 'no_such_file', 'album', *options)
@@ -268,6 +288,8 @@ def test_predict_from_another_folder(tool, elsewhere, capsys, tmp_path):
         ((out,), 'out'),
         (('album/a/bad.jpg',), 'none of the images'),
         (('album', '--top', '0'), 'top'),
+        (('album', '--coverage', '1.2'), '1.2'),
+        (('album', '--coverage', '0.99'), r'\b99 .*\b19\b'),
         (('album', '--device', 'cuda:7'), "'cuda:7'"),
     ):
         with pytest.raises(SystemExit, match=f'^error: .*{fact}'):
@@ -322,6 +344,8 @@ def test_some_of_the_classes(encoder, image_folder, tmp_path):
     expected = (logits.argmax(1) == features.labels).float().mean()
     two = transfer(deployed, **options)
     assert two.score.accuracy == pytest.approx(100 * expected.item())
+    loss = F.cross_entropy(logits / 3, features.labels).item()
+    assert two.score.loss == pytest.approx(loss, abs=1e-4)
     shutil.rmtree(tmp_path / 'two' / 'blue')
     one = transfer(deployed, **options)
     assert (one.images, one.class_names) == (24, ('red',))
@@ -410,7 +434,7 @@ def test_weight_matrix(tool, encoder, tmp_path, name):
     matrix, f = load_file(out), torch.randn(5, 16)
     logits = F.normalize(f, dim=-1) @ matrix['weight'].t() + matrix['bias']
     expected = classifiers(encoder)[name].eval()(f)
-    assert torch.allclose(logits, expected, atol=1e-4)
+    assert torch.allclose(logits, expected / 3, atol=1e-4)
 
 
 def test_adapter_in_the_projection_of_open_clip(tool, encoder, tiny_clip, tmp_path):
