@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.features import Features
 
+TEXT_LENGTH = 10.0
+"""Length of text features where it is not known, about that of OpenAI's CLIP."""
+
+CROPS, LARGE_CROPS = (0.08, 1.0), (0.5, 1.0)
+"""Least and most area of random crops: of CoOp, and of Tip-Adapter."""
+
 
 @dataclass(frozen=True)
 class FewShotData:
@@ -24,6 +30,8 @@ class FewShotData:
         seed: Seed of the initialisation, the order of images and their views.
         plain: Features of the training images, prepared as test images are, without
             augmentation. None if they are not needed.
+        text_length: Mean length of the text features before they were normalised.
+            TaskRes, ZS-LP and CLAP start from text features of this length.
     """
 
     train: Features
@@ -34,6 +42,7 @@ class FewShotData:
     encoder: OpenCLIPEncoder | None = None
     seed: int = 0
     plain: Features | None = None
+    text_length: float = TEXT_LENGTH
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training images."""
@@ -90,6 +99,7 @@ class Method:
             that nothing is fitted again for them.
         source: Where the defaults come from.
         needs_encoder: Whether ``function`` uses ``FewShotData.encoder``.
+        crop_scale: Least and most area of the random crops of its training images.
 
     Raises:
         ValueError: If the class of the classifier is not registered, or ``grid`` has
@@ -104,6 +114,7 @@ class Method:
     after_fit: tuple[str, ...] = ()
     source: str = ''
     needs_encoder: bool = False
+    crop_scale: tuple[float, float] = CROPS
 
     def __post_init__(self) -> None:
         if self.returns.__name__ not in CLASSIFIERS:
