@@ -44,7 +44,8 @@ class FeatureFile:
             of shots, in the order of ``train``. In a file: ``<part>_plain`` (N, D).
             Cross-validation needs them if ``train`` has augmented views.
         about: Other metadata. ``model`` and, if they are known, ``pretrained``,
-            ``identity``, ``preprocessing`` and ``prompts`` describe the encoder.
+            ``identity``, ``preprocessing``, ``prompts`` and ``text_length``, the
+            length of text features before they are normalised, describe the encoder.
     """
 
     text_features: Tensor
@@ -116,11 +117,10 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     del about['class_names']
     if not class_names:
         raise ValueError('the metadata class_names is an empty list')
-    logit_scale = math.nan
-    with suppress(ValueError):
-        logit_scale = float(about.pop('logit_scale', 'nan'))
-    if not 0 < logit_scale < math.inf:
-        raise ValueError('the metadata logit_scale must be a number above 0')
+    logit_scale = _positive(about, 'logit_scale')
+    del about['logit_scale']
+    if 'text_length' in about:
+        _positive(about, 'text_length')
     for name, kind in (('prompts', list), ('identity', dict | None)):
         if name in about:
             _json(about, name, kind)
@@ -160,6 +160,14 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     return FeatureFile(
         text_features, class_names, logit_scale, train, val, test, plain, about
     )
+
+
+def _positive(about: Mapping[str, str], name: str) -> float:
+    """Returns a number above 0 of the metadata."""
+    with suppress(ValueError):
+        if 0 < (value := float(about.get(name, 'nan'))) < math.inf:
+            return value
+    raise ValueError(f'the metadata {name} must be a number above 0')
 
 
 def _json(about: Mapping[str, str], name: str, kind: type) -> object:

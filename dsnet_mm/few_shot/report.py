@@ -12,6 +12,7 @@ from dsnet_mm.files import write_atomic
 
 from .choice import REFERENCE, choose, shots_text
 from .methods import METHODS
+from .methods.base import describe_crops
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,9 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
+    if config['features'] is None and config['views'] and len(cells) > 1:
+        used = [*config['methods'], *config['oracle']]
+        notes.append(describe_crops(used, config['crop_scale']))
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 

@@ -144,23 +144,26 @@ class _Runner:
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.made_with = describe_software()
-        self._draw: tuple[tuple[int, int], Drawn] | None = None
+        self._draws: dict[tuple, Drawn] = {}
 
     def files(self, name: str) -> tuple[Path, Path]:
         """Returns the record and the classifier of a job."""
         classifier = self.work_dir / 'classifiers' / f'{name}.safetensors'
         return self.work_dir / 'runs' / f'{name}.json', classifier
 
-    def drawn(self, shots: int, seed: int) -> Drawn:
-        """Returns the images of a draw. The last one is kept."""
+    def drawn(self, shots: int, seed: int, crop_scale: tuple[float, float]) -> Drawn:
+        """Returns the images of a draw. The last one is kept, with all its crops."""
         if shots == 0:
             width = self.source.text_features.shape[1]
             none = Features(torch.empty(1, 0, width), torch.empty(0).long())
             return Drawn(none, None, None)
-        if self._draw is None or self._draw[0] != (shots, seed):
+        key = shots, seed, crop_scale
+        if key not in self._draws:
             plain = self.config.selection == 'cv'
-            self._draw = (shots, seed), self.source.draw(shots, seed, plain)
-        return self._draw[1]
+            drawn = self.source.cropped(crop_scale).draw(shots, seed, plain)
+            kept = {k: v for k, v in self._draws.items() if k[:2] == key[:2]}
+            self._draws = {**kept, key: drawn}
+        return self._draws[key]
 
     def data(self, drawn: Drawn, shots: int, seed: int) -> FewShotData:
         """Returns the training data of a method."""
@@ -173,6 +176,7 @@ class _Runner:
             self.source.encoder,
             seed,
             drawn.plain,
+            self.source.text_length,
         )
 
     def save(self, name: str, classifier: nn.Module, record: dict) -> None:
@@ -187,9 +191,10 @@ class _Runner:
         path, _ = self.files(job.name)
         if path.is_file():
             return
-        drawn = self.drawn(job.shots, job.seed)
+        method = METHODS[job.method]
+        drawn = self.drawn(job.shots, job.seed, method.crop_scale)
         fit = select(
-            METHODS[job.method],
+            method,
             self.data(drawn, job.shots, job.seed),
             test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
@@ -263,9 +268,10 @@ class _Runner:
     def fit_final(self, records: list[dict]) -> None:
         """Fits the chosen method with its options to all images."""
         chosen = choose(records).record
-        train, seed = self.source.all_labelled(), chosen['seed']
+        method, seed = METHODS[chosen['method']], chosen['seed']
+        train = self.source.cropped(method.crop_scale).all_labelled()
         shots = max(1, len(train) // len(self.source.class_names))
-        classifier = METHODS[chosen['method']].fit(
+        classifier = method.fit(
             self.data(Drawn(train, None, None), shots, seed), **chosen['options']
         )
         record = {

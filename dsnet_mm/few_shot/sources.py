@@ -1,5 +1,6 @@
 """Where a run has its features from: images and an encoder, or a file."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -23,6 +24,8 @@ from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 
 from .config import FewShotConfig
+from .methods import METHODS
+from .methods.base import CROPS, TEXT_LENGTH, describe_crops
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Drawn:
 
 
 class Source(ABC):
-    """Features of a data set. :meth:`prepare` sets the last five attributes.
+    """Features of a data set. :meth:`prepare` sets the last six attributes.
 
     Attributes:
         title: Names of data set and model.
@@ -62,6 +65,7 @@ class Source(ABC):
         made_by: The encoder, as :func:`save_classifier` takes it.
         text_features: Text features (K, D).
         logit_scale: Scale of the cosine similarities.
+        text_length: See :class:`FewShotData`.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
     """
 
@@ -84,6 +88,10 @@ class Source(ABC):
     @abstractmethod
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         """Returns the images of a draw."""
+
+    def cropped(self, crop_scale: tuple[float, float]) -> 'Source':
+        """Returns the source with such random crops, where that can be chosen."""
+        return self
 
     @abstractmethod
     def test(self) -> Features:
@@ -110,7 +118,9 @@ class ImageSource(Source):
     def prepare(self) -> None:
         self.cache = open_cache(self.config, self.quiet)
         self.encoder = self.made_by = self.cache.encoder
+        self.caches = {self.cache.crop_scale: self.cache}
         self.logit_scale = self.encoder.logit_scale
+        self.text_length = self.config.text_length or self.encoder.text_length
         self.text_features = self.cache.texts(self.class_names, self.prompts)
         # Paths and labels, and the files of a user's own data set.
         items = [[k, *item] for k, part in self.task.split.items() for item in part]
@@ -125,10 +135,24 @@ class ImageSource(Source):
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
         parts = collect_draws(self.task, draws)
-        encode_parts(self.task, self.cache, parts, self.config.views, plain)
+        used = (METHODS[m] for m in (*self.config.methods, *self.config.oracle))
+        scales = dict.fromkeys(m.crop_scale for m in used if m.defaults)
+        first, *others = [self.cropped(scale) for scale in scales] or [self]
+        encode_parts(self.task, first.cache, parts, self.config.views, plain)
+        for source in others:
+            source.cache.encode(parts['train'], self.config.views, 'encoding train')
         if self.config.on_bad_image == 'skip':
             for shots, seed in draws:  # raises before the fits
-                self.draw(shots, seed, False)
+                first.draw(shots, seed, False)
+
+    def cropped(self, crop_scale: tuple[float, float]) -> 'ImageSource':
+        if self.config.crop_scale is not None or not self.config.views:
+            return self
+        other = copy.copy(self)
+        if crop_scale not in self.caches:
+            self.caches[crop_scale] = replace(self.cache, crop_scale=crop_scale)
+        other.cache = self.caches[crop_scale]
+        return other
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         items = sample_few_shot(self.task.split, shots, seed)
@@ -187,6 +211,15 @@ class FeatureSource(Source):
                 f'Selection by `cv` validates on the {which} of the training images, '
                 f'because the file has no features of them as test images are.'
             )
+        if not (config.text_length or 'text_length' in about):
+            self.notes.append(
+                f'The file does not say how long text features are before they are '
+                f'normalised; TaskRes, ZS-LP and CLAP take {TEXT_LENGTH:g}, that of '
+                f"OpenAI's CLIP (text_length)."
+            )
+        if about.get('views', '0') != '0' and 'crop_scale' in about:
+            crops = json.loads(about['crop_scale'])
+            self.notes.append(describe_crops(config.methods, crops))
 
     def _possible(self, here: list[int]) -> tuple[int, ...]:
         """Returns the numbers of shots that are wanted and possible."""
@@ -213,6 +246,8 @@ class FeatureSource(Source):
     def prepare(self) -> None:
         self.text_features = self.file.text_features
         self.logit_scale = self.file.logit_scale
+        known = self.config.text_length or self.file.about.get('text_length')
+        self.text_length = float(known or TEXT_LENGTH)
         content = Path(self.config.features).read_bytes()
         self.fingerprint = {
             'features': hashlib.sha256(content).hexdigest(),
@@ -303,7 +338,7 @@ def open_cache(config: FewShotConfig, quiet: bool) -> FeatureCache:
         config.cache_dir,
         encoder,
         preprocessing=config.preprocessing,
-        crop_scale=tuple(config.crop_scale),
+        crop_scale=tuple(config.crop_scale or CROPS),
         workers=config.workers,
         on_bad_image=config.on_bad_image,
         quiet=quiet,

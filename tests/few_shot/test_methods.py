@@ -20,7 +20,7 @@ from dsnet_mm.few_shot.methods.base import CLASSIFIERS, num_learnt
 from dsnet_mm.few_shot.methods.clip_adapter import COPIES
 from dsnet_mm.few_shot.methods.coop import PromptLearner
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
-from dsnet_mm.few_shot.methods.training import num_epochs
+from dsnet_mm.few_shot.methods.training import by_shots
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.few_shot.selection import select
 
@@ -192,8 +192,12 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
         PromptLearner(encoder, ['disc'], n_ctx=40)
 
 
-def test_num_epochs():
+def test_options_by_shots():
     shots = (1, 2, 4, 8, 16)
+
+    def num_epochs(value, shots):
+        return by_shots('epochs', value, shots)
+
     coop, task_res = (METHODS[name].defaults['epochs'] for name in ('coop', 'task_res'))
     assert [num_epochs(coop, k) for k in shots] == [50, 100, 100, 200, 200]
     assert [num_epochs(task_res, k) for k in shots] == [100, 100, 100, 200, 200]

@@ -142,6 +142,18 @@ class Method:
         return self.function(data, **{**self.defaults, **options})
 
 
+def describe_crops(
+    methods: Sequence[str], crop_scale: Sequence[float] | None = None
+) -> str:
+    """Says what crops of the training images methods have, or all if it is given."""
+    titles: dict[tuple[float, ...], list[str]] = {}
+    for method in (METHODS[name] for name in methods if name != 'zero_shot'):
+        scale = tuple(crop_scale or method.crop_scale)
+        titles.setdefault(scale, []).append(method.title)
+    parts = [f'{a:g} to {b:g} for {", ".join(x)}' for (a, b), x in titles.items()]
+    return f'Area of the random crops of training images: {"; ".join(parts)}.'
+
+
 def num_learnt(model: nn.Module) -> int:
     """Returns the number of parameters that a fit has learnt."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
