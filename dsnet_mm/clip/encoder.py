@@ -49,8 +49,7 @@ class OpenCLIPEncoder(nn.Module):
         config: Configuration of the model, as open_clip reads it.
         embed_dims: Width D of the image and text features.
         logit_scale: Scale of the cosine similarities in CLIP's logits.
-        text_length: Length of the text features before they are normalised, that of "a
-            photo of a cat."; 1 without a text tower.
+        text_length: Length of the feature of "a photo of a cat." before normalisation.
         image_size: Height and width of the images in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.

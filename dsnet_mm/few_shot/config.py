@@ -40,9 +40,8 @@ class FewShotConfig:
         views: Augmented views of a training image. 0 takes the image itself.
         crop_scale: Least and most area of the random crops of augmented views, for all
             methods. None takes those of each method, ``Method.crop_scale``.
-        text_length: Length of the text features before they were normalised, see
-            :class:`FewShotData`. None takes what the encoder has or the file says, or
-            else 10.
+        text_length: See :class:`FewShotData`. None takes what the encoder has or the
+            file says, or else 10.
         amp: See :class:`OpenCLIPEncoder`.
         device: Device of the encoder. ``'auto'`` takes a GPU if there is one.
         on_bad_image: See :class:`FeatureCache`.
@@ -133,9 +132,8 @@ class FewShotConfig:
                 f'1, got {scale!r}.'
             )
         length = self.text_length
-        if length is not None and not (
-            isinstance(length, int | float) and 0 < length < math.inf
-        ):
+        is_number = isinstance(length, int | float) and 0 < length < math.inf
+        if length is not None and not is_number:
             raise ValueError(f'text_length must be a number above 0, got {length!r}.')
 
     def _check_methods(self) -> None:

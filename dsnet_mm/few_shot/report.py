@@ -184,9 +184,9 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
         notes.append(f'Set, not selected: {", ".join(options)}.')
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
-    if config['features'] is None and config['views'] and len(cells) > 1:
-        used = [*config['methods'], *config['oracle']]
-        notes.append(describe_crops(used, config['crop_scale']))
+    if config['features'] is None and config['views']:
+        own = describe_crops([*config['methods'], *config['oracle']])
+        notes.append(f'Area of the random crops: {config["crop_scale"] or own}.')
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 

@@ -25,7 +25,7 @@ from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 
 from .config import FewShotConfig
 from .methods import METHODS
-from .methods.base import CROPS, TEXT_LENGTH, describe_crops
+from .methods.base import CROPS, TEXT_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -146,12 +146,9 @@ class ImageSource(Source):
                 first.draw(shots, seed, False)
 
     def cropped(self, crop_scale: tuple[float, float]) -> 'ImageSource':
-        if self.config.crop_scale is not None or not self.config.views:
-            return self
-        other = copy.copy(self)
-        if crop_scale not in self.caches:
-            self.caches[crop_scale] = replace(self.cache, crop_scale=crop_scale)
-        other.cache = self.caches[crop_scale]
+        other, scale = copy.copy(self), tuple(self.config.crop_scale or crop_scale)
+        cache = replace(self.cache, crop_scale=scale)
+        other.cache = self.caches.setdefault(scale, cache)
         return other
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
@@ -211,15 +208,16 @@ class FeatureSource(Source):
                 f'Selection by `cv` validates on the {which} of the training images, '
                 f'because the file has no features of them as test images are.'
             )
-        if not (config.text_length or 'text_length' in about):
+        starts = {'task_res', 'linear_probe_zs', 'clap'} & {*config.methods}
+        if starts and not (config.text_length or 'text_length' in about):
             self.notes.append(
-                f'The file does not say how long text features are before they are '
-                f'normalised; TaskRes, ZS-LP and CLAP take {TEXT_LENGTH:g}, that of '
-                f"OpenAI's CLIP (text_length)."
+                f'The file has no text_length, so TaskRes, ZS-LP and CLAP take '
+                f"{TEXT_LENGTH:g}, about that of OpenAI's CLIP."
             )
         if about.get('views', '0') != '0' and 'crop_scale' in about:
-            crops = json.loads(about['crop_scale'])
-            self.notes.append(describe_crops(config.methods, crops))
+            self.notes.append(
+                f'Area of the random crops: {about["crop_scale"]} for all methods.'
+            )
 
     def _possible(self, here: list[int]) -> tuple[int, ...]:
         """Returns the numbers of shots that are wanted and possible."""

@@ -12,8 +12,8 @@ from dsnet_mm.datasets.features import Features
 TEXT_LENGTH = 10.0
 """Length of text features where it is not known, about that of OpenAI's CLIP."""
 
-CROPS, LARGE_CROPS = (0.08, 1.0), (0.5, 1.0)
-"""Least and most area of random crops: of CoOp, and of Tip-Adapter."""
+CROPS = (0.08, 1.0)
+"""Least and most area of the random crops of CoOp."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,14 @@ class Method:
         return self.function(data, **{**self.defaults, **options})
 
 
-def describe_crops(
-    methods: Sequence[str], crop_scale: Sequence[float] | None = None
-) -> str:
-    """Says what crops of the training images methods have, or all if it is given."""
-    titles: dict[tuple[float, ...], list[str]] = {}
+def describe_crops(methods: Sequence[str]) -> str:
+    """Says which random crops of the training images methods have."""
+    titles: dict[tuple[float, float], list[str]] = {}
     for method in (METHODS[name] for name in methods if name != 'zero_shot'):
-        scale = tuple(crop_scale or method.crop_scale)
-        titles.setdefault(scale, []).append(method.title)
-    parts = [f'{a:g} to {b:g} for {", ".join(x)}' for (a, b), x in titles.items()]
-    return f'Area of the random crops of training images: {"; ".join(parts)}.'
+        titles.setdefault(method.crop_scale, []).append(method.title)
+    return '; '.join(
+        f'{a:g} to {b:g} for {", ".join(x)}' for (a, b), x in titles.items()
+    )
 
 
 def num_learnt(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData, register_method
+from .lp_plus_plus import class_means
 from .training import RECIPE
 from .zero_shot import CosineClassifier, TextLearner
 
@@ -86,11 +87,8 @@ def zero_shot_confidence(data: FewShotData) -> Tensor:
 
     All views are used.
     """
-    labels = data.train.labels
-    total = data.text_features.new_zeros(len(data.text_features))
+    labels, right = data.train.labels, 0
     for view in data.train.features:
         logits = zero_shot_logits(view, data.text_features, data.logit_scale)
-        right = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
-        total.index_add_(0, labels, right)
-    count = labels.bincount(minlength=len(total)) * len(data.train.features)
-    return total / count.clamp(min=1)
+        right += logits.softmax(-1).gather(1, labels[:, None])
+    return class_means(right / len(data.train.features), labels)[:, 0]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LARGE_CROPS, FewShotData, register_method
+from .base import FewShotData, register_method
 from .linear_probe import LinearClassifier
 from .training import RECIPE, train
 
@@ -30,7 +30,7 @@ class ScaledLinear(nn.Module):
     grid=dict(lr=(1e-3, 1e-4)),
     source='its code: 12,800 batches, half of each is text; without early stopping '
     'and warm-up, with 2 instead of 12 settings searched',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_cross_modal(data: FewShotData, **recipe: object) -> LinearClassifier:
     """Trains a linear probe on images and on text features as samples.

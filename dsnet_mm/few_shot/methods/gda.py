@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LARGE_CROPS, FewShotData, register_method
+from .base import FewShotData, register_method
 from .linear_probe import LinearClassifier
 from .lp_plus_plus import class_means
 
@@ -16,7 +16,7 @@ from .lp_plus_plus import class_means
     defaults=dict(alpha=0.5),
     grid=dict(alpha=(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)),
     source='its code; there alpha is absolute and always searched',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 @torch.no_grad()
 def fit_gda(data: FewShotData, *, alpha: float) -> LinearClassifier:

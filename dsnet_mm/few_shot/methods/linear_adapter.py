@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import LARGE_CROPS, FewShotData, register_classifier, register_method
+from .base import FewShotData, register_classifier, register_method
 from .training import RECIPE, train
 
 
@@ -63,7 +63,7 @@ class LinearAdapter(nn.Module):
     grid=dict(lr=(1e-3, 1e-4)),
     source='code of ProLIP: penalty 1 / shots; there more learning rates and the '
     'penalty are searched',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_linear_adapter(
     data: FewShotData, *, penalty: float | None, **recipe: object

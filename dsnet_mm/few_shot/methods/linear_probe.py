@@ -4,13 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import (
-    LARGE_CROPS,
-    FewShotData,
-    mean_features,
-    register_classifier,
-    register_method,
-)
+from .base import FewShotData, mean_features, register_classifier, register_method
 
 
 @register_classifier('weight')
@@ -41,7 +35,7 @@ class LinearClassifier(nn.Module):
     defaults=dict(weight_decay=None),
     grid=dict(weight_decay=(1e-6, 1e-4, 1e-3, 1e-2)),
     source='L-BFGS as in CLIP and CoOp, which search more values; 1 / N^2 is ours',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_linear_probe(
     data: FewShotData, *, weight_decay: float | None

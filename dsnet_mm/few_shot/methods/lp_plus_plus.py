@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LARGE_CROPS, FewShotData, mean_features, register_method
+from .base import FewShotData, mean_features, register_method
 from .linear_probe import LinearClassifier
 
 
@@ -14,7 +14,7 @@ from .linear_probe import LinearClassifier
     'LP++',
     defaults=dict(iterations=300, momentum=0.9, alpha_every=10),
     source='its code, but with the last step, not the best, and averaged views',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_lp_plus_plus(
     data: FewShotData, *, iterations: int, momentum: float, alpha_every: int

@@ -1,21 +1,13 @@
 """ProKeR (arXiv 2501.11175)."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import (
-    LARGE_CROPS,
-    FewShotData,
-    mean_features,
-    register_classifier,
-    register_method,
-)
-from .training import by_shots
+from .base import FewShotData, mean_features, register_classifier, register_method
+from .training import ByShots, by_shots
 
 
 @register_classifier('keys', 'values', 'text_features', 'logit_scale')
@@ -80,15 +72,10 @@ def kernel(x: Tensor, y: Tensor, beta: float) -> Tensor:
     grid=dict(beta=(0.5, 1.0, 2.0, 4.0), lmbda=(0.01, 0.03, 0.1, 0.3, 1.0)),
     source='its code, with averaged views and a shorter search; beta and lmbda by '
     'shots are those it takes from ImageNet and RN50',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 @torch.no_grad()
-def fit_proker(
-    data: FewShotData,
-    *,
-    beta: float | Mapping[int | str, float],
-    lmbda: float | Mapping[int | str, float],
-) -> ProKeR:
+def fit_proker(data: FewShotData, *, beta: ByShots, lmbda: ByShots) -> ProKeR:
     """Solves the proximal kernel ridge regression of ProKeR.
 
     ::

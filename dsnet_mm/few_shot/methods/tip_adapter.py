@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LARGE_CROPS, FewShotData, register_classifier, register_method
+from .base import FewShotData, register_classifier, register_method
 from .training import RECIPE, train
 
 _GRID = dict(
@@ -65,7 +65,7 @@ class TipAdapter(nn.Module):
     after_fit=('alpha', 'beta'),
     source='its code, where alpha and beta start at 1 to 5 by data set, and the search '
     'has 4,000 values up to 30',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapter:
     """Builds Tip-Adapter, which is not trained."""
@@ -83,7 +83,7 @@ def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapt
     after_fit=('alpha', 'beta'),
     source='as Tip-Adapter, with cached views instead of fresh crops; it trains '
     '100 epochs on EuroSAT',
-    crop_scale=LARGE_CROPS,
+    crop_scale=(0.5, 1.0),
 )
 def fit_tip_adapter_f(
     data: FewShotData, *, alpha: float, beta: float, **recipe: object

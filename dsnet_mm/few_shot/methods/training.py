@@ -39,7 +39,10 @@ COOP = dict(
 """Recipe of CoOp. On ImageNet CoOp always has 50 epochs."""
 
 
-def by_shots(name: str, value: float | Mapping[int | str, float], shots: int) -> float:
+ByShots = float | Mapping[int | str, float]
+
+
+def by_shots(name: str, value: ByShots, shots: int) -> float:
     """Returns the value of an option, given as such or by shots.
 
     With ``{1: 50, 8: 200}`` it is 50 for 1 to 7 shots. JSON makes the keys strings.
@@ -63,7 +66,7 @@ def train(
     *,
     optimizer: str,
     lr: float,
-    epochs: int | Mapping[int | str, int] | None,
+    epochs: ByShots | None,
     iterations: int | None,
     batch_size: int | None,
     drop_last: bool,
@@ -133,7 +136,7 @@ def train(
     steps = count // size if drop_last else -(-count // size)  # of an epoch
     total = iterations
     if total is None:
-        total = by_shots('epochs', epochs, data.shots) * steps
+        total = int(by_shots('epochs', epochs, data.shots) * steps)
     if total < 0:
         raise ValueError(f'the number of steps must be at least 0, got {total}.')
     parameters = [
@@ -147,14 +150,12 @@ def train(
     optim = getattr(torch.optim, optimizer)(
         parameters, lr, weight_decay=weight_decay, fused=True, **own
     )
-    batches = _batches(data, size, drop_last, text_batches)
+    batches = _batches(data, size, steps, text_batches)
     warmup = warmup_epochs * steps
     model.train()
     for step in range(total):
-        done = step - warmup
-        if decay_by == 'epoch':
-            done = done // steps * steps
-        now = lr * 0.5 * (1 + math.cos(math.pi * done / total))
+        done = step if decay_by == 'iteration' else step // steps * steps
+        now = lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / total))
         for group in optim.param_groups:
             group['lr'] = 1e-5 if step < warmup else now * group['lr_factor']
         features, labels = next(batches)
@@ -169,7 +170,7 @@ def train(
 
 
 def _batches(
-    data: FewShotData, size: int, drop_last: bool, text: bool
+    data: FewShotData, size: int, steps: int, text: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches of features and labels without end."""
     generator = torch.Generator().manual_seed(data.seed)
@@ -179,9 +180,7 @@ def _batches(
     while True:
         order = torch.randperm(count, generator=generator)
         view = torch.randint(views, (count,), generator=generator)
-        for index in order.split(size):
-            if drop_last and len(index) < size:
-                break
+        for index in order[: steps * size].split(size):
             features = data.train.features[view[index], index]
             labels = data.train.labels[index]
             if text:
