@@ -246,7 +246,7 @@ def test_text_length_of_encoder_file_and_option(tiny_clip, image_folder, tmp_pat
     def of_file(**options):
         source = FeatureSource(FewShotConfig(features=str(file), **options))
         source.prepare()
-        return source.text_length, [n for n in source.notes if '(text_length)' in n]
+        return source.text_length, [n for n in source.notes if 'no text_length' in n]
 
     assert of_file() == (pytest.approx(length, rel=1e-3), [])
     assert of_file(text_length=3.0) == (3.0, [])
@@ -283,7 +283,7 @@ def test_training_features_have_the_crops_of_the_method(
         assert not cache.count_missing(items, 2), 'all is encoded before the fits'
         assert torch.equal(cache.images(items, 2).features, own[name].features)
     assert not torch.equal(own['gda'].features, own['clap'].features)
-    note = describe_crops(config.methods, None)
+    note = describe_crops(config.methods)
     assert '0.5 to 1 for GDA' in note and '0.08 to 1 for CLAP' in note
 
     given = ImageSource(FewShotConfig(**images, crop_scale=(0.9, 1.0)), quiet=True)
