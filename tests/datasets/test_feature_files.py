@@ -295,6 +295,7 @@ def test_encoded_file_gives_the_results_of_the_images(
         dataset=str(image_folder),
         **tiny_clip,
         views=2,
+        crop_scale=(0.08, 1.0),  # that of the file
         cache_dir=str(cache),
         **methods,
     )
