@@ -177,7 +177,6 @@ def main() -> None:
         shots=tuple(args.shots),
         seeds=tuple(args.seeds),
         overrides={'coop': dict(n_ctx=4)},
-        crop_scale=(0.5, 1.0),
         cache_dir=str(args.work_dir / 'features'),
     )
     results = args.work_dir / 'results'

@@ -49,6 +49,7 @@ class OpenCLIPEncoder(nn.Module):
         config: Configuration of the model, as open_clip reads it.
         embed_dims: Width D of the image and text features.
         logit_scale: Scale of the cosine similarities in CLIP's logits.
+        text_length: Length of the feature of "a photo of a cat." before normalisation.
         image_size: Height and width of the images in pixels.
         mean: RGB mean for normalisation, from 0 to 1.
         std: RGB standard deviation for normalisation, from 0 to 1.
@@ -62,6 +63,8 @@ class OpenCLIPEncoder(nn.Module):
         FileNotFoundError: If the weights are neither on this machine nor can be
             downloaded.
     """
+
+    text_length: float = 1.0
 
     def __init__(
         self,
@@ -89,7 +92,8 @@ class OpenCLIPEncoder(nn.Module):
         self.mean, self.std = (tuple(self.preprocess[k]) for k in ('mean', 'std'))
         self.logit_scale = self.clip.logit_scale.exp().item()
         with torch.no_grad():
-            self.embed_dims = self.clip.encode_text(self.tokenizer(['a'])).shape[-1]
+            text = self.clip.encode_text(self.tokenizer(['a photo of a cat.']))
+        self.embed_dims, self.text_length = text.shape[-1], text.norm().item()
         self._loaded = self._state()
         self._digest: dict[tuple, str] = {}
         _encoders.add(self)

@@ -45,7 +45,8 @@ class FeatureFile:
             of shots, in the order of ``train``. In a file: ``<part>_plain`` (N, D).
             Cross-validation needs them if ``train`` has augmented views.
         about: Other metadata. ``model`` and, if they are known, ``pretrained``,
-            ``identity``, ``preprocessing`` and ``prompts`` describe the encoder.
+            ``identity``, ``preprocessing``, ``prompts`` and ``text_length``, the
+            length of text features before they are normalised, describe the encoder.
     """
 
     text_features: Tensor
@@ -123,17 +124,16 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
         )
     if len(class_names) != 1000:  # ImageNet has duplicate names
         check_class_names(class_names)
-    logit_scale = math.nan
-    with suppress(ValueError):
-        logit_scale = float(about.pop('logit_scale', 'nan'))
-    if not 0 < logit_scale < math.inf:
-        raise ValueError('the metadata logit_scale must be a number above 0')
+    logit_scale = _positive(about, 'logit_scale')
+    del about['logit_scale']
     if 'identity' not in about and math.log(10) < logit_scale < math.log(200):
         raise ValueError(
             f'the metadata logit_scale is {logit_scale:g}, which looks like the '
             f'logarithm that CLIP learns; write exp({logit_scale:g}) = '
             f'{math.exp(logit_scale):.4g}'
         )
+    if 'text_length' in about:
+        _positive(about, 'text_length')
     for name, kind in (('prompts', list), ('identity', dict | None)):
         if name in about:
             _json(about, name, kind)
@@ -171,6 +171,14 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
     return FeatureFile(
         text_features, class_names, logit_scale, train, val, test, plain, about
     )
+
+
+def _positive(about: Mapping[str, str], name: str) -> float:
+    """Returns a number above 0 of the metadata."""
+    with suppress(ValueError):
+        if 0 < (value := float(about.get(name, 'nan'))) < math.inf:
+            return value
+    raise ValueError(f'the metadata {name} must be a number above 0')
 
 
 def _json(about: Mapping[str, str], name: str, kind: type) -> object:

@@ -247,7 +247,7 @@ def learn(
             folder,
             encoder,
             preprocessing=defaults.preprocessing,
-            crop_scale=defaults.crop_scale,
+            crop_scale=METHODS['clip_adapter'].crop_scale,
         )
         train = cache.images(items, defaults.views)
         _refuse_shared(items, cache.pixels(items, defaults.views))

@@ -5,6 +5,7 @@ the first ceil(n / 2) are base classes. Their shots are those of CoOp's draw of 
 classes. A test image is classified among the classes of its own half.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import mean
@@ -61,6 +62,12 @@ class BaseClasses:
     @property
     def text_features(self) -> Tensor:
         return self.source.text_features[: self.count]
+
+    def cropped(self, crop_scale: tuple[float, float]) -> 'BaseClasses':
+        """Returns the base classes of the source with such crops."""
+        other = copy.copy(self)
+        other.source = self.source.cropped(crop_scale)
+        return other
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         drawn = self.source.draw(shots, seed, plain)

@@ -1,5 +1,6 @@
 """Options of a few-shot run."""
 
+import math
 from dataclasses import dataclass, field
 
 from dsnet_mm.environment import existing_device
@@ -40,7 +41,10 @@ class FewShotConfig:
         overrides: Hyper-parameters by method that are set instead of selected.
         preprocessing: One of ``PREPROCESSINGS``.
         views: Augmented views of a training image. 0 takes the image itself.
-        crop_scale: See :class:`FeatureCache`.
+        crop_scale: Least and most area of the random crops of augmented views, for all
+            methods. None takes those of each method, ``Method.crop_scale``.
+        text_length: See :class:`FewShotData`. None takes what the encoder has or the
+            file says, or else 10.
         amp: See :class:`OpenCLIPEncoder`.
         device: Device of the encoder. ``'auto'`` takes a GPU if there is one.
         on_bad_image: See :class:`FeatureCache`.
@@ -71,7 +75,8 @@ class FewShotConfig:
     overrides: dict[str, dict] = field(default_factory=dict)
     preprocessing: str = 'clip'
     views: int = 10
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] | None = None
+    text_length: float | None = None
     amp: str | None = None
     device: str = 'auto'
     on_bad_image: str = 'error'
@@ -125,11 +130,15 @@ class FewShotConfig:
                 raise ValueError(f'{what} must be an integer from 0 on, got {value!r}.')
         scale = self.crop_scale
         is_pair = isinstance(scale, list | tuple) and len(scale) == 2
-        if not is_pair or not 0 < scale[0] <= scale[1] <= 1:
+        if scale is not None and (not is_pair or not 0 < scale[0] <= scale[1] <= 1):
             raise ValueError(
                 f'crop_scale must be the least and the most area of a crop, from 0 to '
                 f'1, got {scale!r}.'
             )
+        length = self.text_length
+        is_number = isinstance(length, int | float) and 0 < length < math.inf
+        if length is not None and not is_number:
+            raise ValueError(f'text_length must be a number above 0, got {length!r}.')
 
     def _check_methods(self) -> None:
         """Checks the names of methods and their options."""
@@ -151,6 +160,10 @@ class FewShotConfig:
                     f'unknown method {name!r}; choose from {", ".join(METHODS)}.'
                 )
         for name, options in found.items():
+            if name in ('linear_probe_zs', 'clap') and 'length' in options:
+                raise ValueError(
+                    f'length of {name} is now the option text_length of the run.'
+                )
             METHODS[name].check(options)
             for key, value in options.items():
                 is_name = isinstance(METHODS[name].defaults[key], str)

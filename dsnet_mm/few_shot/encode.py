@@ -10,6 +10,7 @@ from dsnet_mm.datasets.feature_file import FeatureFile, read_feature_file
 from dsnet_mm.datasets.features import image_keys
 
 from .config import FewShotConfig
+from .methods.base import CROPS
 from .sources import (
     collect_draws,
     encode_parts,
@@ -35,7 +36,8 @@ def encode(
     with any number of processes. If the file is complete, nothing is done.
 
     Args:
-        config: Data set, encoder and options of the features.
+        config: Data set, encoder and options of the features. A file has one
+            ``crop_scale``; None is (0.08, 1).
         out: File to write.
         shots: Parts ``train_<shots>`` of the file, drawn with seed 1. None encodes all
             training images, as the part ``train``.
@@ -67,12 +69,14 @@ def encode(
         'preprocessing': config.preprocessing,
         'prompts': json.dumps(list(task.prompts)),
         'views': str(views),
-        'crop_scale': json.dumps(config.crop_scale),
+        'crop_scale': json.dumps(config.crop_scale or CROPS),
+        'text_length': f'{config.text_length or encoder.text_length:.4g}',
         'shots': json.dumps(shots),
         'pictures': _hash_images(task),
     }
     if Path(out).exists():
-        if read_feature_file(out).about != about:
+        known = {'text_length': about['text_length']}  # not in older files
+        if known | read_feature_file(out).about != about:
             raise FileExistsError(
                 f'{out} exists, with other content; choose another file, or remove it.'
             )

@@ -17,6 +17,7 @@ from .choice import REFERENCE, choose, shots_text
 from .evaluation import unpack
 from .intervals import Difference, difference, holm
 from .methods import METHODS
+from .methods.base import describe_crops
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,9 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
     if any(cell.is_oracle for cell in cells):
         notes.append('Oracle: hyper-parameters chosen on the test split; not a result.')
     notes.append(_openings(records))
+    if config['features'] is None and config['views']:
+        own = describe_crops([*config['methods'], *config['oracle']])
+        notes.append(f'Area of the random crops: {config["crop_scale"] or own}.')
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 

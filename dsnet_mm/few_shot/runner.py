@@ -161,23 +161,26 @@ class Fitter:
         self.made_with = describe_software()
         log = (work_dir / 'run.log').read_text(encoding='utf-8')
         self.openings = log.count('test split opened')
-        self._draw: tuple[tuple[int, int], Drawn] | None = None
+        self._draws: dict[tuple, Drawn] = {}
 
     def files(self, name: str) -> tuple[Path, Path]:
         """Returns the record and the classifier of a job."""
         classifier = self.work_dir / 'classifiers' / f'{name}.safetensors'
         return self.work_dir / 'runs' / f'{name}.json', classifier
 
-    def drawn(self, shots: int, seed: int) -> Drawn:
-        """Returns the images of a draw. The last one is kept."""
+    def drawn(self, shots: int, seed: int, crop_scale: tuple[float, float]) -> Drawn:
+        """Returns the images of a draw. The last one is kept, with all its crops."""
         if shots == 0:
             width = self.source.text_features.shape[1]
             none = Features(torch.empty(1, 0, width), torch.empty(0).long())
             return Drawn(none, None, None)
-        if self._draw is None or self._draw[0] != (shots, seed):
+        key = shots, seed, crop_scale
+        if key not in self._draws:
             plain = self.config.selection != 'val'
-            self._draw = (shots, seed), self.source.draw(shots, seed, plain)
-        return self._draw[1]
+            drawn = self.source.cropped(crop_scale).draw(shots, seed, plain)
+            kept = {k: v for k, v in self._draws.items() if k[:2] == key[:2]}
+            self._draws = {**kept, key: drawn}
+        return self._draws[key]
 
     def data(self, drawn: Drawn, shots: int, seed: int) -> FewShotData:
         """Returns the training data of a method."""
@@ -190,6 +193,7 @@ class Fitter:
             self.source.encoder,
             seed,
             drawn.plain,
+            text_length=self.source.text_length,
         )
 
     def save(
@@ -212,12 +216,13 @@ class Fitter:
         path, _ = self.files(job.name)
         if path.is_file():
             return
-        drawn = self.drawn(job.shots, job.seed)
+        method = METHODS[job.method]
+        drawn = self.drawn(job.shots, job.seed, method.crop_scale)
         data = self.data(drawn, job.shots, job.seed)
-        if METHODS[job.method].transductive:
+        if method.transductive:
             data = replace(data, unlabelled=test.features[0])
         fit = select(
-            METHODS[job.method],
+            method,
             data,
             test if job.oracle else drawn.val,
             'oracle' if job.oracle else self.config.selection,
@@ -238,15 +243,15 @@ class Fitter:
             'redrawn': drawn.overlap < 1,
             'overlap': drawn.overlap,
             'openings_before': self.openings,
-            'transductive': METHODS[job.method].transductive,
+            'transductive': method.transductive,
             'made_with': self.made_with,
         }
-        fit_again = partial(METHODS[job.method].fit, **fit.options)
+        fit_again = partial(method.fit, **fit.options)
         held_out = drawn.val
         if job.method == 'zero_shot':  # no image fits it, so the shots are held out
-            other = self.drawn(max(self.config.shots), self.config.seeds[0])
+            draw = max(self.config.shots), self.config.seeds[0]
+            other = self.drawn(*draw, method.crop_scale)
             held_out = other.val or other.plain or other.train
-        data = self.data(drawn, job.shots, job.seed)
         calibration = calibrate(fit_again, data, held_out, fit.classifier)
         self.save(job.name, fit.classifier, record, calibration)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
@@ -321,9 +326,9 @@ class Fitter:
         Returns:
             Number of images.
         """
-        train, seed = self.source.all_labelled(test), chosen['seed']
+        method, seed = METHODS[chosen['method']], chosen['seed']
+        train = self.source.cropped(method.crop_scale).all_labelled(test)
         plain = self.source.all_labelled(test, plain=True)
-        method = METHODS[chosen['method']]
 
         def fit(part: FewShotData) -> nn.Module:
             balanced = part.subset(balancing(part.train.labels), part.shots)

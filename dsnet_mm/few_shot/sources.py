@@ -1,5 +1,6 @@
 """Where a run has its features from: images and an encoder, or a file."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -26,6 +27,8 @@ from dsnet_mm.datasets.features import FeatureCache, Features, image_keys
 from dsnet_mm.files import sha256
 
 from .config import FewShotConfig
+from .methods import METHODS
+from .methods.base import CROPS, TEXT_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Drawn:
 
 
 class Source(ABC):
-    """Features of a data set. :meth:`prepare` sets the last five attributes.
+    """Features of a data set. :meth:`prepare` sets the last six attributes.
 
     Attributes:
         title: Names of data set and model.
@@ -66,6 +69,7 @@ class Source(ABC):
         made_by: The encoder, as :func:`save_classifier` takes it.
         text_features: Text features (K, D).
         logit_scale: Scale of the cosine similarities.
+        text_length: See :class:`FewShotData`.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
     """
 
@@ -104,6 +108,10 @@ class Source(ABC):
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         """Returns the images of a draw."""
 
+    def cropped(self, crop_scale: tuple[float, float]) -> 'Source':
+        """Returns the source with such random crops, where that can be chosen."""
+        return self
+
     @abstractmethod
     def test(self) -> Features:
         """Returns the test images."""
@@ -133,7 +141,9 @@ class ImageSource(Source):
     def prepare(self) -> None:
         self.cache = open_cache(self.config, self.quiet)
         self.encoder = self.made_by = self.cache.encoder
+        self.caches = {self.cache.crop_scale: self.cache}
         self.logit_scale = self.encoder.logit_scale
+        self.text_length = self.config.text_length or self.encoder.text_length
         self.text_features = self.cache.texts(self.class_names, self.prompts)
         # Paths and labels, and the files of a user's own data set.
         items = self._items()
@@ -148,10 +158,21 @@ class ImageSource(Source):
 
     def encode(self, draws: Sequence[Draw], plain: bool) -> None:
         parts = collect_draws(self.task, draws)
-        encode_parts(self.task, self.cache, parts, self.config.views, plain)
+        used = (METHODS[m] for m in (*self.config.methods, *self.config.oracle))
+        scales = dict.fromkeys(m.crop_scale for m in used if m.defaults)
+        first, *others = [self.cropped(scale) for scale in scales] or [self]
+        encode_parts(self.task, first.cache, parts, self.config.views, plain)
+        for source in others:
+            source.cache.encode(parts['train'], self.config.views, 'encoding train')
         if self.config.on_bad_image == 'skip':
             for shots, seed in draws:  # raises before the fits
-                self.draw(shots, seed, False)
+                first.draw(shots, seed, False)
+
+    def cropped(self, crop_scale: tuple[float, float]) -> 'ImageSource':
+        other, scale = copy.copy(self), tuple(self.config.crop_scale or crop_scale)
+        cache = replace(self.cache, crop_scale=scale)
+        other.cache = self.caches.setdefault(scale, cache)
+        return other
 
     def draw(self, shots: int, seed: int, plain: bool) -> Drawn:
         items = sample_few_shot(self.task.split, shots, seed)
@@ -220,6 +241,16 @@ class FeatureSource(Source):
                 f'Selection by `cv` validates on the {which} of the training images, '
                 f'because the file has no features of them as test images are.'
             )
+        starts = {'task_res', 'linear_probe_zs', 'clap'} & {*config.methods}
+        if starts and not (config.text_length or 'text_length' in about):
+            self.notes.append(
+                f'The file has no text_length, so TaskRes, ZS-LP and CLAP take '
+                f"{TEXT_LENGTH:g}, about that of OpenAI's CLIP."
+            )
+        if about.get('views', '0') != '0' and 'crop_scale' in about:
+            self.notes.append(
+                f'Area of the random crops: {about["crop_scale"]} for all methods.'
+            )
 
     def _possible(self, here: list[int]) -> tuple[int, ...]:
         """Returns the numbers of shots that are wanted and possible."""
@@ -237,6 +268,8 @@ class FeatureSource(Source):
     def prepare(self) -> None:
         self.text_features = self.file.text_features
         self.logit_scale = self.file.logit_scale
+        known = self.config.text_length or self.file.about.get('text_length')
+        self.text_length = float(known or TEXT_LENGTH)
         content = Path(self.config.features).read_bytes()
         self.fingerprint = {
             'features': hashlib.sha256(content).hexdigest(),
@@ -330,7 +363,7 @@ def open_cache(config: FewShotConfig, quiet: bool) -> FeatureCache:
         config.cache_dir,
         encoder,
         preprocessing=config.preprocessing,
-        crop_scale=tuple(config.crop_scale),
+        crop_scale=tuple(config.crop_scale or CROPS),
         workers=config.workers,
         on_bad_image=config.on_bad_image,
         quiet=quiet,

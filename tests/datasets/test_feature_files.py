@@ -133,7 +133,8 @@ def test_default_shots_of_a_file_with_few_images(tmp_path):
 
 
 def test_plain_features_are_those_of_cross_validation(file):
-    config = FewShotConfig(features=str(file), shots=(4,), selection='cv')
+    methods = ('linear_probe',)
+    config = FewShotConfig(features=str(file), methods=methods, selection='cv')
     (note,) = FeatureSource(config).notes
     assert 'only view' in note
     tensors = load_file(file)
@@ -302,6 +303,7 @@ def test_encoded_file_gives_the_results_of_the_images(
         dataset=str(image_folder),
         **tiny_clip,
         views=2,
+        crop_scale=(0.08, 1.0),  # that of the file
         cache_dir=str(cache),
         **methods,
     )

@@ -1,5 +1,6 @@
 """All methods on synthetic features, and the selection of hyper-parameters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsnet_mm.datasets.features import Features
+from dsnet_mm.datasets import sample_few_shot
+from dsnet_mm.datasets.feature_file import read_feature_file
+from dsnet_mm.datasets.features import FeatureCache, Features
 from dsnet_mm.few_shot import METHODS, FewShotConfig, load_classifier, save_classifier
+from dsnet_mm.few_shot.encode import encode
 from dsnet_mm.few_shot.evaluation import calibration_error, evaluate
 from dsnet_mm.few_shot.methods import (
     FewShotData,
@@ -16,13 +20,14 @@ from dsnet_mm.few_shot.methods import (
     register_classifier,
     register_method,
 )
-from dsnet_mm.few_shot.methods.base import CLASSIFIERS, num_learnt
+from dsnet_mm.few_shot.methods.base import CLASSIFIERS, describe_crops, num_learnt
 from dsnet_mm.few_shot.methods.clip_adapter import COPIES
 from dsnet_mm.few_shot.methods.coop import PromptLearner
 from dsnet_mm.few_shot.methods.tip_adapter import TipAdapter
-from dsnet_mm.few_shot.methods.training import num_epochs
+from dsnet_mm.few_shot.methods.training import by_shots
 from dsnet_mm.few_shot.methods.zero_shot import CosineClassifier
 from dsnet_mm.few_shot.selection import select
+from dsnet_mm.few_shot.sources import FeatureSource, ImageSource
 
 CLASSES, WIDTH, SHOTS = 4, 16, 8
 QUICK = {
@@ -194,8 +199,12 @@ def test_prompt_learner_with_the_embeddings_of_a_prompt(encoder):
         PromptLearner(encoder, ['disc'], n_ctx=40)
 
 
-def test_num_epochs():
+def test_options_by_shots():
     shots = (1, 2, 4, 8, 16)
+
+    def num_epochs(value, shots):
+        return by_shots('epochs', value, shots)
+
     coop, task_res = (METHODS[name].defaults['epochs'] for name in ('coop', 'task_res'))
     assert [num_epochs(coop, k) for k in shots] == [50, 100, 100, 200, 200]
     assert [num_epochs(task_res, k) for k in shots] == [100, 100, 100, 200, 200]
@@ -222,6 +231,66 @@ def test_num_epochs():
 def test_bad_recipes(data, option, fact):
     with pytest.raises(ValueError, match=fact):
         METHODS['clip_adapter'].fit(data, **option)
+
+
+def test_text_length_of_encoder_file_and_option(tiny_clip, image_folder, tmp_path):
+    """A file says what its encoder has, the option comes first, 10 comes last."""
+    file = tmp_path / 'features.safetensors'
+    images = dict(tiny_clip, dataset=str(image_folder), views=0)
+    images |= dict(shots=(1,), cache_dir=str(tmp_path / 'cache'))
+    encode(FewShotConfig(**images), file, quiet=True)
+    source = ImageSource(FewShotConfig(**images), quiet=True)
+    source.prepare()
+    tokens = source.encoder.tokenizer(['a photo of a cat.'])
+    length = source.encoder.encode_text(tokens).norm().item()
+    assert source.text_length == pytest.approx(length) and abs(length - 1) > 1e-3
+
+    def of_file(**options):
+        source = FeatureSource(FewShotConfig(features=str(file), **options))
+        source.prepare()
+        return source.text_length, [n for n in source.notes if 'no text_length' in n]
+
+    assert of_file() == (pytest.approx(length, rel=1e-3), [])
+    assert of_file(text_length=3.0) == (3.0, [])
+    read = read_feature_file(file)
+    replace(read, about={**read.about, 'text_length': '0'}).write(file)
+    with pytest.raises(ValueError, match='text_length'):
+        of_file()
+    about = {k: v for k, v in read.about.items() if k != 'text_length'}
+    replace(read, about=about).write(file)
+    assert of_file()[0] == 10 and 'TaskRes' in of_file()[1][0]
+    for bad in (0, 'long'):
+        with pytest.raises(ValueError, match=f'text_length.*{bad}'):
+            FewShotConfig('a', 'b', text_length=bad)
+    with pytest.raises(ValueError, match=r'length.*clap.*text_length'):
+        FewShotConfig('a', 'b', overrides={'clap': dict(length=10)})
+
+
+def test_training_features_have_the_crops_of_the_method(
+    tiny_clip, image_folder, tmp_path
+):
+    images = dict(tiny_clip, dataset=str(image_folder), views=2)
+    images |= dict(shots=(1,), cache_dir=str(tmp_path), methods=('gda', 'clap'))
+    config = FewShotConfig(**images)
+    source = ImageSource(config, quiet=True)
+    source.prepare()
+    source.encode([(1, 1)], plain=False)
+    own = {
+        name: source.cropped(METHODS[name].crop_scale).draw(1, 1, False).train
+        for name in config.methods
+    }
+    items = sample_few_shot(source.task.split, 1, 1)['train']
+    for name, scale in (('gda', (0.5, 1.0)), ('clap', (0.08, 1.0))):
+        cache = FeatureCache(tmp_path, source.encoder, crop_scale=scale)
+        assert not cache.count_missing(items, 2), 'all is encoded before the fits'
+        assert torch.equal(cache.images(items, 2).features, own[name].features)
+    assert not torch.equal(own['gda'].features, own['clap'].features)
+    note = describe_crops(config.methods)
+    assert '0.5 to 1 for GDA' in note and '0.08 to 1 for CLAP' in note
+
+    given = ImageSource(FewShotConfig(**images, crop_scale=(0.9, 1.0)), quiet=True)
+    given.prepare()
+    assert given.cropped((0.5, 1.0)).cache.crop_scale == (0.9, 1.0)
 
 
 # --- Selection --------------------------------------------------------------------

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from dsnet_mm.datasets.features import Features
 from dsnet_mm.few_shot.methods import METHODS, FewShotData
+from dsnet_mm.few_shot.methods.training import RECIPE, train
 
 CLASSES, WIDTH, SHOTS, SCALE = 5, 12, 3, 30.0
 
 
-def make_data(views=1, shots=SHOTS, seed=0):
+def make_data(views=1, shots=SHOTS, seed=0, **more):
     """Random features in float64."""
     rng = torch.Generator().manual_seed(3)
 
@@ -24,7 +25,8 @@ def make_data(views=1, shots=SHOTS, seed=0):
     labels = torch.arange(CLASSES).repeat(shots)
     features = 4 * (text[labels] + 0.4 * draw(views, len(labels), WIDTH))
     names = tuple(f'class {k}' for k in range(CLASSES))
-    return FewShotData(Features(features, labels), shots, text, SCALE, names, seed=seed)
+    train = Features(features, labels)
+    return FewShotData(train, shots, text, SCALE, names, seed=seed, **more)
 
 
 def logits_of(classifier):
@@ -46,7 +48,7 @@ def probabilities(logits):
 @pytest.mark.parametrize('name', ['linear_probe_zs', 'clap'])
 def test_zs_lp_and_clap(name, start):
     """Three steps of SGD with momentum on the prototypes, by hand."""
-    data = make_data()
+    data = make_data(text_length=start)
     f, y = F.normalize(data.train.features[0], dim=-1), data.train.labels
     t = data.text_features
     one_hot = F.one_hot(y).double()
@@ -62,13 +64,12 @@ def test_zs_lp_and_clap(name, start):
         gradient = (towards - (towards * unit).sum(1, keepdim=True) * unit) / length
         gradient += 2 / CLASSES * multiplier[:, None] * (p - start * t)
         speed = 0.9 * speed + gradient
-        lr = 1e-5 if step == 0 else 0.1 * 0.5 * (1 + math.cos(math.pi * step / 3))
+        lr = 0.1 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)) if step else 1e-5
         p = p - lr * speed
     method = METHODS[name]
-    actual, x = logits_of(method.fit(data, epochs=3, length=start))
+    actual, x = logits_of(method.fit(data, epochs=3))
     close(actual, SCALE * x @ F.normalize(p, dim=-1).t())
-    assert (method.defaults['lr'], method.defaults['length']) == (0.1, 1.0)
-    assert method.defaults['epochs'] == 300
+    assert (method.defaults['lr'], method.defaults['epochs']) == (0.1, 300)
 
 
 def test_lp_plus_plus():
@@ -110,7 +111,20 @@ def test_gda():
     inverse = WIDTH * torch.linalg.inv((count - 1) * covariance + ridge)
     actual, x = logits_of(METHODS['gda'].fit(data, alpha=0.3))
     bias = -0.5 * torch.stack([m @ inverse @ m for m in means])
-    close(actual, SCALE * x @ t.t() + 0.3 * (x @ inverse @ means.t() + bias))
+
+    def spread(logits):
+        return (logits - logits.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
+
+    rows = f.reshape(-1, WIDTH)
+    alpha = 0.3 * spread(SCALE * rows @ t.t())
+    alpha = alpha / spread(rows @ inverse @ means.t() + bias)
+    close(actual, SCALE * x @ t.t() + alpha * (x @ inverse @ means.t() + bias))
+
+    copies = replace(data.train, features=data.train.features.repeat(5, 1, 1))
+    copied = METHODS['gda'].fit(replace(data, train=copies), alpha=0.3)
+    with_copies, _ = logits_of(copied)
+    moved = [y - SCALE * x @ t.t() for y in (with_copies, actual)]
+    assert 0.9 < moved[0].norm() / moved[1].norm() < 1.1, 'views are no new images'
 
     single = make_data(shots=1)
     actual, x = logits_of(METHODS['gda'].fit(single, alpha=0.3))
@@ -236,19 +250,45 @@ def test_tip_adapter_keys_are_means_of_raw_features():
     close(keys, F.normalize(data.train.features.mean(0), dim=-1))
 
 
-def test_task_res_recipe():
-    """The first epoch warms up with a learning rate of 1e-5, as in Dassl."""
-    data, method = make_data(), METHODS['task_res']
+@pytest.mark.parametrize('length', [1.0, 10.0])
+def test_task_res_recipe(length):
+    """Text features of the tower's length, and Dassl's schedule, by torch itself."""
+    data, method = make_data(text_length=length), METHODS['task_res']
     f, t = F.normalize(data.train.features[0], dim=-1), data.text_features
     residual = torch.zeros_like(t, requires_grad=True)
-    unit = F.normalize(t + 0.5 * residual, dim=-1)
-    F.cross_entropy(SCALE * f @ unit.t(), data.train.labels).backward()
-    g = residual.grad
-    expected = F.normalize(t - 0.5 * 1e-5 * g / (g.abs() + 1e-8), dim=-1)
-    actual, x = logits_of(method.fit(data, epochs=1))
+    adam = torch.optim.Adam([residual], 2e-3, weight_decay=5e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 5)
+    for epoch in range(5):
+        adam.param_groups[0]['lr'] = cosine.get_last_lr()[0] if epoch else 1e-5
+        unit = F.normalize(length * t + 0.5 * residual, dim=-1)
+        adam.zero_grad()
+        F.cross_entropy(SCALE * f @ unit.t(), data.train.labels).backward()
+        adam.step()
+        if epoch:
+            cosine.step()
+    expected = F.normalize(length * t + 0.5 * residual.detach(), dim=-1)
+    actual, x = logits_of(method.fit(data, epochs=5, batch_size=None))
     close(actual, SCALE * x @ expected.t())
-    wanted = dict(weight_decay=5e-4, beta2=0.99, decay_by='epoch')
+    wanted = dict(batch_size=256, epochs={1: 100, 8: 200}, drop_last=True)
     assert wanted.items() <= method.defaults.items()
+
+
+def test_batches_that_are_not_full_are_dropped_where_dassl_drops_them():
+    data = make_data()  # 15 images: batches of 4, 4, 4 and 3
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.sizes = torch.nn.Parameter(torch.ones(())), []
+
+        def loss(self, features, labels):
+            self.sizes.append(len(labels))
+            return self.weight
+
+    recipe = dict(RECIPE, lr=0.1, epochs=2, batch_size=4)
+    for drop_last, sizes in ((False, [4, 4, 4, 3]), (True, [4, 4, 4])):
+        train(spy := Spy(), data, **dict(recipe, drop_last=drop_last))
+        assert spy.sizes == 2 * sizes
 
 
 def test_hoso_learns_the_ratio_on_held_out_images():

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.datasets.features import Features
 
+TEXT_LENGTH = 10.0
+"""Length of text features where it is not known, about that of OpenAI's CLIP."""
+
+CROPS = (0.08, 1.0)
+"""Least and most area of the random crops of CoOp."""
+
 
 @dataclass(frozen=True)
 class FewShotData:
@@ -25,6 +31,8 @@ class FewShotData:
         plain: Features of the training images, prepared as test images are, without
             augmentation. None if they are not needed.
         unlabelled: Features of the test images (N, D), for transductive methods.
+        text_length: Mean length of the text features before they were normalised.
+            TaskRes, ZS-LP and CLAP start from text features of this length.
     """
 
     train: Features
@@ -36,6 +44,7 @@ class FewShotData:
     seed: int = 0
     plain: Features | None = None
     unlabelled: Tensor | None = None
+    text_length: float = TEXT_LENGTH
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training images."""
@@ -94,6 +103,7 @@ class Method:
         needs_encoder: Whether ``function`` uses ``FewShotData.encoder``.
         transductive: Whether ``function`` uses ``FewShotData.unlabelled``. Such a
             classifier is fitted after the test split is opened, and its title says so.
+        crop_scale: Least and most area of the random crops of its training images.
 
     Raises:
         ValueError: If the class of the classifier is not registered, or ``grid`` has
@@ -109,6 +119,7 @@ class Method:
     source: str = ''
     needs_encoder: bool = False
     transductive: bool = False
+    crop_scale: tuple[float, float] = CROPS
 
     def __post_init__(self) -> None:
         if self.returns.__name__ not in CLASSIFIERS:
@@ -134,6 +145,16 @@ class Method:
         """
         self.check(options)
         return self.function(data, **{**self.defaults, **options})
+
+
+def describe_crops(methods: Sequence[str]) -> str:
+    """Says which random crops of the training images methods have."""
+    titles: dict[tuple[float, float], list[str]] = {}
+    for method in (METHODS[name] for name in methods if name != 'zero_shot'):
+        titles.setdefault(method.crop_scale, []).append(method.title)
+    return '; '.join(
+        f'{a:g} to {b:g} for {", ".join(x)}' for (a, b), x in titles.items()
+    )
 
 
 def num_learnt(model: nn.Module) -> int:

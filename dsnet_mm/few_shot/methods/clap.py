@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData, register_method
+from .lp_plus_plus import class_means
 from .training import RECIPE
 from .zero_shot import CosineClassifier, TextLearner
 
@@ -18,9 +19,8 @@ _DEFAULTS = dict(
     weight_decay=0.0,
     warmup_epochs=1,
     decay_by='epoch',
-    length=1.0,
+    drop_last=True,
 )
-_GRID = dict(length=(1.0, 10.0))
 
 
 class Prototypes(TextLearner):
@@ -29,16 +29,17 @@ class Prototypes(TextLearner):
     ::
 
         logits = logit_scale * cos(f, P)
-        loss = cross-entropy + mean_k multiplier_k |P_k - length T_k|^2
+        loss = cross-entropy + mean_k multiplier_k |P_k - text_length T_k|^2
 
     Source: ``AdapterMethod`` and ``forward_lp`` in ``trainers/adapters.py`` of
-    github.com/jusiro/CLAP. There the prototypes start as what the text tower returns,
-    before it is normalised. A longer start has the effect of a smaller learning rate.
+    github.com/jusiro/CLAP. The prototypes start as what the text tower returns, before
+    it is normalised.
     """
 
-    def __init__(self, data: FewShotData, multipliers: Tensor, length: float) -> None:
+    def __init__(self, data: FewShotData, multipliers: Tensor) -> None:
         super().__init__(data.logit_scale)
-        self.start, self.multipliers = length * data.text_features, multipliers
+        self.start = data.text_length * data.text_features
+        self.multipliers = multipliers
         self.prototypes = nn.Parameter(self.start.clone())
 
     def classifier(self) -> Tensor:
@@ -56,16 +57,12 @@ class Prototypes(TextLearner):
     CosineClassifier,
     'ZS-LP',
     defaults=_DEFAULTS,
-    grid=_GRID,
-    source='code of CLAP, but from text features of unit norm, and with 10 views '
-    'instead of 20',
+    source='code of CLAP, with 10 views instead of 20',
 )
-def fit_linear_probe_zs(
-    data: FewShotData, *, length: float, **recipe: object
-) -> CosineClassifier:
+def fit_linear_probe_zs(data: FewShotData, **recipe: object) -> CosineClassifier:
     """Trains ZS-LP: prototypes that start as the text features, with multipliers 0."""
     zeros = data.text_features.new_zeros(len(data.text_features))
-    return Prototypes(data, zeros, length).fit(data, **recipe)
+    return Prototypes(data, zeros).fit(data, **recipe)
 
 
 @register_method(
@@ -73,16 +70,15 @@ def fit_linear_probe_zs(
     CosineClassifier,
     'CLAP',
     defaults=_DEFAULTS,
-    grid=_GRID,
     source='as ZS-LP',
 )
-def fit_clap(data: FewShotData, *, length: float, **recipe: object) -> CosineClassifier:
+def fit_clap(data: FewShotData, **recipe: object) -> CosineClassifier:
     """Trains CLAP: ZS-LP that is kept close to the text features.
 
     The multiplier of a class is the mean probability that zero-shot CLIP gives it on
     its own training images (``init_lagrangian_multipliers`` of the source).
     """
-    return Prototypes(data, zero_shot_confidence(data), length).fit(data, **recipe)
+    return Prototypes(data, zero_shot_confidence(data)).fit(data, **recipe)
 
 
 @torch.no_grad()
@@ -91,11 +87,8 @@ def zero_shot_confidence(data: FewShotData) -> Tensor:
 
     All views are used.
     """
-    labels = data.train.labels
-    total = data.text_features.new_zeros(len(data.text_features))
+    labels, right = data.train.labels, 0
     for view in data.train.features:
         logits = zero_shot_logits(view, data.text_features, data.logit_scale)
-        right = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
-        total.index_add_(0, labels, right)
-    count = labels.bincount(minlength=len(total)) * len(data.train.features)
-    return total / count.clamp(min=1)
+        right += logits.softmax(-1).gather(1, labels[:, None])
+    return class_means(right / len(data.train.features), labels)[:, 0]

@@ -29,8 +29,8 @@ _KEEP = dict(keep=(1.0, 5.0, 20.0))
 COPIES = {
     'clip_adapter_clap': 'lr=0.1 epochs=300 batch_size=256 weight_decay=0',
     'clip_adapter_lp++': 'preset=lp++ alpha=0.5 lr=0.01 momentum=0 epochs=300 '
-    'warmup_epochs=0 decay_by=iteration weight_decay=0',
-    'clip_adapter_prolip': 'optimizer=Adam lr=0.001 eps=0.0001 epochs=300 '
+    'drop_last=False warmup_epochs=0 decay_by=iteration weight_decay=0',
+    'clip_adapter_prolip': 'alpha=0.9 optimizer=Adam lr=0.001 eps=0.0001 epochs=300 '
     'batch_size=None warmup_epochs=0 decay_by=iteration weight_decay=0',
     'clip_adapter_cross_modal': 'preset=cross_modal optimizer=AdamW lr=0.0001 '
     'epochs=None iterations=12800 batch_size=8 text_batches=True warmup_epochs=0 '

@@ -63,6 +63,7 @@ class LinearAdapter(nn.Module):
     grid=dict(lr=(1e-3, 1e-4)),
     source='code of ProLIP: penalty 1 / shots; there more learning rates and the '
     'penalty are searched',
+    crop_scale=(0.5, 1.0),
 )
 def fit_linear_adapter(
     data: FewShotData, *, penalty: float | None, **recipe: object

@@ -32,17 +32,23 @@ class LinearClassifier(nn.Module):
     'linear_probe',
     LinearClassifier,
     'Linear probe',
-    defaults=dict(weight_decay=1e-3),
-    grid=dict(weight_decay=(1e-5, 1e-4, 1e-3, 1e-2)),
-    source='L-BFGS as in CLIP and CoOp, with a shorter search',
+    defaults=dict(weight_decay=None),
+    grid=dict(weight_decay=(1e-6, 1e-4, 1e-3, 1e-2)),
+    source='L-BFGS as in CLIP and CoOp, which search more values; 1 / N^2 is ours',
+    crop_scale=(0.5, 1.0),
 )
-def fit_linear_probe(data: FewShotData, *, weight_decay: float) -> LinearClassifier:
+def fit_linear_probe(
+    data: FewShotData, *, weight_decay: float | None
+) -> LinearClassifier:
     """Fits a logistic regression by L-BFGS, from zero weights. Views are averaged.
 
-    ``weight_decay`` is the factor of half the squared norm of the weights.
+    ``weight_decay`` is the factor of half the squared norm of the weights. None is
+    1 / N^2 with N training images.
     """
     features = mean_features(data.train)
     classes, width = data.text_features.shape
+    if weight_decay is None:
+        weight_decay = len(features) ** -2
     model = LinearClassifier(features.new_zeros(classes, width))
     optim = torch.optim.LBFGS(
         model.parameters(), max_iter=200, line_search_fn='strong_wolfe'

@@ -14,6 +14,7 @@ from .linear_probe import LinearClassifier
     'LP++',
     defaults=dict(iterations=300, momentum=0.9, alpha_every=10),
     source='its code, but with the last step, not the best, and averaged views',
+    crop_scale=(0.5, 1.0),
 )
 def fit_lp_plus_plus(
     data: FewShotData, *, iterations: int, momentum: float, alpha_every: int

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip.adapter import zero_shot_logits
 
 from .base import FewShotData, mean_features, register_classifier, register_method
+from .training import ByShots, by_shots
 
 
 @register_classifier('keys', 'values', 'text_features', 'logit_scale')
@@ -64,12 +65,17 @@ def kernel(x: Tensor, y: Tensor, beta: float) -> Tensor:
     'proker',
     ProKeR,
     'ProKeR',
-    defaults=dict(beta=1.0, lmbda=0.1),
+    defaults=dict(
+        beta={1: 3.0, 2: 2.6, 4: 1.5, 8: 1.66, 16: 1.7},
+        lmbda={1: 0.05, 8: 0.07, 16: 0.1},
+    ),
     grid=dict(beta=(0.5, 1.0, 2.0, 4.0), lmbda=(0.01, 0.03, 0.1, 0.3, 1.0)),
-    source='its code, with averaged views and a shorter search',
+    source='its code, with averaged views and a shorter search; beta and lmbda by '
+    'shots are those it takes from ImageNet and RN50',
+    crop_scale=(0.5, 1.0),
 )
 @torch.no_grad()
-def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> ProKeR:
+def fit_proker(data: FewShotData, *, beta: ByShots, lmbda: ByShots) -> ProKeR:
     """Solves the proximal kernel ridge regression of ProKeR.
 
     ::
@@ -82,6 +88,8 @@ def fit_proker(data: FewShotData, *, beta: float, lmbda: float) -> ProKeR:
     Source: ``trainers/proker.py``, the authors' code as in
     github.com/omarnust/BReg-Adapter. There each view is a key. Here views are averaged.
     """
+    beta = by_shots('beta', beta, data.shots)
+    lmbda = by_shots('lmbda', lmbda, data.shots)
     keys, t = mean_features(data.train), data.text_features
     target = F.one_hot(data.train.labels, len(t)) - keys @ t.t()
     system = kernel(keys, keys, beta) / lmbda + torch.eye(len(keys), dtype=keys.dtype)

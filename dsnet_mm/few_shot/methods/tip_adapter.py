@@ -63,9 +63,9 @@ class TipAdapter(nn.Module):
     defaults=dict(alpha=1.0, beta=1.0),
     grid=_GRID,
     after_fit=('alpha', 'beta'),
-    source='its code, where alpha and beta start at 1 to 5 by data set, the search '
-    'has 4,000 values up to 30, and crops keep half of an image or more '
-    '(crop_scale=0.5,1.0)',
+    source='its code, where alpha and beta start at 1 to 5 by data set, and the search '
+    'has 4,000 values up to 30',
+    crop_scale=(0.5, 1.0),
 )
 def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapter:
     """Builds Tip-Adapter, which is not trained."""
@@ -83,6 +83,7 @@ def fit_tip_adapter(data: FewShotData, *, alpha: float, beta: float) -> TipAdapt
     after_fit=('alpha', 'beta'),
     source='as Tip-Adapter, with cached views instead of fresh crops; it trains '
     '100 epochs on EuroSAT',
+    crop_scale=(0.5, 1.0),
 )
 def fit_tip_adapter_f(
     data: FewShotData, *, alpha: float, beta: float, **recipe: object

@@ -14,6 +14,7 @@ RECIPE = dict(
     epochs=None,
     iterations=None,
     batch_size=256,
+    drop_last=False,
     text_batches=False,
     weight_decay=0.01,
     momentum=0.9,
@@ -30,6 +31,7 @@ COOP = dict(
     lr=0.002,
     epochs={1: 50, 2: 100, 8: 200},
     batch_size=32,
+    drop_last=True,
     weight_decay=5e-4,
     warmup_epochs=1,
     decay_by='epoch',
@@ -37,20 +39,23 @@ COOP = dict(
 """Recipe of CoOp. On ImageNet CoOp always has 50 epochs."""
 
 
-def num_epochs(epochs: int | Mapping[int | str, int], shots: int) -> int:
-    """Returns a number of epochs, given as such or by shots.
+ByShots = float | Mapping[int | str, float]
+
+
+def by_shots(name: str, value: ByShots, shots: int) -> float:
+    """Returns the value of an option, given as such or by shots.
 
     With ``{1: 50, 8: 200}`` it is 50 for 1 to 7 shots. JSON makes the keys strings.
     """
-    if isinstance(epochs, int):
-        return epochs
+    if isinstance(value, int | float):
+        return value
     numbers = {}
-    if isinstance(epochs, Mapping):
-        numbers = {int(k): v for k, v in epochs.items() if int(k) <= shots}
+    if isinstance(value, Mapping):
+        numbers = {int(k): v for k, v in value.items() if int(k) <= shots}
     if not numbers:
         raise ValueError(
-            f'epochs must be a number, or numbers by shots from 1 on such as '
-            f'{{1: 50, 8: 200}}, got {epochs!r}.'
+            f'{name} must be a number, or numbers by shots from 1 on such as '
+            f'{{1: 50, 8: 200}}, got {value!r}.'
         )
     return numbers[max(numbers)]
 
@@ -61,9 +66,10 @@ def train(
     *,
     optimizer: str,
     lr: float,
-    epochs: int | Mapping[int | str, int] | None,
+    epochs: ByShots | None,
     iterations: int | None,
     batch_size: int | None,
+    drop_last: bool,
     text_batches: bool,
     weight_decay: float,
     momentum: float,
@@ -75,8 +81,9 @@ def train(
     """Minimises the cross-entropy over all parameters that require a gradient.
 
     A model with a method ``loss`` has its own loss. In each epoch each image is used
-    once, with a random view. The learning rate decays from ``lr`` to 0 by a cosine. It
-    is multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
+    once, with a random view. After the warm-up the learning rate decays from ``lr`` by
+    a cosine, which is 0 after as many steps as there are in all, as in Dassl. It is
+    multiplied by the ``lr_factor`` of a parameter that has one. ``data.seed``
     determines the order and views.
 
     Args:
@@ -85,9 +92,10 @@ def train(
         data: Training data.
         optimizer: ``'SGD'``, ``'Adam'`` or ``'AdamW'``.
         lr: Learning rate.
-        epochs: Number of epochs, see :func:`num_epochs`.
+        epochs: Number of epochs, see :func:`by_shots`.
         iterations: Number of batches, instead of epochs. One of the two is None.
         batch_size: Batch size, None for all images.
+        drop_last: Whether an epoch ends before a batch that is not full.
         text_batches: Whether the other half of each batch are text features.
         weight_decay: Weight decay.
         momentum: Momentum of SGD.
@@ -125,8 +133,10 @@ def train(
             f'{batch_size}.'
         )
     size = min(size, count)
-    steps = -(-count // size)  # of an epoch
-    total = num_epochs(epochs, data.shots) * steps if iterations is None else iterations
+    steps = count // size if drop_last else -(-count // size)  # of an epoch
+    total = iterations
+    if total is None:
+        total = int(by_shots('epochs', epochs, data.shots) * steps)
     if total < 0:
         raise ValueError(f'the number of steps must be at least 0, got {total}.')
     parameters = [
@@ -140,14 +150,14 @@ def train(
     optim = getattr(torch.optim, optimizer)(
         parameters, lr, weight_decay=weight_decay, fused=True, **own
     )
-    batches = _batches(data, size, text_batches)
+    batches = _batches(data, size, steps, text_batches)
+    warmup = warmup_epochs * steps
     model.train()
     for step in range(total):
         done = step if decay_by == 'iteration' else step // steps * steps
-        now = lr * 0.5 * (1 + math.cos(math.pi * done / total))
+        now = lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / total))
         for group in optim.param_groups:
-            warm_up = step < warmup_epochs * steps
-            group['lr'] = 1e-5 if warm_up else now * group['lr_factor']
+            group['lr'] = 1e-5 if step < warmup else now * group['lr_factor']
         features, labels = next(batches)
         if hasattr(model, 'loss'):
             loss = model.loss(features, labels)
@@ -160,7 +170,7 @@ def train(
 
 
 def _batches(
-    data: FewShotData, size: int, text: bool
+    data: FewShotData, size: int, steps: int, text: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches of features and labels without end."""
     generator = torch.Generator().manual_seed(data.seed)
@@ -170,7 +180,7 @@ def _batches(
     while True:
         order = torch.randperm(count, generator=generator)
         view = torch.randint(views, (count,), generator=generator)
-        for index in order.split(size):
+        for index in order[: steps * size].split(size):
             features = data.train.features[view[index], index]
             labels = data.train.labels[index]
             if text:
