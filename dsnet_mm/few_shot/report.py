@@ -93,7 +93,8 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
     cells: dict[tuple[str, int], Cell] = {}
     for record in records:
         oracle = ' (oracle)' if record['selection'] == 'oracle' else ''
-        key = METHODS[record['method']].title + oracle, record['shots']
+        title = record.get('title', METHODS[record['method']].title)
+        key = title + oracle, record['shots']
         cells.setdefault(key, Cell(*key, [])).records.append(record)
     return cells
 
@@ -109,15 +110,17 @@ def table(records: list[dict], about: dict) -> str:
     larger than the interval, and the classifier to use.
     """
     cells = collect(records)
-    zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
+    zero_shot = next((cell for cell in cells.values() if cell.shots == 0), None)
     shots = sorted({k for _, k in cells} - {0})
     labels = dict.fromkeys(label for label, k in cells if k)
     columns = [*map(shots_text, shots)] or ['accuracy']
     lines = [
         f'| method | {" | ".join(columns)} |',
         '|---|' + '--:|' * len(columns),
-        f'| {zero_shot.label} |' + f' {zero_shot.mean:.2f} |' * len(columns),
     ]
+    if zero_shot:
+        values = f' {zero_shot.mean:.2f} |' * len(columns)
+        lines.append(f'| {zero_shot.label} |' + values)
     for label in labels:
         row = [_accuracy(cells.get((label, k)), about) for k in shots]
         lines.append(f'| {label} | ' + ' | '.join(row) + ' |')
@@ -127,6 +130,7 @@ def table(records: list[dict], about: dict) -> str:
         rows = [
             cells[label, shots[-1]] for label in labels if (label, shots[-1]) in cells
         ]
+        zero_shot = zero_shot or rows.pop(0)  # prototypes, for want of text
         parts += [f'## At {shots_text(shots[-1])}', *_most_shots(rows, zero_shot)]
     chosen = choose(records)
     parts.append(f'Classifier to use: `{chosen.file}`. {chosen.why}')
@@ -190,9 +194,10 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
 def _most_shots(rows: list[Cell], zero_shot: Cell) -> list[str]:
     """Returns the table of methods with the same shots, and a sentence on it."""
     title = METHODS[REFERENCE].title
+    over = 'prototypes' if zero_shot.shots else 'zero-shot'
     reference = next((cell for cell in rows if cell.label == title), None)
     lines = [
-        '| method | gain over zero-shot | minus CLIP-Adapter, paired (p, Holm) | ECE '
+        f'| method | gain over {over} | minus CLIP-Adapter, paired (p, Holm) | ECE '
         '| fit, s | with selection, s | parameters |',
         '|---|--:|--:|--:|--:|--:|--:|',
         f'| {zero_shot.label} | - | - | {zero_shot.ece:.1f} | - | - | 0 |',
@@ -219,12 +224,12 @@ def _most_shots(rows: list[Cell], zero_shot: Cell) -> list[str]:
         few = any(len(cell.records) < 3 for cell in rows)
         why = ' (three seeds or more are needed to tell)' if few else ''
         sentences = [
-            f'Not above zero-shot by more than the confidence interval at {at}{why}: '
+            f'Not above {over} by more than the confidence interval at {at}{why}: '
             f'{", ".join(behind)}.'
         ]
     elif results:
         sentences = [
-            f'All methods are above zero-shot by more than the confidence interval at '
+            f'All methods are above {over} by more than the confidence interval at '
             f'{at}.'
         ]
     return ['\n'.join(lines), *sentences]
@@ -257,10 +262,10 @@ def plot(records: list[dict], about: dict) -> bytes:
     from matplotlib.figure import Figure
 
     cells = collect(records).values()
-    zero_shot = next(cell for cell in cells if cell.shots == 0)
     figure = Figure((7.2, 4.6), dpi=150, layout='constrained')
     axes = figure.subplots()
-    axes.axhline(zero_shot.mean, color='0.35', ls='--', lw=1.2, label=zero_shot.label)
+    for cell in (cell for cell in cells if cell.shots == 0):
+        axes.axhline(cell.mean, color='0.35', ls='--', lw=1.2, label=cell.label)
     markers = 'osD^vP*X<>hp'
     labels = list(dict.fromkeys(c.label for c in cells if c.shots))
     for i, label in enumerate(labels):

@@ -69,7 +69,7 @@ def run(
             ``classifiers/final.safetensors``. No accuracy is known of that classifier.
 
     Returns:
-        The content of ``runs/*.json``, zero-shot CLIP first.
+        The content of ``runs/*.json``, zero-shot CLIP first if there is text.
 
     Raises:
         FileExistsError: If the folder contains a run with other options or data, or
@@ -83,7 +83,7 @@ def run(
     source.prepare()
     config = claim_work_dir(work_dir, config, source)
     draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
-    jobs = [_Job('zero_shot', 0, 0)] + [
+    jobs = [_Job('zero_shot', 0, 0)] * (source.text_features is not None) + [
         _Job(method, *draw, oracle)
         for draw in draws
         for oracle, methods in ((False, config.methods), (True, config.oracle))
@@ -122,12 +122,19 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
     left_out = [
         name
         for name in (*config.methods, *config.oracle)
-        if METHODS[name].needs_encoder and config.features is not None
+        if METHODS[name].needs_encoder and not source.has_text
     ]
     if left_out:
         source.notes.append(
-            f'Left out, because they need the encoder: {", ".join(left_out)}.'
+            f'Left out, because they need the text tower of the encoder: '
+            f'{", ".join(left_out)}.'
         )
+    if not source.has_matrix:
+        source.notes.append(
+            'There is no text. The class matrix of the methods are the prototypes, '
+            'which are the normalised mean features of the training images of a class.'
+        )
+        config = replace(config, methods=('prototypes', *config.methods))
     resolved = replace(
         config,
         selection=config.selection or ('val' if source.has_val else 'fixed'),
@@ -210,6 +217,8 @@ class _Runner:
             'redrawn': drawn.redrawn,
             'made_with': self.made_with,
         }
+        if job.method == 'zero_shot' and self.config.class_rows is not None:
+            record['title'] = 'Own classifier'
         self.save(job.name, fit.classifier, record)
         write_atomic(path, json.dumps({**record, 'test': None}, indent=2))
         logger.info(
@@ -230,8 +239,10 @@ class _Runner:
             accuracy, loss = score.accuracy, score.loss
         if accuracy is None:
             return found
-        zero_shot = METHODS['zero_shot'].fit(self.data(drawn, 0, 0))
-        zero_accuracy = evaluate(zero_shot, val).accuracy
+        zero_accuracy = None
+        if self.source.text_features is not None:
+            zero_shot = METHODS['zero_shot'].fit(self.data(drawn, 0, 0))
+            zero_accuracy = evaluate(zero_shot, val).accuracy
         return dict(zip(found, (accuracy, loss, zero_accuracy), strict=True))
 
     def open_test(self, jobs: list[_Job]) -> Features | None:

@@ -60,7 +60,10 @@ class Source(ABC):
         notes: What is left out of the run, and why, in sentences.
         encoder: The encoder, or None if there is only a file.
         made_by: The encoder, as :func:`save_classifier` takes it.
-        text_features: Text features (K, D).
+        text_features: Text features (K, D), or the class matrix that stands for them.
+            None if it is made of the training images of each draw.
+        has_text: Whether there is an encoder with a text tower.
+        has_matrix: Whether ``text_features`` will not be None.
         logit_scale: Scale of the cosine similarities.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
     """
@@ -102,6 +105,14 @@ class ImageSource(Source):
         self.task = load_train_task(config)
         self.title = f'{self.task.name}, {Path(config.model).stem}'
         self.class_names, self.prompts = self.task.class_names, self.task.prompts
+        self.has_text, rows = not config.model.startswith('timm:'), config.class_rows
+        self.has_matrix = self.has_text or rows is not None
+        if not self.has_text:
+            self.prompts = ()
+        elif rows is not None:
+            raise ValueError(
+                f'class_rows are for encoders timm:NAME, and {config.model} has text.'
+            )
         self.shots, self.preprocessing = tuple(config.shots), config.preprocessing
         self.has_val = bool(self.task.split['val'])
         for shots in self.shots:  # raises before the encoder is loaded
@@ -111,7 +122,12 @@ class ImageSource(Source):
         self.cache = open_cache(self.config, self.quiet)
         self.encoder = self.made_by = self.cache.encoder
         self.logit_scale = self.encoder.logit_scale
-        self.text_features = self.cache.texts(self.class_names, self.prompts)
+        rows, names = self.config.class_rows, self.class_names
+        self.text_features = None
+        if self.has_text:
+            self.text_features = self.cache.texts(names, self.prompts)
+        elif self.has_matrix:
+            self.text_features = self.encoder.encode_classes(names, (), rows).cpu()
         # Paths and labels, and the files of a user's own data set.
         items = [[k, *item] for k, part in self.task.split.items() for item in part]
         if self.task.name not in PUBLIC_DATASETS:
@@ -176,6 +192,7 @@ class FeatureSource(Source):
             'identity': json.loads(about.get('identity', 'null')),
         }
         self.has_val = self.file.val is not None
+        self.has_text, self.has_matrix = False, self.file.text_features is not None
         # The part that draws are made from.
         counts = [k for k in self.file.train if k is not None]
         self.pool = None if None in self.file.train else max(counts)
