@@ -357,10 +357,9 @@ class TimmEncoder(OpenCLIPEncoder):
         prompts: str | Sequence[str] = (),
         rows: Mapping[str, Sequence[str]] = {},
     ) -> Tensor:
-        """Returns rows of the classifier that the model was trained with, (K, D).
+        """Returns rows of the model's own classifier, of unit norm (K, D).
 
-        The mean of all rows is subtracted, which does not change what the softmax of
-        that classifier says, and its biases are left out.
+        Its biases are left out.
 
         Args:
             class_names: Names by label. Each is a class of ImageNet, by one of the
@@ -386,8 +385,7 @@ class TimmEncoder(OpenCLIPEncoder):
         for i, synset in enumerate(info.label_names()):
             for name in (synset, *info.label_name_to_description(synset).split(',')):
                 known.setdefault(name.strip().lower(), []).append(i)
-        weight = head.weight.flatten(1)
-        weight, matrix = weight - weight.mean(0), []
+        weight, matrix = head.weight.flatten(1), []
         for own in class_names:
             indices = []
             for name in rows.get(own, [own]):
@@ -399,7 +397,7 @@ class TimmEncoder(OpenCLIPEncoder):
                         f'WordNet numbers, or leave out class_rows.'
                     )
                 indices += found
-            matrix.append(F.normalize(weight[indices], dim=-1).mean(0))
+            matrix.append(weight[indices].mean(0))
         return F.normalize(torch.stack(matrix), dim=-1)
 
     def identity(self) -> dict[str, object]:
