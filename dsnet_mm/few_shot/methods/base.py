@@ -49,9 +49,7 @@ class FewShotData:
         plain = None if self.plain is None else self.plain.take(index)
         text = self.text_features if self.has_text else None
         train = self.train.take(index)
-        return replace(
-            self, train=train, plain=plain, shots=shots, text_features=text
-        )
+        return replace(self, train=train, plain=plain, shots=shots, text_features=text)
 
 
 CLASSIFIERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
