@@ -378,7 +378,8 @@ class TimmEncoder(OpenCLIPEncoder):
         subset = infer_imagenet_subset({'num_classes': self.config['classes']})
         if subset is None:
             raise ValueError(
-                f'{self.model_name} has no classifier of ImageNet; leave out class_rows.'
+                f'{self.model_name} with these weights has no classifier of ImageNet; '
+                f'leave out class_rows.'
             )
         known: dict[str, list[int]] = {}
         info = ImageNetInfo(subset)

@@ -24,7 +24,7 @@ class Choice:
 def choose(records: Sequence[dict]) -> Choice:
     """Chooses a classifier by validation accuracy. Test results are not used.
 
-    Candidates are zero-shot CLIP, if there is text, and the classifiers with the largest number of shots.
+    Candidates are zero-shot CLIP and the classifiers with the largest number of shots.
     The method with the highest mean over seeds is chosen, and of its classifiers that
     with the highest accuracy. Of equal ones it is that with the lowest loss.
 

@@ -126,7 +126,7 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
     ]
     if left_out:
         source.notes.append(
-            f'Left out, because they need the text tower of the encoder: '
+            f'Left out, because they need the text tower of an encoder: '
             f'{", ".join(left_out)}.'
         )
     if not source.has_matrix:
