@@ -21,8 +21,10 @@ from .loading import (
 )
 from .prompts import resolve_prompts
 
-PROTOTYPE_SCALE = 20.0
-"""Scale of cosine similarities of encoders without text."""
+LOGIT_SCALE = 30.0
+"""Scale of the cosine similarities of encoders without text. Of 5 to 100 it gives the
+lowest cross-entropy on CIFAR-10 with EfficientNet-Lite0 for the rows of its classifier
+and for prototypes of four images, 20 for one image, 30 to 50 for 16."""
 
 _encoders: 'WeakSet[OpenCLIPEncoder]' = WeakSet()
 """The encoders of this process."""
@@ -341,7 +343,7 @@ class TimmEncoder(OpenCLIPEncoder):
         self.preprocess = asdict(
             PreprocessCfg(self.image_size, **{key: data[key] for key in keys})
         )
-        self.logit_scale = PROTOTYPE_SCALE
+        self.logit_scale = LOGIT_SCALE
         with torch.no_grad():
             images = torch.zeros(1, *data['input_size'])
             self.embed_dims = self.clip.encode_image(images).shape[-1]

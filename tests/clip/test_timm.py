@@ -109,9 +109,7 @@ def test_prototypes_are_of_the_training_images_only():
 
 def test_run_without_text(vit, weights, image_folder, tmp_path):
     """A run on images, one on their features, and the use of the classifiers."""
-    config = dict(
-        shots=(1, 4), seeds=(1, 2), methods=('coop', 'tip_adapter', 'clip_adapter')
-    )
+    config = dict(shots=(1, 4), seeds=(1, 2), methods=('coop', 'tip_adapter'))
     images = dict(
         model=MODEL,
         pretrained=str(weights),
@@ -121,7 +119,7 @@ def test_run_without_text(vit, weights, image_folder, tmp_path):
     )
     records = run(FewShotConfig(**config, **images), tmp_path / 'run', quiet=True)
     methods = [r['method'] for r in records if (r['shots'], r['seed']) == (4, 2)]
-    assert methods == ['prototypes', 'tip_adapter', 'clip_adapter']
+    assert methods == ['prototypes', 'tip_adapter']
     assert {r['shots'] for r in records} == {1, 4}
     text = write_report(tmp_path / 'run', records)
     assert 'Zero-shot' not in text and 'zero-shot' not in text and 'coop' in text
@@ -160,7 +158,7 @@ def test_run_with_rows(weights, image_folder, tmp_path):
         model=MODEL,
         pretrained=str(weights),
         class_rows=rows,
-        methods=('task_res',),
+        methods=('tip_adapter',),
         shots=1,
         seeds=1,
         views=0,
