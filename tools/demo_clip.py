@@ -47,35 +47,33 @@ CIFAR_ROWS = {
 but antelopes and the sorrel."""
 
 
-def write_drawn(out: Path, train: int = 24, val: int = 8, test: int = 40) -> None:
-    """Writes drawn images as ``{train,val,test}/class_name/*.png``.
+def write_drawn(out: Path, train: int = 24, test: int = 40) -> None:
+    """Writes drawn images as ``{train,test}/class_name/*.png``.
 
     Args:
         out: Folder to make. An existing folder is left as it is.
         train: Training images of each class.
-        val: Validation images of each class.
         test: Test images of each class.
     """
     if out.exists():
         return
     with replacing(out) as fresh:
-        for part, count in enumerate((train, val, test)):
+        for part, count in enumerate((train, test)):
             for label, name in enumerate(DRAWN):
-                folder = fresh / ('train', 'val', 'test')[part] / name.replace(' ', '_')
+                folder = fresh / ('train', 'test')[part] / name.replace(' ', '_')
                 folder.mkdir(parents=True)
                 for i in range(count):
                     image = draw_class(name, np.random.default_rng([0, part, label, i]))
                     Image.fromarray(image).save(folder / f'{i:03d}.png')
 
 
-def write_cifar(out: Path, archive: Path, train: int = 32, test: int = 100) -> None:
-    """Writes images of CIFAR-10 as ``{train,val,test}/class_name/*``.
+def write_cifar(out: Path, archive: Path, train: int = 24, test: int = 100) -> None:
+    """Writes images of CIFAR-10 as ``{train,test}/class_name/*``.
 
     Args:
         out: Folder to make. An existing folder is left as it is.
         archive: ZIP file with ``cifar10/{train,test}/class_name/*``.
-        train: Images of each class from the training part. One quarter of them is for
-            validation.
+        train: Images of each class from the training part.
         test: Images of each class from the test part.
 
     Raises:
@@ -91,9 +89,8 @@ def write_cifar(out: Path, archive: Path, train: int = 32, test: int = 100) -> N
                 match = pattern.fullmatch(path)
                 if match is None or taken.get(match[1], 0) == count:
                     continue
-                i = taken[match[1]] = taken.get(match[1], 0) + 1
-                is_val = part == 'train' and i > count - count // 4
-                folder = fresh / ('val' if is_val else part) / match[1]
+                taken[match[1]] = taken.get(match[1], 0) + 1
+                folder = fresh / part / match[1]
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / match[2]).write_bytes(file.read(path))
             if not taken:

@@ -22,14 +22,14 @@ def sizes(folder) -> dict[str, int]:
 
 def test_drawn_images(demo, tmp_path):
     for name in ('a', 'b'):
-        demo.write_drawn(tmp_path / name, train=2, val=1, test=1)
-    assert sizes(tmp_path / 'a') == {'train': 24, 'val': 12, 'test': 12}
+        demo.write_drawn(tmp_path / name, train=2, test=1)
+    assert sizes(tmp_path / 'a') == {'train': 24, 'val': 0, 'test': 12}
     first, second = (
         [np.asarray(Image.open(path)) for path in sorted((tmp_path / x).rglob('*.png'))]
         for x in ('a', 'b')
     )
     assert all(map(np.array_equal, first, second))
-    assert len({image.tobytes() for image in first}) == 48
+    assert len({image.tobytes() for image in first}) == 36
 
 
 def test_cifar_from_an_archive(demo, tmp_path):
@@ -42,7 +42,7 @@ def test_cifar_from_an_archive(demo, tmp_path):
                     path = f'cifar10/{part}/{name}/{i}.jpg'
                     file.writestr(path, buffer.getvalue())
     demo.write_cifar(tmp_path / 'images', tmp_path / 'cifar.zip', train=8, test=3)
-    assert sizes(tmp_path / 'images') == {'train': 60, 'val': 20, 'test': 30}
+    assert sizes(tmp_path / 'images') == {'train': 80, 'val': 0, 'test': 30}
     assert set(load_task(tmp_path / 'images').class_names) == set(demo.CIFAR_ROWS)
 
 
