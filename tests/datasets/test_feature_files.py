@@ -161,7 +161,6 @@ def test_file_without_validation_images(tmp_path):
 
 # What the error names -> a change of tensors and metadata.
 BAD = {
-    'text_features': lambda t, m: t.pop('text_features'),
     'train_4_labels': lambda t, m: t.pop('train_4_labels'),
     'class_names': lambda t, m: m.pop('class_names'),
     'val_features': lambda t, m: t.update(val_features=torch.ones(18, 8)),
