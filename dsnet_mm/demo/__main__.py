@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--model',
-        help='image encoder for a few images per class: model of open_clip, or a '
-        'JSON file (default: the small demo CLIP)',
+        help='image encoder for a few images per class: model of open_clip, a JSON '
+        'file, or timm:NAME (default: EfficientNet-Lite0)',
     )
     parser.add_argument('--pretrained', help='tag or file of its weights')
     parser.add_argument(

@@ -28,8 +28,7 @@ from dsnet_mm.inference import DetectedObject, Prediction, Predictor
 from dsnet_mm.inference.drawing import draw
 from dsnet_mm.inference.streams import draw_streams, find_blocks
 
-from .scenes import draw_scene
-from .tiny_clip import SIZE, random_scene
+from .scenes import draw_class
 
 MAX_BYTES = 20 * 2**20
 """Bytes of an uploaded file."""
@@ -50,7 +49,10 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 """Formats of Pillow that are opened. Others, such as EPS, start programs."""
 
 DRAWN_CLASSES = ('striped heart', 'dotted diamond', 'gridded disc')
-"""Drawn examples: the demo CLIP has seen no image and no caption of them."""
+"""Drawn examples."""
+
+DEMO_ENCODER = ('timm:tf_efficientnet_lite0', 'efficientnet-lite0')
+"""Model and weights of the encoder that is installed with the extra ``demo``."""
 
 
 def check_image(path: str | Path) -> None:
@@ -184,7 +186,7 @@ def load_encoder(
     """Loads an encoder that has weights.
 
     Args:
-        model: Model of open_clip, or a JSON file.
+        model: Model of open_clip, a JSON file, or ``timm:NAME``.
         pretrained: Tag or file of its weights.
         download: Whether files that are not here may be fetched.
         device: Its device.
@@ -254,7 +256,7 @@ def learn(
         data = FewShotData(
             train,
             max(1, len(items) // len(names)),
-            cache.texts(names, resolve_prompts('photo')),
+            encoder.tokenizer and cache.texts(names, resolve_prompts('photo')),
             encoder.logit_scale,
             names,
             encoder,
@@ -321,10 +323,8 @@ def draw_examples(
     rng = np.random.default_rng([seed, 5])
 
     def write(name: str, number: int) -> str:
-        scene, _ = random_scene(rng, name)
-        image, _ = draw_scene([scene], SIZE, rng)
         path = folder / f'{name.replace(" ", "_")}_{number}.png'
-        Image.fromarray(image).save(path)
+        Image.fromarray(draw_class(name, rng)).save(path)
         return str(path)
 
     classes = [(name, [write(name, i) for i in range(shots)]) for name in DRAWN_CLASSES]

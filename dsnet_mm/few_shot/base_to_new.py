@@ -57,6 +57,8 @@ class BaseClasses:
         )
 
     def __getattr__(self, name: str) -> object:
+        if name == 'source':  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.source, name)
 
     @property

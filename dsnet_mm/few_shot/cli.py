@@ -111,7 +111,7 @@ DATA_ROOT = option('--data-root', 'folder of the public data sets', default='dat
 DATA = (
     option('source', 'data set, file of features or configuration', nargs='?'),
     option('--dataset', 'name, folder, CSV file or parquet file'),
-    option('--model', 'model of open_clip, or a JSON file'),
+    option('--model', 'model of open_clip, a JSON file, or timm:NAME'),
     option('--pretrained', 'tag or file of its weights'),
     option('--download', 'fetch weights that are not here', **FLAG, default=None),
     option('--data-root', 'folder of the public data sets'),

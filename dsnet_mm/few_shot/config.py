@@ -18,7 +18,8 @@ class FewShotConfig:
 
     Attributes:
         dataset: Name, folder or CSV file, see :func:`dsnet_mm.datasets.load_task`.
-        model: Model of open_clip, see :class:`OpenCLIPEncoder`.
+        model: Model of open_clip, see :class:`OpenCLIPEncoder`, or ``timm:NAME``, see
+            :class:`TimmEncoder`.
         pretrained: Weights of the model.
         download: Whether weights that are not on this machine may be fetched.
         features: File of features, see :class:`FeatureFile`. The options of images
@@ -27,7 +28,12 @@ class FewShotConfig:
         data_root: Folder of the public data sets.
         prompts: See :func:`dsnet_mm.clip.prompts.resolve_prompts`. None takes those of
             the data set.
-        methods: Names of ``METHODS``. Zero-shot is always added.
+        class_rows: For encoders without text. None takes prototypes of the training
+            images as class matrix. A dict takes rows of the encoder's own classifier:
+            for a class name a list of classes of ImageNet. Without an entry the class
+            name is that of ImageNet; ``{}`` takes all names so.
+        methods: Names of ``METHODS``. Zero-shot is always added, or prototypes if the
+            class matrix is made of them.
         oracle: Methods that are also selected on the test split. They are labelled so.
         shots: Training images of each class, one or more values. None takes 1, 2, 4,
             8 and 16, or those that ``features`` has. Those that a class has too few
@@ -63,6 +69,7 @@ class FewShotConfig:
     features: str | None = None
     data_root: str = 'data'
     prompts: str | list[str] | None = None
+    class_rows: dict[str, list[str]] | None = None
     methods: tuple[str, ...] = (
         *('linear_probe', 'linear_probe_zs', 'clap', 'lp++', 'gda'),
         *('tip_adapter', 'tip_adapter_f', 'task_res', 'clip_adapter'),

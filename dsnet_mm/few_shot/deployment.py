@@ -255,8 +255,9 @@ def load_classifier(
         encoder = _named_encoder(path, about, model, pretrained, download, device)
     identity = encoder.identity()
     wanted = about['identity'] or identity
-    # Another version of open_clip is no reason to refuse: the rest is the same.
-    other = [k for k in wanted if k != 'open_clip' and wanted[k] != identity.get(k)]
+    # Another version of a library is no reason to refuse: the rest is the same.
+    versions = ('open_clip', 'timm')
+    other = [k for k in wanted if k not in versions and wanted[k] != identity.get(k)]
     if other:
         raise ValueError(
             f'{path} was saved for {about["model"]!r} with the weights '

@@ -95,8 +95,13 @@ def encode(
                 f'{len(draws[k]) - len(part)} images of the draw of {k} shots cannot '
                 f'be read; remove them from {task.name}.'
             )
+    text = None
+    if cache.encoder.tokenizer is not None:
+        text = cache.texts(task.class_names, task.prompts)
+    elif config.class_rows is not None:
+        text = cache.encoder.encode_classes(task.class_names, (), config.class_rows)
     FeatureFile(
-        cache.texts(task.class_names, task.prompts),
+        text,
         task.class_names,
         encoder.logit_scale,
         drawn,

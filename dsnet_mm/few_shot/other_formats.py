@@ -85,6 +85,10 @@ def export_open_clip(deployed: DeployedClassifier, path: str | Path) -> None:
             layer.weight.copy_(matrix @ layer.weight)
             if layer.bias is not None:
                 layer.bias.copy_(matrix @ layer.bias)
+    if deployed.encoder.tokenizer is None:
+        raise ValueError(
+            f'{deployed.encoder.model_name!r} is no model of open_clip; export to onnx.'
+        )
     size = deployed.encoder.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     wanted = F.linear(deployed.encoder(pixels)[0], matrix)

@@ -89,7 +89,8 @@ def collect(records: list[dict]) -> dict[tuple[str, int], Cell]:
     cells: dict[tuple[str, int], Cell] = {}
     for record in records:
         oracle = ' (oracle)' if record['selection'] == 'oracle' else ''
-        key = METHODS[record['method']].title + oracle, record['shots']
+        title = record.get('title', METHODS[record['method']].title)
+        key = title + oracle, record['shots']
         cells.setdefault(key, Cell(*key, [])).records.append(record)
     return cells
 
@@ -98,16 +99,18 @@ def table(records: list[dict], about: dict) -> str:
     """Formats the records of a run, and the content of ``run.json``, as Markdown.
 
     The tables have mean accuracies, with a mark where nothing was selected; gains over
-    zero-shot with 95 % confidence intervals (:func:`.intervals.difference`), and what
-    they show; and for the largest number of shots the difference from CLIP-Adapter with
-    p-values corrected by Holm, calibration, time and parameters. They fit 80 columns.
-    The last sentence names the classifier to use.
+    the baseline with 95 % confidence intervals (:func:`.intervals.difference`), and
+    what they show; and for the largest number of shots the difference from CLIP-Adapter
+    with p-values corrected by Holm, calibration, time and parameters. They fit 80
+    columns. The last sentence names the classifier to use.
     """
     cells = collect(records)
-    zero_shot = next(cell for cell in cells.values() if cell.shots == 0)
+    zero_shot = next((cell for cell in cells.values() if cell.shots == 0), None)
     shots = sorted({k for _, k in cells} - {0})
     labels = dict.fromkeys(label for label, k in cells if k)
-    rows = [[zero_shot.label] + [f'{zero_shot.mean:.2f}'] * max(len(shots), 1)]
+    rows = []
+    if zero_shot:
+        rows = [[zero_shot.label] + [f'{zero_shot.mean:.2f}'] * max(len(shots), 1)]
     for label in labels:
         row = [_accuracy(cells.get((label, k)), about) for k in shots]
         rows.append([label, *row])
@@ -115,7 +118,7 @@ def table(records: list[dict], about: dict) -> str:
     parts = [f'# {about["title"]}', _describe(records, about), _markdown(header, rows)]
     parts += _notes([*cells.values()], records, about)
     if shots:
-        parts += ['## Gain over zero-shot', *_gains(cells, zero_shot)]
+        parts += [f'## Gain over {_baselines(cells)[0]}', *_gains(cells)]
         last = [cell for cell in cells.values() if cell.shots == shots[-1]]
         parts += [f'## At {shots_text(shots[-1])}', *_most_shots(last, zero_shot)]
     if about['config'].get('base_to_new'):
@@ -198,11 +201,29 @@ def _openings(records: list[dict]) -> str:
     )
 
 
-def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
-    """Returns tables of gains over zero-shot, and what they show."""
-    fitted = [cell for cell in cells.values() if cell.shots]
+def _baselines(
+    cells: dict[tuple[str, int], Cell],
+) -> tuple[str, dict[int, Cell | None]]:
+    """Returns what methods are compared with, and its cells by shots.
+
+    That is zero-shot, or for want of text the prototypes of the same draws.
+    """
+    zero_shot = next((cell for cell in cells.values() if cell.shots == 0), None)
+    title = METHODS['prototypes'].title
+    found = {k: zero_shot or cells.get((title, k)) for _, k in cells}
+    return 'zero-shot' if zero_shot else 'prototypes', found
+
+
+def _gains(cells: dict[tuple[str, int], Cell]) -> list[str]:
+    """Returns tables of gains over the baseline, and what they show."""
+    over, baselines = _baselines(cells)
+    gains = {
+        (c.label, c.shots): gain
+        for c in cells.values()
+        if c.shots and (gain := c.minus(baselines[c.shots]))
+    }
+    fitted = [cell for cell in cells.values() if (cell.label, cell.shots) in gains]
     shots = sorted({c.shots for c in fitted})
-    gains = {(c.label, c.shots): c.minus(zero_shot) for c in fitted}
     parts = []
     for i in range(0, len(shots), 3):  # three intervals in 80 columns
         part = shots[i : i + 3]
@@ -228,7 +249,7 @@ def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
             f'At {", ".join(map(shots_text, fixed))} there is one set of training '
             f'images: intervals are for new test images alone, not for other draws.'
         )
-    signs = {1: 'Above zero-shot', -1: 'Below zero-shot', 0: 'Undecided'}
+    signs = {1: f'Above {over}', -1: f'Below {over}', 0: 'Undecided'}
     lines = []
     for k in shots:
         said: dict[str, list[str]] = {text: [] for text in signs.values()}
@@ -240,7 +261,7 @@ def _gains(cells: dict[tuple[str, int], Cell], zero_shot: Cell) -> list[str]:
     return [*parts, '\n'.join(lines)] if lines else parts
 
 
-def _most_shots(cells: list[Cell], zero_shot: Cell) -> list[str]:
+def _most_shots(cells: list[Cell], zero_shot: Cell | None) -> list[str]:
     """Returns the tables of methods with the same shots."""
     title = METHODS[REFERENCE].title
     reference = next((cell for cell in cells if cell.label == title), None)
@@ -251,7 +272,9 @@ def _most_shots(cells: list[Cell], zero_shot: Cell) -> list[str]:
         [cell.label, str(gap or '-'), '-' if math.isnan(p) else f'{p:.2f}']
         for cell, gap, p in zip(cells, gaps, p_values, strict=True)
     ]
-    cost = [[zero_shot.label, f'{zero_shot.ece:.1f}', '-', '-', '0']]
+    cost = []
+    if zero_shot:
+        cost.append([zero_shot.label, f'{zero_shot.ece:.1f}', '-', '-', '0'])
     for cell in cells:
         seconds = [f'{cell.seconds(what):.2f}' for what in ('fit', 'select')]
         count = f'{cell.records[0]["parameters"]:,}'
@@ -276,19 +299,26 @@ def _accuracy(cell: Cell | None, about: dict) -> str:
     return f'{cell.mean:.2f}{mark}'
 
 
+def _half(gain: Difference | None) -> float:
+    """Returns half of an interval, 0 if there is none."""
+    return 0.0 if gain is None or math.isnan(gain.half) else gain.half
+
+
 def plot(records: list[dict], about: dict) -> bytes:
     """Plots the accuracy over shots, as a PNG file.
 
-    The bars are the 95 % confidence intervals of the difference from zero-shot.
+    The bars are the 95 % confidence intervals of the difference from the baseline.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    cells = collect(records).values()
-    zero_shot = next(cell for cell in cells if cell.shots == 0)
+    grouped = collect(records)
+    over, baselines = _baselines(grouped)
+    cells = grouped.values()
     figure = Figure((7.2, 4.6), dpi=150, layout='constrained')
     axes = figure.subplots()
-    axes.axhline(zero_shot.mean, color='0.35', ls='--', lw=1.2, label=zero_shot.label)
+    for cell in (cell for cell in cells if cell.shots == 0):
+        axes.axhline(cell.mean, color='0.35', ls='--', lw=1.2, label=cell.label)
     markers = 'osD^vP*X<>hp'
     labels = list(dict.fromkeys(c.label for c in cells if c.shots))
     for i, label in enumerate(labels):
@@ -299,7 +329,7 @@ def plot(records: list[dict], about: dict) -> bytes:
         _, _, bars = axes.errorbar(
             [c.shots * shift for c in line],
             [c.mean for c in line],
-            [np.nan_to_num(c.minus(zero_shot).half) for c in line],
+            [_half(c.minus(baselines[c.shots])) for c in line],
             label=label,
             color='black' if is_main else colormaps['tab20'](2 * i % 20 + i // 10),
             marker=markers[i % len(markers)],
@@ -315,7 +345,7 @@ def plot(records: list[dict], about: dict) -> bytes:
     axes.set_xscale('log', base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set_xlabel('training images of each class')
-    axes.set_ylabel('test accuracy, % (bars: 95 % of the gain over zero-shot)')
+    axes.set_ylabel(f'test accuracy, % (bars: 95 % of the gain over {over})')
     axes.set_title(about['title'])
     axes.grid(color='0.9')
     axes.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))

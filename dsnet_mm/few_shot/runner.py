@@ -78,7 +78,7 @@ def run(
             ``classifiers/final.safetensors``. No accuracy is known of that classifier.
 
     Returns:
-        The content of ``runs/*.json``, zero-shot CLIP first.
+        The content of ``runs/*.json``, zero-shot CLIP first if there is text.
 
     Raises:
         FileExistsError: If the folder contains a run with other options or data, or
@@ -92,7 +92,7 @@ def run(
     source.prepare()
     config = claim_work_dir(work_dir, config, source)
     draws = [(shots, seed) for shots in config.shots for seed in config.seeds]
-    jobs = [_Job('zero_shot', 0, 0)] + [
+    jobs = [_Job('zero_shot', 0, 0)] * (source.text_features is not None) + [
         _Job(method, *draw, oracle)
         for draw in draws
         for oracle, methods in ((False, config.methods), (True, config.oracle))
@@ -130,9 +130,15 @@ def _resolve(config: FewShotConfig, quiet: bool) -> tuple[FewShotConfig, Source]
         )
     names = dict.fromkeys((*config.methods, *config.oracle))
     left_out = set()
-    if config.features is not None:
+    if not source.has_text:
         unfit = [name for name in names if METHODS[name].needs_encoder]
-        left_out |= _leave_out(source, unfit, 'need the encoder')
+        left_out |= _leave_out(source, unfit, 'need the text tower of an encoder')
+    if not source.has_matrix:
+        source.notes.append(
+            'There is no text. The class matrix of the methods are the prototypes, '
+            'which are the normalised mean features of the training images of a class.'
+        )
+        config = replace(config, methods=('prototypes', *config.methods))
     if config.base_to_new:
         source = BaseClasses(source)
         unfit = [name for name in names if not transfers(name)]
@@ -159,8 +165,9 @@ class Fitter:
     def __init__(self, config: FewShotConfig, work_dir: Path, source: Source) -> None:
         self.config, self.work_dir, self.source = config, work_dir, source
         self.made_with = describe_software()
-        log = (work_dir / 'run.log').read_text(encoding='utf-8')
-        self.openings = log.count('test split opened')
+        log = work_dir / 'run.log'
+        text = log.read_text(encoding='utf-8') if log.is_file() else ''
+        self.openings = text.count('test split opened')
         self._draws: dict[tuple, Drawn] = {}
 
     def files(self, name: str) -> tuple[Path, Path]:
@@ -246,9 +253,11 @@ class Fitter:
             'transductive': method.transductive,
             'made_with': self.made_with,
         }
+        if job.method == 'zero_shot' and self.config.class_rows is not None:
+            record['title'] = 'Own classifier'
         fit_again = partial(method.fit, **fit.options)
         held_out = drawn.val
-        if job.method == 'zero_shot':  # no image fits it, so the shots are held out
+        if job.shots == 0:  # no image fits it, so the shots are held out
             draw = max(self.config.shots), self.config.seeds[0]
             other = self.drawn(*draw, method.crop_scale)
             held_out = other.val or other.plain or other.train
@@ -273,8 +282,10 @@ class Fitter:
             accuracy, loss = score.accuracy, score.loss
         if accuracy is None:
             return found
-        zero_shot = METHODS['zero_shot'].fit(self.data(drawn, 0, 0))
-        zero_accuracy = evaluate(zero_shot, val).accuracy
+        zero_accuracy = None
+        if self.source.text_features is not None:
+            zero_shot = METHODS['zero_shot'].fit(self.data(drawn, 0, 0))
+            zero_accuracy = evaluate(zero_shot, val).accuracy
         return dict(zip(found, (accuracy, loss, zero_accuracy), strict=True))
 
     def open_test(self, jobs: list[_Job]) -> Features | None:

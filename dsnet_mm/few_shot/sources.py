@@ -67,7 +67,10 @@ class Source(ABC):
         notes: What is left out of the run, and why, in sentences.
         encoder: The encoder, or None if there is only a file.
         made_by: The encoder, as :func:`save_classifier` takes it.
-        text_features: Text features (K, D).
+        text_features: Text features (K, D), or the class matrix that stands for them.
+            None if it is made of the training images of each draw.
+        has_text: Whether there is an encoder with a text tower.
+        has_matrix: Whether ``text_features`` will not be None.
         logit_scale: Scale of the cosine similarities.
         text_length: See :class:`FewShotData`.
         fingerprint: Hashes of the data, to compare with those of an interrupted run.
@@ -132,6 +135,14 @@ class ImageSource(Source):
         self.title = f'{self.task.name}, {Path(config.model).stem}'
         self.class_names, self.prompts = self.task.class_names, self.task.prompts
         self.preprocessing = config.preprocessing
+        self.has_text, rows = not config.model.startswith('timm:'), config.class_rows
+        self.has_matrix = self.has_text or rows is not None
+        if not self.has_text:
+            self.prompts = ()
+        elif rows is not None:
+            raise ValueError(
+                f'class_rows are for encoders timm:NAME, and {config.model} has text.'
+            )
         self.has_val = bool(self.task.split['val'])
         counts = Counter(label for _, label, _ in self.task.split['train'])
         least = min(counts, key=counts.get)
@@ -144,7 +155,12 @@ class ImageSource(Source):
         self.caches = {self.cache.crop_scale: self.cache}
         self.logit_scale = self.encoder.logit_scale
         self.text_length = self.config.text_length or self.encoder.text_length
-        self.text_features = self.cache.texts(self.class_names, self.prompts)
+        rows, names = self.config.class_rows, self.class_names
+        self.text_features = None
+        if self.has_text:
+            self.text_features = self.cache.texts(names, self.prompts)
+        elif self.has_matrix:
+            self.text_features = self.encoder.encode_classes(names, (), rows).cpu()
         # Paths and labels, and the files of a user's own data set.
         items = self._items()
         if self.task.name not in PUBLIC_DATASETS:
@@ -230,6 +246,7 @@ class FeatureSource(Source):
             'identity': json.loads(about.get('identity', 'null')),
         }
         self.has_val = self.file.val is not None
+        self.has_text, self.has_matrix = False, self.file.text_features is not None
         # The part that draws are made from.
         counts = [k for k in self.file.train if k is not None]
         self.pool = None if None in self.file.train else max(counts)

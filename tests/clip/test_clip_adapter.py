@@ -39,20 +39,22 @@ def test_paper_equations():
 
 
 def test_distance_from_zero_shot_counts_where_zero_shot_is_right():
-    adapter, labels = CLIPAdapter(TEXT, 10.0, text=True), torch.tensor([3, 0, 0, 6, 2])
-    logits, distance = adapter.logits_and_distance(IMAGES, labels)
-    assert torch.equal(logits, adapter(IMAGES))
-    f_star, w_star = adapter.adapt(IMAGES)
-    probability = zero_shot_logits(IMAGES, TEXT, 10.0).softmax(1)
+    adapter, labels = CLIPAdapter(TEXT, 10.0, text=True), torch.arange(5)
+    images = IMAGES + 5 * TEXT[labels]
+    logits, distance = adapter.logits_and_distance(images, labels)
+    assert torch.equal(logits, adapter(images))
+    f_star, w_star = adapter.adapt(images)
+    log_p = zero_shot_logits(images, TEXT, 10.0).log_softmax(1)
+    u = 1 + sum(log_p[i, y].item() for i, y in enumerate(labels)) / 5 / math.log(7)
+    assert 0 < u < 1
     total = 0.0
     for i, y in enumerate(labels):
-        right = max(0.0, probability[i, y].item() - 1 / 7) / (1 - 1 / 7)
-        moved = (f_star[i] - F.normalize(IMAGES[i], dim=0)).square().sum()
-        total += right * (moved + (w_star[y] - TEXT[y]).square().sum())
-    torch.testing.assert_close(distance, total / 5)
+        moved = (f_star[i] - F.normalize(images[i], dim=0)).square().sum()
+        total += moved + (w_star[y] - TEXT[y]).square().sum()
+    torch.testing.assert_close(distance, u * total / 5)
 
-    worst = probability.argmin(1)  # below chance
-    assert adapter.logits_and_distance(IMAGES, worst)[1] == 0
+    worst = log_p.argmin(1)  # below chance
+    assert adapter.logits_and_distance(images, worst)[1] == 0
     one_class = CLIPAdapter(TEXT[:1], 10.0)
     assert one_class.logits_and_distance(IMAGES, 0 * labels)[1] == 0
 
@@ -72,12 +74,17 @@ def test_start_of_the_residual():
     assert 0 < u < 1
     assert beta == pytest.approx(0.7 * (1 - u) ** 2, rel=1e-5)
     means = torch.stack([f[labels == c].mean(0) for c in classes])
-    means -= means.mean(0)
-    means /= (means.square().sum() / 6).sqrt()
+    centre = means.mean(0)
+    covariance = torch.zeros(32, 32, dtype=torch.float64)
+    for row, c in zip(f - centre, labels, strict=True):
+        covariance += row.outer(row) / (labels == c).sum() / 6
+    ridge = 10 / 9 * covariance.trace() * torch.eye(32)
+    m = (means - centre) @ (covariance + ridge).inverse()
+    m /= (m.square().sum() / 6).sqrt()
     expected = text.clone()
-    expected[classes] = (1 - beta) * text[classes] + beta * means
+    expected[classes] = (1 - beta) * text[classes] + beta * m
     w = adapter.adapt(images)[1]
-    torch.testing.assert_close(w.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(w.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_start_trusts_a_sure_and_right_zero_shot_classifier():

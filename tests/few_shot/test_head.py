@@ -109,7 +109,7 @@ def test_text_features_of_a_file(tiny_clip, tmp_path):
 @pytest.mark.parametrize(
     ('adapter', 'keep', 'expected'),
     [
-        (dict(), None, 5.0),
+        (dict(), None, 20.0),
         (dict(text=True, alpha=0.6, beta=0.6), 3.0, 3.0),
         (dict(preset='released'), None, 0.0),
     ],
@@ -119,7 +119,9 @@ def test_loss_of_the_head_is_that_of_the_method(tiny_clip, adapter, keep, expect
         encoder=tiny_clip, class_names=['a', 'b'], adapter=adapter, keep=keep
     )
     assert head.adapter.options['keep'] == expected
-    features, labels = torch.randn(5, 16), torch.tensor([0, 1, 1, 0, 1])
+    head.encode_class_names()
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    features = 9 * head.adapter.text_features.detach()[labels] + torch.randn(5, 16)
     samples = [DataSample().set_gt_label(label) for label in labels]
     losses = head.loss((features,), samples)
     total = head.adapter.loss(features, labels)

@@ -78,7 +78,7 @@ def test_method_fits_and_is_saved_and_loaded(name, data, encoder, tmp_path):
             encoder.encode_classes(data.class_names, 'photo'), data.logit_scale
         )
     before, after = evaluate(start, data.train), evaluate(classifier, data.train)
-    closed = ('zero_shot', 'tip_adapter', 'proker', 'ss_text')
+    closed = ('zero_shot', 'prototypes', 'tip_adapter', 'proker', 'ss_text')
     closed += ('transclip', 'transclip_zs')
     assert (num_learnt(classifier) == 0) == (name in closed)
     assert (after.loss < before.loss) == (name != 'zero_shot')

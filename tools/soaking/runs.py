@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import timm
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dsnet_mm.checkpoint import read_checkpoint
-from dsnet_mm.demo.tiny_clip import pretrain, scene_pairs
 from make_scenes import SceneSettings, make_scenes
 
 REPO = Path(__file__).resolve().parents[2]
@@ -152,8 +153,8 @@ def files(pattern: str) -> Callable[[Path], Pieces]:
 
 
 TRAIN = ('tools/train.py', 'config.py', '--work-dir=run', '--resume')
-IMAGES = ('{data}/shots', '--model={data}/clip/demo_clip.json')
-IMAGES += ('--pretrained={data}/clip/demo_clip.safetensors', '--cfg-options')
+IMAGES = ('{data}/shots', '--model=timm:test_vit')
+IMAGES += ('--pretrained={data}/encoder.safetensors', '--cfg-options')
 FEW_SHOT = ('--shots', '1', '4', '--seeds', '1', '2', '--methods')
 FEW_SHOT += ('linear_probe', 'clap', 'tip_adapter_f', 'clip_adapter')
 TWO = ('--cfg-options', 'data_root={data}/scenes/cls')
@@ -204,14 +205,15 @@ RUNS = (
 
 
 def prepare(data: Path) -> None:
-    """Writes the data of all runs: drawn scenes, a tiny CLIP, parts of a photograph."""
+    """Writes the data of all runs: drawn scenes, an encoder, parts of a photograph."""
     small = dict(train=16, val=4, cls_train=8, cls_val=2, size=64)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         make_scenes(data / 'scenes', SceneSettings(**small))
         shots = SceneSettings(**(small | dict(train=1, val=1, cls_train=40)))
         make_scenes(data / 'shots_of_scenes', shots)
         (data / 'shots_of_scenes' / 'cls' / 'train').rename(data / 'shots')
-        pretrain(data / 'clip', scene_pairs(8), 2)
+        encoder = timm.create_model('test_vit')
+        save_file(encoder.state_dict(), data / 'encoder.safetensors')
     photograph = cv2.imread(str(REPO / 'docs' / 'images' / 'nuclei.jpg'))
     (data / 'nuclei').mkdir()
     for i in range(24):

@@ -23,7 +23,8 @@ class FewShotData:
     Attributes:
         train: Features of the training images, with augmented views.
         shots: Training images of each class.
-        text_features: Text features of the classes (K, D), rows of unit norm.
+        text_features: Text features of the classes (K, D), rows of unit norm. None
+            becomes the :func:`prototypes` of ``train``, for encoders without text.
         logit_scale: Scale of the cosine similarities.
         class_names: Names by label.
         encoder: The encoder, for methods that learn the input of its text tower.
@@ -33,11 +34,12 @@ class FewShotData:
         unlabelled: Features of the test images (N, D), for transductive methods.
         text_length: Mean length of the text features before they were normalised.
             TaskRes, ZS-LP and CLAP start from text features of this length.
+        has_text: Whether ``text_features`` do not depend on ``train``.
     """
 
     train: Features
     shots: int
-    text_features: Tensor
+    text_features: Tensor | None
     logit_scale: float
     class_names: tuple[str, ...]
     encoder: OpenCLIPEncoder | None = None
@@ -45,11 +47,20 @@ class FewShotData:
     plain: Features | None = None
     unlabelled: Tensor | None = None
     text_length: float = TEXT_LENGTH
+    has_text: bool = True
+
+    def __post_init__(self) -> None:
+        if self.text_features is None:
+            found = prototypes(self.train, len(self.class_names))
+            object.__setattr__(self, 'text_features', found)
+            object.__setattr__(self, 'has_text', False)
 
     def subset(self, index: Tensor, shots: int) -> 'FewShotData':
         """Returns the data with a part of the training images."""
         plain = None if self.plain is None else self.plain.take(index)
-        return replace(self, train=self.train.take(index), plain=plain, shots=shots)
+        text = self.text_features if self.has_text else None
+        train = self.train.take(index)
+        return replace(self, train=train, plain=plain, shots=shots, text_features=text)
 
 
 CLASSIFIERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
@@ -166,3 +177,14 @@ def num_learnt(model: nn.Module) -> int:
 def mean_features(train: Features) -> Tensor:
     """Normalises features, averages them over views, and normalises again, (N, D)."""
     return F.normalize(F.normalize(train.features, dim=-1).mean(0), dim=-1)
+
+
+def prototypes(train: Features, classes: int) -> Tensor:
+    """Returns the normalised mean of the features of each class (K, D).
+
+    Source: Snell et al., NeurIPS 2017 (arXiv:1703.05175), equation 1, on features of
+    unit norm.
+    """
+    features = mean_features(train)
+    total = features.new_zeros(classes, features.shape[1])
+    return F.normalize(total.index_add(0, train.labels, features), dim=-1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData, register_classifier, register_method
+from .base import FewShotData, mean_features, register_classifier, register_method
 from .training import COOP, RECIPE, train
 
 register_classifier('text_features', 'logit_scale')(CLIPAdapter)
@@ -24,7 +24,7 @@ _PAPER = dict(
     keep=None,
 )
 _OURS = dict(_PAPER, preset='default', lr=1e-3, iterations=200)
-_KEEP = dict(keep=(1.0, 5.0, 20.0))
+_KEEP = dict(keep=(5.0, 20.0, 80.0))
 
 COPIES = {
     'clip_adapter_clap': 'lr=0.1 epochs=300 batch_size=256 weight_decay=0',
@@ -72,8 +72,7 @@ def fit_clip_adapter(
             learn_ratio=learn_ratio,
             keep=keep,
         )
-    views = data.train.features
-    adapter.start(views.flatten(0, 1), data.train.labels.repeat(len(views)))
+    adapter.start(mean_features(data.train), data.train.labels)
     return train(adapter, data, **recipe)
 
 
@@ -169,7 +168,7 @@ register_method(
     'clip_adapter_text',
     CLIPAdapter,
     'CLIP-Adapter, text',
-    defaults=dict(_OURS, visual=False, text=True, keep=5.0),
+    defaults=dict(_OURS, visual=False, text=True, keep=20.0),
     grid=_KEEP,
     source='text adapter of the paper, with our recipe',
 )(fit_clip_adapter)

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from dsnet_mm.clip.adapter import zero_shot_logits
 
-from .base import FewShotData, num_learnt, register_classifier, register_method
+from .base import (
+    FewShotData,
+    num_learnt,
+    prototypes,
+    register_classifier,
+    register_method,
+)
 from .training import train
 
 
@@ -34,6 +40,13 @@ class CosineClassifier(nn.Module):
 def fit_zero_shot(data: FewShotData) -> CosineClassifier:
     """Returns zero-shot CLIP."""
     return CosineClassifier(data.text_features, data.logit_scale)
+
+
+@register_method('prototypes', CosineClassifier, 'Prototypes')
+def fit_prototypes(data: FewShotData) -> CosineClassifier:
+    """Returns the classifier by the nearest class mean, without text."""
+    found = prototypes(data.train, len(data.class_names))
+    return CosineClassifier(found, data.logit_scale)
 
 
 class TextLearner(nn.Module, ABC):
