@@ -2,7 +2,8 @@
 #
 # make demo       draws nuclei with the weights of this repository, then trains and
 #                 evaluates a small Mask R-CNN, and plots its predictions
-# make demo-clip  compares few-shot methods on an image encoder of ImageNet
+# make demo-clip  compares few-shot methods on an image encoder of ImageNet, on drawn
+#                 images, or on photographs with CIFAR10=cifar10_jpg.zip
 # make page       starts the interactive demo in a browser, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
@@ -68,7 +69,7 @@ $(NUCLEI)/predictions.json: | setup
 	@echo 'The nuclei are drawn in $(NUCLEI)/images/nuclei.jpg. Now the training starts.'
 
 demo-clip: setup
-	$(BIN)/python tools/demo_clip.py
+	$(BIN)/python tools/demo_clip.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 page: setup
 	$(BIN)/python -m dsnet_mm.demo
