@@ -19,7 +19,7 @@ train_dataloader = dict(
             dict(
                 type='RandomResizedCrop',
                 scale=224,
-                crop_ratio_range=(0.08, 1.0),
+                crop_ratio_range=(0.5, 1.0),
                 backend='pillow',
                 interpolation='bicubic',
             ),

@@ -189,7 +189,11 @@ def _openings(records: list[dict]) -> str:
         return 'An older version did not count openings of the test split: see run.log.'
     count = max(r['test']['opening'] for r in records)
     times = 'once' if count == 1 else f'{count} times'
-    results = [r for r in records if r['shots'] and r['selection'] != 'oracle']
+    results = [
+        r
+        for r in records
+        if r['shots'] and r['selection'] != 'oracle' and not r.get('transductive')
+    ]
     of = Counter(METHODS[r['method']].title for r in results)
     late = Counter(METHODS[r['method']].title for r in results if r['openings_before'])
     if not late:

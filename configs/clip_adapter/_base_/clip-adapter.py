@@ -23,7 +23,11 @@ model = dict(
 )
 
 # preprocessing is 'clip' or 'warp', see docs/clip_adapter.md.
-features = dict(folder='work_dirs/few_shot_features', preprocessing='clip')
+features = dict(
+    folder='work_dirs/few_shot_features',
+    preprocessing='clip',
+    crop_scale=(0.5, 1.0),
+)
 draw = dict(
     type='dsnet_mm.FewShotDataset',
     dataset=task,
