@@ -251,17 +251,17 @@ def _gains(cells: dict[tuple[str, int], Cell]) -> list[str]:
     if fixed := sorted({c.shots for c in fitted if c.overlap == 1}):
         parts.append(
             f'At {", ".join(map(shots_text, fixed))} there is one set of training '
-            f'images: intervals are for new test images alone, not for other draws.'
+            f'images: intervals are for new test images alone, and there is no verdict '
+            f'on the methods.'
         )
     signs = {1: f'Above {over}', -1: f'Below {over}', 0: 'Undecided'}
     lines = []
-    for k in shots:
+    for k in (k for k in shots if k not in fixed):
         said: dict[str, list[str]] = {text: [] for text in signs.values()}
         for cell in (c for c in fitted if c.shots == k and not c.is_oracle):
             said[signs[gains[cell.label, k].sign]].append(cell.label)
         if found := [f'{text}: {"; ".join(x)}.' for text, x in said.items() if x]:
-            only = ', these training images only' * (k in fixed)
-            lines.append(f'- {shots_text(k)}{only}. {" ".join(found)}')
+            lines.append(f'- {shots_text(k)}. {" ".join(found)}')
     return [*parts, '\n'.join(lines)] if lines else parts
 
 

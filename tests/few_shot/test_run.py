@@ -154,6 +154,8 @@ def test_a_class_without_readable_training_images(config, work_dir, tmp_path):
 def test_methods_shots_and_seeds_are_added_to_a_run(config, work_dir):
     first = replace(config, **{**NOTHING, 'methods': ('tip_adapter',)})
     before = run(first, work_dir, quiet=True)
+    text = write_report(work_dir, before)
+    assert 'no verdict' in text and 'Undecided' not in text, 'one draw'
     added = dict(methods=('linear_probe',), shots=(4,), seeds=(2,), on_bad_image='skip')
     records = run(replace(first, **added), work_dir, quiet=True)
     assert len(records) == 1 + 2 * 2 * 2
