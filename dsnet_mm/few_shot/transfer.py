@@ -232,7 +232,8 @@ def transfer_run(
     if not records:
         raise FileNotFoundError(f'{run_folder} is not the folder of a finished run.')
     most = max(r['shots'] for r in records)
-    rows: dict[str, list[dict[str, float]]] = {'Zero-shot CLIP': []}
+    records.sort(key=lambda r: r['shots'] > 0)  # zero-shot first
+    rows: dict[str, list[dict[str, float]]] = {}
     tested = {'run': str(run_folder), 'datasets': list(datasets)}
     _check_folder(folder, tested)
     for record in records:
@@ -245,7 +246,8 @@ def transfer_run(
         }
         row = {'test split': record['test']['accuracy'], **found}
         row['mean of the others'] = mean(found.values())
-        rows.setdefault(METHODS[record['method']].title, []).append(row)
+        title = record.get('title', METHODS[record['method']].title)
+        rows.setdefault(title, []).append(row)
     lines = [
         f'# {run_folder.name}, {shots_text(most)}\n\nAccuracy in %, mean over seeds. '
         f'Oracles and methods that see unlabelled test images are left out.\n',

@@ -42,7 +42,7 @@ def fit_zero_shot(data: FewShotData) -> CosineClassifier:
     return CosineClassifier(data.text_features, data.logit_scale)
 
 
-@register_method('prototypes', CosineClassifier, 'Prototypes')
+@register_method('prototypes', CosineClassifier, 'Prototypes', crop_scale=(0.5, 1.0))
 def fit_prototypes(data: FewShotData) -> CosineClassifier:
     """Returns the classifier by the nearest class mean, without text."""
     found = prototypes(data.train, len(data.class_names))
