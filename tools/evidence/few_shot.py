@@ -91,10 +91,13 @@ def main() -> None:
     )
     parser.add_argument('folder', type=Path, help='folder of the two files')
     parser.add_argument('work_dir', type=Path, help='folder of the runs')
+    parser.add_argument('--data', nargs='+', help='only these of the two data sets')
     args = parser.parse_args()
     head = ['data set', 'case', 'method', 'shots', 'seeds', 'accuracy', 'gain', 'half']
     rows = []
     for name, case, config in tables(args.folder, args.work_dir):
+        if args.data and name not in args.data:
+            continue
         folder = args.work_dir / f'{name} {case}'
         records = run(config, folder)
         write_report(folder, records)
