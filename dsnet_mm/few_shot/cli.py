@@ -463,6 +463,8 @@ def test_command(args: argparse.Namespace) -> None:
         read = functools.partial(load, args, device=args.device)
         print_markdown(transfer_run(source, args.dataset, out, read, *where))
         print(f'{out}/test.md, test.json')
+    elif args.out and len(args.dataset) > 1:
+        raise ValueError('--out is for one data set; leave it out, or name one.')
     else:
         classifier = load(args, args.classifier, args.device)
         for dataset in args.dataset:
