@@ -178,7 +178,9 @@ def _notes(cells: list[Cell], records: list[dict], about: dict) -> list[str]:
     notes.append(_openings(records))
     if config['features'] is None and config['views']:
         own = describe_crops([*config['methods'], *config['oracle']])
-        notes.append(f'Area of the random crops: {config["crop_scale"] or own}.')
+        given = config['crop_scale']
+        area = f'{given[0]:g} to {given[1]:g} for all methods' if given else own
+        notes.append(f'Area of the random crops: {area}.')
     software = dict.fromkeys(r.get('made_with', 'an older version') for r in records)
     return [*notes, f'Made with {"; and with ".join(software)}.']
 
@@ -215,7 +217,10 @@ def _baselines(
     zero_shot = next((cell for cell in cells.values() if cell.shots == 0), None)
     title = METHODS['prototypes'].title
     found = {k: zero_shot or cells.get((title, k)) for _, k in cells}
-    return 'zero-shot' if zero_shot else 'prototypes', found
+    if zero_shot is None:
+        return 'prototypes', found
+    is_text = zero_shot.label == METHODS['zero_shot'].title
+    return 'zero-shot' if is_text else f'the {zero_shot.label.lower()}', found
 
 
 def _gains(cells: dict[tuple[str, int], Cell]) -> list[str]:
