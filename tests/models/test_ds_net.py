@@ -167,6 +167,8 @@ def test_layer_depth():
         (dict(num_heads=7), 'num_heads=7.*32'),
         (dict(num_heads=(1, 2)), 'num_heads.*4'),
         (dict(global_factors=(8, 4, 2, 0)), 'global_factors.*0'),
+        (dict(max_global_tokens=0), 'max_global_tokens.*0'),
+        (dict(max_global_tokens=49.0), r'max_global_tokens.*49\.0'),
         (dict(out_indices=(0, 4)), 'out_indices.*4'),
         (dict(out_indices=()), 'out_indices'),
         (dict(frozen_stages=5), 'frozen_stages.*5'),
