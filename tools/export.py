@@ -90,7 +90,19 @@ def export(net: nn.Module) -> tuple[ExportedProgram, int]:
     (name,) = program.graph_signature.user_inputs
     (node,) = (node for node in program.graph.nodes if node.name == name)
     sides = (side.node.expr for side in node.meta['val'].shape[-2:])
-    return program, max(int(program.range_constraints[side].lower) for side in sides)
+    least = max(int(program.range_constraints[side].lower) for side in sides)
+    run = program.module()
+    while not _takes(run, least):  # with max_global_tokens
+        least += 1
+    return program, least
+
+
+def _takes(run: Run, side: int) -> bool:
+    try:
+        run(torch.randn(1, 3, side, side))
+    except AssertionError:  # of PyTorch's checks of the size, before the first operator
+        return False
+    return True
 
 
 def encode(program: ExportedProgram, suffix: str, names: list[str]) -> bytes:
