@@ -112,6 +112,11 @@ def test_differences_see_what_is_wrong() -> None:
         assert min(differences(module, run, sizes)) > 0.1
 
 
+def test_too_few_global_tokens_for_one_program() -> None:
+    with pytest.raises(ValueError, match=r'max_global_tokens=9.*16'):
+        tool('export.py').export(DSBlock(8, 1, max_global_tokens=9))
+
+
 @pytest.mark.parametrize(
     ('args', 'fact'),
     [
