@@ -100,6 +100,8 @@ VARIANTS = [
     dict(isa=False, alpha=1.0),
     dict(num_heads=4),
     dict(global_factors=(8, 4, 2, 1)),
+    # With images of 72 x 104 it shrinks the global streams of stages 1 and 2 only.
+    dict(global_factors=(2, 2, 2, 1), max_global_tokens=20),
 ]
 # The fused form packs weights with these numbers of channels.
 WIDE = dict(embed_dims=(64, 128, 192, 256), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4))

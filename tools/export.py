@@ -27,7 +27,7 @@ from dsnet_mm.checkpoint import load_checkpoint, restricted_loading
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.engine.launch import add_config_arguments, add_trust_argument, user_errors
 from dsnet_mm.files import write_atomic
-from dsnet_mm.models import fuse_for_inference
+from dsnet_mm.models import DSBlock, fuse_for_inference
 from measure.turns import time_in_turns
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -82,7 +82,18 @@ def export(net: nn.Module) -> tuple[ExportedProgram, int]:
     Returns:
         The program, and the least height and width that it takes. Below that, a global
         stream has a single row or column, which PyTorch treats as another program.
+
+    Raises:
+        ValueError: If ``max_global_tokens`` leaves single rows on usual images.
     """
+    for block in net.modules():
+        cap = block.max_global_tokens if isinstance(block, DSBlock) else None
+        if cap is not None and cap < 16:
+            raise ValueError(
+                f'max_global_tokens={cap} leaves a single row of global tokens on wide '
+                f'images, and one program cannot have one row and several; take at '
+                f'least 16.'
+            )
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     program = torch.export.export(
         net, (torch.randn(_EXAMPLE),), dynamic_shapes=(sizes,), strict=False
@@ -90,7 +101,19 @@ def export(net: nn.Module) -> tuple[ExportedProgram, int]:
     (name,) = program.graph_signature.user_inputs
     (node,) = (node for node in program.graph.nodes if node.name == name)
     sides = (side.node.expr for side in node.meta['val'].shape[-2:])
-    return program, max(int(program.range_constraints[side].lower) for side in sides)
+    least = max(int(program.range_constraints[side].lower) for side in sides)
+    run = program.module()
+    while not _takes(run, least):  # with max_global_tokens the range is too wide
+        least += 1
+    return program, least
+
+
+def _takes(run: Run, side: int) -> bool:
+    try:
+        run(torch.randn(1, 3, side, side))
+    except AssertionError:  # of PyTorch's checks of the size, before the first operator
+        return False
+    return True
 
 
 def encode(program: ExportedProgram, suffix: str, names: list[str]) -> bytes:

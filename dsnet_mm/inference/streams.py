@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.inference import Predictor
 from dsnet_mm.models.layers import DSBlock
+from dsnet_mm.models.layers.ds_block import global_size
 from dsnet_mm.ops import split_heads
 from dsnet_mm.ops.plain import attention_weights
 
@@ -105,7 +106,7 @@ def captured(block: DSBlock) -> Iterator[Callable[[], Streams]]:
         (local, global_), (aligned_local, aligned_global) = kept['isa']
         output = kept['block'][1]
         size = local.shape[-2:]
-        global_size = tuple(max(side // block.global_factor, 1) for side in size)
+        low = global_size(size, block.global_factor, block.max_global_tokens)
         local_qkv = kept['local_qkv'][1].flatten(2).transpose(1, 2)
         q_l, k_l, _ = split_heads(local_qkv, block.num_heads, 3)
         q_g, k_g, _ = split_heads(kept['global_qkv'][1], block.num_heads, 3)
@@ -114,15 +115,15 @@ def captured(block: DSBlock) -> Iterator[Callable[[], Streams]]:
             global_weights = attention_weights(q_g, k_l)[0]
 
         def to_map(tokens: Tensor) -> Tensor:
-            return tokens[0].t().unflatten(1, global_size).detach()
+            return tokens[0].t().unflatten(1, low).detach()
 
         return Streams(
             local[0].detach(),
             to_map(global_),
             aligned_local[0].detach(),
             to_map(aligned_global),
-            local_weights.unflatten(1, size).unflatten(-1, global_size),
-            global_weights.unflatten(1, global_size).unflatten(-1, size),
+            local_weights.unflatten(1, size).unflatten(-1, low),
+            global_weights.unflatten(1, low).unflatten(-1, size),
             output,
         )
 

@@ -8,7 +8,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from dsnet_mm.models.layers import DSBlock, PatchEmbed
-from dsnet_mm.models.layers.ds_block import has_hooks, is_plain
+from dsnet_mm.models.layers.ds_block import global_size, has_hooks, is_plain
 from dsnet_mm.models.layers.packed_projection import PackedProjection
 from dsnet_mm.ops import select_path
 
@@ -192,9 +192,8 @@ class FusedDSBlock(Fused):
         if not self._runs_as_one_operator(x):
             return block(x)
         weights = {name: layer._buffers[key] for name, layer, key in self._weights}
-        return torch.ops.dsnet_mm.ds_block(
-            x, weights, block.num_heads, block.global_factor
-        )
+        low = global_size(x.shape[2:], block.global_factor, block.max_global_tokens)
+        return torch.ops.dsnet_mm.ds_block(x, weights, block.num_heads, low)
 
     def _runs_as_one_operator(self, x: Tensor) -> bool:
         return (

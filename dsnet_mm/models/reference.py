@@ -7,6 +7,8 @@ the published multiply-adds are those of this order. The parameters are those of
 :class:`~dsnet_mm.models.DSNet`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,8 +56,11 @@ def reference_block(block: nn.Module, x: Tensor) -> Tensor:
     if block.local_conv is not None:
         f_l = f_l + block.local_conv(block.local_norm(f_l))
     if has_global:
-        factor = block.global_factor
+        factor, cap = block.global_factor, block.max_global_tokens
         size = max(height // factor, 1), max(width // factor, 1)
+        if cap and size[0] * size[1] > cap:
+            size = math.isqrt(cap * height // width), math.isqrt(cap * width // height)
+            size = tuple(min(max(side, 1), cap) for side in size)
         f_g = F.interpolate(f_g, size, mode='bilinear', align_corners=False)
         f_g = f_g.flatten(2).transpose(1, 2)
     if block.global_qkv is not None:

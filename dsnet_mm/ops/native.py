@@ -56,7 +56,11 @@ def _load() -> str | None:
         )
     except ImportError as error:
         return f'it does not load: {error}'
-    if not all(hasattr(torch.ops.dsnet_mm, name) for name in _OPS):
+    ops = torch.ops.dsnet_mm
+    if (
+        not all(hasattr(ops, name) for name in _OPS)
+        or 'global_size' not in str(ops.ds_block.default._schema)  # was global_factor
+    ):
         return 'built from older sources'
     return None
 

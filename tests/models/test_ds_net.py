@@ -52,6 +52,17 @@ def test_sizes_of_the_global_stream():
     assert sizes == {(8, 4, 2, 2): [49, 49, 49, 9], (8, 4, 2, 1): [49, 49, 49, 49]}
 
 
+def test_a_maximum_of_49_global_tokens_leaves_images_of_224_alone():
+    torch.manual_seed(0)
+    x, net = torch.randn(1, 3, 224, 224), DSNet(TINY, **ALL).eval()
+    for cap, same in ((48, False), (49, True), (196, True)):
+        capped = DSNet(TINY, max_global_tokens=cap, **ALL).eval()
+        capped.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            pairs = zip(net(x), capped(x), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs) == same
+
+
 def test_output_norms():
     def norms(net):
         return [name for name, _ in net.named_children() if 'norm' in name]
@@ -167,6 +178,8 @@ def test_layer_depth():
         (dict(num_heads=7), 'num_heads=7.*32'),
         (dict(num_heads=(1, 2)), 'num_heads.*4'),
         (dict(global_factors=(8, 4, 2, 0)), 'global_factors.*0'),
+        (dict(max_global_tokens=0), 'max_global_tokens.*0'),
+        (dict(max_global_tokens=49.0), r'max_global_tokens.*49\.0'),
         (dict(out_indices=(0, 4)), 'out_indices.*4'),
         (dict(out_indices=()), 'out_indices'),
         (dict(frozen_stages=5), 'frozen_stages.*5'),

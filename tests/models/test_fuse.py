@@ -165,27 +165,28 @@ def test_a_fused_block_as_one_operator() -> None:
     x = torch.randn(2, 64, 33, 41).contiguous(memory_format=torch.channels_last)
     op = torch.ops.dsnet_mm.ds_block
     weights = {name: layer._buffers[key] for name, layer, key in block._weights}
-    args, threads = (weights, 1, 2), torch.get_num_threads()
+    size, threads = (16, 20), torch.get_num_threads()
     with torch.no_grad():
         expected = block(x)
         assert expected.is_contiguous(memory_format=torch.channels_last)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(op(x, *args), expected)
+            assert torch.equal(op(x, weights, 1, size), expected)
         torch.set_num_threads(threads)
         # Channels-first maps, and one row where the factor leaves none.
-        assert torch.equal(op(x.contiguous(), *args), expected)
+        assert torch.equal(op(x.contiguous(), weights, 1, size), expected)
         for small in (x[:, :, :1], x[..., :1], x[:, :, :1, :1]):
             exact = deepcopy(block).double()(small.double())
-            assert error([op(small, *args)], [exact]) < 1e-5
+            size = [max(side // 2, 1) for side in small.shape[2:]]
+            assert error([op(small, weights, 1, size)], [exact]) < 1e-5
         assert block(x[:0]).shape == (0, 64, 33, 41)
         del weights['ffn.fc2.packed']
         with pytest.raises(RuntimeError, match=r'ffn\.fc2\.packed'):
-            op(x, *args)
+            op(x, weights, 1, size)
         with pytest.raises(RuntimeError, match='map'):
-            op(x[0], *args)
+            op(x[0], weights, 1, size)
     with pytest.raises(RuntimeError, match='gradients'):
-        op(x.requires_grad_(), *args)
+        op(x.requires_grad_(), weights, 1, size)
 
 
 @pytest.mark.parametrize('native', [False, True])

@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn.utils.parametrize import register_parametrization
 
 from dsnet_mm.models import DSBlock, DSNet, InterScaleAlignment, fuse_for_inference
@@ -146,6 +147,18 @@ def test_blocks_compile_and_export(hooks: bool, strict: bool) -> None:
     for node in program.graph.nodes:
         if node.op == 'call_function' and node.target is not operator.getitem:
             assert node.target.namespace == 'aten', node
+
+
+def test_one_exported_program_with_and_without_a_cap_in_effect() -> None:
+    torch.manual_seed(0)
+    block = DSBlock(8, 2, global_factor=2, max_global_tokens=12).eval()
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    x = torch.randn(2, 8, 10, 14)
+    with torch.no_grad():
+        program = torch.export.export(block, (x,), dynamic_shapes=(sizes,))
+        for size in ((10, 14), (6, 8), (50, 40)):  # 3 x 4 tokens in the second
+            x = torch.randn(2, 8, *size)
+            assert error([program.module()(x)], [block(x).double()]) < 1e-5
 
 
 @pytest.mark.parametrize('width', [16, 64])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.models import DSFPN, DSBlock, DSNet, fuse_for_inference
 from dsnet_mm.models.layers import PatchEmbed
+from dsnet_mm.models.layers.ds_block import global_size
 from dsnet_mm.models.reference import reference_block, reference_net
 from tests.conftest import error, trained
 
@@ -28,6 +29,7 @@ STREAMS = [
 NORMS = [dict(type='BN'), dict(type='GN', num_groups=1)]
 sides = st.integers(1, 70)
 heads = st.integers(1, 3)
+caps = st.none() | st.integers(1, 30)
 # Channels of a head are a half of it. Multiples of 64 are packed by the fused form.
 units = st.sampled_from([4, 8, 12, 64])
 
@@ -50,6 +52,7 @@ def backbones(draw: st.DrawFn) -> tuple[DSNet, Tensor]:
         isa=isa,
         intra_scale=draw(st.sampled_from(['both', 'local', 'global'])),
         global_factors=[draw(st.integers(1, 8)) for _ in range(4)],
+        max_global_tokens=draw(caps),
         mlp_ratio=draw(st.sampled_from([0.5, 1.0, 4.0])),
         out_indices=draw(st.sets(st.integers(0, 3), min_size=1).map(sorted)),
         output_norm=draw(st.booleans()),
@@ -84,6 +87,7 @@ def necks(draw: st.DrawFn) -> tuple[DSFPN, list[Tensor]]:
         num_heads=num_heads,
         alpha=alpha,
         isa=isa,
+        max_global_tokens=draw(caps),
     )
     neck.init_weights()
     height, width = draw(sides), draw(sides)
@@ -141,6 +145,21 @@ def check(model: nn.Module, x: Tensor | list[Tensor], expected: list[Tensor]) ->
     assert error(fused(x), expected) < 1e-12
     single = [m.float() for m in x] if isinstance(x, list) else x.float()
     assert error(fused.float()(single), expected) < 1e-4
+
+
+@settings(SETTINGS, max_examples=1000)
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 16), caps)
+def test_number_of_global_tokens(
+    height: int, width: int, factor: int, cap: int
+) -> None:
+    rows, cols = global_size((height, width), factor, cap)
+    grid = max(height // factor, 1), max(width // factor, 1)
+    if cap is None or grid[0] * grid[1] <= cap:
+        assert (rows, cols) == grid
+    else:
+        assert 1 <= rows <= grid[0] and 1 <= cols <= grid[1]
+        # No smaller than one row and one column less than the cap allows.
+        assert rows * cols <= cap < (rows + 1) * (cols + 1)
 
 
 @SETTINGS

@@ -234,8 +234,8 @@ def test_no_operator_calls_python(grad):
         block = fuse_for_inference(DSBlock(64, 1))
         weights = {name: layer._buffers[key] for name, layer, key in block._weights}
         x = torch.randn(1, 64, 4, 4)
-        calls.append((ops.ds_block.default._op, (x, weights, 1, 2)))
-        ops.ds_block(x, weights, 1, 2)  # looks the other operators up
+        calls.append((ops.ds_block.default._op, (x, weights, 1, (2, 2))))
+        ops.ds_block(x, weights, 1, (2, 2))  # looks the other operators up
     for op, args in calls:
         sys.setprofile(profile)
         try:

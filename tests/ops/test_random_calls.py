@@ -140,7 +140,7 @@ def ds_block(call):
     weights = {name: layer._buffers[key] for name, layer, key in block._weights}
     size = [call.draw(st.integers(1, 9)) for _ in range(2)]
     call.names = list(weights)
-    return [call.map(call.draw(few), 64, *size), *weights.values(), 1, 2]
+    return [call.map(call.draw(few), 64, *size), *weights.values(), 1, [2, 1]]
 
 
 # ------------------------------------------------------------- what PyTorch computes

@@ -112,6 +112,11 @@ def test_differences_see_what_is_wrong() -> None:
         assert min(differences(module, run, sizes)) > 0.1
 
 
+def test_too_few_global_tokens_for_one_program() -> None:
+    with pytest.raises(ValueError, match=r'max_global_tokens=9.*16'):
+        tool('export.py').export(DSBlock(8, 1, max_global_tokens=9))
+
+
 @pytest.mark.parametrize(
     ('args', 'fact'),
     [
@@ -173,9 +178,11 @@ def test_one_compiled_training_step_for_images_of_any_size() -> None:
     net = Pyramid().train()
     sizes = (2, 3, 140, 133), (2, 3, 99, 301)
     assert compiled_steps_differ(net, 'eager', *sizes) < 1e-4
-    block = trained(DSBlock(8, 1, global_factor=2)).train()
     sizes = (2, 8, 12, 18), (2, 8, 9, 7)
-    assert compiled_steps_differ(block, 'aot_eager', *sizes) < 1e-4
+    for cap in (None, 30):  # in effect for the first size
+        block = DSBlock(8, 1, global_factor=2, max_global_tokens=cap)
+        block = trained(block).train()
+        assert compiled_steps_differ(block, 'aot_eager', *sizes) < 1e-4
 
 
 def test_a_training_step_of_a_block_in_generated_code() -> None:

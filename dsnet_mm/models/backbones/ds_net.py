@@ -57,6 +57,9 @@ class DSNet(BaseModule):
             default is that of the public code, and the only one with the published
             multiply-adds. It gives 3x3 tokens in the last stage of a 224x224 input.
             ``(8, 4, 2, 1)`` is Fig. 2 of the paper, stride 32 in all stages.
+        max_global_tokens: Maximum number of global tokens of a block. Where
+            ``global_factors`` leave more, the factor grows. From 49 on, a 224x224 input
+            is not changed by it. None is the paper. See :class:`DSBlock`.
         mlp_ratio: Ratio of hidden to input channels of the FFNs.
         attn_drop_rate: Dropout of the attention weights. The public code has 0.1.
         drop_path_rate: Stochastic depth rate of the last block. The rate increases
@@ -106,6 +109,7 @@ class DSNet(BaseModule):
         intra_scale: str = 'both',
         num_heads: int | Sequence[int] | None = None,
         global_factors: Sequence[int] = (8, 4, 2, 2),
+        max_global_tokens: int | None = None,
         mlp_ratio: float = 4.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -161,6 +165,7 @@ class DSNet(BaseModule):
                         isa=isa,
                         intra_scale=intra_scale,
                         global_factor=global_factors[i],
+                        max_global_tokens=max_global_tokens,
                         mlp_ratio=mlp_ratio,
                         attn_drop_rate=attn_drop_rate,
                         drop_path_rate=drop_path_rates.pop(0),

@@ -45,6 +45,34 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) in _PLAIN and not has_hooks(layer)
 
 
+def global_size(
+    size: tuple[int, int], factor: int, max_tokens: int | None
+) -> tuple[int, int]:
+    """Returns the rows and columns of the global stream of a map.
+
+    Args:
+        size: Height and width of the map.
+        factor: Factor of a map whose tokens are at most ``max_tokens``.
+        max_tokens: The factor of a larger map is ``sqrt(H * W / max_tokens)``. None is
+            the same factor for all maps, as in the paper.
+    """
+    rows, cols = (max(side // factor, 1) for side in size)
+    if max_tokens is None:
+        return rows, cols
+    # An exported program has one graph for all sizes: no branches, no math.isqrt.
+    height, width = size
+    fits = torch.sym_min(max_tokens // (rows * cols), 1)
+
+    def choose(side: int, square: float) -> int:
+        capped = torch.sym_min(torch.sym_int(square**0.5), max_tokens)
+        return torch.sym_max(fits * side + (1 - fits) * capped, 1)
+
+    return (
+        choose(rows, max_tokens * height / width),
+        choose(cols, max_tokens * width / height),
+    )
+
+
 class FFN(nn.Module):
     """Feed-forward network: two 1x1 convolutions with an activation between them.
 
@@ -199,6 +227,10 @@ class DSBlock(BaseModule):
             of Table 3, which the paper does not detail.
         global_factor: The global stream has ``floor(H / global_factor)`` rows,
             at least one, and as many columns in proportion.
+        max_global_tokens: Maximum number of global tokens. On a map where
+            ``global_factor`` leaves more, the factor is
+            ``sqrt(H * W / max_global_tokens)``. Attention then costs the same for each
+            pixel of a map of any size. None is the paper.
         mlp_ratio: Width of the hidden layer of the FFN over ``channels``.
         attn_drop_rate: Dropout of the attention weights, in [0, 1).
         drop_path_rate: Stochastic depth of both residual branches, in [0, 1).
@@ -207,7 +239,8 @@ class DSBlock(BaseModule):
         init_cfg: Initialisation, as in MMEngine.
 
     Raises:
-        ValueError: If alpha, heads and ISA do not fit together.
+        ValueError: If alpha, heads and ISA do not fit together, or if
+            ``max_global_tokens`` is not a positive integer.
     """
 
     def __init__(
@@ -218,6 +251,7 @@ class DSBlock(BaseModule):
         isa: bool | str = True,
         intra_scale: str = 'both',
         global_factor: int = 1,
+        max_global_tokens: int | None = None,
         mlp_ratio: float = 4.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -229,10 +263,18 @@ class DSBlock(BaseModule):
         if isa is True:
             isa = 'both'
         global_channels = _check_streams(channels, num_heads, alpha, isa, intra_scale)
+        if max_global_tokens is not None and (
+            type(max_global_tokens) is not int or max_global_tokens < 1
+        ):
+            raise ValueError(
+                f'max_global_tokens is a positive integer or None, got '
+                f'{max_global_tokens!r}.'
+            )
         local_channels = channels - global_channels
         self.split_channels = (global_channels, local_channels)
         self.num_heads = num_heads
         self.global_factor = global_factor
+        self.max_global_tokens = max_global_tokens
         self.attn_drop_rate = attn_drop_rate
 
         # Norms before convolutions: MMCV's fuse_conv_bn takes a norm for that of
@@ -282,8 +324,8 @@ class DSBlock(BaseModule):
             Map of the same shape.
         """
         size = x.shape[-2:]
-        global_size = tuple(max(side // self.global_factor, 1) for side in size)
-        f_l, f_g = self._split(x, global_size)
+        low = global_size(size, self.global_factor, self.max_global_tokens)
+        f_l, f_g = self._split(x, low)
 
         # Intra-scale propagation
         if self.local_conv is not None:
@@ -298,7 +340,7 @@ class DSBlock(BaseModule):
         if self.isa is not None:
             f_l, f_g = self.isa(f_l, f_g)
 
-        return self._merge(f_l, f_g, size, global_size)
+        return self._merge(f_l, f_g, size, low)
 
     def _split(
         self, x: Tensor, global_size: tuple[int, int]

@@ -68,6 +68,8 @@ class DSFPN(BaseModule):
         global_factors: Factor of the global stream at each used level, see
             :class:`DSBlock`. With None the global streams of all levels have the size
             of the coarsest level. Extra levels have factor 1.
+        max_global_tokens: Maximum number of global tokens at each level, see
+            :class:`DSBlock`.
         init_cfg: Initialisation, as in MMEngine.
 
     Raises:
@@ -96,6 +98,7 @@ class DSFPN(BaseModule):
         alpha: float = 0.5,
         isa: bool | str = True,
         global_factors: Sequence[int] | None = None,
+        max_global_tokens: int | None = None,
         init_cfg: dict | list | None = [
             dict(type='Xavier', layer='Conv2d', distribution='uniform'),
             dict(type='TruncNormal', layer='Linear', std=0.02),
@@ -159,6 +162,7 @@ class DSFPN(BaseModule):
                 alpha=alpha,
                 isa=isa,
                 global_factor=global_factor,
+                max_global_tokens=max_global_tokens,
                 norm_cfg=norm_cfg or dict(type='BN'),
             )
 

@@ -53,13 +53,13 @@ Tensor part(const Tensor& weight, int64_t axis, int64_t begin, int64_t end,
 // inputs (in bfloat16, blocks of 32). Where the machine has no kernels for a type,
 // packed ones are (C_out, C_in) as well.
 Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weights,
-                int64_t num_heads, int64_t global_factor) {
+                int64_t num_heads, c10::SymIntArrayRef global_size) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && input.requires_grad()),
               "ds_block has no gradients, and its input requires one");
-  TORCH_CHECK(input.dim() == 4 && num_heads > 0 && global_factor > 0,
-              "ds_block takes a map (N, C, H, W) and positive numbers of heads and ",
-              "factor, got ", input.dim(), " axes, ", num_heads, " and ",
-              global_factor);
+  TORCH_CHECK(input.dim() == 4 && num_heads > 0 && global_size.size() == 2,
+              "ds_block takes a map (N, C, H, W), a positive number of heads and the ",
+              "height and width of the global stream, got ", input.dim(), " axes, ",
+              num_heads, " and ", global_size);
   const auto weight = [&](const std::string& name) {
     const auto found = weights.find(name);
     TORCH_CHECK(found != weights.end(), "ds_block takes the weights of a fused block ",
@@ -88,14 +88,12 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weigh
   const int64_t global_channels = weight("global_norm.bias").size(0);
   const int64_t local_channels = channels - global_channels;
   TORCH_CHECK(channels > 0, "ds_block takes blocks of at least one channel, got none");
-  const c10::SymInt size[2] = {(input.sym_size(2) / global_factor).max(1),
-                               (input.sym_size(3) / global_factor).max(1)};
 
   const Tensor x = convolve(input, "pos_embed", {}, {});
 
   // Split
   const Tensor proj_in = weight("proj_in.packed");
-  const Tensor low = at::upsample_bilinear2d_symint(x, size, false);
+  const Tensor low = at::upsample_bilinear2d_symint(x, global_size, false);
   const Tensor f_g =
       to_tokens(linear(low, part(proj_in, 0, 0, global_channels, channels),
                        bias_in.narrow(0, 0, global_channels)));
@@ -126,7 +124,8 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weigh
   // Merge and feed-forward network
   const Tensor proj_out = weight("proj_out.packed");
   const Tensor merged =
-      linear(to_map(f_g, size), part(proj_out, 1, local_channels, channels, channels),
+      linear(to_map(f_g, global_size),
+             part(proj_out, 1, local_channels, channels, channels),
              weight("proj_out.bias"));
   call("dsnet_mm::resize_add_", x, merged);
   call("dsnet_mm::merge_", x, f_l, h_l, local_w, local_b,
@@ -140,7 +139,7 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weigh
 TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
   m.def(
       "ds_block(Tensor x, Dict(str, Tensor) weights, int num_heads, "
-      "int global_factor) -> Tensor");
+      "SymInt[2] global_size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CompositeImplicitAutograd, m) {
