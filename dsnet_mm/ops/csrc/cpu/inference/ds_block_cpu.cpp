@@ -123,10 +123,9 @@ Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weigh
 
   // Merge and feed-forward network
   const Tensor proj_out = weight("proj_out.packed");
-  const Tensor merged =
-      linear(to_map(f_g, global_size),
-             part(proj_out, 1, local_channels, channels, channels),
-             weight("proj_out.bias"));
+  const Tensor merged = linear(to_map(f_g, global_size),
+                               part(proj_out, 1, local_channels, channels, channels),
+                               weight("proj_out.bias"));
   call("dsnet_mm::resize_add_", x, merged);
   call("dsnet_mm::merge_", x, f_l, h_l, local_w, local_b,
        part(proj_out, 1, 0, local_channels, channels), weight("ffn.fc1.packed"),
