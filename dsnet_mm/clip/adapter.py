@@ -305,6 +305,8 @@ class CLIPAdapter(nn.Module):
 
         See :meth:`logits_and_distance` for the arguments and the distance.
         """
+        if self.options['keep'] == 0:
+            return F.cross_entropy(self(image_features), labels)
         logits, distance = self.logits_and_distance(image_features, labels)
         return F.cross_entropy(logits, labels) + self.options['keep'] * distance
 

@@ -49,7 +49,7 @@ class CpuTimeHook(Hook):
 
 @HOOKS.register_module()
 class AdapterStartHook(Hook):
-    """Starts a :class:`CLIPAdapterHead` from the class means of the training images.
+    """Starts the class weights of a :class:`CLIPAdapterHead` from the training images.
 
     See :meth:`dsnet_mm.models.CLIPAdapter.start`. Each image is read once, before the
     first iteration. A resumed training and one from a checkpoint go on as they are.
@@ -71,7 +71,9 @@ class AdapterStartHook(Hook):
             features.append(model.extract_feat(data['inputs'])[-1])
             labels += [sample.gt_label for sample in data['data_samples']]
         beta = model.head.start(torch.cat(features), torch.cat(labels))
-        runner.logger.info(f'CLIP-Adapter starts from class means, beta {beta:.3f}')
+        runner.logger.info(
+            f'the class weights of CLIP-Adapter start with beta {beta:.3f}'
+        )
 
 
 class NonFiniteLossError(ValueError):

@@ -29,8 +29,8 @@ class CLIPAdapterHead(ClsHead):
     computed from the class names at the first forward. Before that they are NaN, and
     CLIP is not loaded.
 
-    The residual of the class weights starts at 0, or at class means with
-    :class:`dsnet_mm.AdapterStartHook`, as in the method ``clip_adapter``.
+    The residual of the class weights starts at 0, or with
+    :class:`dsnet_mm.AdapterStartHook` as in the method ``clip_adapter``.
 
     If the adapter learns the text features, the constructor computes them, because the
     optimizer needs them as parameters.
