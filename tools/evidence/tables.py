@@ -166,6 +166,19 @@ LONG_DETECTOR = {
     'model.train_cfg.rpn_proposal.nms_pre': 300,
     'model.train_cfg.rpn_proposal.max_per_img': 200,
 }
+# Crops of 256, enlarged to 512: 16 x 16 global tokens without a maximum.
+LARGE_CROPS = {
+    **LONG_DETECTOR,
+    'train_cfg.max_iters': 1000,
+    'train_cfg.val_interval': 1000,
+    'param_scheduler.1.T_max': 1000,
+    'train_dataloader.batch_size': 2,
+    'train_dataloader.dataset.pipeline.2.crop_size': (256, 256),
+}
+MAX_GLOBAL_TOKENS = {
+    'model.backbone.max_global_tokens': 64,
+    'model.neck.max_global_tokens': 64,
+}
 CIFAR10 = Table(
     'CIFAR-10 at 64 pixels',
     tuple(
@@ -260,6 +273,17 @@ TABLES = {
             Row(name, DETECTORS[name], f'nuclei_{name}', 3, LONG_DETECTOR)
             for name in ('dsnet_dsfpn', 'dsnet_fpn')
         ),
+    ),
+    'nuclei_cap': NUCLEI._replace(
+        title='Nuclei, maximum number of global tokens',
+        rows=tuple(
+            Row(name, label, 'nuclei_dsnet_dsfpn', 3, {**LARGE_CROPS, **options})
+            for name, label, options in (
+                ('uncapped', 'DS-Net + DS-FPN, no maximum', {}),
+                ('cap64', 'at most 64 global tokens', MAX_GLOBAL_TOKENS),
+            )
+        ),
+        size=512,
     ),
     'scenes': Table(
         'Drawn scenes, Mask R-CNN',
