@@ -6,6 +6,7 @@ MMEngine imports this file when a configuration names the scope ``dsnet_mm``. So
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -25,6 +26,12 @@ HOOKS = Registry(
     parent=MMENGINE_HOOKS,
     scope='dsnet_mm',
     locations=['dsnet_mm.engine.hooks'],
+)
+METRICS = Registry(
+    'metric',
+    parent=MMENGINE_METRICS,
+    scope='dsnet_mm',
+    locations=['dsnet_mm.engine.metrics'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import pytest
 from hypothesis import given
+from mmengine.registry import DATASETS, init_default_scope
 from pycocotools.coco import COCO
 
+from dsnet_mm.engine.config import load_config
 from tests.conftest import tool
 from tests.damage import damaged_bytes, quick, read_or_refuse
 
@@ -198,6 +200,47 @@ def test_nuclei(nuclei: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         assert mask.sum() == 36 and mask[10:14, 20:29].all()
     test = json.loads((out / 'annotations' / 'instances_test.json').read_text())
     assert not test['images'], 'the large image is left out'
+
+
+def split_nuclei(*args: str) -> None:
+    tool('dataset_converters/nuclei_by_stain.py').main([*args])
+
+
+def test_nuclei_by_stain(
+    nuclei: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And the configuration of the nuclei weights reads the parts."""
+    pytest.importorskip('mmdet')
+    out = tmp_path / 'nuclei'
+    with pytest.raises(SystemExit, match='2'):
+        split_nuclei(str(out))
+    assert str(out / 'annotations') in capsys.readouterr().err
+    purple = '0121d6759c5adb290c8e828fc882f37dfaf3663ec885c663859948c154a443ed'
+    shutil.copytree(nuclei / next(iter(NAMES)), nuclei / purple)
+    image = nuclei / purple / 'images' / f'{purple}.png'
+    cv2.imwrite(str(image), np.full((40, 30, 3), (200, 90, 180)))
+    next((nuclei / purple / 'images').glob('0007*')).unlink()
+    convert_nuclei(nuclei, out)
+    split_nuclei(str(out))
+    parts = {}
+    for stain in ('fluorescence', 'stained'):
+        path = out / 'annotations' / f'instances_train_{stain}.json'
+        content = json.loads(path.read_text())
+        parts[stain] = [image['source'] for image in content['images']]
+        assert {a['image_id'] for a in content['annotations']} == {
+            image['id'] for image in content['images']
+        }
+    assert parts == {'fluorescence': [next(iter(NAMES))], 'stained': [purple]}
+    with pytest.raises(SystemExit, match='2'):
+        split_nuclei(str(out))
+    split_nuclei(str(out), '--overwrite')
+
+    init_default_scope('mmdet')
+    data_root = {'data_root': str(out)}
+    cfg = load_config('mask_rcnn_dsnet_nuclei_long', data_root)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert len(dataset) == 3, 'stained images come twice'
+    assert dataset[0]['inputs'].shape == (3, 320, 320)
 
 
 def test_errors(

@@ -274,6 +274,19 @@ TABLES = {
             for name in ('dsnet_dsfpn', 'dsnet_fpn')
         ),
     ),
+    'nuclei_weights': NUCLEI._replace(
+        title='Nuclei, the weights',
+        rows=(Row('dsnet_dsfpn', 'DS-Net + DS-FPN', 'nuclei_dsnet_dsfpn_long', 1),),
+        metrics=COCO
+        | {
+            'instances/accuracy': 'TP / (TP + FP + FN)',
+            'instances/precision': 'precision',
+            'instances/recall': 'recall',
+            'instances/duplicates': 'duplicates',
+        },
+        data=f'{NUCLEI.data}, and tools/dataset_converters/nuclei_by_stain.py',
+        size=320,
+    ),
     'nuclei_cap': NUCLEI._replace(
         title='Nuclei, maximum number of global tokens',
         rows=tuple(
