@@ -31,9 +31,7 @@ train_pipeline = [
         type='RandomChoice',
         transforms=[
             [
-                dict(
-                    type='RandomCrop', crop_size=(crop, crop), allow_negative_crop=True
-                ),
+                dict(type='RandomCrop', crop_size=crop, allow_negative_crop=True),
                 dict(type='Resize', scale=(size, size), keep_ratio=False),
             ]
             for crop in crops
