@@ -2,4 +2,5 @@
 # Not trained by us.
 _base_ = 'mask_rcnn_dsnet_b_3x_coco.py'
 
+_base_.model.neck.pop('max_global_tokens')  # of DSFPN alone
 model = dict(neck=dict(type='FPN'))

@@ -1,4 +1,5 @@
 # Mask R-CNN, DS-Net-B* with a plain FPN, COCO, 12 epochs (1x). Not trained by us.
 _base_ = 'mask_rcnn_dsnet_b_coco.py'
 
+_base_.model.neck.pop('max_global_tokens')  # of DSFPN alone
 model = dict(neck=dict(type='FPN'))

@@ -74,7 +74,7 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-max_iters = 8000
+max_iters = 6000
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [

@@ -7,5 +7,9 @@ _base_ = [
 
 model = dict(
     backbone=dict(_delete_=True, **_base_.pop('backbone'), out_indices=(0, 1, 2, 3)),
-    neck=dict(type='dsnet_mm.DSFPN', in_channels=[64, 128, 320, 512]),
+    neck=dict(
+        type='dsnet_mm.DSFPN',
+        in_channels=[64, 128, 320, 512],
+        max_global_tokens=256,
+    ),
 )

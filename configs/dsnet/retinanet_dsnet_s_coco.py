@@ -11,7 +11,11 @@ model = dict(
     # C1 is left out: the neck does not use it, so its norm would have no gradient.
     backbone=dict(_delete_=True, **_base_.pop('backbone'), out_indices=(1, 2, 3)),
     neck=dict(
-        type='dsnet_mm.DSFPN', in_channels=[128, 320, 512], start_level=0, num_outs=4
+        type='dsnet_mm.DSFPN',
+        in_channels=[128, 320, 512],
+        start_level=0,
+        num_outs=4,
+        max_global_tokens=256,
     ),
     bbox_head=dict(anchor_generator=dict(strides=[8, 16, 32, 64])),
 )

@@ -1,4 +1,5 @@
 # RetinaNet, DS-Net-T* with a plain FPN, COCO, 12 epochs (1x). Not trained by us.
 _base_ = 'retinanet_dsnet_t_coco.py'
 
+_base_.model.neck.pop('max_global_tokens')  # of DSFPN alone
 model = dict(neck=dict(type='FPN'))
