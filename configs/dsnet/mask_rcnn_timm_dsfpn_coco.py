@@ -9,10 +9,10 @@ model = dict(
         model_name='convnext_tiny.dinov3_lvd1689m',
         pretrained=True,
         features_only=True,
-        feature_cls='getter',  # timm's other classes return (N, H, W, C) from some
+        feature_cls='getter',  # always (N, C, H, W); other classes: not for Swin
         out_indices=(0, 1, 2, 3),  # strides 4 to 32
     ),
-    # Group norm needs no sync_bn, see there.
+    # Group norm does not need the sync_bn that is off below.
     neck=dict(in_channels=[96, 192, 384, 768], norm_cfg=dict(type='GN', num_groups=32)),
 )
 
