@@ -28,7 +28,12 @@ from torch import nn
 from .conftest import REPO, write_coco
 
 CONFIGS = REPO / 'configs' / 'dsnet'
-DETECTION = sorted(path.stem for path in CONFIGS.glob('*_coco.py'))
+DETECTION = sorted(path.stem for path in CONFIGS.glob('*_dsnet_*_coco.py'))
+# With options for random weights: gradients are zero where a residual starts at zero.
+OTHER_BACKBONES = dict(
+    mask_rcnn_r50_dsfpn_coco=dict(zero_init_residual=False),
+    mask_rcnn_timm_dsfpn_coco=dict(pretrained=False),
+)
 CLASSIFICATION = sorted(path.stem for path in CONFIGS.glob('*_in1k.py'))
 SMALL_DETECTION = [
     'mask_rcnn_dsnet_demo_scenes',
@@ -47,7 +52,8 @@ def load(name: str) -> Config:
 
 def test_all_are_listed():
     assert (len(DETECTION), len(CLASSIFICATION), len(TINY)) == (18, 3, 4)
-    listed = {*DETECTION, *CLASSIFICATION, *SMALL_DETECTION, *SMALL_CLASSIFICATION}
+    small = {*SMALL_DETECTION, *SMALL_CLASSIFICATION}
+    listed = {*DETECTION, *OTHER_BACKBONES, *CLASSIFICATION, *small}
     assert {path.stem for path in CONFIGS.glob('*.py')} == listed
 
 
@@ -86,12 +92,18 @@ def build_detector(
     """Builds a detector with few proposals, and a batch of images of these sizes."""
     testing = pytest.importorskip('mmdet.testing')
     pytest.importorskip('mmcv._ext')
+    if 'timm' in name:
+        pytest.importorskip('mmpretrain')
+        pytest.importorskip('timm')
     cfg = deepcopy(load(name))
-    cfg.model.backbone |= dict(init_cfg=None, **backbone)
+    options = OTHER_BACKBONES.get(name, {}) | backbone
+    cfg.model.backbone |= dict(init_cfg=None, **options)
     masks = name.startswith('mask_rcnn')
     if masks:
         cfg.model.train_cfg.rpn_proposal.max_per_img = 50
         cfg.model.train_cfg.rcnn.sampler.num = 32
+        cfg.model.test_cfg.rpn.max_per_img = 20
+        cfg.model.test_cfg.rcnn.score_thr = 0
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
@@ -108,27 +120,27 @@ def train(model: nn.Module, data: dict, cfg: Config) -> dict[str, float]:
     """One training step as MMEngine does it.
 
     Every loss is finite and every parameter has a gradient: DDP stops at the second
-    step if one has none.
+    step if one has none. Nearly all gradients are not zero.
     """
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    without = {name for name, param in model.named_parameters() if param.requires_grad}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            param.register_post_accumulate_grad_hook(
-                lambda _, name=name: without.discard(name)
-            )
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    params = {k: v for k, v in model.named_parameters() if v.requires_grad}
+    gradients = {}
+    for name, param in params.items():
+        param.register_post_accumulate_grad_hook(
+            lambda p, name=name: gradients.update({name: p.grad.any().item()})
+        )
+    before = {name: param.detach().clone() for name, param in params.items()}
     losses = {k: v.item() for k, v in model.train_step(data, optim_wrapper).items()}
     assert all(np.isfinite(value) for value in losses.values()), losses
-    assert not without
-    moved = [not torch.equal(v, before[k]) for k, v in model.state_dict().items()]
-    assert np.mean(moved) > 0.9
+    assert gradients.keys() == params.keys()
+    moved = [not torch.equal(param, before[name]) for name, param in params.items()]
+    assert min(np.mean(moved), np.mean(list(gradients.values()))) > 0.9
     return losses
 
 
-@pytest.mark.parametrize('name', [*TINY, *SMALL_DETECTION])
+@pytest.mark.parametrize('name', [*TINY, *SMALL_DETECTION, *OTHER_BACKBONES])
 def test_detection(name: str):
-    cfg, model, data = build_detector(name, (96, 128), (64, 96))
+    cfg, model, data = build_detector(name, (97, 131), (64, 96))
     masks = name.startswith('mask_rcnn')
     assert ('loss_mask' in train(model, data, cfg)) == masks
     levels = model.extract_feat(torch.zeros(1, 3, 128, 160))
@@ -136,7 +148,26 @@ def test_detection(name: str):
     head = model.rpn_head if masks else model.bbox_head
     assert strides == [stride[0] for stride in head.prior_generator.strides]
     for sample in model.eval().test_step(data):
-        assert sample.pred_instances.bboxes.isfinite().all()
+        found = sample.pred_instances
+        assert found.bboxes.isfinite().all()
+        if masks:
+            assert found.masks.shape == (len(found), *sample.ori_shape[:2])
+            assert len(found)
+
+
+def test_channels_and_normalisation_are_those_of_timm():
+    timm = pytest.importorskip('timm')
+    pytest.importorskip('mmdet')
+    model = load('mask_rcnn_timm_dsfpn_coco').model
+    assert model.backbone.pretrained
+    network = timm.create_model(model.backbone.model_name, features_only=True)
+    assert network.feature_info.channels() == model.neck.in_channels
+    assert network.feature_info.reduction() == [4, 8, 16, 32]
+    data = timm.data.resolve_model_data_config(network)
+    for key in ('mean', 'std'):
+        ours = [value / 255 for value in model.data_preprocessor[key]]
+        assert ours == pytest.approx(data[key], abs=1e-6)
+    assert model.data_preprocessor.bgr_to_rgb
 
 
 def test_detection_pipelines(tmp_path: Path):

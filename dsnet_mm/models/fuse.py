@@ -20,7 +20,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     """Replaces the blocks of DS-Net and DS-FPN by their inference form.
 
     Batch norms are folded into the layers beside them: in blocks as
-    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``.
+    :class:`FusedDSBlock` says, everywhere else by MMCV's ``fuse_conv_bn``. Networks of
+    timm stay as they are: some of their batch norms include or follow an activation.
 
     Outputs change by rounding only. The weights of the replaced modules become
     buffers with other names, and the model can no longer be trained. Fuse after
@@ -53,7 +54,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         return FusedDSBlock(model)
     model.eval()
     _replace(model)
-    return fuse_conv_bn(model).eval()
+    _fold_norms(model)
+    return model.eval()
 
 
 def _check_block(block: DSBlock) -> None:
@@ -82,6 +84,15 @@ def _replace(model: nn.Module) -> None:
             setattr(model, name, FusedPatchEmbed(child))
         elif not isinstance(child, Fused):
             _replace(child)
+
+
+def _fold_norms(module: nn.Module) -> None:
+    from_timm = {m for m in module.modules() if type(m).__module__.startswith('timm.')}
+    if not from_timm:
+        fuse_conv_bn(module)
+    elif module not in from_timm:
+        for child in module.children():
+            _fold_norms(child)
 
 
 class Fused(nn.Module):

@@ -109,3 +109,18 @@ def test_every_parameter_has_a_gradient(options):
 def test_bad_arguments(options, facts):
     with pytest.raises(ValueError, match=facts):
         DSFPN(**(dict(in_channels=CHANNELS, out_channels=32, num_outs=5) | options))
+
+
+@pytest.mark.parametrize('change', ['channels', 'number', 'order'])
+def test_maps_of_another_backbone(change):
+    neck = DSFPN(in_channels=CHANNELS, out_channels=32, num_outs=5)
+    if change == 'channels':
+        inputs = [x.repeat(1, 2, 1, 1) for x in maps(32, 64)]
+    elif change == 'number':
+        inputs = maps(32, 64)[1:]
+    else:  # as Swin of timm
+        inputs = [x.permute(0, 2, 3, 1) for x in maps(32, 64)]
+    with pytest.raises(ValueError) as error:
+        neck(inputs)
+    for fact in (CHANNELS, [tuple(x.shape) for x in inputs]):
+        assert str(list(fact)) in str(error.value)

@@ -118,6 +118,19 @@ def test_fused_neck_and_a_block_alone() -> None:
     assert equal(block.state_dict().values(), before.values())
 
 
+def test_networks_of_timm_stay_as_they_are() -> None:
+    """Folding a norm of EfficientNet would drop the activation that is in it."""
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    backbone = timm.create_model('test_efficientnet', num_classes=0, global_pool='')
+    neck = DSFPN([backbone.num_features], 32, num_outs=2, norm_cfg=dict(type='BN'))
+    net = trained(nn.ModuleDict(dict(backbone=backbone, neck=neck))).double().eval()
+    fused, x = fuse_for_inference(deepcopy(net)), images(64, 96)
+    assert len(norms(net)) > len(norms(fused)) == len(norms(backbone))
+    before, after = (n['neck']([n['backbone'](x)]) for n in (net, fused))
+    assert error(after, before) < 1e-9
+
+
 @needs_packing
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
 def test_blocks_that_are_one_operator(options: dict) -> None:

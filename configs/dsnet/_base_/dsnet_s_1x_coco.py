@@ -1,9 +1,5 @@
-# Backbone and schedule of the COCO detectors: DS-Net-S*, and the usual recipe of
-# attention backbones, AdamW without weight decay on norms, 12 epochs (1x).
-_base_ = [
-    'mmdet::_base_/schedules/schedule_1x.py',
-    'mmdet::_base_/default_runtime.py',
-]
+# Backbone and schedule of the COCO detectors with DS-Net-S*.
+_base_ = 'adamw_1x_coco.py'
 
 # A detector moves it into its model by `_base_.pop('backbone')` and adds out_indices.
 backbone = dict(
@@ -15,17 +11,3 @@ backbone = dict(
     # --cfg-options model.backbone.init_cfg.checkpoint=PATH
     init_cfg=dict(type='Pretrained', checkpoint=None, prefix='backbone.'),
 )
-
-# With two images per GPU, batch norms need the statistics of all processes.
-sync_bn = 'torch'
-
-optim_wrapper = dict(
-    optimizer=dict(
-        _delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    ),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
-    dict(type='MultiStepLR', by_epoch=True, milestones=[8, 11], gamma=0.1),
-]

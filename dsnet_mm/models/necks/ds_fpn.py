@@ -138,6 +138,7 @@ class DSFPN(BaseModule):
             )
         if num_plain_levels is None:
             num_plain_levels = max(num_levels - 3, 0)
+        self.in_channels = list(in_channels)
         self.num_outs = num_outs
         self.add_extra_convs = add_extra_convs
         self.relu_before_extra_convs = relu_before_extra_convs
@@ -203,7 +204,18 @@ class DSFPN(BaseModule):
 
         Returns:
             ``num_outs`` feature maps of shape (N, out_channels, H_i, W_i).
+
+        Raises:
+            ValueError: If the feature maps have other channels than ``in_channels``.
         """
+        if [x.shape[1] for x in inputs] != self.in_channels:
+            raise ValueError(
+                f'DSFPN with in_channels={self.in_channels} got feature maps of the '
+                f'shapes {[tuple(x.shape) for x in inputs]} from the backbone. Set '
+                'in_channels of the neck, or out_indices of the backbone: the second '
+                'number of each shape is in_channels.'
+            )
+
         laterals = [
             lateral_conv(inputs[level])
             for level, lateral_conv in zip(self.levels, self.lateral_convs, strict=True)
