@@ -98,7 +98,7 @@ def test_recorded_results_are_of_the_rows_as_they_are_now(
                 keys = {key for key in run.keys if key[0] in (*tops, 'randomness')}
                 assert len(keys) > 40
                 assert not runs.differing(result['config'], now, keys), run.file
-                model = json.dumps(now['model'])
+                model = (json.dumps(now['model']), table.size)
                 if model not in counts:
                     counts[model] = runs.count(cfg, table.size)
                 assert result['model'] == counts[model], run.file
@@ -108,7 +108,8 @@ def test_recorded_results_are_of_the_rows_as_they_are_now(
 
     # The backbones of a table need the same multiply-adds.
     def count(cfg: Config, size: int) -> dict:
-        return counts.get(json.dumps(runs.as_json(cfg)['model'])) or original(cfg, size)
+        model = (json.dumps(runs.as_json(cfg)['model']), size)
+        return counts.get(model) or original(cfg, size)
 
     original = runs.count
     monkeypatch.setattr(runs, 'count', count)
