@@ -1,0 +1,178 @@
+"""Mask R-CNN in parts: of this package, and those of mmdet with FPN.
+
+Weights are random, so what a detector finds is arbitrary, and with it the work of its
+heads. Here all have the same work. Their RPN computes its proposals, and then all get
+the same 1,000 boxes, a fifth of them on one of the 7 objects (COCO has 7.3 an image).
+So a training step has 512 RoIs, 128 of them with a mask. Each proposal is one detection
+of one class, 100 remain, each with a mask in the size of the original image, 3/5 of
+that of the input.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from dsnet_mm.models import fuse_for_inference
+
+from .rows import Panel
+
+CONFIGS = dict(
+    resnet50='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    swin_t='mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+)
+OURS = Path(__file__).resolve().parents[2] / 'configs/dsnet/mask_rcnn_dsnet_s_coco.py'
+OBJECTS, PROPOSALS, DETECTIONS = 7, 1000, 100
+
+
+def draw_boxes(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Returns objects and proposals, of shape (N, 4) in pixels.
+
+    Sides are a twentieth to a half of those of the image.
+    """
+    rng = torch.Generator().manual_seed(0)
+
+    def boxes(count: int) -> Tensor:
+        sides = 0.05 * 10 ** torch.rand(count, 2, generator=rng)
+        corners = torch.rand(count, 2, generator=rng) * (1 - sides)
+        return torch.cat([corners, corners + sides], 1)
+
+    objects, proposals = boxes(OBJECTS), boxes(PROPOSALS)
+    near = objects[torch.arange(PROPOSALS // 5) % OBJECTS]
+    shift = 0.1 * (torch.rand(len(near), 2, generator=rng) - 0.5)
+    shift *= near[:, 2:] - near[:, :2]
+    proposals[: len(near)] = near + shift.repeat(1, 2)
+    scale = torch.tensor([width, height] * 2)
+    return objects * scale, proposals * scale
+
+
+def build_detector(key: str, panel: Panel, proposals: Tensor) -> nn.Module:
+    """Builds a Mask R-CNN whose heads have the work of the module's docstring."""
+    cfg = get_config(CONFIGS[key]) if key in CONFIGS else Config.fromfile(OURS)
+    cfg.model.backbone.init_cfg = None
+    if key == 'ours':
+        cfg.model.backbone.max_global_tokens = panel.cap
+        cfg.model.neck.max_global_tokens = panel.cap
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).train(panel.training)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')  # it lists all weights
+    model.init_weights()
+    logger.setLevel(level)
+    classify = model.roi_head.bbox_head.fc_cls
+    nn.init.zeros_(classify.weight)
+    nn.init.zeros_(classify.bias)
+    with torch.no_grad():
+        classify.bias[0] = 10
+    predict = model.rpn_head.predict_by_feat
+
+    def predict_the_same(*args, **kwargs) -> list[InstanceData]:
+        predict(*args, **kwargs)
+        labels = torch.zeros(PROPOSALS, dtype=torch.long)
+        found = dict(bboxes=proposals, scores=torch.ones(PROPOSALS), labels=labels)
+        return [InstanceData(**found)]
+
+    model.rpn_head.predict_by_feat = predict_the_same
+    if panel.training:
+        return model
+    return (fuse_conv_bn if key in CONFIGS else fuse_for_inference)(model)
+
+
+def make_sample(objects: Tensor, height: int, width: int) -> DetDataSample:
+    """Returns the objects of an image, rectangles of one class, and its sizes."""
+    masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, objects.long(), strict=True):
+        mask[top:bottom, left:right] = 1
+    shape, original = (height, width), (height * 3 // 5, width * 3 // 5)
+    sizes = dict(img_shape=shape, batch_input_shape=shape, pad_shape=shape)
+    sample = DetDataSample(
+        metainfo=dict(**sizes, ori_shape=original, scale_factor=(5 / 3, 5 / 3))
+    )
+    labels = torch.zeros(len(objects), dtype=torch.long)
+    sample.gt_instances = InstanceData(
+        bboxes=objects, labels=labels, masks=BitmapMasks(masks.numpy(), height, width)
+    )
+    return sample
+
+
+def make_parts(key: str, panel: Panel) -> dict[str, Callable[[], None]]:
+    """Returns the calls of the parts of a detector, in their order.
+
+    In a training step the maps between the parts are cut, so that the backward of each
+    part is timed with it. There is no optimizer.
+
+    Args:
+        key: 'ours', 'uncapped' or a key of ``CONFIGS``.
+        panel: Mode and size. The batch is 1, the dtype float32.
+
+    Raises:
+        RuntimeError: If a call finds another number of detections than ``DETECTIONS``.
+    """
+    height, width = panel.size
+    objects, proposals = draw_boxes(height, width)
+    model = build_detector(key, panel, proposals)
+    samples = [make_sample(objects, height, width)]
+    image, heads = torch.randn(1, 3, height, width), model.roi_head
+    kept = {}  # what a part leaves to the next
+
+    def cut(name: str, maps: tuple[Tensor, ...]) -> None:
+        kept[name] = maps
+        leaves = [x.detach().requires_grad_(panel.training) for x in maps]
+        kept[f'{name} cut'] = leaves
+
+    def backbone() -> None:
+        cut('maps', model.backbone(image))
+
+    def neck() -> None:
+        cut('levels', model.neck(kept['maps cut']))
+
+    def backward(losses: dict) -> None:
+        losses = [x for name, x in losses.items() if 'loss' in name]
+        sum(sum(x) if isinstance(x, list) else x for x in losses).backward()
+
+    def rpn() -> None:
+        levels = kept['levels cut']
+        if panel.training:
+            losses, kept['proposals'] = model.rpn_head.loss_and_predict(
+                levels, samples, proposal_cfg=model.train_cfg.rpn_proposal
+            )
+            backward(losses)
+        else:
+            found = model.rpn_head.predict(levels, samples, rescale=False)
+            kept['proposals'] = found
+
+    def roi() -> None:
+        levels, found = kept['levels cut'], kept['proposals']
+        if panel.training:
+            backward(heads.loss(levels, found, samples))
+        elif (n := len(heads.predict(levels, found, samples, True)[0])) != DETECTIONS:
+            raise RuntimeError(f'{key} finds {n} objects in place of {DETECTIONS}')
+
+    def back(name: str) -> None:
+        maps, leaves = kept[name], kept[f'{name} cut']
+        pairs = zip(maps, leaves, strict=True)
+        pairs = [(x, leaf.grad) for x, leaf in pairs if x.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+    def backbone_backward() -> None:
+        back('maps')
+        model.zero_grad(set_to_none=True)
+        kept.clear()
+
+    parts = dict(backbone=backbone, neck=neck, rpn=rpn, roi=roi)
+    if not panel.training:
+        return {name: torch.inference_mode()(part) for name, part in parts.items()}
+    parts['neck backward'] = lambda: back('levels')
+    return parts | {'backbone backward': backbone_backward}
