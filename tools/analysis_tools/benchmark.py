@@ -246,14 +246,15 @@ def run(
         turns = range(args.turns) if args else turns_in(SECONDS)
         found = measure(panel, keys, track(turns, panel.title, **bar))
         memory = not args.no_memory if args else page.has_memory(panel)
-        for row, result in found.items():
+        for result in found:
             if memory and result['error'] is None:
+                row = (result['key'], result['layout'], panel)
                 try:
-                    result['peak_mib'] = peak_in_child(prepare, row, panel)
+                    result['peak_mib'] = peak_in_child(prepare, *row)
                 except Exception as error:  # one that fails must not end the run
                     console.print(f'No memory of {result["model"]}: {error}')
             results.append(common | result | facts)
-        console.print(table_of(list(found.values()), panel))
+        console.print(table_of(found, panel))
         if path:
             page.write_csv(results, path)
     return results

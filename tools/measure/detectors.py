@@ -60,29 +60,24 @@ def build_detector(key: str, panel: Panel, proposals: Tensor) -> nn.Module:
     """Builds a Mask R-CNN whose heads have the work of the module's docstring."""
     cfg = get_config(CONFIGS[key]) if key in CONFIGS else Config.fromfile(OURS)
     cfg.model.backbone.init_cfg = None
-    if key == 'ours':
-        cfg.model.backbone.max_global_tokens = panel.cap
-        cfg.model.neck.max_global_tokens = panel.cap
+    if key not in CONFIGS:
+        cap = panel.cap if key == 'ours' else None
+        cfg.model.backbone.max_global_tokens = cfg.model.neck.max_global_tokens = cap
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train(panel.training)
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')  # it lists all weights
+    MMLogger.get_current_instance().setLevel('WARNING')  # or it lists all weights
     model.init_weights()
-    logger.setLevel(level)
+    model.roi_head.test_cfg.max_per_img = DETECTIONS
     classify = model.roi_head.bbox_head.fc_cls
-    nn.init.zeros_(classify.weight)
-    nn.init.zeros_(classify.bias)
-    with torch.no_grad():
-        classify.bias[0] = 10
+    classify.weight.data.zero_()
+    classify.bias.data = torch.eye(len(classify.bias))[0] * 10
     predict = model.rpn_head.predict_by_feat
 
     def predict_the_same(*args, **kwargs) -> list[InstanceData]:
         predict(*args, **kwargs)
-        labels = torch.zeros(PROPOSALS, dtype=torch.long)
-        found = dict(bboxes=proposals, scores=torch.ones(PROPOSALS), labels=labels)
-        return [InstanceData(**found)]
+        scores, labels = torch.ones(PROPOSALS), torch.zeros(PROPOSALS, dtype=torch.long)
+        return [InstanceData(bboxes=proposals, scores=scores, labels=labels)]
 
     model.rpn_head.predict_by_feat = predict_the_same
     if panel.training:
@@ -128,9 +123,8 @@ def make_parts(key: str, panel: Panel) -> dict[str, Callable[[], None]]:
     kept = {}  # what a part leaves to the next
 
     def cut(name: str, maps: tuple[Tensor, ...]) -> None:
-        kept[name] = maps
         leaves = [x.detach().requires_grad_(panel.training) for x in maps]
-        kept[f'{name} cut'] = leaves
+        kept[name], kept[f'{name} cut'] = maps, leaves
 
     def backbone() -> None:
         cut('maps', model.backbone(image))
@@ -150,8 +144,7 @@ def make_parts(key: str, panel: Panel) -> dict[str, Callable[[], None]]:
             )
             backward(losses)
         else:
-            found = model.rpn_head.predict(levels, samples, rescale=False)
-            kept['proposals'] = found
+            kept['proposals'] = model.rpn_head.predict(levels, samples, rescale=False)
 
     def roi() -> None:
         levels, found = kept['levels cut'], kept['proposals']

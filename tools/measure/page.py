@@ -101,11 +101,11 @@ def sections(rows: list[dict[str, str]]) -> dict[str, str]:
                 f'{RECORD.name} is of several runs, its {field} is '
                 f'{" and ".join(found)}; measure it by --record'
             )
-    cells = {(*panel_of(row), row['model']): row for row in rows}
+    cells = {(*panel_of(row), row['key']): row for row in rows}
 
     def get(field: str, network: str, size: tuple, kind: tuple, key: str):
         height, width = size
-        at = (network, f'{height}x{width}', *kind, NAMES[network][key])
+        at = (network, f'{height}x{width}', *kind, key)
         text = cells.get(at, {}).get(field)
         return float(text) if text else None
 

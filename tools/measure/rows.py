@@ -20,7 +20,7 @@ try:
 except ImportError:
     timm = None
 
-CHANNELS = (64, 128, 320, 512)  # of the maps of DS-Net-S
+CHANNELS = {4: 64, 8: 128, 16: 320, 32: 512}  # of DS-Net-S, by stride
 NAMES = {
     'backbone': {
         'ours': 'DS-Net-S*',
@@ -74,20 +74,17 @@ class Panel(NamedTuple):
     def training(self) -> bool:
         return self.mode == 'training'
 
+    def formats(self, key: str) -> list[str]:
+        """Returns the memory formats of which the faster one of a row is timed."""
+        if self.network == 'neck' and key != 'fpn':  # the maps of DS-Net are so
+            return ['channels_last']
+        both = self.network != 'detector' and key in SPATIAL
+        return ['preserve_format', 'channels_last'][: 1 + both]
+
     @property
     def title(self) -> str:
-        height, width = self.size
-        return (
-            f'{self.network}, {self.mode}, {self.batch} x {height}x{width}, '
-            f'{self.dtype}'
-        )
-
-
-class Row(NamedTuple):
-    """A network, in a memory format."""
-
-    key: str
-    layout: str = 'contiguous'
+        size = '{} x {}x{}'.format(self.batch, *self.size)
+        return f'{self.network}, {self.mode}, {size}, {self.dtype}'
 
 
 class PlainDSNet(DSNet):
@@ -115,9 +112,9 @@ def build(key: str, panel: Panel) -> nn.Module:
     if key == 'fpn':
         from mmdet.models.necks import FPN
 
-        net = Neck(FPN(list(CHANNELS), 256, 5))
+        net = Neck(FPN([*CHANNELS.values()], 256, 5))
     elif panel.network == 'neck':
-        net = Neck(DSFPN(CHANNELS, 256, 5, max_global_tokens=cap))
+        net = Neck(DSFPN([*CHANNELS.values()], 256, 5, max_global_tokens=cap))
     elif key in TIMM:
         options = dict(img_size=panel.size) if key == 'swin_t' else {}
         if key == 'resnet50':  # whose stem is a stage to timm
@@ -132,38 +129,34 @@ def build(key: str, panel: Panel) -> nn.Module:
     return net.to(torch.float32 if panel.training else DTYPES[panel.dtype])
 
 
-def parts_of(row: Row, panel: Panel) -> dict[str, Callable[[], None]]:
-    """Returns the calls that are timed: one, or those of the parts of a detector."""
+def parts_of(key: str, layout: str, panel: Panel) -> dict[str, Callable[[], None]]:
+    """Returns the calls that are timed: one, or those of the parts of a detector.
+
+    Args:
+        key: Key of ``NAMES``.
+        layout: Memory format of weights and input.
+        panel: The table.
+    """
     if panel.network == 'detector':
         from .detectors import make_parts
 
-        return make_parts(row.key, panel)
-    net = build(row.key, panel)
-    dtype = next(net.parameters()).dtype
-    channels_last = row.layout == 'channels_last'
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    net.to(panel.device, memory_format=layout)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape).to(panel.device, dtype, memory_format=layout)
-
+        return make_parts(key, panel)
+    net, memory = build(key, panel), dict(memory_format=getattr(torch, layout))
+    net.to(panel.device, **memory)
+    options = dict(dtype=next(net.parameters()).dtype, device=panel.device)
     height, width = panel.size
     if panel.network == 'backbone':
-        inputs = random(panel.batch, 3, height, width)
+        inputs = torch.randn(panel.batch, 3, height, width, **options).to(**memory)
     else:
-        if row.key != 'fpn':  # the format in which DS-Net returns its maps
-            layout = torch.channels_last
-        inputs = [
-            random(panel.batch, channels, height // s, width // s)
-            for channels, s in zip(CHANNELS, (4, 8, 16, 32), strict=True)
-        ]
-        inputs = [x.requires_grad_(panel.training) for x in inputs]
+        shapes = [(c, height // s, width // s) for c, s in CHANNELS.items()]
+        inputs = [torch.randn(panel.batch, *shape, **options) for shape in shapes]
+        inputs = [x.to(**memory).requires_grad_(panel.training) for x in inputs]
     return {'': make_call(net, inputs, panel.training, panel.dtype == 'bfloat16')}
 
 
-def prepare(row: Row, panel: Panel) -> Callable[[], None]:
-    """Returns the call of a row, of all its parts."""
-    parts = parts_of(row, panel).values()
+def prepare(key: str, layout: str, panel: Panel) -> Callable[[], None]:
+    """Returns the call of all parts of a row; arguments as :func:`parts_of`."""
+    parts = parts_of(key, layout, panel).values()
 
     def call() -> None:
         for part in parts:
@@ -172,22 +165,7 @@ def prepare(row: Row, panel: Panel) -> Callable[[], None]:
     return call
 
 
-def choose_format(row: Row, panel: Panel) -> tuple[Row, dict[str, Callable]]:
-    """Returns a row in its faster memory format, and its calls, which have run."""
-    formats = ['contiguous', 'channels_last']
-    two = row.key in SPATIAL and panel.network != 'detector'
-    found = []
-    for layout in formats[: 1 + two]:
-        candidate = row._replace(layout=layout)
-        parts = parts_of(candidate, panel)
-        for part in parts.values():
-            part()
-        seconds = time_call(parts[''], panel.device) if two else 0.0
-        found.append((seconds, candidate, parts))
-    return min(found, key=lambda item: item[0])[1:]
-
-
-def measure(panel: Panel, keys: Iterable[str], turns: Iterable) -> dict[Row, dict]:
+def measure(panel: Panel, keys: Iterable[str], turns: Iterable) -> list[dict]:
     """Times the rows of a table in turns.
 
     Args:
@@ -198,44 +176,42 @@ def measure(panel: Panel, keys: Iterable[str], turns: Iterable) -> dict[Row, dic
     Returns:
         The result of each row in its faster memory format, without its memory.
     """
-    calls, errors, chosen = {}, {}, []
-    for key in NAMES[panel.network]:
-        if key not in keys:
-            continue
-        row = Row(key)
+    calls, results = {}, []
+    for key in (key for key in NAMES[panel.network] if key in keys):
+        result = dict(key=key, model=NAMES[panel.network][key])
+        result |= dict.fromkeys((*COLUMNS, 'layout', 'turns', 'error'))
+        results.append(result)
+        found = []
         try:
-            row, parts = choose_format(row, panel)
+            for layout in panel.formats(key):
+                found.append((layout, parts_of(key, layout, panel)))
+                for part in found[-1][1].values():
+                    part()
         except Exception as error:  # a size that a peer does not take, or no memory
             text = f'{type(error).__name__}: {" ".join(str(error).split())}'
-            errors[row] = text[:200]
-        else:
-            calls |= {(row, part): call for part, call in parts.items()}
-        chosen.append(row)
-    times: dict[Row, dict[str, list[float]]] = {}
-    for (row, part), seconds in time_in_turns(calls, turns, panel.device).items():
-        times.setdefault(row, {})[part] = seconds
-    # Of each row the seconds of a turn, which are those of all its parts.
-    seconds = {row: add(parts.values()) for row, parts in times.items()}
-    ours = seconds.get(Row('ours'))
-    results = {}
-    for row in chosen:
-        results[row] = result = dict(
-            model=NAMES[panel.network][row.key],
-            **dict.fromkeys(COLUMNS),
-            layout=row.layout,
-            error=errors.get(row),
-            turns=len(seconds.get(row, [])),
-        )
-        if row in seconds:
-            result['ms'] = 1e3 * median(seconds[row])
+            result['error'] = text[:200]
+            continue
+        if len(found) > 1:
+            found.sort(key=lambda item: time_call(item[1][''], panel.device))
+        result['layout'], parts = found[0]
+        calls |= {(key, part): call for part, call in parts.items()}
+    times: dict[str, dict[str, list[float]]] = {}
+    for (key, part), seconds in time_in_turns(calls, turns, panel.device).items():
+        times.setdefault(key, {})[part] = seconds
+    # The seconds of a row in a turn are those of all its parts.
+    totals = {key: add(parts.values()) for key, parts in times.items()}
+    for result in results:
+        if seconds := totals.get(result['key']):
+            ms = 1e3 * median(seconds)
             pixels = panel.batch * panel.size[0] * panel.size[1]
-            result['us_per_pixel'] = 1e3 * result['ms'] / pixels
-            if ours:
-                ratios = [a / b for a, b in zip(seconds[row], ours, strict=True)]
+            result |= dict(ms=ms, us_per_pixel=1e3 * ms / pixels, turns=len(seconds))
+            if ours := totals.get('ours'):
+                ratios = [a / b for a, b in zip(seconds, ours, strict=True)]
                 result['times_ours'] = median(ratios)
             for part in PARTS if panel.network == 'detector' else ():
-                both = [s for name, s in times[row].items() if name.startswith(part)]
-                result[f'{part}_ms'] = 1e3 * median(add(both))
+                found = times[result['key']].items()
+                found = [times for name, times in found if name.startswith(part)]
+                result[f'{part}_ms'] = 1e3 * median(add(found))
     return results
 
 
@@ -252,9 +228,6 @@ def table_of(results: list[dict], panel: Panel) -> Table:
         table.add_column(COLUMNS[key][0], justify='right')
     table.add_column('memory format, or error')
     for row in results:
-        cells = [
-            '-' if row[key] is None else format(row[key], COLUMNS[key][1])
-            for key in shown
-        ]
+        cells = ['-' if row[k] is None else f'{row[k]:{COLUMNS[k][1]}}' for k in shown]
         table.add_row(row['model'], *cells, row['error'] or row['layout'])
     return table
