@@ -177,7 +177,7 @@ def draw(rows: list[dict]) -> bytes:
     """Plots the time a pixel of backbones over the size, a plot a mode and dtype.
 
     Args:
-        rows: Rows of a table. Of them, those with batch 1 are shown.
+        rows: Rows of a table. Those of one image are shown, without the plain network.
 
     Returns:
         A PNG file, empty if there are no such rows.
@@ -187,27 +187,29 @@ def draw(rows: list[dict]) -> bytes:
     plots: dict[str, dict[str, dict[int, float]]] = {}
     ticks = {}
     for row in rows:
-        shown = row['network'] == 'backbone' and str(row['batch']) == '1'
-        if shown and row['us_per_pixel']:
+        one = str(row['batch']) == '1' and row['key'] != 'plain'
+        if row['network'] == 'backbone' and one and row['us_per_pixel']:
             height, width = map(int, row['size'].split('x'))
             ticks[height * width] = row['size']
             lines = plots.setdefault(f'{row["mode"]}, {row["dtype"]}', {})
-            points = lines.setdefault(row['model'], {})
+            points = lines.setdefault(row['key'], {})
             points[height * width] = float(row['us_per_pixel'])
     if not plots:
         return b''
-    names = [*NAMES['backbone'].values()]
     figure = Figure((5.5 * len(plots), 4), dpi=110, layout='constrained')
     axes = figure.subplots(1, len(plots), squeeze=False)[0]
     for ax, (title, lines) in zip(axes, plots.items(), strict=True):
         # The legend has the order of the lines at their right end.
-        for name in sorted(lines, key=lambda n: -lines[n][max(lines[n])]):
-            style = '--' if 'uncapped' in name else '-'
-            color = 'black' if 'DS-Net' in name else f'C{names.index(name)}'
-            width = 2.5 if name == names[0] else 1.3
-            points = zip(*sorted(lines[name].items()), strict=True)
-            label = name.replace('*', '\u2217')
-            ax.plot(*points, f'{style}o', color=color, lw=width, ms=4, label=label)
+        for key in sorted(lines, key=lambda key: -lines[key][max(lines[key])]):
+            index = list(NAMES['backbone']).index(key)
+            ax.plot(
+                *zip(*sorted(lines[key].items()), strict=True),
+                '--o' if key == 'uncapped' else '-o',
+                color='black' if index < 2 else f'C{index}',
+                linewidth=1.3 if index else 2.5,
+                markersize=4,
+                label=NAMES['backbone'][key].replace('*', '\u2217'),
+            )
         ax.set(title=title, xscale='log', ylim=0, ylabel='microseconds a pixel')
         ax.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
         ax.set_xticks([], minor=True)
