@@ -211,7 +211,7 @@ def draw(rows: list[dict]) -> bytes:
                 label=NAMES['backbone'][key].replace('*', '\u2217'),
             )
         ax.set(title=title, xscale='log', ylim=0, ylabel='microseconds a pixel')
-        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
         ax.set_xticks([], minor=True)
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
