@@ -45,7 +45,6 @@ from rich.console import Console
 from rich.progress import track
 
 from dsnet_mm.environment import commit, find_installed, machine
-from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
@@ -104,8 +103,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--turns', type=int, default=7, help='the first is dropped')
     add('--no-memory', action='store_true', help='does not measure memory')
-    add('--out', type=Path, help='folder for benchmark.csv and benchmark.png')
-    add('--overwrite', action='store_true', help='replaces these')
     add('--against', type=Path, metavar='CHECKOUT', help='compares with this checkout')
     args = parser.parse_args(argv)
     least = dict(batch=1, threads=1, turns=2, max_global_tokens=0)
@@ -117,7 +114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error('--device is cuda, but PyTorch finds no GPU.')
     if args.against:
         args.against = args.against.resolve()
-        for name in ('models', 'network', 'out', 'record'):
+        for name in ('models', 'network', 'record'):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f'--against times DS-Net alone; leave out --{name}.')
         if args.turns < 3:
@@ -139,11 +136,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.models = [key for key in args.models if key not in TIMM]
         if not args.models:
             parser.error('All of --models come from timm: pip install timm.')
-    if args.out and args.out.exists() and not args.out.is_dir():
-        parser.error(f'--out is a folder, but {args.out} is a file.')
-    for name in ('benchmark.csv', 'benchmark.png'):
-        if args.out and (args.out / name).exists() and not args.overwrite:
-            parser.error(f'{args.out / name} exists; replace it by --overwrite.')
     return args
 
 
@@ -167,17 +159,10 @@ def main(argv: list[str] | None = None) -> None:
         commit=commit(),
         date=date.today().isoformat(),
     )
-    cap = args.max_global_tokens or None
+    batch = {(224, 224): args.batch or 8}
+    cap, device = args.max_global_tokens or None, args.device
     panels = [
-        Panel(
-            mode,
-            size,
-            dtype,
-            args.batch or (8 if size == (224, 224) else 1),
-            cap,
-            args.device,
-            network,
-        )
+        Panel(mode, size, dtype, batch.get(size, args.batch or 1), cap, device, network)
         for network in dict.fromkeys(args.network)
         for mode in dict.fromkeys(args.mode)
         for size in dict.fromkeys(args.size)
@@ -186,10 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.record:
         kept = [
             row
-            for row in page.read_csv(page.RECORD)
+            for row in page.read_csv()
             if all(row.get(name) == str(facts[name]) for name in page.SAME)
         ]
-        run(page.panels_of_page(), facts, console, page.RECORD, kept)
+        run(page.panels_of_page(), facts, console, kept)
     elif args.against:
         rows = compare(args.against, panels, args.turns, args.threads)
         count = sum(1 if panel.training else 2 for panel in panels)
@@ -199,13 +184,10 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f'benchmark: {error}')
         console.print(table_of_comparison(rows))
     elif not args.report:
-        path = args.out and args.out / 'benchmark.csv'
-        results = run(panels, facts, console, path, [], args)
-        if args.out and (image := page.draw(results)):
-            write_atomic(path.with_suffix('.png'), image)
+        run(panels, facts, console, [], args)
     if args.record or args.report:
-        for path in page.write_page():
-            console.print(f'Written: {path}')
+        for file in page.write_page():
+            console.print(f'Written: {file}')
     else:
         console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
 
@@ -214,22 +196,18 @@ def run(
     panels: list[Panel],
     facts: dict,
     console: Console,
-    path: Path | None,
     results: list[dict],
     args: argparse.Namespace | None = None,
-) -> list[dict]:
+) -> None:
     """Measures panels, and prints the table of each.
 
     Args:
         panels: The panels. Those that ``results`` has are left out.
         facts: What all rows share.
         console: Shows the tables.
-        path: CSV file that is written after each panel, or None.
-        results: Rows that were measured before.
-        args: The command line, or None for the settings of the page.
-
-    Returns:
-        All rows.
+        results: Rows that were measured before. New ones are added.
+        args: The command line, or None for the record of the page, which is written
+            after each panel.
     """
     if timm is None:
         console.print(
@@ -255,9 +233,8 @@ def run(
                     console.print(f'No memory of {result["model"]}: {error}')
             results.append(common | result | facts)
         console.print(table_of(found, panel))
-        if path:
-            page.write_csv(results, path)
-    return results
+        if args is None:
+            page.write_csv(results)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from mmcv.cnn import fuse_conv_bn
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
@@ -35,25 +34,21 @@ OURS = Path(__file__).resolve().parents[2] / 'configs/dsnet/mask_rcnn_dsnet_s_co
 OBJECTS, PROPOSALS, DETECTIONS = 7, 1000, 100
 
 
-def draw_boxes(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Returns objects and proposals, of shape (N, 4) in pixels.
+def draw_proposals(objects: Tensor, height: int, width: int) -> Tensor:
+    """Returns the proposals, of shape (N, 4) in pixels.
 
-    Sides are a twentieth to a half of those of the image.
+    A fifth of them are an object, moved by up to 5 % of its sides. The sides of the
+    others are a twentieth to a half of those of the image.
     """
     rng = torch.Generator().manual_seed(0)
-
-    def boxes(count: int) -> Tensor:
-        sides = 0.05 * 10 ** torch.rand(count, 2, generator=rng)
-        corners = torch.rand(count, 2, generator=rng) * (1 - sides)
-        return torch.cat([corners, corners + sides], 1)
-
-    objects, proposals = boxes(OBJECTS), boxes(PROPOSALS)
+    sides = 0.05 * 10 ** torch.rand(PROPOSALS, 2, generator=rng)
+    places = torch.rand(PROPOSALS, 2, generator=rng)
+    corners = places * (1 - sides)
+    boxes = torch.cat([corners, corners + sides], 1) * torch.tensor([width, height] * 2)
     near = objects[torch.arange(PROPOSALS // 5) % OBJECTS]
-    shift = 0.1 * (torch.rand(len(near), 2, generator=rng) - 0.5)
-    shift *= near[:, 2:] - near[:, :2]
-    proposals[: len(near)] = near + shift.repeat(1, 2)
-    scale = torch.tensor([width, height] * 2)
-    return objects * scale, proposals * scale
+    shift = 0.1 * (places[: len(near)] - 0.5) * (near[:, 2:] - near[:, :2])
+    boxes[: len(near)] = near + shift.repeat(1, 2)
+    return boxes
 
 
 def build_detector(key: str, panel: Panel, proposals: Tensor) -> nn.Module:
@@ -85,23 +80,6 @@ def build_detector(key: str, panel: Panel, proposals: Tensor) -> nn.Module:
     return (fuse_conv_bn if key in CONFIGS else fuse_for_inference)(model)
 
 
-def make_sample(objects: Tensor, height: int, width: int) -> DetDataSample:
-    """Returns the objects of an image, rectangles of one class, and its sizes."""
-    masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, objects.long(), strict=True):
-        mask[top:bottom, left:right] = 1
-    shape, original = (height, width), (height * 3 // 5, width * 3 // 5)
-    sizes = dict(img_shape=shape, batch_input_shape=shape, pad_shape=shape)
-    sample = DetDataSample(
-        metainfo=dict(**sizes, ori_shape=original, scale_factor=(5 / 3, 5 / 3))
-    )
-    labels = torch.zeros(len(objects), dtype=torch.long)
-    sample.gt_instances = InstanceData(
-        bboxes=objects, labels=labels, masks=BitmapMasks(masks.numpy(), height, width)
-    )
-    return sample
-
-
 def make_parts(key: str, panel: Panel) -> dict[str, Callable[[], None]]:
     """Returns the calls of the parts of a detector, in their order.
 
@@ -116,10 +94,18 @@ def make_parts(key: str, panel: Panel) -> dict[str, Callable[[], None]]:
         RuntimeError: If a call finds another number of detections than ``DETECTIONS``.
     """
     height, width = panel.size
-    objects, proposals = draw_boxes(height, width)
+    shape = (3, height, width)
+    samples = demo_mm_inputs(1, shape, [OBJECTS], with_mask=True)['data_samples']
+    objects = samples[0].gt_instances
+    objects.labels.zero_()  # one class, also that of the RPN
+    sizes = dict(batch_input_shape=shape[1:], pad_shape=shape[1:])
+    sizes |= dict(
+        ori_shape=(height * 3 // 5, width * 3 // 5), scale_factor=(5 / 3,) * 2
+    )
+    samples[0].set_metainfo(sizes)
+    proposals = draw_proposals(objects.bboxes, height, width)
     model = build_detector(key, panel, proposals)
-    samples = [make_sample(objects, height, width)]
-    image, heads = torch.randn(1, 3, height, width), model.roi_head
+    image, heads = torch.randn(1, *shape), model.roi_head
     kept = {}  # what a part leaves to the next
 
     def cut(name: str, maps: tuple[Tensor, ...]) -> None:

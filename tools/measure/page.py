@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from dsnet_mm.files import write_atomic
@@ -52,21 +53,19 @@ def panel_of(row: dict) -> tuple[str, ...]:
     return tuple(str(row[field]) for field in ('network', 'size', 'mode', 'dtype'))
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    """Writes rows, which all have the same columns."""
+def write_csv(rows: list[dict]) -> None:
+    """Writes the record."""
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, rows[0], lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    write_atomic(RECORD, text.getvalue())
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Reads rows, none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
+def read_csv() -> list[dict[str, str]]:
+    """Reads the record, no rows if there is none."""
+    text = RECORD.read_text() if RECORD.is_file() else ''
+    return list(csv.DictReader(text.splitlines()))
 
 
 def table(*rows: list[str]) -> str:
@@ -75,11 +74,14 @@ def table(*rows: list[str]) -> str:
     return '\n'.join(f'| {" | ".join(r)} |' for r in (rows[0], rule, *rows[1:]))
 
 
+def show(number: float | None, spec: str = '.2f') -> str:
+    """Formats a number, a dash if there is none."""
+    return '-' if number is None else f'{number:{spec}}'
+
+
 def ratio(number: float | None) -> str:
     """Formats the time of a peer over ours: bold where the peer is faster."""
-    if number is None:
-        return '-'
-    return f'**{number:.2f}**' if number < 1 else f'{number:.2f}'
+    return f'**{number:.2f}**' if number and number < 1 else show(number)
 
 
 def sections(rows: list[dict[str, str]]) -> dict[str, str]:
@@ -103,57 +105,56 @@ def sections(rows: list[dict[str, str]]) -> dict[str, str]:
             )
     cells = {(*panel_of(row), row['key']): row for row in rows}
 
-    def get(field: str, network: str, size: tuple, kind: tuple, key: str):
-        height, width = size
-        at = (network, f'{height}x{width}', *kind, key)
-        text = cells.get(at, {}).get(field)
-        return float(text) if text else None
+    def get(
+        field: str, network: str, kind: tuple, keys: Iterable[str], size=DETECTION
+    ) -> list[float | None]:
+        panel = (network, '{}x{}'.format(*size), *kind)
+        found = [cells.get((*panel, key), {}).get(field) for key in keys]
+        return [float(text) if text else None for text in found]
 
-    def numbers(field: str, network: str, keys: list[str], kind: tuple) -> list:
-        return [get(field, network, DETECTION, kind, key) for key in keys]
-
-    ratios, growth, heads, necks = [], [], [], []
-    peers = [key for key in NAMES['backbone'] if key != 'ours']
+    names, detectors = NAMES['backbone'], NAMES['detector']
+    peers = [key for key in names if key != 'ours']
+    ratios, growth, memory, heads, necks = [], [], [], [], []
     for kind in KINDS:
+        pixels = []
         for size, batch in INPUTS:
             title = f'{", ".join(kind)}, {size[0]}x{size[1]}' + ' x 8' * (batch > 1)
-            pixel = get('us_per_pixel', 'backbone', size, kind, 'ours')
-            found = [get('times_ours', 'backbone', size, kind, key) for key in peers]
-            ratios.append([title, f'{pixel or 0:.2f}', *map(ratio, found)])
-        pixel = [get('us_per_pixel', 'backbone', size, kind, 'ours') for size in SIZES]
-        if all(pixel):
-            growth.append(f'{max(pixel) / min(pixel) - 1:.0%} ({", ".join(kind)})')
-        fpn, *ours = numbers('ms', 'neck', ['fpn', 'ours', 'uncapped'], kind)
-        necks.append([', '.join(kind), *(f'{(x or 0) / (fpn or 1):.2f}' for x in ours)])
-    kinds = [(mode, 'float32') for mode in MODES]
-    for kind in kinds:
-        for key, name in NAMES['detector'].items():
-            fields = ['ms', 'times_ours', *(f'{part}_ms' for part in PARTS)]
-            found = [get(field, 'detector', DETECTION, kind, key) for field in fields]
-            if all(found):
-                shares = [f'{part / found[0]:.0%}' for part in found[2:]]
-                cell = [f'{kind[0]}, {name}', f'{found[0] / 1e3:.2f}']
-                heads.append([*cell, ratio(found[1]), *shares])
-    names = [NAMES['backbone'][key] for key in peers]
-    mib = [numbers('peak_mib', 'backbone', NAMES['backbone'], kind) for kind in kinds]
+            pixels += get('us_per_pixel', 'backbone', kind, ['ours'], size)
+            found = get('times_ours', 'backbone', kind, peers, size)
+            ratios.append([title, show(pixels[-1]), *map(ratio, found)])
+        if all(pixels):
+            high, low = max(pixels[1:]), min(pixels[1:])  # without the batch of 8
+            growth.append(f'{high / low - 1:.0%} ({", ".join(kind)})')
+        found = get('ms', 'neck', kind, ['fpn', 'ours', 'uncapped'])
+        if all(found):
+            both = [show(ms / found[0]) for ms in found[1:]]
+            necks.append([', '.join(kind), *both])
+    for mode in MODES:
+        kind = (mode, 'float32')
+        mib = get('peak_mib', 'backbone', kind, names)
+        memory.append([mode, *(show(number, '.0f') for number in mib)])
+        for key in detectors:
+            ms, times = (
+                get(f, 'detector', kind, [key])[0] for f in ('ms', 'times_ours')
+            )
+            parts = [get(f'{part}_ms', 'detector', kind, [key])[0] for part in PARTS]
+            if ms:
+                shares = [f'{part / ms:.0%}' for part in parts]
+                title = f'{mode}, {detectors[key]}'
+                heads.append([title, show(ms / 1e3), ratio(times), *shares])
+    titles = ['ours', *(names[key] for key in peers)]
     facts = '{machine}, {threads} threads; torch {torch}, timm {timm}, mmdet {mmdet}'
     return dict(
         run=(facts + '; commit {commit}, {date}.').format(**rows[0]),
         plot='![Microseconds a pixel over the size of images](images/speed.png)\n\n'
-        'Largest over smallest time a pixel of DS-Net-S\\*, from 448x448 to 1536x2048, '
-        f'less one: {", ".join(growth)}.',
-        ratios=table(['', 'ours, us a pixel', *names], *ratios),
-        memory=table(
-            ['MiB', 'ours', *names],
-            *(
-                [mode, *(f'{x:.0f}' if x else '-' for x in found)]
-                for mode, found in zip(MODES, mib, strict=True)
-            ),
-        ),
+        'From 448x448 to 1536x2048, the largest time a pixel of ours exceeds the '
+        f'smallest by {", ".join(growth)}.',
+        ratios=table(['', 'ours, us a pixel', *titles[1:]], *ratios),
+        memory=table(['MiB', *titles], *memory),
         detectors=table(
             ['', 'seconds', 'ratio', 'backbone', 'neck', 'RPN', 'RoI heads'], *heads
         ),
-        necks=table(['time over that of FPN', 'DS-FPN', 'DS-FPN, uncapped'], *necks),
+        necks=table(['time over that of FPN', 'DS-FPN', 'uncapped'], *necks),
     )
 
 
@@ -165,54 +166,48 @@ def write_page() -> list[Path]:
     """
     from evidence.report import fill
 
-    rows = read_csv(RECORD)
+    rows = read_csv()
     write_atomic(PAGE, fill(PAGE.read_text(), sections(rows)))
-    image = draw([row for row in rows if row['dtype'] == 'float32'])
-    if image:
-        write_atomic(PLOT, image)
-    return [PAGE, PLOT] if image else [PAGE]
+    if rows:
+        write_atomic(PLOT, draw(rows))
+    return [PAGE, PLOT][: 1 + bool(rows)]
 
 
-def draw(rows: list[dict]) -> bytes:
-    """Plots the time a pixel of backbones over the size, a plot a mode and dtype.
+def draw(rows: list[dict[str, str]]) -> bytes:
+    """Plots the time a pixel of backbones over the size of single images, in float32.
 
     Args:
-        rows: Rows of a table. Those of one image are shown, without the plain network.
+        rows: Rows of the record.
 
     Returns:
-        A PNG file, empty if there are no such rows.
+        A PNG file.
     """
     from matplotlib.figure import Figure
 
-    plots: dict[str, dict[str, dict[int, float]]] = {}
-    ticks = {}
-    for row in rows:
-        one = str(row['batch']) == '1' and row['key'] != 'plain'
-        if row['network'] == 'backbone' and one and row['us_per_pixel']:
-            height, width = map(int, row['size'].split('x'))
-            ticks[height * width] = row['size']
-            lines = plots.setdefault(f'{row["mode"]}, {row["dtype"]}', {})
-            points = lines.setdefault(row['key'], {})
-            points[height * width] = float(row['us_per_pixel'])
-    if not plots:
-        return b''
-    figure = Figure((5.5 * len(plots), 4), dpi=110, layout='constrained')
-    axes = figure.subplots(1, len(plots), squeeze=False)[0]
-    for ax, (title, lines) in zip(axes, plots.items(), strict=True):
+    figure = Figure((11, 4), dpi=110, layout='constrained')
+    for ax, mode in zip(figure.subplots(1, 2), MODES, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for size in SIZES:
+            panel = ('backbone', '{}x{}'.format(*size), mode, 'float32')
+            for row in rows:
+                shown = panel_of(row) == panel and row['key'] != 'plain'
+                if shown and row['us_per_pixel']:
+                    point = (size[0] * size[1], float(row['us_per_pixel']))
+                    lines.setdefault(row['key'], []).append(point)
         # The legend has the order of the lines at their right end.
-        for key in sorted(lines, key=lambda key: -lines[key][max(lines[key])]):
+        for key in sorted(lines, key=lambda key: -lines[key][-1][1]):
             index = list(NAMES['backbone']).index(key)
             ax.plot(
-                *zip(*sorted(lines[key].items()), strict=True),
+                *zip(*lines[key], strict=True),
                 '--o' if key == 'uncapped' else '-o',
                 color='black' if index < 2 else f'C{index}',
                 linewidth=1.3 if index else 2.5,
                 markersize=4,
                 label=NAMES['backbone'][key].replace('*', '\u2217'),
             )
-        ax.set(title=title, xscale='log', ylim=0, ylabel='microseconds a pixel')
-        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
-        ax.set_xticks([], minor=True)
+        ax.set(title=f'{mode}, float32', ylabel='microseconds a pixel', ylim=0)
+        sizes = ['{}x{}'.format(*size) for size in SIZES]
+        ax.set_xticks([height * width for height, width in SIZES], sizes, fontsize=7)
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
         ax.legend(fontsize=8)

@@ -24,17 +24,17 @@ CHANNELS = {4: 64, 8: 128, 16: 320, 32: 512}  # of DS-Net-S, by stride
 NAMES = {
     'backbone': {
         'ours': 'DS-Net-S*',
-        'uncapped': 'DS-Net-S*, uncapped',
-        'plain': 'plain DS-Net-S*, uncapped',
+        'uncapped': 'uncapped',
+        'plain': 'plain',
         'swin_t': 'Swin-T',
         'resnet50': 'ResNet-50',
         'convnext_t': 'ConvNeXt-T',
         'pvt_v2_b2': 'PVTv2-B2',
     },
-    'neck': {'ours': 'DS-FPN', 'uncapped': 'DS-FPN, uncapped', 'fpn': 'FPN'},
+    'neck': {'ours': 'DS-FPN', 'uncapped': 'uncapped', 'fpn': 'FPN'},
     'detector': {
         'ours': 'DS-Net-S*, DS-FPN',
-        'uncapped': 'DS-Net-S*, DS-FPN, uncapped',
+        'uncapped': 'uncapped',
         'swin_t': 'Swin-T, FPN',
         'resnet50': 'ResNet-50, FPN',
     },
