@@ -84,6 +84,17 @@ def test_cap_is_that_of_ours_alone():
     assert [cap for (cap,) in caps.values()] == [3, None, 3, None]
 
 
+@pytest.mark.parametrize('dtype', rows.DTYPES)
+def test_necks(dtype):
+    pytest.importorskip('mmdet')
+    panel = PANEL._replace(network='neck', mode='training', size=(96, 128), dtype=dtype)
+    results = rows.measure(panel, ['ours', 'fpn'], range(2))
+    assert [row['error'] for row in results] == [None, None]
+    maps = [torch.ones(1, c, 9, 9) for c in rows.CHANNELS.values()]
+    maps = [x.to(memory_format=torch.channels_last) for x in maps]
+    assert all(x.is_contiguous() for x in rows.build('fpn', panel)(maps))
+
+
 def test_parts_of_a_detector(monkeypatch):
     """All have the same proposals and detections; a step leaves no gradients."""
     pytest.importorskip('mmdet')

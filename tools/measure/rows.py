@@ -148,7 +148,7 @@ def parts_of(key: str, layout: str, panel: Panel) -> dict[str, Callable[[], None
     if panel.network == 'backbone':
         inputs = torch.randn(panel.batch, 3, height, width, **options).to(**memory)
     else:
-        shapes = [(c, height // s, width // s) for c, s in CHANNELS.items()]
+        shapes = [(c, height // s, width // s) for s, c in CHANNELS.items()]
         inputs = [torch.randn(panel.batch, *shape, **options) for shape in shapes]
         inputs = [x.to(**memory).requires_grad_(panel.training) for x in inputs]
     return {'': make_call(net, inputs, panel.training, panel.dtype == 'bfloat16')}
