@@ -1,6 +1,5 @@
-"""Counts, times, memory, benchmark.py and get_flops.py."""
+"""Times, memory, benchmark.py and the page that it writes."""
 
-import csv
 import re
 import shutil
 import sys
@@ -13,25 +12,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsnet_mm
-from measure import against, rows
+from evidence.report import fill
+from measure import against, detectors, page, rows
 from measure.memory import peak_in_child
-from measure.rows import Panel, Row
+from measure.rows import Panel
 from measure.turns import time_in_turns
 from tests.conftest import tool
 
-SMALL = ['--size', '64', '--batch', '1', '--turns', '2', '--dtype', 'float32']
 PANEL = Panel('inference', (64, 64), 'float32', 1)
 
 
 @pytest.fixture(scope='module')
 def benchmark():
     return tool('analysis_tools/benchmark.py')
-
-
-@pytest.fixture(autouse=True)
-def quick_product(monkeypatch):
-    """Times a small matrix product instead of a large one."""
-    monkeypatch.setattr(rows, 'PRODUCT', (64, 64, 64))
 
 
 @pytest.fixture
@@ -63,22 +56,66 @@ def test_memory():
 
 
 def test_outputs():
-    """All models return finite logits or four feature maps. Those of DS-Net agree."""
-    keys = [k for k, m in rows.MODELS.items() if rows.timm or m[1] is None]
-    for panel, shapes in ((PANEL, 1), (PANEL._replace(size=(64, 96)), 4)):
-        image = torch.randn(1, 3, *panel.size)
-        first = None
-        for row in rows.rows_of(panel, keys):
-            if row.layout == 'channels_last':
-                continue
-            with torch.inference_mode():
-                outs = rows.build(row, panel)(image)
-            outs = [outs] if panel.classifies else outs
-            assert len(outs) == shapes
-            assert all(torch.isfinite(out).all() for out in outs)
-            first = outs if first is None else first
-            if row.key in ('ours', 'plain'):  # They have the same weights.
-                torch.testing.assert_close(outs, first, rtol=1e-3, atol=1e-4)
+    """All backbones return four maps. Those of DS-Net agree with and without a cap."""
+    panel = PANEL._replace(size=(64, 96), cap=256)  # which is above all maps
+    first, image = None, torch.randn(1, 3, 64, 96)
+    for key in rows.NAMES['backbone']:
+        if rows.timm is None and key in rows.TIMM:
+            continue
+        with torch.inference_mode():
+            outs = rows.build(key, panel)(image)
+        assert len(outs) == 4 and all(torch.isfinite(out).all() for out in outs)
+        first = outs if first is None else first
+        if key in ('uncapped', 'plain'):  # They have the same weights.
+            torch.testing.assert_close(outs, first, rtol=1e-3, atol=1e-4)
+
+
+def test_cap_is_that_of_ours_alone():
+    panel = PANEL._replace(cap=3, network='neck', mode='training')
+    caps = {
+        (network, key): {
+            block.max_global_tokens
+            for block in rows.build(key, panel._replace(network=network)).modules()
+            if hasattr(block, 'max_global_tokens')
+        }
+        for network in ('backbone', 'neck')
+        for key in ('ours', 'uncapped')
+    }
+    assert [cap for (cap,) in caps.values()] == [3, None, 3, None]
+
+
+@pytest.mark.parametrize('dtype', rows.DTYPES)
+def test_necks(dtype):
+    pytest.importorskip('mmdet')
+    panel = PANEL._replace(network='neck', mode='training', size=(96, 128), dtype=dtype)
+    results = rows.measure(panel, ['ours', 'fpn'], range(2))
+    assert [row['error'] for row in results] == [None, None]
+    maps = [torch.ones(1, c, 9, 9) for c in rows.CHANNELS.values()]
+    maps = [x.to(memory_format=torch.channels_last) for x in maps]
+    assert all(x.is_contiguous() for x in rows.build('fpn', panel)(maps))
+
+
+def test_parts_of_a_detector(monkeypatch):
+    """All have the same proposals and detections; a step leaves no gradients."""
+    pytest.importorskip('mmdet')
+    monkeypatch.setattr(detectors, 'PROPOSALS', 40)
+    monkeypatch.setattr(detectors, 'DETECTIONS', 6)
+    built = []
+    build = detectors.build_detector
+    monkeypatch.setattr(
+        detectors, 'build_detector', lambda *a: built.append(build(*a)) or built[-1]
+    )
+    panel = PANEL._replace(network='detector', cap=3)
+    for mode, key in (('inference', 'ours'), ('training', 'resnet50')):
+        (result,) = rows.measure(panel._replace(mode=mode), [key], range(2))
+        assert result['error'] is None
+        parts = [result[f'{part}_ms'] for part in rows.PARTS]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(result['ms'])
+    fused, trained = built
+    assert not fused.training and all(p.grad is None for p in trained.parameters())
+    monkeypatch.setattr(detectors, 'DETECTIONS', 39)
+    (result,) = rows.measure(panel, ['ours'], range(2))
+    assert re.search('RuntimeError.*39', result['error'])
 
 
 def test_plain_model_only_uses_operators_of_pytorch():
@@ -90,74 +127,55 @@ def test_plain_model_only_uses_operators_of_pytorch():
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
-        rows.build(Row('plain'), PANEL)(torch.randn(1, 3, 64, 64))
+        rows.build('plain', PANEL)(torch.randn(1, 3, 64, 64))
     assert namespaces == {'aten'}
 
 
 # --- benchmark.py -----------------------------------------------------------------
 
 
-def test_table_plot_and_existing_files(
-    benchmark, one_thread, tmp_path, monkeypatch, capsys
-):
-    peaks = []
-    monkeypatch.setattr(benchmark, 'peak_in_child', lambda *a: peaks.append(a) or 5.0)
-    argv = ['--models', 'ours', 'plain', *SMALL, *one_thread]
-    benchmark.main([*argv, '--out', str(tmp_path), '--profile'])
-    out = capsys.readouterr().out
-    assert 'training, 1 x 64x64, float32' in out
-    assert 'aten::mm' in out  # the profile
-
-    with open(tmp_path / 'benchmark.csv', newline='') as file:
-        results = list(csv.DictReader(file))
-    assert [(row['mode'], row['model']) for row in results] == [
-        ('inference', 'DS-Net-S*'),
-        ('inference', 'DS-Net-S*, not fused'),
-        ('inference', 'plain DS-Net-S*'),
-        ('training', 'DS-Net-S*'),
-        ('training', 'plain DS-Net-S*'),
+def test_tables(benchmark, one_thread, monkeypatch, capsys):
+    measured, peaks = [], []
+    monkeypatch.setattr(benchmark, 'peak_in_child', lambda *a: peaks.append(a) or 77.0)
+    measure = benchmark.measure
+    monkeypatch.setattr(
+        benchmark, 'measure', lambda *a: measured.extend(measure(*a)) or measured[-2:]
+    )
+    argv = [
+        '--size',
+        '64',
+        '--batch',
+        '1',
+        '--turns',
+        '2',
+        '--dtype',
+        'float32',
+        '--models',
+        'ours',
+        'plain',
     ]
-    assert [make for make, *_ in peaks] == [rows.prepare] * 5
-    ours = {row['mode']: row for row in results if row['model'] == 'DS-Net-S*'}
-    for row in results:
-        ms, gflop = float(row['ms']), float(row['gflop'])
-        assert ms > 0
-        assert float(row['images_per_s']) == pytest.approx(1e3 / ms)
-        times_ours = ms / float(ours[row['mode']]['ms'])
-        assert float(row['times_ours']) == pytest.approx(times_ours)
-        floor = gflop / float(row['peak_gflops']) * 1e3
-        assert float(row['floor_ms']) == pytest.approx(floor)
-        assert float(row['floor_fraction']) == pytest.approx(floor / ms)
-        assert (row['size'], row['dtype'], row['batch']) == ('64x64', 'float32', '1')
-        assert (row['threads'], row['torch']) == ('1', torch.__version__)
-        assert row['machine'] and row['date'] and not row['error']
-        assert float(row['peak_mib']) == 5
-        dropped = 0.1 if row['mode'] == 'training' else 0
-        assert float(row['attn_drop_rate']) == dropped
-    infer, train = (float(ours[mode]['gflop']) for mode in ('inference', 'training'))
-    assert train == pytest.approx(3 * infer)
-    # 3.546 G at 224x224, times the ratio of the pixels, and a little more.
-    plain = next(row for row in results if row['model'] == 'plain DS-Net-S*')
-    assert infer < float(plain['gflop']) < 2 * 3.546 * (64 / 224) ** 2
-    assert (tmp_path / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
-
-    (tmp_path / 'benchmark.csv').write_text('old')
-    with pytest.raises(SystemExit):
-        benchmark.main([*argv, '--out', str(tmp_path)])
-    assert 'benchmark.csv' in capsys.readouterr().err
-    assert (tmp_path / 'benchmark.csv').read_text() == 'old'
+    benchmark.main([*argv, *one_thread])
+    out = capsys.readouterr().out
+    assert 'backbone, training, 1 x 64x64, float32' in out and ' 77 ' in out
+    assert [row['key'] for row in measured] == ['ours', 'plain'] * 2
+    assert [make for make, *_ in peaks] == [rows.prepare] * 4
+    for i, row in enumerate(measured):
+        assert row['us_per_pixel'] == pytest.approx(1e3 * row['ms'] / 64**2)
+        ours = measured[i - i % 2]
+        assert row['times_ours'] == pytest.approx(row['ms'] / ours['ms'])
+        assert row['turns'] == 1 and not row['error'] and row['ms'] > 0
 
 
 @pytest.mark.parametrize(
     ('args', 'fact'),
     [
         ('--models ours resnet', "'resnet'"),
+        ('--network detector', '--dtype float32'),
+        ('--max-global-tokens -1', '--max-global-tokens .*0.*-1'),
         ('--size 64x', 'HEIGHTxWIDTH'),
         ('--size 16', "32.*'16'"),
         ('--turns 1', '--turns .*2.*1'),
         ('--batch 0', '--batch .*1.*0'),
-        ('--attn-drop-rate 1', r'--attn-drop-rate .*1\.0'),
-        (f'--out {__file__}', __file__),
         ('--against nowhere', 'nowhere'),
         ('--against . --models ours', '--models'),
         ('--against . --turns 2', '3 --turns.*2'),
@@ -172,7 +190,7 @@ def test_wrong_arguments(benchmark, args, fact, capsys):
 
 def test_without_timm(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'timm', None)
-    assert benchmark.parse_args([]).models == ['ours', 'sdpa', 'plain']
+    assert benchmark.parse_args([]).models == ['ours', 'uncapped', 'plain', 'fpn']
     with pytest.raises(SystemExit):
         benchmark.parse_args(['--models', 'swin_t'])
     assert 'pip install timm' in capsys.readouterr().err
@@ -180,10 +198,73 @@ def test_without_timm(benchmark, monkeypatch, capsys):
 
 def test_error_of_a_model_is_in_the_table(monkeypatch):
     monkeypatch.setattr(rows, 'reference_net', lambda *args: 1 / 0)
-    results = rows.measure(PANEL, rows.rows_of(PANEL, ['ours', 'plain']), range(2))
-    plain = results[Row('plain')]
+    ours, plain = rows.measure(PANEL, ['ours', 'plain'], range(2))
     assert plain['ms'] is None and plain['error'].startswith('ZeroDivisionError: ')
-    assert results[Row('ours')]['ms'] > 0
+    assert ours['ms'] > 0
+
+
+# --- The page ---------------------------------------------------------------------
+
+
+def test_page_is_made_from_the_record():
+    text, rows = page.PAGE.read_text(), page.read_csv()
+    made = fill(text, page.sections(rows))
+    assert made == text, 'run tools/analysis_tools/benchmark.py --report'
+    assert not rows or page.PLOT.is_file()
+
+
+def test_record_goes_on_after_a_kill(
+    benchmark, one_thread, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip('timm')
+    pytest.importorskip('mmdet')
+    for name in ('RECORD', 'PAGE', 'PLOT'):
+        monkeypatch.setattr(page, name, tmp_path / f'speed.{name.lower()}')
+    shutil.copy(page.ROOT / 'docs' / 'speed.md', page.PAGE)
+    measured, kill_at = [], 2
+
+    def measure(panel, keys, turns):
+        if len(measured) == kill_at:
+            raise KeyboardInterrupt
+        measured.append(panel)
+        results = []
+        for key in (key for key in rows.NAMES[panel.network] if key in keys):
+            ms = dict(swin_t=500.0, resnet50=2000.0).get(key, 1000.0)
+            empty = dict.fromkeys((*rows.COLUMNS, 'layout', 'turns', 'error'))
+            parts = {f'{part}_ms': ms / 4 for part in rows.PARTS}
+            found = dict(ms=ms, us_per_pixel=ms / panel.size[0], times_ours=ms / 1e3)
+            results.append(dict(key=key, model=key) | empty | found | parts)
+        return results
+
+    monkeypatch.setattr(benchmark, 'measure', measure)
+    monkeypatch.setattr(benchmark, 'peak_in_child', lambda *args: 77.0)
+    monkeypatch.setattr(benchmark, 'commit', lambda: 'a1')
+    argv, panels = ['--record', *one_thread], page.panels_of_page()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(argv)
+    kill_at = None
+    benchmark.main(argv)
+    assert measured == panels, 'each panel once'
+    text = page.PAGE.read_text()
+    assert 'TO-MEASURE' not in text and 'commit a1' in text
+    line = '| inference, float32, 448x448 | 2.23 | 1.00 | - | **0.50** | 2.00 | 1.00 |'
+    assert line in text
+    assert '| training, Swin-T, FPN | 0.50 | **0.50** | 25% | 25% | 25% | 25% |' in text
+    assert '| training, bfloat16 | 1.00 | 1.00 |' in text
+    assert '| inference | 77 | 77 | 77 |' in text
+    assert page.PLOT.read_bytes().startswith(b'\x89PNG')
+
+    monkeypatch.setattr(benchmark, 'commit', lambda: 'b2')
+    benchmark.main(argv)
+    assert measured == panels * 2, 'another commit is measured anew'
+    record = page.read_csv()
+    assert {row['commit'] for row in record} == {'b2'}
+    with pytest.raises(ValueError, match='commit is a1 and b2'):
+        page.sections([record[0], record[1] | dict(commit='a1')])
+    monkeypatch.setattr(benchmark, 'commit', lambda: 'b2+')
+    with pytest.raises(SystemExit):
+        benchmark.main(argv)
+    assert '--record' in capsys.readouterr().err
 
 
 # --- Two checkouts ----------------------------------------------------------------
@@ -219,7 +300,7 @@ DSNet.forward = _slow_forward
     title, old, new, ratio, quartiles = (
         cell.strip() for cell in line.strip('│').split('│')
     )
-    assert title == 'training, 2 x 64x64, bfloat16'
+    assert title == 'backbone, training, 2 x 64x64, bfloat16'
     assert float(old) > 1000
     low, high = map(float, quartiles.split(' to '))
     assert float(new) > 0 and low <= float(ratio) <= high
@@ -247,8 +328,8 @@ def test_workers_take_turns(monkeypatch):
     old, new = Path('old'), against.NEW
     assert order[:8] == [old, new, new, old, old, new, 'stopped', 'stopped']
     assert (fused['row'], unfused['row']) == (
-        'inference, 1 x 64x64, float32, fused',
-        'inference, 1 x 64x64, float32, not fused',
+        'backbone, inference, 1 x 64x64, float32, fused',
+        'backbone, inference, 1 x 64x64, float32, not fused',
     )
     assert (fused['old_ms'], fused['new_ms'], fused['ratio']) == (200, 100, 0.5)
 

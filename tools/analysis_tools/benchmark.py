@@ -1,68 +1,73 @@
-"""Times DS-Net-S* beside a plain transcription of its public code and its peers.
+"""Times DS-Net-S* beside its peers: backbones, necks and Mask R-CNN.
 
-    python tools/analysis_tools/benchmark.py --out work_dirs/benchmark
-    python tools/analysis_tools/benchmark.py --mode inference --size 224 --profile
+    python tools/analysis_tools/benchmark.py --record    # all that docs/speed.md shows
+    python tools/analysis_tools/benchmark.py --report    # only writes the page
+    python tools/analysis_tools/benchmark.py --mode inference --size 224 800x1344
+    python tools/analysis_tools/benchmark.py --network detector --dtype float32
     python tools/analysis_tools/benchmark.py --against ../old_checkout --turns 15
 
 All rows of a table run in turns, so that a disturbance of the machine meets all of
-them. The first turn is dropped. The table shows medians.
+them. The first turn is dropped. The table shows medians. "x ours" is the time of a row
+over that of ours, the median over the turns.
 
-Square images are classified: backbone, average pooling, a linear layer. For other
-images only the backbone runs, and returns the maps of four stages. Weights are
-random. A training step is forward, and backward of the mean of the outputs, without
-an optimizer. In bfloat16 it runs under autocast; inference has bfloat16 weights. For
-inference the batch norms of DS-Net and ResNet-50 are folded. Peers with spatial
-convolutions are timed in both memory formats, and the faster one is shown.
+Weights are random. A backbone returns the maps of four stages. A neck gets the maps of
+DS-Net-S. A training step is forward, and backward of the mean of the outputs (of
+detectors: of the losses), without an optimizer and dropout. In bfloat16 it runs under
+autocast; inference has bfloat16 weights. For inference the batch norms of DS-Net and
+ResNet-50 are folded. Peers with spatial convolutions run in the faster of two memory
+formats. measure/detectors.py says how all detectors get the same work.
 
-- GFLOP: two for each multiply-add of convolutions, matrix products and attention. A
-  training step counts three times its forward, because every product has two
-  gradients. What is computed again to save memory is not counted.
-- floor: the time of these operations at the rate of a large matrix product, which is
-  timed in the same turns.
-- memory: the most that one call holds besides weights and input, measured in a
-  process of its own, after a first call. Gradients of the weights belong to it.
+"Ours" has at most 256 global tokens (--max-global-tokens), "uncapped" has no maximum.
+The backbones come from timm, FPN and the other detectors from mmdet.
 
-The peers come from timm (pip install timm). Without it they are left out.
+Memory is the most that one call holds besides weights and input, measured in a process
+of its own, after a first call. Gradients of the weights belong to it.
+
+--record needs an idle machine for 50 minutes. It writes results/speed.csv panel by
+panel, so a run that was killed goes on when the command is given again at the same
+commit. Then it writes the tables and the plot of docs/speed.md.
 
 --against compares two commits. It times DS-Net of this checkout and of another one,
 in alternating turns of two processes. Each turn gives a ratio of the two times; the
 table shows their median. Check the other commit out into a folder of its own (git
 worktree add ../old COMMIT) and compile its operators there (python setup.py build_ext
---inplace).
+--inplace). One that has no max_global_tokens needs --max-global-tokens 0.
 """
 
 import argparse
-import csv
 import re
 import sys
 from datetime import date
-from io import StringIO
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from dsnet_mm.environment import machine
-from dsnet_mm.files import write_atomic
+from dsnet_mm.environment import commit, find_installed, machine
 from dsnet_mm.version import __version__
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
 
+from measure import page
 from measure.against import check_checkout, compare, table_of_comparison
+from measure.calls import MAX_GLOBAL_TOKENS
 from measure.memory import peak_in_child
-from measure.plot import draw
 from measure.rows import (
     DTYPES,
-    MODELS,
+    KEYS,
+    NAMES,
+    TIMM,
     Panel,
-    Row,
     measure,
     prepare,
-    rows_of,
     table_of,
     timm,
 )
+from measure.turns import turns_in
+
+SECONDS = 30.0
+"""Least time of a panel of --record after its first calls."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -80,37 +85,37 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, modes, dtypes = parser.add_argument, ['inference', 'training'], list(DTYPES)
+    add = parser.add_argument
+    networks, modes, dtypes = list(NAMES), list(page.MODES), list(DTYPES)
+    add('--record', action='store_true', help='measures all that docs/speed.md shows')
+    add('--report', action='store_true', help='writes docs/speed.md from the record')
+    add('--network', nargs='+', choices=networks, default=['backbone'])
     add('--mode', nargs='+', choices=modes, default=modes)
-    sizes = [(224, 224), (800, 1344)]
+    sizes = [(224, 224), page.DETECTION]
     add('--size', nargs='+', type=parse_size, default=sizes, help='H or HxW')
     add('--dtype', nargs='+', choices=dtypes, default=dtypes)
-    models = dict(choices=MODELS, metavar='MODEL')
-    add('--models', nargs='+', **models, help=f'of {", ".join(MODELS)}; default: all')
-    add('--batch', type=int, help='default: 8, and 1 for sides that differ')
-    add('--compile', action='store_true', help='adds rows with torch.compile')
+    models = dict(choices=KEYS, metavar='MODEL', default=KEYS)
+    add('--models', nargs='+', **models, help=f'of {", ".join(KEYS)}; default: all')
+    add('--batch', type=int, help='default: 8, and 1 above 224x224')
+    cap_help = f'of ours, 0 for no maximum; default: {MAX_GLOBAL_TOKENS}'
+    add('--max-global-tokens', type=int, default=MAX_GLOBAL_TOKENS, help=cap_help)
     add('--threads', type=int, default=torch.get_num_threads())
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--turns', type=int, default=7, help='the first is dropped')
-    drop_help = 'of DS-Net in training; default: that of the public code'
-    add('--attn-drop-rate', type=float, default=0.1, help=drop_help)
-    add('--profile', action='store_true', help='shows the operators of DS-Net')
     add('--no-memory', action='store_true', help='does not measure memory')
-    add('--out', type=Path, help='folder for benchmark.csv and benchmark.png')
-    add('--overwrite', action='store_true', help='replaces these')
     add('--against', type=Path, metavar='CHECKOUT', help='compares with this checkout')
     args = parser.parse_args(argv)
-    for name, least in (('batch', 1), ('threads', 1), ('turns', 2)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f'--{name} is {least} at least, got {getattr(args, name)}.')
-    if not 0 <= args.attn_drop_rate < 1:
-        parser.error(f'--attn-drop-rate lies in [0, 1), got {args.attn_drop_rate}.')
+    least = dict(batch=1, threads=1, turns=2, max_global_tokens=0)
+    for name, low in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            option = f'--{name.replace("_", "-")}'
+            parser.error(f'{option} is {low} at least, got {getattr(args, name)}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device is cuda, but PyTorch finds no GPU.')
     if args.against:
         args.against = args.against.resolve()
-        for name in ('models', 'compile', 'profile', 'out'):
-            if getattr(args, name):
+        for name in ('models', 'network', 'record'):
+            if getattr(args, name) != parser.get_default(name):
                 parser.error(f'--against times DS-Net alone; leave out --{name}.')
         if args.turns < 3:
             parser.error(f'--against takes 3 --turns at least, got {args.turns}.')
@@ -118,16 +123,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             check_checkout(args.against)
         except (FileNotFoundError, ValueError) as error:
             parser.error(f'--against: {error}')
-    args.models = args.models or list(MODELS)
+    if 'detector' in args.network and (
+        args.dtype != ['float32'] or args.batch not in (None, 1)
+    ):
+        parser.error('--network detector takes --dtype float32 and one image.')
+    missing = [name for name in ('timm', 'mmdet') if not find_installed(name)]
+    if missing and (args.record or args.network != ['backbone']):
+        parser.error(f'{" and ".join(missing)} must be installed.')
+    if args.record and commit().endswith('+'):
+        parser.error('--record measures a commit, and there are changes; commit them.')
     if timm is None:
-        args.models = [key for key in args.models if MODELS[key][1] is None]
+        args.models = [key for key in args.models if key not in TIMM]
         if not args.models:
             parser.error('All of --models come from timm: pip install timm.')
-    if args.out and args.out.exists() and not args.out.is_dir():
-        parser.error(f'--out is a folder, but {args.out} is a file.')
-    for name in ('benchmark.csv', 'benchmark.png'):
-        if args.out and (args.out / name).exists() and not args.overwrite:
-            parser.error(f'{args.out / name} exists; replace it by --overwrite.')
     return args
 
 
@@ -139,32 +147,35 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    cuda = args.device == 'cuda'
+    packages = {name: find_installed(name) for name in ('timm', 'mmdet')}
+    facts = dict(
+        threads=args.threads,
+        machine=torch.cuda.get_device_name() if cuda else machine()['processor'],
+        torch=torch.__version__,
+        **{name: found and found.version for name, found in packages.items()},
+        dsnet_mm=__version__,
+        commit=commit(),
+        date=date.today().isoformat(),
+    )
+    batch = {(224, 224): args.batch or 8}
+    cap, device = args.max_global_tokens or None, args.device
     panels = [
-        Panel(
-            mode,
-            size,
-            dtype,
-            args.batch or (8 if size[0] == size[1] else 1),
-            args.attn_drop_rate if mode == 'training' else 0.0,
-            args.device,
-        )
+        Panel(mode, size, dtype, batch.get(size, args.batch or 1), cap, device, network)
+        for network in dict.fromkeys(args.network)
         for mode in dict.fromkeys(args.mode)
         for size in dict.fromkeys(args.size)
         for dtype in dict.fromkeys(args.dtype)
     ]
-    cuda = args.device == 'cuda'
-    facts = dict(
-        turns=args.turns,
-        threads=args.threads,
-        device=args.device,
-        machine=torch.cuda.get_device_name() if cuda else machine()['processor'],
-        torch=torch.__version__,
-        timm=getattr(timm, '__version__', None),
-        dsnet_mm=__version__,
-        date=date.today().isoformat(),
-    )
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    if args.against:
+    if args.record:
+        kept = [
+            row
+            for row in page.read_csv()
+            if all(row.get(name) == str(facts[name]) for name in page.SAME)
+        ]
+        run(page.panels_of_page(), facts, console, kept)
+    elif args.against:
         rows = compare(args.against, panels, args.turns, args.threads)
         count = sum(1 if panel.training else 2 for panel in panels)
         try:
@@ -172,57 +183,58 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError as error:
             sys.exit(f'benchmark: {error}')
         console.print(table_of_comparison(rows))
+    elif not args.report:
+        run(panels, facts, console, [], args)
+    if args.record or args.report:
+        for file in page.write_page():
+            console.print(f'Written: {file}')
     else:
-        run(args, panels, facts, console)
-    console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
+        console.print(', '.join(f'{key} {value}' for key, value in facts.items()))
 
 
 def run(
-    args: argparse.Namespace, panels: list[Panel], facts: dict, console: Console
+    panels: list[Panel],
+    facts: dict,
+    console: Console,
+    results: list[dict],
+    args: argparse.Namespace | None = None,
 ) -> None:
-    """Prints the table of each panel, and writes all rows if asked for."""
+    """Measures panels, and prints the table of each.
+
+    Args:
+        panels: The panels. Those that ``results`` has are left out.
+        facts: What all rows share.
+        console: Shows the tables.
+        results: Rows that were measured before. New ones are added.
+        args: The command line, or None for the record of the page, which is written
+            after each panel.
+    """
     if timm is None:
         console.print(
             'The peers are left out, since timm is missing: pip install timm.'
         )
-    if 'deit_s' in args.models and not all(panel.classifies for panel in panels):
-        console.print('DeiT-S has no pyramid: it is left out where sides differ.')
+    done = {page.panel_of(row) for row in results}
     bar = dict(console=console, transient=True)
-    results: list[dict] = []
     for panel in panels:
-        rows = rows_of(panel, args.models, args.compile)
-        found = measure(panel, rows, track(range(args.turns), panel.title, **bar))
-        for row, result in track(found.items(), f'{panel.title}: memory', **bar):
-            if result['error'] is None and not args.no_memory:
+        common = panel._asdict() | dict(size='{}x{}'.format(*panel.size))
+        if page.panel_of(common) in done:
+            console.print(f'{panel.title}: is measured already.')
+            continue
+        keys = args.models if args else page.keys_of(panel)
+        turns = range(args.turns) if args else turns_in(SECONDS)
+        found = measure(panel, keys, track(turns, panel.title, **bar))
+        memory = not args.no_memory if args else page.has_memory(panel)
+        for result in found:
+            if memory and result['error'] is None:
+                row = (result['key'], result['layout'], panel)
                 try:
-                    result['peak_mib'] = peak_in_child(prepare, row, panel)
+                    result['peak_mib'] = peak_in_child(prepare, *row)
                 except Exception as error:  # one that fails must not end the run
-                    console.print(f'No memory of {row.name}: {error}')
-            common = panel._asdict() | dict(size='{}x{}'.format(*panel.size))
+                    console.print(f'No memory of {result["model"]}: {error}')
             results.append(common | result | facts)
-        console.print(table_of(list(found.values()), panel))
-        if args.profile and 'ours' in args.models:
-            console.print(f'Operators of {Row("ours").name}:')
-            print(profile(panel))
-        if args.out:
-            text = StringIO(newline='')
-            writer = csv.DictWriter(text, results[0])
-            writer.writeheader()
-            writer.writerows(results)
-            write_atomic(args.out / 'benchmark.csv', text.getvalue())
-    if args.out:
-        draw(results, args.out / 'benchmark.png')
-        console.print(f'Written: {args.out}')
-
-
-def profile(panel: Panel) -> str:
-    """Returns PyTorch's table of the operators of DS-Net, the slowest first."""
-    call = prepare(Row('ours'), panel)
-    call()
-    with torch.profiler.profile() as profiler:
-        call()
-    used = f'self_{"device" if panel.device == "cuda" else "cpu"}_time_total'
-    return profiler.key_averages().table(used, 20, max_name_column_width=40)
+        console.print(table_of(found, panel))
+        if args is None:
+            page.write_csv(results)
 
 
 if __name__ == '__main__':

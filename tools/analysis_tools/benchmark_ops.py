@@ -11,8 +11,6 @@ both. The table shows medians, and the time of SDPA over that of the compiled op
 import argparse
 import csv
 import sys
-import time
-from collections.abc import Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -28,7 +26,7 @@ from dsnet_mm.ops import native, sdpa_co_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
 
-from measure.turns import time_in_turns
+from measure.turns import time_in_turns, turns_in
 
 HEADS = (1, 2, 5, 8)
 WIDTH = 32  # channels of a head
@@ -121,14 +119,6 @@ def time_passes(inputs: tuple[Tensor, Tensor], heads: int, seconds: float) -> di
         name: [median(times[name, call]) for call in (forward, backward)]
         for name in PATHS
     }
-
-
-def turns_in(seconds: float) -> Iterator[None]:
-    """Yields once for each turn until the time is over, at least four times."""
-    end, turns = time.perf_counter() + seconds, 0
-    while turns < 4 or time.perf_counter() < end:
-        yield
-        turns += 1
 
 
 def main(argv: list[str] | None = None) -> None:

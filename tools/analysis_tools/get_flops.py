@@ -19,12 +19,12 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Column, Table
+from torch import Tensor, nn
 
 from dsnet_mm.models import DSFPN, DSNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/
 
-from measure.calls import Classifier
 from measure.complexity import Complexity, count_complexity
 from measure.rows import PlainDSNet
 
@@ -54,6 +54,18 @@ DSFPN_CHOICES = {
     'num_plain_levels=0': dict(num_plain_levels=0),
     'alpha=0.25, isa=False': dict(alpha=0.25, isa=False),
 }
+
+
+class Classifier(nn.Module):
+    """A backbone, average pooling of its last map and a linear layer."""
+
+    def __init__(self, backbone: DSNet) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.embed_dims[-1], 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)[-1].mean((2, 3)))
 
 
 def published_models() -> Iterator[tuple[str, str, str, Complexity, Complexity]]:

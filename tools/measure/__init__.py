@@ -2,5 +2,6 @@
 
 - ``complexity``: parameters and operations. ``memory``: the memory of a call.
 - ``turns``: the times of calls. ``calls``: the network and the call of DS-Net.
-- ``rows``, ``against``, ``plot``: parts of ``tools/analysis_tools/benchmark.py``.
+- ``rows``, ``detectors``, ``against``, ``page``: parts of
+  ``tools/analysis_tools/benchmark.py``.
 """

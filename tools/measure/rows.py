@@ -1,57 +1,61 @@
-"""The rows of a table: DS-Net in its forms, and its peers from timm."""
+"""The rows of a table: DS-Net, DS-FPN and Mask R-CNN with them, and their peers."""
 
-import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
 from statistics import median
 from typing import NamedTuple
 
 import torch
-import torch._inductor.config
 from mmcv.cnn import fuse_conv_bn
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsnet_mm.models import DSNet, fuse_for_inference
+from dsnet_mm.models import DSFPN, DSNet, fuse_for_inference
 from dsnet_mm.models.reference import reference_net
-from dsnet_mm.ops import use_path
 
 from .calls import build_ds_net, make_call
-from .complexity import count_complexity
-from .turns import time_in_turns
+from .turns import time_call, time_in_turns
 
 try:
     import timm
 except ImportError:
     timm = None
 
-# Label, name in timm, and ImageNet-1k top-1 at 224 from each model's own paper. That
-# of ResNet-50 is from torchvision (weights IMAGENET1K_V1). DeiT-S is not distilled.
-MODELS = {
-    'ours': ('DS-Net-S*', None, 82.3),
-    'sdpa': ('DS-Net-S*, PyTorch operators', None, 82.3),  # DSNET_MM_OPS=sdpa
-    'plain': ('plain DS-Net-S*', None, 82.3),
-    'resnet50': ('ResNet-50', 'resnet50', 76.1),
-    'deit_s': ('DeiT-S', 'deit_small_patch16_224', 79.8),
-    'swin_t': ('Swin-T', 'swin_tiny_patch4_window7_224', 81.3),
-    'convnext_t': ('ConvNeXt-T', 'convnext_tiny', 82.1),
-    'pvt_v2_b2': ('PVTv2-B2', 'pvt_v2_b2', 82.0),
-    'twins_pcpvt_s': ('Twins-PCPVT-S', 'twins_pcpvt_small', 81.2),
+CHANNELS = {4: 64, 8: 128, 16: 320, 32: 512}  # of DS-Net-S, by stride
+NAMES = {
+    'backbone': {
+        'ours': 'DS-Net-S*',
+        'uncapped': 'uncapped',
+        'plain': 'plain',
+        'swin_t': 'Swin-T',
+        'resnet50': 'ResNet-50',
+        'convnext_t': 'ConvNeXt-T',
+        'pvt_v2_b2': 'PVTv2-B2',
+    },
+    'neck': {'ours': 'DS-FPN', 'uncapped': 'uncapped', 'fpn': 'FPN'},
+    'detector': {
+        'ours': 'DS-Net-S*, DS-FPN',
+        'uncapped': 'uncapped',
+        'swin_t': 'Swin-T, FPN',
+        'resnet50': 'ResNet-50, FPN',
+    },
 }
-# Timed in both memory formats.
-SPATIAL = ('resnet50', 'convnext_t', 'pvt_v2_b2', 'twins_pcpvt_s')
+KEYS = list(dict.fromkeys(key for names in NAMES.values() for key in names))
+TIMM = dict(
+    resnet50='resnet50',
+    swin_t='swin_tiny_patch4_window7_224',
+    convnext_t='convnext_tiny',
+    pvt_v2_b2='pvt_v2_b2',
+)
+# In each panel the faster memory format of these is timed.
+SPATIAL = ('resnet50', 'convnext_t', 'pvt_v2_b2', 'fpn')
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
-# Rows, inner size and columns of the matrix product whose rate gives the floor.
-PRODUCT = (4096, 2048, 2048)
+PARTS = ('backbone', 'neck', 'rpn', 'roi')
 COLUMNS = dict(  # header and format of each measured field
     ms=('ms', '.1f'),
-    images_per_s=('images/s', '.1f'),
+    us_per_pixel=('us a pixel', '.3f'),
     times_ours=('x ours', '.2f'),
     peak_mib=('memory, MiB', '.0f'),
-    gflop=('GFLOP', '.1f'),
-    floor_ms=('floor, ms', '.1f'),
-    floor_fraction=('floor / time', '.0%'),
+    **{f'{part}_ms': (f'{part}, ms', '.1f') for part in PARTS},
 )
 
 
@@ -62,35 +66,25 @@ class Panel(NamedTuple):
     size: tuple[int, int]
     dtype: str
     batch: int
-    attn_drop_rate: float = 0.0
+    cap: int | None = None  # max_global_tokens of ours
     device: str = 'cpu'
+    network: str = 'backbone'
 
     @property
     def training(self) -> bool:
         return self.mode == 'training'
 
-    @property
-    def classifies(self) -> bool:
-        return self.size[0] == self.size[1]
+    def formats(self, key: str) -> list[str]:
+        """Returns the memory formats of which the faster one of a row is timed."""
+        if self.network == 'neck' and key != 'fpn':  # the maps of DS-Net are so
+            return ['channels_last']
+        both = self.network != 'detector' and key in SPATIAL
+        return ['preserve_format', 'channels_last'][: 1 + both]
 
     @property
     def title(self) -> str:
-        height, width = self.size
-        return f'{self.mode}, {self.batch} x {height}x{width}, {self.dtype}'
-
-
-class Row(NamedTuple):
-    """A model in one form."""
-
-    key: str
-    fused: bool = True  # at inference
-    compiled: bool = False
-    layout: str = 'contiguous'
-
-    @property
-    def name(self) -> str:
-        name = MODELS[self.key][0] + ('' if self.fused else ', not fused')
-        return name + (', compiled' if self.compiled else '')
+        size = '{} x {}x{}'.format(self.batch, *self.size)
+        return f'{self.network}, {self.mode}, {size}, {self.dtype}'
 
 
 class PlainDSNet(DSNet):
@@ -100,150 +94,140 @@ class PlainDSNet(DSNet):
         return reference_net(self, x)
 
 
-def rows_of(panel: Panel, models: Iterable[str], compiled: bool = False) -> list[Row]:
-    """Returns the rows of a table, a row for each memory format.
+class Neck(nn.Module):
+    """A neck whose maps are channels-first: RoIAlign of MMCV ignores strides."""
 
-    Args:
-        panel: The table. DeiT-S has no pyramid, so it is left out where sides differ.
-        models: Keys of ``MODELS``.
-        compiled: Whether to add rows with ``torch.compile``.
-    """
-    rows = []
-    for key in dict.fromkeys(models):
-        if key == 'deit_s' and not panel.classifies:
-            continue
-        layouts = ['contiguous', 'channels_last'][: 2 if key in SPATIAL else 1]
-        rows += [Row(key, layout=layout) for layout in layouts]
-        if key == 'ours' and not panel.training:
-            rows.append(Row(key, fused=False))
-        if compiled and key not in ('plain', 'sdpa'):
-            rows += [Row(key, compiled=True, layout=layout) for layout in layouts]
-    return rows
+    def __init__(self, neck: nn.Module) -> None:
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [out.contiguous() for out in self.neck(maps)]
 
 
-def build(row: Row, panel: Panel) -> nn.Module:
-    """Builds the model of a row in its mode and dtype, on the CPU and not compiled."""
+def build(key: str, panel: Panel) -> nn.Module:
+    """Builds a backbone or a neck in its mode and dtype, on the CPU."""
     torch.manual_seed(0)
-    timm_name = MODELS[row.key][1]
-    if timm_name is None:
-        backbone_class = PlainDSNet if row.key == 'plain' else DSNet
-        net = build_ds_net(panel.classifies, panel.attn_drop_rate, backbone_class)
+    cap = panel.cap if key == 'ours' else None
+    if key == 'fpn':
+        from mmdet.models.necks import FPN
+
+        net = Neck(FPN([*CHANNELS.values()], 256, 5))
+    elif panel.network == 'neck':
+        net = Neck(DSFPN([*CHANNELS.values()], 256, 5, max_global_tokens=cap))
+    elif key in TIMM:
+        options = dict(img_size=panel.size) if key == 'swin_t' else {}
+        if key == 'resnet50':  # whose stem is a stage to timm
+            options['out_indices'] = (1, 2, 3, 4)
+        options |= dict(features_only=True, drop_path_rate=0.0)
+        net = timm.create_model(TIMM[key], **options)
     else:
-        options = dict(pretrained=False, drop_path_rate=0.0)
-        if row.key in ('deit_s', 'swin_t'):
-            options['img_size'] = panel.size
-        if not panel.classifies:
-            options['features_only'] = True
-            if row.key == 'resnet50':  # whose stem is a stage to timm
-                options['out_indices'] = (1, 2, 3, 4)
-        net = timm.create_model(timm_name, **options)
+        net = build_ds_net(cap, PlainDSNet if key == 'plain' else DSNet)
     net.train(panel.training)
-    if not panel.training and row.fused and row.key in ('ours', 'sdpa', 'resnet50'):
-        net = (fuse_conv_bn if row.key == 'resnet50' else fuse_for_inference)(net)
+    if not panel.training and key in ('ours', 'uncapped', 'resnet50'):
+        net = (fuse_conv_bn if key == 'resnet50' else fuse_for_inference)(net)
     return net.to(torch.float32 if panel.training else DTYPES[panel.dtype])
 
 
-def prepare(row: Row, panel: Panel) -> Callable[[], None]:
-    """Returns the call of a row that is timed."""
-    net = build(row, panel)
-    channels_last = row.layout == 'channels_last'
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    net.to(panel.device, memory_format=layout)
-    images = torch.randn(panel.batch, 3, *panel.size)
-    dtype = next(net.parameters()).dtype
-    images = images.to(panel.device, dtype, memory_format=layout)
-    if row.compiled:
-        # Inductor then packs the weights, as fuse_for_inference does.
-        torch._inductor.config.freezing = not panel.training
-        net = torch.compile(net, dynamic=False)
-    call = make_call(net, images, panel.training, panel.dtype == 'bfloat16')
-    return use_path('sdpa')(call) if row.key == 'sdpa' else call
+def parts_of(key: str, layout: str, panel: Panel) -> dict[str, Callable[[], None]]:
+    """Returns the calls that are timed: one, or those of the parts of a detector.
+
+    Args:
+        key: Key of ``NAMES``.
+        layout: Memory format of weights and input.
+        panel: The table.
+    """
+    if panel.network == 'detector':
+        from .detectors import make_parts
+
+        return make_parts(key, panel)
+    net, memory = build(key, panel), dict(memory_format=getattr(torch, layout))
+    net.to(panel.device, **memory)
+    options = dict(dtype=next(net.parameters()).dtype, device=panel.device)
+    height, width = panel.size
+    if panel.network == 'backbone':
+        inputs = torch.randn(panel.batch, 3, height, width, **options).to(**memory)
+    else:
+        shapes = [(c, height // s, width // s) for s, c in CHANNELS.items()]
+        inputs = [torch.randn(panel.batch, *shape, **options) for shape in shapes]
+        inputs = [x.to(**memory).requires_grad_(panel.training) for x in inputs]
+    return {'': make_call(net, inputs, panel.training, panel.dtype == 'bfloat16')}
 
 
-@cache
-def multiply_adds(key: str, size: tuple[int, int]) -> int:
-    """Counts the multiply-adds of a model's forward for one image."""
-    net = build(Row(key, fused=False), Panel('inference', size, 'float32', 1))
-    # Fake tensors have shapes and are not computed. In float64 DS-Net does not call
-    # the fused operators of oneDNN, which do not take them.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.empty(1, 3, *size, dtype=torch.float64)
-        return count_complexity(net.double(), image).multiply_adds
+def prepare(key: str, layout: str, panel: Panel) -> Callable[[], None]:
+    """Returns the call of all parts of a row; arguments as :func:`parts_of`."""
+    parts = parts_of(key, layout, panel).values()
+
+    def call() -> None:
+        for part in parts:
+            part()
+
+    return call
 
 
-def measure(panel: Panel, rows: list[Row], turns: Iterable) -> dict[Row, dict]:
+def measure(panel: Panel, keys: Iterable[str], turns: Iterable) -> list[dict]:
     """Times the rows of a table in turns.
 
     Args:
         panel: The table.
-        rows: Its rows.
+        keys: Its rows. Those that its network does not have are left out.
         turns: One item for each turn. The first turn is dropped.
 
     Returns:
-        The result of each row, without its memory. Of the two memory formats of a model
-        there is only the faster one.
+        The result of each row in its faster memory format, without its memory.
     """
-    torch.compiler.reset()
-    calls, errors = {}, {}
-    for row in rows:
+    calls, results = {}, []
+    for key in (key for key in NAMES[panel.network] if key in keys):
+        result = dict(key=key, model=NAMES[panel.network][key])
+        result |= dict.fromkeys((*COLUMNS, 'layout', 'turns', 'error'))
+        results.append(result)
+        found = []
         try:
-            call = prepare(row, panel)
-            call()
+            for layout in panel.formats(key):
+                found.append((layout, parts_of(key, layout, panel)))
+                for part in found[-1][1].values():
+                    part()
         except Exception as error:  # a size that a peer does not take, or no memory
             text = f'{type(error).__name__}: {" ".join(str(error).split())}'
-            errors[row] = text[:200]
-        else:
-            calls[row] = call
-    height, inner, width = PRODUCT
-    options = dict(dtype=DTYPES[panel.dtype], device=panel.device)
-    a, b = torch.randn(height, inner, **options), torch.randn(inner, width, **options)
-    calls['product'] = partial(
-        torch.mm, a, b, out=torch.empty(height, width, **options)
-    )
-    times = time_in_turns(calls, turns, panel.device)
-    seconds = {row: median(measured) for row, measured in times.items()}
-    rate = 2 * height * inner * width / seconds['product']
-
-    best: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: seconds.get(row, math.inf)):
-        best.setdefault(row.name, row)
-    results = {}
-    for name in dict.fromkeys(row.name for row in rows):
-        row = best[name]
-        results[row] = result = dict(
-            model=name,
-            **dict.fromkeys(COLUMNS),
-            layout=row.layout,
-            error=errors.get(row),
-            top1=MODELS[row.key][2],
-            peak_gflops=rate / 1e9,
-        )
-        if row in seconds:
-            flop = 2 * panel.batch * multiply_adds(row.key, panel.size)
-            flop *= 3 if panel.training else 1
-            ours = seconds.get(Row('ours'))
-            result |= dict(
-                ms=seconds[row] * 1e3,
-                images_per_s=panel.batch / seconds[row],
-                times_ours=seconds[row] / ours if ours else None,
-                gflop=flop / 1e9,
-                floor_ms=flop / rate * 1e3,
-                floor_fraction=flop / rate / seconds[row],
-            )
+            result['error'] = text[:200]
+            continue
+        if len(found) > 1:
+            found.sort(key=lambda item: time_call(item[1][''], panel.device))
+        result['layout'], parts = found[0]
+        calls |= {(key, part): call for part, call in parts.items()}
+    times: dict[str, dict[str, list[float]]] = {}
+    for (key, part), seconds in time_in_turns(calls, turns, panel.device).items():
+        times.setdefault(key, {})[part] = seconds
+    # The seconds of a row in a turn are those of all its parts.
+    totals = {key: add(parts.values()) for key, parts in times.items()}
+    for result in results:
+        if seconds := totals.get(result['key']):
+            ms = 1e3 * median(seconds)
+            pixels = panel.batch * panel.size[0] * panel.size[1]
+            result |= dict(ms=ms, us_per_pixel=1e3 * ms / pixels, turns=len(seconds))
+            if ours := totals.get('ours'):
+                ratios = [a / b for a, b in zip(seconds, ours, strict=True)]
+                result['times_ours'] = median(ratios)
+            for part in PARTS if panel.network == 'detector' else ():
+                found = times[result['key']].items()
+                found = [times for name, times in found if name.startswith(part)]
+                result[f'{part}_ms'] = 1e3 * median(add(found))
     return results
+
+
+def add(times: Iterable[list[float]]) -> list[float]:
+    """Returns the sum of times in each turn."""
+    return [sum(turn) for turn in zip(*times, strict=True)]
 
 
 def table_of(results: list[dict], panel: Panel) -> Table:
     """Returns the table of a panel's results for the terminal."""
-    product = f'a matrix product reaches {results[0]["peak_gflops"]:.0f} GFLOP/s'
-    table = Table('model', title=f'{panel.title}; {product}')
-    for header, _ in COLUMNS.values():
-        table.add_column(header, justify='right')
+    table = Table('model', title=panel.title)
+    shown = [key for key in COLUMNS if any(row[key] is not None for row in results)]
+    for key in shown:
+        table.add_column(COLUMNS[key][0], justify='right')
     table.add_column('memory format, or error')
-    for result in results:
-        cells = [
-            '-' if result[field] is None else format(result[field], spec)
-            for field, (_, spec) in COLUMNS.items()
-        ]
-        table.add_row(result['model'], *cells, result['error'] or result['layout'])
+    for row in results:
+        cells = ['-' if row[k] is None else f'{row[k]:{COLUMNS[k][1]}}' for k in shown]
+        table.add_row(row['model'], *cells, row['error'] or row['layout'])
     return table

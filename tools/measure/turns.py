@@ -1,7 +1,7 @@
 """Times of calls that run in turns."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,14 @@ def time_call(call: Callable[[], object], device: str = 'cpu') -> float:
     call()
     synchronize()
     return time.perf_counter() - start
+
+
+def turns_in(seconds: float, least: int = 4) -> Iterator[None]:
+    """Yields once for each turn until the time is over, ``least`` times at least."""
+    end, turns = time.perf_counter() + seconds, 0
+    while turns < least or time.perf_counter() < end:
+        yield
+        turns += 1
 
 
 def time_in_turns(
