@@ -113,7 +113,7 @@ def _backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, W1, b1 and W2."""
-    if _runs_compiled(w1, w2) and x.dtype == torch.float32:
+    if _runs_compiled(w1, w2):
         return torch.ops.dsnet_mm.ffn_backward(grad, x, w1, b1, w2, hidden)
     grad_x = torch.empty_like(x)
     # In float32: sums over chunks lose the digits of lower precisions.

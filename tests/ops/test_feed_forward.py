@@ -119,9 +119,8 @@ def test_under_autocast(dtype: torch.dtype, width: int, chunks: list[int]) -> No
     x = x.to(dtype)
     with torch.autocast('cpu', torch.bfloat16):
         measured, of_pytorch = (results(f, ffn, x) for f in (FFN.forward, plain))
-    # The backward in bfloat16 is always in chunks.
-    forward_in_chunks = width == 12 or torch.bfloat16 not in PACKED_DTYPES
-    assert len(chunks) == (1 + forward_in_chunks) * (5 if width == 12 else 12)
+    in_chunks = width == 12 or torch.bfloat16 not in PACKED_DTYPES
+    assert len(chunks) == in_chunks * 2 * (5 if width == 12 else 12)
     for m, p, e in zip(measured, of_pytorch, exact(ffn, x), strict=True):
         assert m.dtype == p.dtype
         assert (m - e).abs().max() <= 2 * (p - e).abs().max()

@@ -48,6 +48,7 @@ struct Layer {
 #include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
+#include "../common/amx_operands.h"
 #include "projections_amx.h"
 DSNET_AMX_END
 #endif
@@ -298,6 +299,51 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
   });
 }
 
+#ifdef DSNET_AMX
+// ffn_backward in bfloat16. A task is a group of pixels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward_amx(
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1,
+    const Tensor& w2) {
+  const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
+  const BFloat16 *x_data = checked_data<BFloat16>(x),
+                 *g_data = checked_data<BFloat16>(grad),
+                 *w1_data = checked_data<BFloat16>(w1);
+  const Tensor w2_t = w2.t().contiguous();
+  const Tensor packed = at::empty({3, hidden * width}, w1.options());
+  BFloat16* data = packed.data_ptr<BFloat16>();
+  amx::pack_rows(hidden, hidden, width, w1_data, width, data);
+  amx::pack_rows(hidden, hidden, width, checked_data<BFloat16>(w2_t), width,
+                 data + hidden * width);
+  amx::pack_pairs(hidden, hidden, width, w1_data, width, data + 2 * hidden * width);
+  const amx::BackwardWeights weights{data, data + hidden * width,
+                                     data + 2 * hidden * width,
+                                     checked_data<BFloat16>(b1)};
+  const int64_t size = round_up(ceil_div(count, at::get_num_threads()), 32);
+  const int64_t groups = ceil_div(count, size);
+  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const auto floats = x.options().dtype(at::kFloat);
+  const Tensor grad_w1 = at::empty({groups, hidden, width}, floats);
+  const Tensor grad_b1 = at::empty({groups, hidden}, floats);
+  const Tensor grad_w2 = at::empty({groups, hidden, width}, floats);
+  BFloat16* gx_data = grad_x.data_ptr<BFloat16>();
+  float *gw1_data = grad_w1.data_ptr<float>(), *gb1_data = grad_b1.data_ptr<float>(),
+        *gw2_data = grad_w2.data_ptr<float>();
+  at::parallel_for(0, groups, 1, [&](int64_t group, int64_t last) {
+    for (; group < last; ++group) {
+      const int64_t first = group * size * width;
+      in_scratch(amx::ffn_backward, width, hidden, weights, 0, hidden,
+                 std::min(size, count - group * size), x_data + first, g_data + first,
+                 gx_data + first, gw1_data + group * hidden * width,
+                 gb1_data + group * hidden, gw2_data + group * hidden * width);
+    }
+  });
+  const auto sum = [](const Tensor& terms) {
+    return (terms.size(0) == 1 ? terms[0] : terms.sum(0)).to(at::kBFloat16);
+  };
+  return {grad_x, sum(grad_w1), sum(grad_b1), sum(grad_w2).t().contiguous()};
+}
+#endif
+
 // Gradients of tokens x, W1, b1 and W2. ``saved`` is W1 x + b1, or nothing. A task is a
 // group of pixels and a slice of the hidden channels. Its gradients of weights are one
 // term of a sum over the groups, its gradients of x one term of a sum over the slices.
@@ -315,7 +361,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
       "layer (P, C_hidden), got ",
       grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
       w2.sizes());
-  check_type(at::kFloat);
+  check_type(x.scalar_type());
+#ifdef DSNET_AMX
+  if (x.scalar_type() == at::kBFloat16) return ffn_backward_amx(grad, x, w1, b1, w2);
+#endif
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
   const float *x_data = checked_data<float>(x), *g_data = checked_data<float>(grad),
               *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
