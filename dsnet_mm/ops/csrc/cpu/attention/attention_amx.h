@@ -86,7 +86,7 @@ inline void attend_forward(const Head<BFloat16>& head, int64_t first, int64_t co
     const int64_t n = std::min<int64_t>(kKeyBlock, head.keys - begin);
     const int64_t cols = round_up(n, kTileDepth);
     pack_columns(n, cols, width, head.k + begin * head.kv_stride, head.kv_stride, k,
-              key_rows);
+                 key_rows);
     pack_pairs(n, cols, width, head.v + begin * head.kv_stride, head.kv_stride, v);
     // Values are multiplied one step after their weights: what a tile or a vector has
     // stored is then ready to be loaded. There are two buffers of weights for this.
@@ -182,13 +182,13 @@ inline void attend_backward(const Head<BFloat16>& head, const BFloat16* out,
       pack_pairs(m, all_m, width, q, head.q_stride, q_pairs);
       pack_pairs(m, all_m, width, g, grad_out_stride, g_pairs);
       multiply_packed(all_n, all_m, padded, k_rows, all_n, q_columns, p, kBlock, false);
-      multiply_packed(all_n, all_m, padded, v_rows, all_n, g_columns, ds, kBlock, false);
+      multiply_packed(all_n, all_m, padded, v_rows, all_n, g_columns, ds, kBlock,
+                      false);
       for (int64_t i = 0; i < all_m; i += kTileDepth) {
         avx512::RandomWords<float> words[2];
         for (int h = 0; head.dropout && h < 2; ++h)
           words[h] = avx512::random_words<float>(
-              *head.dropout,
-              head.first_query + q_begin + first + i + h * kTileRows);
+              *head.dropout, head.first_query + q_begin + first + i + h * kTileRows);
         for (int64_t j = 0; j < all_n; j += 2) {
           Vec<float> d[2][2];  // of two keys and 2 x 16 queries
           for (int r = 0; r < 2; ++r) {

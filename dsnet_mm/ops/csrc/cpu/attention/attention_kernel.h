@@ -357,8 +357,10 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
     for (int64_t first = q_begin; first < q_end; first += kBackwardBlock) {
       const int64_t m = std::min<int64_t>(kBackwardBlock, q_end - first);
       int64_t q_stride = head.q_stride, g_stride = grad_out_stride;
-      const T* q = as_rows(m, width, padded, head.q + first * q_stride, q_stride, q_rows);
-      const T* g = as_rows(m, width, padded, grad_out + first * g_stride, g_stride, g_rows);
+      const T* q =
+          as_rows(m, width, padded, head.q + first * q_stride, q_stride, q_rows);
+      const T* g =
+          as_rows(m, width, padded, grad_out + first * g_stride, g_stride, g_rows);
       matmul(m, cols, width, q, q_stride, int64_t(1), k_columns, kBackwardBlock, p,
              kBackwardBlock, false);
       matmul(m, cols, width, g, g_stride, int64_t(1), v_columns, kBackwardBlock, ds,

@@ -1,10 +1,12 @@
-// Matrix products of bfloat16 by AMX (Advanced Matrix Extensions), with float sums.
+// Matrix products of bfloat16 with float sums, by AMX (Advanced Matrix Extensions) or,
+// where a processor has none, by the dot products of AVX512-BF16.
 //
 //   C[32][32] (+)= sum_k A[32][k] B[k][32]
 //
-// One instruction computes C[16][16] += A[16][32] B[32][16] with all three in tile
-// registers. A tile of A holds 16 rows as they lie in memory. A tile of B holds pairs
-// of rows interleaved: [16 pairs][16 columns][2].
+// Operands are in the order of AMX. One of its instructions computes C[16][16] +=
+// A[16][32] B[32][16] with all three in tile registers. A tile of A holds 16 rows as
+// they lie in memory. A tile of B holds pairs of rows interleaved: [16 pairs][16
+// columns][2].
 //
 // Loop order: k, in steps of 32. Tile registers 0 to 3 are the accumulators, two by
 // two; 4 and 5 hold A, 6 and 7 hold B. Operands and results lie in L1 or L2.
@@ -36,11 +38,15 @@ namespace amx {
 
 // Whether the processor has tiles and the system lets this process use them.
 inline bool has_tiles() {
+#ifdef __SANITIZE_ADDRESS__
+  return false;  // It does not see what tiles load and store.
+#endif
   static const bool yes = __builtin_cpu_supports("amx-tile") &&
                           __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
   return yes;
 }
 
+// Whether the processor has the instructions of this file, except those of tiles.
 inline bool available() {
   static const bool yes =
       at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16");
@@ -93,7 +99,8 @@ inline void pack_rows(int64_t count, int64_t all, int64_t width, const BFloat16*
   }
 }
 
-// multiply_2x2 by vectors: the sums of 8 rows of A and 32 columns of B lie in registers.
+// multiply_2x2 by vectors: the sums of 8 rows of A and 32 columns of B lie in
+// registers.
 inline void multiply_vectors(int64_t depth, const BFloat16* a, int64_t a_stride,
                              int64_t a_m, int64_t a_k, const BFloat16* b, int64_t b_k,
                              int64_t b_n, float* c, int64_t c_stride, bool add) {
@@ -105,8 +112,7 @@ inline void multiply_vectors(int64_t depth, const BFloat16* a, int64_t a_stride,
     for (int64_t m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int64_t n = 0; n < 2; ++n)
-        sums[m][n] =
-            add ? _mm512_loadu_ps(c + m * c_stride + n * kTileRows) : __m512{};
+        sums[m][n] = add ? _mm512_loadu_ps(c + m * c_stride + n * kTileRows) : __m512{};
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t pair = 0; pair < kTileDepth; pair += 2) {
         const BFloat16* at = b + k * b_k + pair * kTileRows;

@@ -6,11 +6,12 @@ namespace amx {
 using avx512::Vec;
 using avx512::vec;
 
-// Packs the transpose of ``count`` rows of ``width`` channels as tiles of B, 32 channels
-// by 16 rows: dst[block of 32 channels][block of 16 rows][16 pairs of channels]
-// [16 rows][2]. A pair of channels is a word of 32 bits, and words are transposed. ``rows`` is a buffer of the size of dst.
+// Packs the transpose of ``count`` rows of ``width`` channels as tiles of B, 32
+// channels by 16 rows: dst[block of 32 channels][block of 16 rows][16 pairs of
+// channels] [16 rows][2]. A pair of channels is a word of 32 bits, and words are
+// transposed. ``rows`` is a buffer of the size of dst.
 inline void pack_columns(int64_t count, int64_t all, int64_t width, const BFloat16* src,
-                      int64_t src_stride, BFloat16* dst, BFloat16* rows) {
+                         int64_t src_stride, BFloat16* dst, BFloat16* rows) {
   pack_rows(count, all, width, src, src_stride, rows);
   for (int64_t i = 0; i < round_up(width, kTileDepth) * all; i += kTileSize)
     avx512::transpose<float>(kTileRows, kTileRows,
@@ -21,7 +22,7 @@ inline void pack_columns(int64_t count, int64_t all, int64_t width, const BFloat
 // Packs rows as tiles of B, 32 rows by 16 channels: dst[block of 32 rows]
 // [block of 16 channels][16 pairs of rows][16 channels][2]. Two rows are interleaved.
 inline void pack_pairs(int64_t count, int64_t all, int64_t width, const BFloat16* src,
-                        int64_t src_stride, BFloat16* dst) {
+                       int64_t src_stride, BFloat16* dst) {
   alignas(64) int16_t order[2][32];
   for (int i = 0; i < 32; ++i) {
     order[0][i] = i / 2 + (i % 2 ? 32 : 0);
@@ -72,8 +73,8 @@ inline __m512i interleaving() {
   return _mm512_load_si512(order);
 }
 
-// C[m][n] = A B, added to C if ``add``, with A as pack_rows packs it, of ``a_rows`` rows,
-// and B as pack_columns or pack_pairs. m, n and depth are multiples of 32.
+// C[m][n] = A B, added to C if ``add``, with A as pack_rows packs it, of ``a_rows``
+// rows, and B as pack_columns or pack_pairs. m, n and depth are multiples of 32.
 inline void multiply_packed(int64_t m, int64_t n, int64_t depth, const BFloat16* a,
                             int64_t a_rows, const BFloat16* b, float* c,
                             int64_t c_stride, bool add) {

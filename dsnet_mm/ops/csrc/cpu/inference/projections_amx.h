@@ -216,9 +216,9 @@ inline void ffn_backward(int64_t width, int64_t hidden, const BackwardWeights& w
     }
     for (int64_t r = 0; r < m; ++r)
       for (int64_t c = 0; c < width; c += kTileDepth)
-        _mm512_storeu_si512(grad_x + (i + r) * width + c,
-                            to_pairs(vec(sums + r * width + c),
-                                     vec(sums + r * width + c + kTileRows)));
+        _mm512_storeu_si512(
+            grad_x + (i + r) * width + c,
+            to_pairs(vec(sums + r * width + c), vec(sums + r * width + c + kTileRows)));
   }
 }
 
