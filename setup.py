@@ -11,8 +11,7 @@ Environment variables:
         cannot compile for it: the ops are then compiled for the CPU only.
     MAX_JOBS: Number of files that are compiled at the same time.
     DSNET_MM_SANITIZE: 1 compiles the ops for ``make test-asan``, with AddressSanitizer
-        and UndefinedBehaviorSanitizer, for the CPU only. AMX instructions are replaced
-        by plain C++, because the sanitizers do not check their memory accesses.
+        and UndefinedBehaviorSanitizer, for the CPU only.
 """
 
 import json
@@ -170,8 +169,7 @@ def ops() -> dict:
         [str(CSRC / source) for source in SOURCES + CUDA_SOURCES * cuda],
         include_dirs=[str(mmcv_headers())],
         depends=[str(path) for path in sorted(CSRC.rglob('*.*h'))],
-        define_macros=[('MMCV_WITH_CUDA', None)] * cuda
-        + [('DSNET_EMULATE_AMX', None)] * sanitize,
+        define_macros=[('MMCV_WITH_CUDA', None)] * cuda,
         extra_compile_args=dict(cxx=flags + openmp, nvcc=['-O3']),
         extra_link_args=openmp + SANITIZE * sanitize,
     )

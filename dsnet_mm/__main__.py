@@ -80,8 +80,8 @@ def ops_build() -> str:
     devices = f'CPU and CUDA {info["cuda"]}' if info.get('cuda') else 'the CPU'
     if info.get('no_cuda'):
         devices += f' only, because {info["no_cuda"]}'
-    amx = ', bfloat16 by AMX' if torch.bfloat16 in PACKED_DTYPES else ''
-    return f'compiled for {devices}{amx}'
+    types = ', float32 and bfloat16' if torch.bfloat16 in PACKED_DTYPES else ''
+    return f'compiled for {devices}{types}'
 
 
 def co_attention_path(device: str) -> str:

@@ -158,11 +158,12 @@ class FusedDSBlock(Fused):
     before the depth-wise convolution, which pads with zeros, becomes a scale and a
     shift. Other norms stay.
 
-    On the CPU the block is one operator, ``dsnet_mm::ds_block``, in float32 and
-    bfloat16. This needs batch norms, the exact GELU, both streams with
-    intra-scale propagation, ISA both ways or none, and numbers of channels that are
-    multiples of 32. Otherwise, under autocast, and if the input requires a gradient, it
-    is the forward of :class:`DSBlock` with the folded weights.
+    On the CPU the block is one operator, ``dsnet_mm::ds_block``, in the types whose
+    weights can be packed (:func:`dsnet_mm.ops.can_pack`). This needs batch norms, the
+    exact GELU, both streams with intra-scale propagation, ISA both ways or none, and
+    numbers of channels that are multiples of 32. Otherwise, under autocast, and if the
+    input requires a gradient, it is the forward of :class:`DSBlock` with the folded
+    weights.
     """
 
     def __init__(self, module: DSBlock) -> None:
@@ -212,6 +213,7 @@ class FusedDSBlock(Fused):
             and x.is_cpu
             and x.dtype in (torch.float32, torch.bfloat16)
             and x.dtype == self.folded.pos_embed.weight.dtype
+            and self.folded.proj_in.packed.dim() == 3  # packed on this machine
             and x.numel() > 0
             and not torch.is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and x.requires_grad)

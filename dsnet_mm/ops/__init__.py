@@ -4,6 +4,7 @@ from .feed_forward import feed_forward
 from .packing import can_pack, pack, unpack
 from .paths import select_path, use_path
 from .plain import dropout_mask, reference_co_attention, split_heads
+from .recompute import recomputed
 from .resize import resize
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     'dropout_mask',
     'feed_forward',
     'pack',
+    'recomputed',
     'reference_co_attention',
     'resize',
     'sdpa_co_attention',

@@ -49,7 +49,7 @@ def _self_attention_backward(grad, qkv, *args):
 def _linear(x, w, b):
     """The output of a weight, for a map (N, C, H, W) or tokens (..., C)."""
     shape, is_map = list(x.shape), x.dim() == 4
-    outputs = 1 if w.dim() == 2 else 32 if w.dtype == torch.float32 else 16
+    outputs = 32 if w.dtype == torch.float32 else 16
     shape[1 if is_map else -1] = w.shape[0] * outputs
     layout = torch.channels_last if is_map else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -62,7 +62,6 @@ FAKE_KERNELS = {
     'self_attention_backward': _self_attention_backward,
     'residual_conv': lambda x, *args: torch.empty_like(x),
     'ffn': lambda x, w1, b1, w2, b2: _linear(x, w2, b2),
-    'ffn_hidden': lambda x, w1, b1, w2, b2: (_linear(x, w2, b2), _linear(x, w1, b1)),
     'ffn_backward': lambda grad, *tensors: tuple(map(torch.empty_like, tensors[:4])),
     'linear': _linear,
     'linear_': lambda *args: None,
@@ -106,10 +105,9 @@ def _projection_flops(x, *weights) -> int:
     return 2 * _pixels(x) * sum(map(_numel, weights))
 
 
-def _ffn_backward_flops(grad, x, w1, b1, w2, hidden, **kwargs) -> int:
-    """Four products for the forward's two, and W1 x unless it was kept."""
-    flops = 2 * _projection_flops(x, w1, w2)
-    return flops if hidden else flops + _projection_flops(x, w1)
+def _ffn_backward_flops(grad, x, w1, b1, w2, **kwargs) -> int:
+    """Four products for the forward's two, and W1 x again."""
+    return 2 * _projection_flops(x, w1, w2) + _projection_flops(x, w1)
 
 
 def _merge_flops(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2, **kwargs) -> int:
@@ -123,7 +121,6 @@ FLOP_FORMULAS = {
     'self_attention_backward': _self_attention_backward_flops,
     'residual_conv': lambda x, *args, **kwargs: 2 * 9 * _numel(x),
     'ffn': lambda x, w1, b1, w2, b2, **kwargs: _projection_flops(x, w1, w2),
-    'ffn_hidden': lambda x, w1, b1, w2, b2, **kwargs: _projection_flops(x, w1, w2),
     'ffn_backward': _ffn_backward_flops,
     'linear': lambda x, w, b, **kwargs: _projection_flops(x, w),
     'linear_': lambda out, x, w, b, **kwargs: _projection_flops(x, w),

@@ -20,7 +20,6 @@ _OPS = (
     'ds_block',
     'ffn',
     'ffn_backward',
-    'ffn_hidden',
     'has_projections',
     'linear',
     'linear_',
@@ -59,7 +58,7 @@ def _load() -> str | None:
     ops = torch.ops.dsnet_mm
     if (
         not all(hasattr(ops, name) for name in _OPS)
-        or 'global_size' not in str(ops.ds_block.default._schema)  # was global_factor
+        or 'hidden' in str(ops.ffn_backward.default._schema)  # it was kept
     ):
         return 'built from older sources'
     return None

@@ -17,23 +17,19 @@ pytestmark = pytest.mark.usefixtures('threads')
 
 
 @pytest.fixture
-def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of pixels of the chunks that are computed by PyTorch; small ones."""
-    sizes = []
-
-    def counted(*args):
-        for parts in module_chunks(*args):
-            sizes.append(len(parts[0]))
-            yield parts
-
-    module_chunks = module._chunks
-    monkeypatch.setattr(module, '_chunks', counted)
-    monkeypatch.setattr(module, 'CHUNK_BYTES', 4096)
-    return sizes
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Types of the pixels that the compiled operator takes."""
+    types, apply = [], module._FeedForward.apply
+    monkeypatch.setattr(
+        module._FeedForward,
+        'apply',
+        lambda x, *args: types.append(x.dtype) or apply(x, *args),
+    )
+    return types
 
 
 def inputs(batch: int = 2, width: int = 12, **options) -> tuple[FFN, Tensor]:
-    """Two images of 91 pixels, whose hidden layer is 9 chunks in float32."""
+    """Two images of 91 pixels."""
     torch.manual_seed(0)
     ffn = FFN(width, 4 * width, dict(type='GELU') | options)
     return ffn, torch.randn(batch, width, 7, 13)
@@ -55,37 +51,23 @@ def exact(ffn: FFN, x: Tensor) -> list[Tensor]:
     return results(plain, deepcopy(ffn).double(), x.double())
 
 
-def test_in_chunks(chunks: list[int]) -> None:
-    ffn, x = inputs()
+@needs_packing
+def test_by_the_compiled_operator(compiled: list[torch.dtype]) -> None:
+    ffn, x = inputs(width=32)
     measured = results(FFN.forward, ffn, x)
-    # Every chunk in forward and in backward; the last is smaller.
-    assert len(chunks) == 2 * 9
-    assert set(chunks) == {21, 14}
+    assert compiled == [torch.float32]
     assert error(measured, exact(ffn, x)) < 1e-5
     with torch.no_grad():
         assert torch.equal(ffn(x), measured[0])
 
 
-@needs_packing
-@pytest.mark.parametrize('keeps', [False, True], ids=['recomputed', 'kept'])
-def test_by_the_compiled_operator(
-    keeps: bool, chunks: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, 'KEPT_CHANNELS', 32 if keeps else 64)
-    ffn, x = inputs(width=32)
-    measured = results(FFN.forward, ffn, x)
-    assert not chunks
-    assert error(measured, exact(ffn, x)) < 1e-5
-
-
-@needs_packing
 def test_not_by_the_compiled_operator_where_it_is_not_wanted(
-    chunks: list[int], monkeypatch: pytest.MonkeyPatch
+    compiled: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('DSNET_MM_OPS', 'sdpa')
     ffn, x = inputs(width=32)
     measured = results(FFN.forward, ffn, x)
-    assert chunks
+    assert not compiled
     assert error(measured, exact(ffn, x)) < 1e-5
 
 
@@ -114,14 +96,15 @@ def test_other_numbers_of_channels(hidden: int, outputs: int) -> None:
 
 @pytest.mark.parametrize('width', [12, 32])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_under_autocast(dtype: torch.dtype, width: int, chunks: list[int]) -> None:
+def test_under_autocast(
+    dtype: torch.dtype, width: int, compiled: list[torch.dtype]
+) -> None:
     ffn, x = inputs(width=width)
     x = x.to(dtype)
     with torch.autocast('cpu', torch.bfloat16):
         measured, of_pytorch = (results(f, ffn, x) for f in (FFN.forward, plain))
-    # The backward in bfloat16 is always in chunks.
-    forward_in_chunks = width == 12 or torch.bfloat16 not in PACKED_DTYPES
-    assert len(chunks) == (1 + forward_in_chunks) * (5 if width == 12 else 12)
+    runs = width == 32 and torch.bfloat16 in PACKED_DTYPES
+    assert compiled == [torch.bfloat16] * runs
     for m, p, e in zip(measured, of_pytorch, exact(ffn, x), strict=True):
         assert m.dtype == p.dtype
         assert (m - e).abs().max() <= 2 * (p - e).abs().max()
@@ -130,10 +113,10 @@ def test_under_autocast(dtype: torch.dtype, width: int, chunks: list[int]) -> No
 @pytest.mark.parametrize(
     'options', [dict(type='ReLU'), dict(type='GELU', approximate='tanh')], ids=str
 )
-def test_another_activation(options: dict, chunks: list[int]) -> None:
-    ffn, x = inputs(**options)
+def test_another_activation(options: dict, compiled: list[torch.dtype]) -> None:
+    ffn, x = inputs(width=32, **options)
     measured = results(FFN.forward, ffn, x)
-    assert not chunks
+    assert not compiled
     assert error(measured, exact(ffn, x)) < 1e-5
 
 
@@ -144,8 +127,10 @@ def test_no_images() -> None:
     assert not any(grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize('width', [12, 32])
-def test_the_hidden_layer_is_not_kept(width: int) -> None:
+@needs_packing
+def test_the_hidden_layer_is_not_kept() -> None:
+    width = 32
+
     def largest_saved(options: dict) -> int:
         ffn, x = inputs(width=width, **options)
         sizes = []
@@ -162,16 +147,16 @@ def test_the_hidden_layer_is_not_kept(width: int) -> None:
     assert largest_saved(dict(type='ReLU')) == pixels * 4 * width
 
 
-@pytest.mark.parametrize('width', [12, 32])
-def test_a_second_derivative_is_refused(width: int) -> None:
-    ffn, x = inputs(width=width)
+@needs_packing
+def test_a_second_derivative_is_refused() -> None:
+    ffn, x = inputs(width=32)
     x.requires_grad_()
     (grad,) = torch.autograd.grad(ffn(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.square().sum().backward()
 
 
-def test_on_another_device_it_is_plain(chunks: list[int]) -> None:
-    ffn, x = inputs()
+def test_on_another_device_it_is_plain(compiled: list[torch.dtype]) -> None:
+    ffn, x = inputs(width=32)
     assert ffn.to('meta')(x.to('meta')).shape == x.shape
-    assert not chunks
+    assert not compiled

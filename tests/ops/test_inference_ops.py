@@ -159,29 +159,9 @@ def test_what_cannot_be_packed():
     assert not can_pack(torch.zeros(64, 64, device='meta'))
 
 
-# Weights that are packed, and as they are, which the operators take on any machine.
-for_weights = pytest.mark.parametrize(
-    ('dtype', 'pack_weight'),
-    [
-        pytest.param(
-            dtype,
-            pack_weight,
-            marks=pytest.mark.skipif(
-                pack_weight is pack and dtype not in PACKED_DTYPES,
-                reason=f'no compiled projections in {dtype} here',
-            ),
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-        for pack_weight in (pack, lambda weight: weight)
-    ],
-    ids=['float32-packed', 'float32-plain', 'bfloat16-packed', 'bfloat16-plain'],
-)
-
-
-@needs_native
-@for_weights
+@for_types
 @pytest.mark.parametrize(('pixels', 'inputs', 'hidden', 'outputs'), WIDTHS)
-def test_linear(pixels, inputs, hidden, outputs, dtype, pack_weight):
+def test_linear(pixels, inputs, hidden, outputs, dtype):
     torch.manual_seed(0)
     x = torch.randn(pixels, inputs).to(dtype)
     out = torch.randn(pixels, outputs).to(dtype)
@@ -189,9 +169,9 @@ def test_linear(pixels, inputs, hidden, outputs, dtype, pack_weight):
     for b in (bias, None):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         plain = F.linear(x, weight, b)
-        assert_as_exact(ops.linear(x, pack_weight(weight), b), plain, exact)
+        assert_as_exact(ops.linear(x, pack(weight), b), plain, exact)
         measured = out.clone()
-        ops.linear_(measured, x, pack_weight(weight), b)
+        ops.linear_(measured, x, pack(weight), b)
         assert_as_exact(measured, plain + out, exact + out.double())
 
 
@@ -222,10 +202,9 @@ def test_ffn(pixels, inputs, hidden, outputs, dtype):
     assert_as_exact(measured, plain_ffn(x, w1, b1, w2, b2), exact)
 
 
-@needs_native
-@for_weights
+@for_types
 @pytest.mark.parametrize('aligned', [False, True])
-def test_merge(aligned, dtype, pack_weight):
+def test_merge(aligned, dtype):
     """f_l += W h_l + b, x += W_out f_l and x += FFN(x)."""
     torch.manual_seed(0)
     x, f_l, h_l = (torch.randn(700, c).to(dtype) for c in (96, 64, 64))
@@ -239,7 +218,7 @@ def test_merge(aligned, dtype, pack_weight):
 
     tensors = x, f_l, h_l, w, b, w_out, w1, b1, w2, b2
     exact = plain(*(t.double() for t in tensors))
-    w, w_out, w1, w2 = map(pack_weight, (w, w_out, w1, w2))
+    w, w_out, w1, w2 = map(pack, (w, w_out, w1, w2))
     isa = (h_l, w, b) if aligned else (None, None, None)
     args = x, f_l, *isa, w_out, w1, b1, w2, b2
     merged = x.clone()
@@ -262,31 +241,24 @@ def test_merge(aligned, dtype, pack_weight):
     assert torch.equal(x, before[0]) and torch.equal(f_l, before[1])
 
 
-@needs_packing
-@pytest.mark.parametrize('keep_hidden', [False, True])
+@for_types
 @pytest.mark.parametrize(
     ('pixels', 'width', 'hidden'),
     # One pixel, more pixels than are taken at a time, more channels than are, and
     # fewer of either than threads would take.
     [(1, 32, 32), (300, 64, 96), (23, 96, 416), (1000, 32, 64)],
 )
-def test_ffn_backward(pixels, width, hidden, keep_hidden):
+def test_ffn_backward(pixels, width, hidden, dtype):
     torch.manual_seed(0)
-    x, grad = torch.randn(2, pixels, width)
-    w1, b1 = layer(width, hidden, torch.float32)
-    w2, b2 = layer(hidden, width, torch.float32)
+    x, grad = torch.randn(2, pixels, width).to(dtype)
+    (w1, b1), (w2, _) = layer(width, hidden, dtype), layer(hidden, width, dtype)
 
     def plain(dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (x, w1, b1, w2)]
         out = plain_ffn(*inputs, torch.zeros(width, dtype=dtype))
         return torch.autograd.grad(out, inputs, grad.to(dtype))
 
-    packed = pack(w1), b1, pack(w2), b2
-    out, kept = ops.ffn_hidden(x, *packed)
-    assert torch.equal(out, ops.ffn(x, *packed))
-    exact = F.linear(x.double(), w1.double(), b1.double())
-    assert_as_exact(kept, F.linear(x, w1, b1), exact)
-    measured = ops.ffn_backward(grad, x, w1, b1, w2, kept if keep_hidden else None)
+    measured = ops.ffn_backward(grad, x, w1, b1, w2)
     for m, p, e in zip(measured, plain(x.dtype), plain(torch.float64), strict=True):
         assert_as_exact(m, p, e)
 
@@ -295,18 +267,15 @@ def test_ffn_backward(pixels, width, hidden, keep_hidden):
 def test_ffn_passes_opcheck():
     x, w1, b1 = torch.randn(5, 32), torch.randn(64, 32), torch.randn(64)
     w2 = w1.t().contiguous()
-    hidden = torch.randn(5, 64)
-    for kept in (None, hidden):
-        torch.library.opcheck(ops.ffn_backward.default, (x, x, w1, b1, w2, kept))
+    torch.library.opcheck(ops.ffn_backward.default, (x, x, w1, b1, w2))
     packed = pack(w1), b1, pack(w2), torch.zeros(32)
     torch.library.opcheck(ops.ffn.default, (x, *packed))
-    torch.library.opcheck(ops.ffn_hidden.default, (x, *packed))
 
 
 @needs_packing
 def test_ffn_backward_refuses_what_does_not_fit():
     x, w1, b1 = torch.zeros(3, 32), torch.zeros(64, 32), torch.zeros(64)
-    right = dict(grad=x, x=x, w1=w1, b1=b1, w2=w1.t().contiguous(), hidden=None)
+    right = dict(grad=x, x=x, w1=w1, b1=b1, w2=w1.t().contiguous())
     for change in (
         dict(grad=x[:2]),
         dict(x=x[:, :16], grad=x[:, :16]),
@@ -315,7 +284,6 @@ def test_ffn_backward_refuses_what_does_not_fit():
         dict(w2=w1),
         dict(x=x[:0], grad=x[:0]),
         dict(w1=w1[:0], b1=b1[:0], w2=w1[:0].t()),  # was a division by zero
-        dict(hidden=x),
     ):
         with pytest.raises(RuntimeError, match='ffn_backward takes'):
             ops.ffn_backward(**right | change)
@@ -364,7 +332,6 @@ def test_projections_refuse_what_does_not_fit(dtype):
     weight, bias = layer(32, 64, dtype)
     packed = pack(weight)
     out = torch.zeros(3, 64, dtype=dtype)
-    floats = pack(weight.float()), bias.float()
     strided = packed.transpose(0, -1).contiguous().transpose(0, -1)
     for op, *wrong in (
         (ops.linear_, out, x[:2], packed, bias),
@@ -379,7 +346,6 @@ def test_projections_refuse_what_does_not_fit(dtype):
         (ops.linear, x[0, 0], packed, bias),
         (ops.ffn, x, weight, bias, weight, bias),
         (ops.ffn, x, packed, bias, packed, bias),
-        (ops.ffn_hidden, x.float(), *floats, *floats),
     ):
         with pytest.raises(RuntimeError, match=r'projections|hidden layer'):
             op(*wrong)
@@ -403,11 +369,10 @@ def test_few_pixels_are_projected_as_among_many(count, dtype):
         assert torch.equal(project(x[:count]), project(x)[:count])
 
 
-@needs_native
-@for_weights
-def test_as_many_pixels_of_another_shape_are_refused(dtype, pack_weight):
+@for_types
+def test_as_many_pixels_of_another_shape_are_refused(dtype):
     weight, bias = layer(32, 32, dtype)
-    weight = pack_weight(weight)
+    weight = pack(weight)
     ffn = weight, bias, weight, bias
     maps = [torch.zeros(2, 32, *size, dtype=dtype) for size in ((3, 5), (5, 3))]
     maps = [x.contiguous(**LAYOUT) for x in maps]
@@ -420,13 +385,12 @@ def test_as_many_pixels_of_another_shape_are_refused(dtype, pack_weight):
             ops.merge_(out, x, None, None, None, weight, *ffn)
 
 
-@needs_native
-@for_weights
-def test_tokens_are_merged_into_a_map(dtype, pack_weight):
+@for_types
+def test_tokens_are_merged_into_a_map(dtype):
     """And a map as its tokens."""
     torch.manual_seed(0)
     weight, bias = layer(32, 32, dtype)
-    weight = pack_weight(weight)
+    weight = pack(weight)
     x, f_l, h_l = torch.randn(3, 2, 32, 3, 5).to(dtype)
     h_l = h_l.contiguous(**LAYOUT)
     results = []
@@ -437,23 +401,24 @@ def test_tokens_are_merged_into_a_map(dtype, pack_weight):
     assert all(map(torch.equal, *results))
 
 
-@needs_native
-@for_weights
-def test_maps_are_projected_as_their_pixels(dtype, pack_weight):
+@for_types
+def test_maps_are_projected_as_their_pixels(dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 32, 3, 5).to(dtype)
     (w1, b1), (w2, b2) = layer(32, 64, dtype), layer(64, 32, dtype)
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-    w1, w2 = pack_weight(w1), pack_weight(w2)
+    w1, w2 = pack(w1), pack(w2)
 
     def add(x):
         out = torch.ones_like(x)
         ops.linear_(out, ops.linear(x, w1, b1), w2, b2)
         return out
 
-    projections = [lambda x: ops.linear(x, w1, b1), add]
-    if pack_weight is pack:
-        projections.append(lambda x: ops.ffn(x, w1, b1, w2, b2))
+    projections = [
+        lambda x: ops.linear(x, w1, b1),
+        add,
+        lambda x: ops.ffn(x, w1, b1, w2, b2),
+    ]
     x = x.contiguous(**LAYOUT)
     for project in projections:
         out = project(x)
@@ -477,7 +442,6 @@ def samples(dtype=torch.float32):
     maps = [m.contiguous(**LAYOUT) for m in maps]
     return dict(
         ffn=(x, w1, b1, w2, b2),
-        ffn_hidden=(x, w1, b1, w2, b2),
         linear=(x, w, b),
         linear_=(x.clone(), x, w, b),
         merge_=(x.clone(), x.clone(), x, w, b, w, w1, b1, w2, b2),
@@ -536,11 +500,10 @@ def test_older_instruction_sets(capability, threads):
         '        test_residual_conv(channels, (11, 14), dtype)\n'
         'if torch.float32 in PACKED_DTYPES:\n'
         '    for widths in WIDTHS:\n'
-        '        test_linear(*widths, torch.float32, pack)\n'
+        '        test_linear(*widths, torch.float32)\n'
         '        test_ffn(*widths, torch.float32)\n'
-        '    test_merge(True, torch.float32, pack)\n'
-        '    for keep in (False, True):\n'
-        '        test_ffn_backward(300, 64, 96, keep)\n'
+        '    test_merge(True, torch.float32)\n'
+        '    test_ffn_backward(300, 64, 96, torch.float32)\n'
         '    test_gelu(torch.float32)\n'
         '    test_gelu_far_from_zero(-50, torch.float32)\n'
         '    test_nan_stays_nan(torch.float32)\n'

@@ -171,6 +171,7 @@ class DSNet(BaseModule):
                         drop_path_rate=drop_path_rates.pop(0),
                         norm_cfg=norm_cfg,
                         act_cfg=act_cfg,
+                        keep_norms=with_cp,  # the whole block is computed again
                     )
                     for _ in range(self.depths[i])
                 )

@@ -11,6 +11,7 @@ from dsnet_mm.ops import (
     attention,
     co_attention,
     feed_forward,
+    recomputed,
     resize,
     self_attention,
     split_heads,
@@ -76,9 +77,8 @@ def global_size(
 class FFN(nn.Module):
     """Feed-forward network: two 1x1 convolutions with an activation between them.
 
-    With the exact GELU it is :func:`dsnet_mm.ops.feed_forward`, which on the CPU
-    computes the hidden layer in chunks of pixels. Layers with hooks, and such of other
-    classes, are called one after another.
+    With the exact GELU it is :func:`dsnet_mm.ops.feed_forward`, one operator on the
+    CPU. Layers with hooks, and such of other classes, are called one after another.
 
     Args:
         channels: Channels of input and output.
@@ -236,6 +236,9 @@ class DSBlock(BaseModule):
         drop_path_rate: Stochastic depth of both residual branches, in [0, 1).
         norm_cfg: Normalisation of maps.
         act_cfg: Activation of the FFN.
+        keep_norms: Whether the outputs of both norms of C channels are kept for the
+            backward. By default it computes them again
+            (:func:`dsnet_mm.ops.recomputed`).
         init_cfg: Initialisation, as in MMEngine.
 
     Raises:
@@ -257,6 +260,7 @@ class DSBlock(BaseModule):
         drop_path_rate: float = 0.0,
         norm_cfg: dict = dict(type='BN'),
         act_cfg: dict = dict(type='GELU'),
+        keep_norms: bool = False,
         init_cfg: dict | list | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -276,6 +280,7 @@ class DSBlock(BaseModule):
         self.global_factor = global_factor
         self.max_global_tokens = max_global_tokens
         self.attn_drop_rate = attn_drop_rate
+        self.keep_norms = keep_norms
 
         # Norms before convolutions: MMCV's fuse_conv_bn takes a norm for that of
         # the convolution that was registered before it.
@@ -305,8 +310,10 @@ class DSBlock(BaseModule):
         """(N, C, H, W) -> (N, C, H, W), channels-last in memory."""
         x = x.contiguous(memory_format=torch.channels_last)
         x = x + self.pos_embed(x)
-        x = x + self.drop_path(self.dual_stream(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        with recomputed(self.norm1, x, self.keep_norms) as y:
+            x = x + self.drop_path(self.dual_stream(y))
+        with recomputed(self.norm2, x, self.keep_norms) as y:
+            return x + self.drop_path(self.ffn(y))
 
     def dual_stream(self, x: Tensor) -> Tensor:
         """Splits, propagates, aligns and merges the streams.

@@ -139,8 +139,8 @@ TORCH_LIBRARY_IMPL(dsnet_mm, Autograd, m) {
   for (const char* name :
        {"co_attention_backward", "self_attention_backward", "ffn_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  for (const char* name : {"ffn", "ffn_hidden", "linear", "linear_", "merge_",
-                           "residual_conv", "resize_add_"})
+  for (const char* name :
+       {"ffn", "linear", "linear_", "merge_", "residual_conv", "resize_add_"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }
 

@@ -9,59 +9,6 @@
 namespace dsnet {
 namespace amx {
 
-using avx512::Vec;
-using avx512::vec;
-
-// Packs keys as tiles of B, 32 channels by 16 keys: dst[block of 32 channels]
-// [block of 16 keys][16 pairs of channels][16 keys][2]. A pair of channels is a word of
-// 32 bits, and words are transposed. ``rows`` is a buffer of the size of dst.
-inline void pack_keys(int64_t count, int64_t all, int64_t width, const BFloat16* src,
-                      int64_t src_stride, BFloat16* dst, BFloat16* rows) {
-  pack_rows(count, all, width, src, src_stride, rows);
-  for (int64_t i = 0; i < round_up(width, kTileDepth) * all; i += kTileSize)
-    avx512::transpose<float>(kTileRows, kTileRows,
-                             reinterpret_cast<const float*>(rows + i), kTileRows,
-                             reinterpret_cast<float*>(dst + i), kTileRows);
-}
-
-// Packs values as tiles of B, 32 keys by 16 channels: dst[block of 32 keys]
-// [block of 16 channels][16 pairs of keys][16 channels][2]. Two keys are interleaved.
-inline void pack_values(int64_t count, int64_t all, int64_t width, const BFloat16* src,
-                        int64_t src_stride, BFloat16* dst) {
-  alignas(64) int16_t order[2][32];
-  for (int i = 0; i < 32; ++i) {
-    order[0][i] = i / 2 + (i % 2 ? 32 : 0);
-    order[1][i] = order[0][i] + 16;
-  }
-  const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-  const int64_t tiles = round_up(width, kTileDepth) / kTileRows;
-  for (int64_t j = 0; j < all; j += 2) {
-    BFloat16* row =
-        dst + j / kTileDepth * tiles * kTileSize + j % kTileDepth / 2 * kTileDepth;
-    for (int64_t c = 0; c < width; c += kTileDepth, row += 2 * kTileSize) {
-      const int64_t left = width - c;
-      const __mmask32 mask = left >= kTileDepth ? ~0u : (1u << left) - 1;
-      const auto key = [&](int64_t i) {
-        return i < count ? _mm512_maskz_loadu_epi16(mask, src + i * src_stride + c)
-                         : _mm512_setzero_si512();
-      };
-      const __m512i a = key(j), b = key(j + 1);
-      _mm512_store_si512(row, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_store_si512(row + kTileSize, _mm512_permutex2var_epi16(a, high, b));
-    }
-  }
-}
-
-// 2^x for x <= 0 to 13 bits. That is enough for weights, which are rounded to 8.
-inline Vec<float> exp2(Vec<float> x) {
-  x = avx512::maximum<float>(Vec<float>{} - 125.f, x);
-  const __m512 f = _mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
-  Vec<float> y = (Vec<float>)f * 7.8024521e-2f + 2.2606716e-1f;
-  y = y * (Vec<float>)f + 6.9583354e-1f;
-  y = y * (Vec<float>)f + 9.9992520e-1f;
-  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
-}
-
 // Turns unscaled scores p of four queries, for a block of keys, into weights w. Updates
 // the running maxima and denominators, and rescales the accumulators where a maximum
 // has changed. ``begin`` is the number of the block's first key.
@@ -138,9 +85,9 @@ inline void attend_forward(const Head<BFloat16>& head, int64_t first, int64_t co
   for (int64_t begin = 0; begin < head.keys; begin += kKeyBlock) {
     const int64_t n = std::min<int64_t>(kKeyBlock, head.keys - begin);
     const int64_t cols = round_up(n, kTileDepth);
-    pack_keys(n, cols, width, head.k + begin * head.kv_stride, head.kv_stride, k,
-              key_rows);
-    pack_values(n, cols, width, head.v + begin * head.kv_stride, head.kv_stride, v);
+    pack_columns(n, cols, width, head.k + begin * head.kv_stride, head.kv_stride, k,
+                 key_rows);
+    pack_pairs(n, cols, width, head.v + begin * head.kv_stride, head.kv_stride, v);
     // Values are multiplied one step after their weights: what a tile or a vector has
     // stored is then ready to be loaded. There are two buffers of weights for this.
     const auto multiply_values = [&](int64_t i) {
@@ -175,47 +122,114 @@ inline void attend_forward(const Head<BFloat16>& head, int64_t first, int64_t co
   for (int64_t i = 0; i < count; ++i) lse[i] = running_max[i] + denominator[i];
 }
 
-// As avx512::TransposedBlock. Keys and values are packed once for all queries; rows of
-// queries and gradients are packed for each product. All of it lies in L2.
-class PackedBlock {
- public:
-  PackedBlock(int64_t width, Arena& arena)
-      : width_(width),
-        padded_(round_up(width, kTileDepth)),
-        k_(arena.allocate<BFloat16>(kBackwardBlock * padded_)),
-        v_(arena.allocate<BFloat16>(kBackwardBlock * padded_)),
-        rows_(arena.allocate<BFloat16>(kBackwardBlock * padded_)) {}
-  ~PackedBlock() {}  // Here it is compiled with the instructions of AMX.
+// As avx512::attend_backward. Gradients have room for multiples of kBackwardBlock rows
+// and of 32 channels.
+//
+// Weights and their gradients are [key][query]. So they are left factors, as they are,
+// of the gradients of values and keys. For those of queries, ds is transposed. It is
+// interleaved by pairs of keys first, since a pair is a word.
+inline void attend_backward(const Head<BFloat16>& head, const BFloat16* out,
+                            int64_t out_stride, const BFloat16* grad_out,
+                            int64_t grad_out_stride, const float* lse, int64_t q_begin,
+                            int64_t q_end, int64_t k_begin, int64_t k_end,
+                            float* grad_q, float* grad_k, float* grad_v,
+                            int64_t grad_stride, Arena& arena) {
+  constexpr int64_t kBlock = kBackwardBlock, kSquare = kBlock * kBlock;
+  const int64_t width = head.width, padded = round_up(width, kTileDepth);
+  const int64_t queries = q_end - q_begin, all_queries = round_up(queries, kBlock);
+  const auto operand = [&] { return arena.allocate<BFloat16>(kBlock * padded); };
+  BFloat16 *k_rows = operand(), *v_rows = operand(), *k_pairs = operand();
+  BFloat16 *q_columns = operand(), *g_columns = operand(), *rows = operand();
+  BFloat16 *q_pairs = operand(), *g_pairs = operand();
+  float* p = arena.allocate<float>(kSquare);
+  float* ds = arena.allocate<float>(kSquare);
+  BFloat16* w_packed = arena.allocate<BFloat16>(kSquare);
+  BFloat16* ds_packed = arena.allocate<BFloat16>(kSquare);
+  BFloat16* ds_transposed = arena.allocate<BFloat16>(kSquare);
+  float* ds_pairs = arena.allocate<float>(kSquare / 2);  // [pair of keys][query]
+  float* row_lse = arena.allocate<float>(all_queries);
+  float* delta = arena.allocate<float>(all_queries);  // over sqrt(d)
+  if (arena.counts()) return;
 
-  void load(int64_t n, const BFloat16* keys, const BFloat16* values, int64_t stride) {
-    const int64_t all = round_up(n, kTwoTiles);
-    pack_keys(n, all, width_, keys, stride, k_, rows_);
-    pack_keys(n, all, width_, values, stride, v_, rows_);
+  const __m512i interleave = interleaving();
+  const float scale = 1 / std::sqrt(float(width));
+  const float log2_scale = scale * 1.44269504088896340736f;
+  std::fill(row_lse + queries, row_lse + all_queries, 0.f);
+  std::fill(delta + queries, delta + all_queries, 0.f);
+  std::copy(lse + q_begin, lse + q_end, row_lse);
+  for (int64_t i = 0; i < queries; ++i) {
+    const BFloat16* g = grad_out + (q_begin + i) * grad_out_stride;
+    const BFloat16* o = out + (q_begin + i) * out_stride;
+    float dot = 0;
+    for (int64_t c = 0; c < width; ++c) dot += float(g[c]) * float(o[c]);
+    delta[i] = dot * scale;
   }
-
-  void multiply(int64_t m, int64_t n, const avx512::Rows<BFloat16, float>& q,
-                const avx512::Rows<BFloat16, float>& g, float* qk, float* gv) {
-    multiply(m, n, q.source, q.source_stride, k_, qk);
-    multiply(m, n, g.source, g.source_stride, v_, gv);
+  const TileConfig config;
+  for (int64_t begin = k_begin; begin < k_end; begin += kBlock) {
+    const int64_t n = std::min(kBlock, k_end - begin), all_n = round_up(n, kTwoTiles);
+    const BFloat16 *k = head.k + begin * head.kv_stride,
+                   *v = head.v + begin * head.kv_stride;
+    pack_rows(n, all_n, width, k, head.kv_stride, k_rows);
+    pack_rows(n, all_n, width, v, head.kv_stride, v_rows);
+    pack_pairs(n, all_n, width, k, head.kv_stride, k_pairs);
+    for (int64_t first = 0; first < queries; first += kBlock) {
+      const int64_t m = std::min(kBlock, queries - first);
+      const int64_t all_m = round_up(m, kTwoTiles);
+      const BFloat16* q = head.q + (q_begin + first) * head.q_stride;
+      const BFloat16* g = grad_out + (q_begin + first) * grad_out_stride;
+      pack_columns(m, all_m, width, q, head.q_stride, q_columns, rows);
+      pack_columns(m, all_m, width, g, grad_out_stride, g_columns, rows);
+      pack_pairs(m, all_m, width, q, head.q_stride, q_pairs);
+      pack_pairs(m, all_m, width, g, grad_out_stride, g_pairs);
+      multiply_packed(all_n, all_m, padded, k_rows, all_n, q_columns, p, kBlock, false);
+      multiply_packed(all_n, all_m, padded, v_rows, all_n, g_columns, ds, kBlock,
+                      false);
+      for (int64_t i = 0; i < all_m; i += kTileDepth) {
+        avx512::RandomWords<float> words[2];
+        for (int h = 0; head.dropout && h < 2; ++h)
+          words[h] = avx512::random_words<float>(
+              *head.dropout, head.first_query + q_begin + first + i + h * kTileRows);
+        for (int64_t j = 0; j < all_n; j += 2) {
+          Vec<float> d[2][2];  // of two keys and 2 x 16 queries
+          for (int r = 0; r < 2; ++r) {
+            Vec<float> w[2];
+            for (int h = 0; h < 2; ++h) {
+              const int64_t at = i + h * kTileRows, cell = (j + r) * kBlock + at;
+              w[h] = exp2(vec(p + cell) * log2_scale - vec(row_lse + first + at));
+              d[r][h] = vec(ds + cell) * scale;
+              Vec<float> factor = Vec<float>{} + 1.f;
+              if (head.dropout)
+                factor = avx512::dropout_factor<float>(
+                    *head.dropout, words[h],
+                    avx512::Vector<float>::words{} + uint32_t(begin + j + r));
+              if (j + r >= n) w[h] = Vec<float>{};  // beyond the last key
+              d[r][h] = w[h] * (d[r][h] * factor - vec(delta + first + at));
+              w[h] *= factor;
+            }
+            const int64_t at = i * all_n + (j + r) * kTileDepth;
+            store_pairs(w_packed + at, w[0], w[1]);
+            store_pairs(ds_packed + at, d[r][0], d[r][1]);
+          }
+          for (int h = 0; h < 2; ++h)
+            _mm512_store_si512(
+                ds_pairs + j / 2 * kBlock + i + h * kTileRows,
+                _mm512_permutexvar_epi16(interleave, to_pairs(d[0][h], d[1][h])));
+        }
+      }
+      for (int64_t j = 0; j < all_n; j += kTileDepth)
+        avx512::transpose<float>(kTileRows, all_m, ds_pairs + j / 2 * kBlock, kBlock,
+                                 reinterpret_cast<float*>(ds_transposed + j * all_m),
+                                 kTileRows);
+      const int64_t at_key = (begin - k_begin) * grad_stride;
+      multiply_packed(all_n, padded, all_m, w_packed, all_n, g_pairs, grad_v + at_key,
+                      grad_stride, first > 0);
+      multiply_packed(all_n, padded, all_m, ds_packed, all_n, q_pairs, grad_k + at_key,
+                      grad_stride, first > 0);
+      multiply_packed(all_m, padded, all_n, ds_transposed, all_m, k_pairs,
+                      grad_q + first * grad_stride, grad_stride, begin > k_begin);
+    }
   }
-
- private:
-  void multiply(int64_t m, int64_t n, const BFloat16* a, int64_t a_stride,
-                const BFloat16* b, float* c) {
-    const int64_t rows = round_up(m, kTwoTiles), cols = round_up(n, kTwoTiles);
-    pack_rows(m, rows, width_, a, a_stride, rows_);
-    for (int64_t i = 0; i < rows; i += kTwoTiles)
-      for (int64_t j = 0; j < cols; j += kTwoTiles)
-        multiply_2x2(padded_ / kTileDepth, rows_ + i * kTileDepth, kTileDepth,
-                     kTileSize, rows * kTileDepth, b + j * kTileDepth,
-                     cols * kTileDepth, kTileSize, c + i * kBackwardBlock + j,
-                     kBackwardBlock, false);
-  }
-
-  TileConfig config_;
-  int64_t width_, padded_;
-  BFloat16 *k_, *v_, *rows_;
-};
+}
 
 }  // namespace amx
 }  // namespace dsnet

@@ -309,44 +309,6 @@ void attend_forward(const Head<S>& head, int64_t first, int64_t count, S* out,
 
 // ------------------------------------------------------------------- backward
 
-// Rows of queries, or of gradients, as they are given and in the type T.
-template <typename S, typename T>
-struct Rows {
-  const S* source;
-  int64_t source_stride;
-  const T* x;
-  int64_t stride;
-};
-
-// A block of keys and values, transposed to [channel][key], and its two products.
-template <typename S, typename T>
-class TransposedBlock {
- public:
-  TransposedBlock(int64_t width, Arena& arena)
-      : width_(width),
-        k_(arena.allocate<T>(pad<T>(width) * kBackwardBlock)),
-        v_(arena.allocate<T>(pad<T>(width) * kBackwardBlock)),
-        rows_(arena.allocate<T>(kBackwardBlock * pad<T>(width))) {}
-
-  void load(int64_t n, const S* keys, const S* values, int64_t stride) {
-    load_transposed(n, width_, keys, stride, k_, kBackwardBlock, T(1), rows_);
-    load_transposed(n, width_, values, stride, v_, kBackwardBlock, T(1), rows_);
-  }
-
-  // qk = q k^T and gv = g v^T, both [query][key] with rows of kBackwardBlock.
-  void multiply(int64_t m, int64_t n, const Rows<S, T>& q, const Rows<S, T>& g, T* qk,
-                T* gv) {
-    matmul(m, pad<T>(n), width_, q.x, q.stride, int64_t(1), k_, kBackwardBlock, qk,
-           kBackwardBlock, false);
-    matmul(m, pad<T>(n), width_, g.x, g.stride, int64_t(1), v_, kBackwardBlock, gv,
-           kBackwardBlock, false);
-  }
-
- private:
-  int64_t width_;
-  T *k_, *v_, *rows_;  // rows_ is the buffer of load_transposed.
-};
-
 // Gradients of queries [q_begin, q_end) and keys [k_begin, k_end) of a head, as far as
 // they come from each other. The rows of the gradients are ``grad_stride`` apart, which
 // is at least pad<T>(width): whole vectors are written.
@@ -354,8 +316,7 @@ class TransposedBlock {
 // Loop order: blocks of keys, then blocks of queries, both of kBackwardBlock. Weights
 // and their gradients of a pair of blocks, p and ds, are computed again from lse; they
 // and the two blocks lie in L2. Each of the five products streams through L1.
-template <typename S, typename T = at::opmath_type<S>,
-          typename Block = TransposedBlock<S, T>>
+template <typename S, typename T = at::opmath_type<S>>
 void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
                      const S* grad_out, int64_t grad_out_stride, const T* lse,
                      int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end,
@@ -363,7 +324,8 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
                      Arena& arena) {
   constexpr int lanes = Vector<T>::lanes;
   const int64_t width = head.width, padded = pad<T>(width);
-  Block block(width, arena);
+  T* k_columns = arena.allocate<T>(padded * kBackwardBlock);  // [channel][key]
+  T* v_columns = arena.allocate<T>(padded * kBackwardBlock);
   T* k_rows = arena.allocate<T>(kBackwardBlock * padded);
   T* q_rows = arena.allocate<T>(kBackwardBlock * padded);
   T* g_rows = arena.allocate<T>(kBackwardBlock * padded);
@@ -386,17 +348,23 @@ void attend_backward(const Head<S>& head, const S* out, int64_t out_stride,
     const int64_t n = std::min<int64_t>(kBackwardBlock, k_end - begin);
     const int64_t cols = pad<T>(n);
     int64_t kv_stride = head.kv_stride;
-    block.load(n, head.k + begin * kv_stride, head.v + begin * kv_stride, kv_stride);
+    load_transposed(n, width, head.k + begin * kv_stride, kv_stride, k_columns,
+                    kBackwardBlock, T(1), k_rows);
+    load_transposed(n, width, head.v + begin * kv_stride, kv_stride, v_columns,
+                    kBackwardBlock, T(1), k_rows);
     const T* keys =
         as_rows(n, width, padded, head.k + begin * kv_stride, kv_stride, k_rows);
     for (int64_t first = q_begin; first < q_end; first += kBackwardBlock) {
       const int64_t m = std::min<int64_t>(kBackwardBlock, q_end - first);
       int64_t q_stride = head.q_stride, g_stride = grad_out_stride;
-      const S *q_src = head.q + first * q_stride, *g_src = grad_out + first * g_stride;
-      const T* q = as_rows(m, width, padded, q_src, q_stride, q_rows);
-      const T* g = as_rows(m, width, padded, g_src, g_stride, g_rows);
-      block.multiply(m, n, {q_src, head.q_stride, q, q_stride},
-                     {g_src, grad_out_stride, g, g_stride}, p, ds);
+      const T* q =
+          as_rows(m, width, padded, head.q + first * q_stride, q_stride, q_rows);
+      const T* g =
+          as_rows(m, width, padded, grad_out + first * g_stride, g_stride, g_rows);
+      matmul(m, cols, width, q, q_stride, int64_t(1), k_columns, kBackwardBlock, p,
+             kBackwardBlock, false);
+      matmul(m, cols, width, g, g_stride, int64_t(1), v_columns, kBackwardBlock, ds,
+             kBackwardBlock, false);
       for (int64_t r = 0; r < m; ++r) {
         const T row_lse = lse[first + r], row_delta = delta[first + r - q_begin];
         RandomWords<T> words{};

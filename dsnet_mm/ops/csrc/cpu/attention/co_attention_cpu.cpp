@@ -43,6 +43,7 @@ struct Head {
 #include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
+#include "../common/amx_operands.h"
 #include "attention_amx.h"
 DSNET_AMX_END
 #endif
@@ -64,7 +65,7 @@ template <typename S>
 auto backward_kernel() {
 #ifdef DSNET_AMX
   if constexpr (std::is_same_v<S, at::BFloat16>)
-    if (amx::available()) return avx512::attend_backward<S, float, amx::PackedBlock>;
+    if (amx::available()) return amx::attend_backward;
 #endif
   return DSNET_BEST(attend_backward<S>);
 }
@@ -169,14 +170,15 @@ void backward(const Streams& s, const Tensor (&grad_out)[2], const Tensor (&out)
   using T = at::opmath_type<S>;
   const int longer = s.tokens[1] > s.tokens[0], shorter = 1 - longer;
   const int64_t long_tokens = s.tokens[longer], short_tokens = s.tokens[shorter];
-  const int64_t row = round_up(s.width, 64 / sizeof(T));  // whole vectors
+  // Kernels write whole vectors, or whole tiles of 32 x 32.
+  const int64_t row = round_up(s.width, 32), short_rows = round_up(short_tokens, 64);
   const int64_t wanted = std::max<int64_t>(round_up(short_tokens, 64), 512);
   const int64_t chunks = ceil_div(long_tokens, wanted);
   const int64_t size = round_up(ceil_div(long_tokens, chunks), 64);
   const int64_t tasks = s.count() * chunks;
   // [head][chunk][q, k, v][token][channel]
-  const Tensor partials = at::empty({tasks, 3, short_tokens, row}, lse[0].options());
-  const int64_t partial_size = short_tokens * row;
+  const Tensor partials = at::empty({tasks, 3, short_rows, row}, lse[0].options());
+  const int64_t partial_size = short_rows * row;
 
   // Stores rows of a packed gradient. Part 0, 1, 2 of it is that of q, k, v.
   const auto store_rows = [&](int stream, int64_t h, int part, int64_t first,
@@ -224,7 +226,7 @@ void backward(const Streams& s, const Tensor (&grad_out)[2], const Tensor (&out)
       T* sum = partials.data_ptr<T>() + (i / 3 * chunks * 3 + i % 3) * partial_size;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
         const T* partial = sum + chunk * 3 * partial_size;
-        for (int64_t j = 0; j < partial_size; ++j) sum[j] += partial[j];
+        for (int64_t j = 0; j < short_tokens * row; ++j) sum[j] += partial[j];
       }
       store_rows(shorter, i / 3, i % 3, 0, short_tokens, sum);
     }

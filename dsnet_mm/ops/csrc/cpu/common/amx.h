@@ -1,10 +1,12 @@
-// Matrix products of bfloat16 by AMX (Advanced Matrix Extensions), with float sums.
+// Matrix products of bfloat16 with float sums, by AMX (Advanced Matrix Extensions) or,
+// where a processor has none, by the dot products of AVX512-BF16.
 //
 //   C[32][32] (+)= sum_k A[32][k] B[k][32]
 //
-// One instruction computes C[16][16] += A[16][32] B[32][16] with all three in tile
-// registers. A tile of A holds 16 rows as they lie in memory. A tile of B holds pairs
-// of rows interleaved: [16 pairs][16 columns][2].
+// Operands are in the order of AMX. One of its instructions computes C[16][16] +=
+// A[16][32] B[32][16] with all three in tile registers. A tile of A holds 16 rows as
+// they lie in memory. A tile of B holds pairs of rows interleaved: [16 pairs][16
+// columns][2].
 //
 // Loop order: k, in steps of 32. Tile registers 0 to 3 are the accumulators, two by
 // two; 4 and 5 hold A, 6 and 7 hold B. Operands and results lie in L1 or L2.
@@ -22,9 +24,6 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DSNET_AMX  // The compiler knows AMX.
 #include <immintrin.h>
-#ifdef DSNET_EMULATE_AMX  // The build of ``make test-asan``, see setup.py.
-#include "amx_emulation.h"
-#endif
 
 // Enclose code that uses AMX. The instruction sets include the AVX-512 of each_isa.h:
 // otherwise the compiler would not inline its functions.
@@ -39,17 +38,18 @@ namespace amx {
 
 // Whether the processor has tiles and the system lets this process use them.
 inline bool has_tiles() {
-#ifdef DSNET_EMULATE_AMX
-  return true;
-#else
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         at::cpu::init_amx();
+#ifdef __SANITIZE_ADDRESS__
+  return false;  // It does not see what tiles load and store.
 #endif
+  static const bool yes = __builtin_cpu_supports("amx-tile") &&
+                          __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
+  return yes;
 }
 
+// Whether the processor has the instructions of this file, except those of tiles.
 inline bool available() {
-  static const bool yes = at::get_cpu_capability() == "AVX512" &&
-                          __builtin_cpu_supports("avx512bf16") && has_tiles();
+  static const bool yes =
+      at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16");
   return yes;
 }
 
@@ -71,6 +71,7 @@ constexpr int64_t kTwoTiles = 2 * kTileRows;  // Rows, and columns, of multiply_
 // ABI no caller may rely on the configuration across a call.
 struct TileConfig {
   TileConfig() {
+    if (!has_tiles()) return;
     alignas(64) uint8_t full[64] = {1};  // the palette
     for (int i = 0; i < 8; ++i) {
       full[16 + 2 * i] = 2 * kTileDepth;  // bytes of a row, a 16-bit number
@@ -78,7 +79,9 @@ struct TileConfig {
     }
     _tile_loadconfig(full);
   }
-  ~TileConfig() { _tile_release(); }
+  ~TileConfig() {
+    if (has_tiles()) _tile_release();
+  }
 };
 
 // Packs ``count`` rows of ``width`` channels as tiles of A: dst[block of 32 channels]
@@ -96,12 +99,51 @@ inline void pack_rows(int64_t count, int64_t all, int64_t width, const BFloat16*
   }
 }
 
+// multiply_2x2 by vectors: the sums of 8 rows of A and 32 columns of B lie in
+// registers.
+inline void multiply_vectors(int64_t depth, const BFloat16* a, int64_t a_stride,
+                             int64_t a_m, int64_t a_k, const BFloat16* b, int64_t b_k,
+                             int64_t b_n, float* c, int64_t c_stride, bool add) {
+  constexpr int64_t M = 8;
+  for (int64_t i = 0; i < kTwoTiles; i += M, c += M * c_stride) {
+    const BFloat16* rows = a + i / kTileRows * a_m + i % kTileRows * a_stride;
+    __m512 sums[M][2];
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < 2; ++n)
+        sums[m][n] = add ? _mm512_loadu_ps(c + m * c_stride + n * kTileRows) : __m512{};
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t pair = 0; pair < kTileDepth; pair += 2) {
+        const BFloat16* at = b + k * b_k + pair * kTileRows;
+        const auto low = (__m512bh)_mm512_loadu_si512(at);
+        const auto high = (__m512bh)_mm512_loadu_si512(at + b_n);
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < M; ++m) {
+          int two;
+          std::memcpy(&two, rows + k * a_k + m * a_stride + pair, sizeof(two));
+          const auto x = (__m512bh)_mm512_set1_epi32(two);
+          sums[m][0] = _mm512_dpbf16_ps(sums[m][0], x, low);
+          sums[m][1] = _mm512_dpbf16_ps(sums[m][1], x, high);
+        }
+      }
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < 2; ++n)
+        _mm512_storeu_ps(c + m * c_stride + n * kTileRows, sums[m][n]);
+  }
+}
+
 // C[32][32] = sum of A B over ``depth`` tiles, added to C if ``add``. a_m and a_k are
 // the strides from tile to tile of A, b_k and b_n those of B; a_stride and c_stride are
 // the strides of the rows of A and C. All strides count numbers.
 inline void multiply_2x2(int64_t depth, const BFloat16* a, int64_t a_stride,
                          int64_t a_m, int64_t a_k, const BFloat16* b, int64_t b_k,
                          int64_t b_n, float* c, int64_t c_stride, bool add) {
+  if (!has_tiles())
+    return multiply_vectors(depth, a, a_stride, a_m, a_k, b, b_k, b_n, c, c_stride,
+                            add);
   const int64_t c_bytes = c_stride * sizeof(float);
   asm volatile("" ::: "memory");  // GCC 12 does not know that tiles read memory.
   if (add) {

@@ -40,8 +40,7 @@ Tensor to_map(const Tensor& x, c10::SymIntArrayRef size) {
   return x.unflatten_symint(1, size).permute({0, 3, 1, 2});
 }
 
-// Numbers [begin, end) of the ``all`` outputs (axis 0) or inputs (axis 1) of a weight,
-// packed or not.
+// Numbers [begin, end) of the ``all`` outputs (axis 0) or inputs (axis 1) of a weight.
 Tensor part(const Tensor& weight, int64_t axis, int64_t begin, int64_t end,
             int64_t all) {
   const int64_t blocks = weight.size(axis);
@@ -50,8 +49,7 @@ Tensor part(const Tensor& weight, int64_t axis, int64_t begin, int64_t end,
 
 // The weights of a block come by their names in DSBlock. A packed one is in the order
 // of dsnet_mm.ops.pack: its first axis is panels of outputs, and its second one is
-// inputs (in bfloat16, blocks of 32). Where the machine has no kernels for a type,
-// packed ones are (C_out, C_in) as well.
+// inputs (in bfloat16, blocks of 32).
 Tensor ds_block(const Tensor& input, const c10::Dict<std::string, Tensor>& weights,
                 int64_t num_heads, c10::SymIntArrayRef global_size) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && input.requires_grad()),

@@ -1,7 +1,8 @@
 // Projections of pixels in bfloat16, with the matrix products of AMX.
 //
-//   linear:  y = W x + b
-//   ffn:     y = W2 GELU(W1 x + b1) + b2
+//   linear:        y = W x + b
+//   ffn:           y = W2 GELU(W1 x + b1) + b2
+//   ffn_backward:  the gradients of x, W1, b1 and W2 of the ffn
 //
 // Weights are tiles of B: [C_out / 16][C_in / 32][16 pairs of inputs][16 outputs][2].
 // Pixels are packed as tiles of A, once a call; they and the hidden layer lie in L2.
@@ -18,10 +19,10 @@ inline __m512 to_float(const BFloat16* x) {
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
-// x times the cumulative distribution function of the normal distribution, which is the
-// minimax polynomial 0.5 + u * (c0 + c1 u^2 + ...). The error is below 1.5e-4 for
+// The cumulative distribution function of the normal distribution. It is the minimax
+// polynomial 0.5 + u * (c0 + c1 u^2 + ...). The error of x times it is below 1.5e-4 for
 // |x| < 6.
-inline __m512 gelu(__m512 x) {
+inline __m512 normal_cdf(__m512 x) {
   constexpr float c[] = {3.9827165e-1f, -6.5110579e-2f, 9.0208165e-3f, -8.6661224e-4f,
                          5.3555625e-5f, -1.8903269e-6f, 2.8693483e-8f};
   // The smaller of |x| and where the polynomial ends, with the sign of x.
@@ -30,8 +31,10 @@ inline __m512 gelu(__m512 x) {
   __m512 y = s * c[6] + c[5];
 #pragma GCC unroll 5
   for (int i = 4; i >= 0; --i) y = y * s + c[i];
-  return x * (y * u + 0.5f);
+  return y * u + 0.5f;
 }
+
+inline __m512 gelu(__m512 x) { return x * normal_cdf(x); }
 
 // Calls epilogue(sums, channel, row) for each 32 rows of 32 channels of W x. ``a`` is x
 // as pack_rows packs it, ``w_stride`` goes from 16 outputs to the next, and ``p`` has
@@ -123,6 +126,100 @@ inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add
   }
   for (int64_t c = 0; c < fc2.out; c += kTwoTiles)
     write(sums + c * rows, count, fc2.b + c, add, out + c, fc2.out);
+}
+
+// The weights of ffn_backward, for all tasks.
+struct BackwardWeights {
+  const BFloat16 *w1, *w2_t;  // W1 and W2 transposed, as pack_rows packs them
+  const BFloat16* w1_pairs;   // W1 as pack_pairs packs it
+  const BFloat16* b1;
+};
+
+// As avx512::ffn_backward, with the gradient of W2 transposed.
+//
+// Loop order: kBackwardRows pixels, then kHiddenRows hidden channels. The hidden layer
+// is [channel][pixel]. So GELU(h) and grad_h are left factors, as they are, of the
+// gradients of weights. For that of x, grad_h is transposed. It is interleaved by pairs
+// of channels first, since a pair is a word.
+inline void ffn_backward(int64_t width, int64_t hidden, const BackwardWeights& weights,
+                         int64_t first, int64_t last, int64_t pixels, const BFloat16* x,
+                         const BFloat16* grad, BFloat16* grad_x, float* grad_w1,
+                         float* grad_b1, float* grad_w2_t, Arena& arena) {
+  constexpr int64_t kRows = 128, kChannels = 64, kCells = kRows * kChannels;
+  const auto operand = [&] { return arena.allocate<BFloat16>(kRows * width); };
+  BFloat16 *x_columns = operand(), *g_columns = operand(), *rows = operand();
+  BFloat16 *x_pairs = operand(), *g_pairs = operand();
+  float* h = arena.allocate<float>(kCells);  // [channel][pixel]
+  float* d = arena.allocate<float>(kCells);  // its gradient
+  BFloat16* gelu_h = arena.allocate<BFloat16>(kCells);
+  BFloat16* grad_h = arena.allocate<BFloat16>(kCells);
+  BFloat16* grad_h_t = arena.allocate<BFloat16>(kCells);
+  float* grad_h_pairs = arena.allocate<float>(kCells / 2);
+  float* sums = arena.allocate<float>(kRows * width);  // grad_x
+  if (arena.counts()) return;
+
+  const __m512i interleave = interleaving();
+  std::fill(grad_b1 + first, grad_b1 + last, 0.f);
+  const TileConfig config;
+  for (int64_t i = 0; i < pixels; i += kRows) {
+    const int64_t m = std::min(kRows, pixels - i), all = round_up(m, kTwoTiles);
+    pack_columns(m, all, width, x + i * width, width, x_columns, rows);
+    pack_columns(m, all, width, grad + i * width, width, g_columns, rows);
+    pack_pairs(m, all, width, x + i * width, width, x_pairs);
+    pack_pairs(m, all, width, grad + i * width, width, g_pairs);
+    for (int64_t c = first; c < last; c += kChannels) {
+      const int64_t n = std::min(kChannels, last - c);
+      multiply_packed(n, all, width, weights.w1 + c * kTileDepth, hidden, x_columns, h,
+                      kRows, false);
+      multiply_packed(n, all, width, weights.w2_t + c * kTileDepth, hidden, g_columns,
+                      d, kRows, false);
+      for (int64_t j = 0; j < n; j += 2) {
+        Vec<float> sum[2] = {};
+        for (int64_t p = 0; p < all; p += kTileDepth) {
+          Vec<float> g[2][2];  // of two channels and 2 x 16 pixels
+          for (int r = 0; r < 2; ++r) {
+            const float b = weights.b1[c + j + r];
+            Vec<float> y[2];
+            for (int k = 0; k < 2; ++k) {
+              const int64_t cell = (j + r) * kRows + p + k * kTileRows;
+              const Vec<float> value = vec(h + cell) + b;
+              const Vec<float> cdf = (Vec<float>)normal_cdf((__m512)value);
+              // exp(-h^2 / 2) / sqrt(2 pi)
+              const Vec<float> density =
+                  exp2(value * value * -0.72134752f) * 0.39894228f;
+              y[k] = value * cdf;
+              g[r][k] = vec(d + cell) * (cdf + value * density);
+              sum[r] += g[r][k];
+            }
+            const int64_t at = p * n + (j + r) * kTileDepth;
+            store_pairs(gelu_h + at, y[0], y[1]);
+            store_pairs(grad_h + at, g[r][0], g[r][1]);
+          }
+          for (int k = 0; k < 2; ++k)
+            _mm512_store_si512(
+                grad_h_pairs + j / 2 * kRows + p + k * kTileRows,
+                _mm512_permutexvar_epi16(interleave, to_pairs(g[0][k], g[1][k])));
+        }
+        for (int r = 0; r < 2; ++r)
+          grad_b1[c + j + r] += _mm512_reduce_add_ps((__m512)sum[r]);
+      }
+      for (int64_t j = 0; j < n; j += kTileDepth)
+        avx512::transpose<float>(kTileRows, all, grad_h_pairs + j / 2 * kRows, kRows,
+                                 reinterpret_cast<float*>(grad_h_t + j * all),
+                                 kTileRows);
+      multiply_packed(n, width, all, grad_h, n, x_pairs, grad_w1 + c * width, width,
+                      i > 0);
+      multiply_packed(n, width, all, gelu_h, n, g_pairs, grad_w2_t + c * width, width,
+                      i > 0);
+      multiply_packed(all, width, n, grad_h_t, all, weights.w1_pairs + c * width, sums,
+                      width, c > first);
+    }
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t c = 0; c < width; c += kTileDepth)
+        _mm512_storeu_si512(
+            grad_x + (i + r) * width + c,
+            to_pairs(vec(sums + r * width + c), vec(sums + r * width + c + kTileRows)));
+  }
 }
 
 }  // namespace amx

@@ -3,14 +3,12 @@
 //   linear:        y = W x + b
 //   ffn:           y = W2 GELU(W1 x + b1) + b2
 //   merge_:        f_l += W h_l + b, x += W_out f_l, x += ffn(x): the end of a block
-//   ffn_hidden:    the ffn, and its hidden layer W1 x + b1, for training
 //   ffn_backward:  the gradients of the ffn, for training
 //
 // linear_ adds to a tensor. Pixels are those of channels-last maps
-// (N, C, H, W), or tokens (..., C). float runs on AVX-512 or AVX2, bfloat16 on AMX;
+// (N, C, H, W), or tokens (..., C). float runs on AVX-512 or AVX2, bfloat16 on
+// AMX or AVX512-BF16;
 // weights come packed for either, see projections_kernel.h and projections_amx.h.
-// linear, linear_ and merge_ also take weights (C_out, C_in) that are not packed, see
-// plain_projections.h.
 //
 // Threads divide the pixels, and go over them in chunks of kChunkPixels: a chunk and
 // its hidden layer stay in the L2 cache of a core through all products of an operator.
@@ -25,7 +23,6 @@
 #include <tuple>
 
 #include "../common/amx.h"
-#include "plain_projections.h"
 
 namespace dsnet {
 
@@ -48,6 +45,7 @@ struct Layer {
 #include "../common/each_isa.h"
 #ifdef DSNET_AMX
 DSNET_AMX_BEGIN
+#include "../common/amx_operands.h"
 #include "projections_amx.h"
 DSNET_AMX_END
 #endif
@@ -57,6 +55,23 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
+
+int64_t channels(const Tensor& x) {
+  TORCH_CHECK(x.dim() > 0, "projections take maps or tokens, got a number");
+  return x.size(x.dim() == 4 ? 1 : -1);
+}
+
+// Whether both have the same pixels: maps of one size, tokens of one shape, or a map
+// and its tokens (N, H * W, C). As many pixels alone could be those of a transposed
+// map.
+bool same_pixels(const Tensor& x, const Tensor& y) {
+  if (x.dim() == 4 && y.dim() == 3)
+    return x.size(0) == y.size(0) && x.size(2) * x.size(3) == y.size(1);
+  bool same = x.dim() == y.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i)
+    same = x.size(i) == y.size(i) || i == (x.dim() == 4 ? 1 : x.dim() - 1);
+  return same;
+}
 
 // Whether this processor has the instructions for projections of a type.
 bool has_projections(at::ScalarType type) {
@@ -168,7 +183,7 @@ template <typename T>
 void ffn(const Layer<T>& fc1, const Layer<T>& fc2, bool add, int64_t count, const T* x,
          T* out) {
   if constexpr (std::is_same_v<T, float>)
-    in_scratch(DSNET_BEST(ffn), fc1, fc2, add, count, x, out, nullptr);
+    in_scratch(DSNET_BEST(ffn), fc1, fc2, add, count, x, out);
 #ifdef DSNET_AMX
   if constexpr (std::is_same_v<T, BFloat16>)
     in_scratch(amx::ffn, fc1, fc2, add, count, x, out);
@@ -176,10 +191,10 @@ void ffn(const Layer<T>& fc1, const Layer<T>& fc2, bool add, int64_t count, cons
 }
 
 void check_type(at::ScalarType type) {
-  TORCH_CHECK(has_projections(type),
-              "projections are for float32 with AVX2 and bfloat16 with AMX, got ", type,
-              " where there is ", at::get_cpu_capability(),
-              has_projections(at::kBFloat16) ? " and AMX" : " and no AMX");
+  TORCH_CHECK(
+      has_projections(type),
+      "projections are for float32 with AVX2 and bfloat16 with AVX512-BF16, got ", type,
+      " where there is ", at::get_cpu_capability());
 }
 
 template <typename T>
@@ -191,7 +206,6 @@ void project(const Layer<T>& fc, bool add, const Tensor& x, const Tensor& out) {
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
-  if (w.dim() == 2) return plain::linear(x, w, b);
   check_type(x.scalar_type());
   return DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "linear", [&] {
     const auto fc = make_layer<scalar_t>(w, b);
@@ -204,15 +218,6 @@ Tensor linear_op(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
 void linear_add(const Tensor& out, const Tensor& x, const Tensor& w,
                 const std::optional<Tensor>& b) {
   at::assert_no_overlap(out, x);
-  if (w.dim() == 2) {
-    TORCH_CHECK(out.is_contiguous(layout(out)) && same_pixels(out, x) &&
-                    out.scalar_type() == x.scalar_type() &&
-                    plain::check_layer(x, channels(x), w, b) == channels(out),
-                "linear_ takes a contiguous output of the size and type of its input, "
-                "got ",
-                out.sizes(), " and ", x.sizes(), " for a weight ", w.sizes());
-    return plain::add_linear(plain::pixels(out), plain::pixels(x), w, b);
-  }
   check_type(x.scalar_type());
   DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "linear_",
                           [&] { project(make_layer<scalar_t>(w, b), true, x, out); });
@@ -234,23 +239,6 @@ Tensor ffn_op(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor&
   });
 }
 
-// Returns the output and the hidden layer before GELU, in float.
-std::tuple<Tensor, Tensor> ffn_hidden(const Tensor& x, const Tensor& w1,
-                                      const Tensor& b1, const Tensor& w2,
-                                      const Tensor& b2) {
-  check_type(at::kFloat);
-  const auto fc1 = make_layer<float>(w1, b1), fc2 = make_layer<float>(w2, b2);
-  check_hidden(fc1, fc2);
-  const Tensor out = empty_for(x, fc2.out), hidden = empty_for(x, fc1.out);
-  float* saved = hidden.data_ptr<float>();
-  map_pixels<float>(x, fc1.in, out, fc2.out,
-                    [&](int64_t first, int64_t count, const float* src, float* dst) {
-                      in_scratch(DSNET_BEST(ffn), fc1, fc2, false, count, src, dst,
-                                 saved + first * fc1.out);
-                    });
-  return {out, hidden};
-}
-
 // f_l += W h_l + b if there is an h_l, x += W_out f_l, and x += FFN(x), chunk by chunk:
 // what one product has written is still in the cache for the next.
 void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
@@ -262,11 +250,6 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
   if (h_l) {
     at::assert_no_overlap(x, *h_l);
     at::assert_no_overlap(f_l, *h_l);
-  }
-  if (w1.dim() == 2) {
-    TORCH_CHECK(x.is_contiguous(layout(x)) && f_l.is_contiguous(layout(f_l)),
-                "merge_ takes maps that are contiguous or channels-last");
-    return plain::merge(x, f_l, h_l, w, b, w_out, w1, b1, w2, b2);
   }
   check_type(x.scalar_type());
   DSNET_FLOAT_OR_BFLOAT16(x.scalar_type(), "merge_", [&] {
@@ -298,29 +281,77 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
   });
 }
 
-// Gradients of tokens x, W1, b1 and W2. ``saved`` is W1 x + b1, or nothing. A task is a
-// group of pixels and a slice of the hidden channels. Its gradients of weights are one
+#ifdef DSNET_AMX
+// ffn_backward in bfloat16. A task is a group of pixels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward_amx(const Tensor& grad,
+                                                            const Tensor& x,
+                                                            const Tensor& w1,
+                                                            const Tensor& b1,
+                                                            const Tensor& w2) {
+  const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
+  const BFloat16 *x_data = checked_data<BFloat16>(x),
+                 *g_data = checked_data<BFloat16>(grad),
+                 *w1_data = checked_data<BFloat16>(w1);
+  const Tensor w2_t = w2.t().contiguous();
+  const Tensor packed = at::empty({3, hidden * width}, w1.options());
+  BFloat16* data = packed.data_ptr<BFloat16>();
+  amx::pack_rows(hidden, hidden, width, w1_data, width, data);
+  amx::pack_rows(hidden, hidden, width, checked_data<BFloat16>(w2_t), width,
+                 data + hidden * width);
+  amx::pack_pairs(hidden, hidden, width, w1_data, width, data + 2 * hidden * width);
+  const amx::BackwardWeights weights{data, data + hidden * width,
+                                     data + 2 * hidden * width,
+                                     checked_data<BFloat16>(b1)};
+  const int64_t size = round_up(ceil_div(count, at::get_num_threads()), 32);
+  const int64_t groups = ceil_div(count, size);
+  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const auto floats = x.options().dtype(at::kFloat);
+  const Tensor grad_w1 = at::empty({groups, hidden, width}, floats);
+  const Tensor grad_b1 = at::empty({groups, hidden}, floats);
+  const Tensor grad_w2 = at::empty({groups, hidden, width}, floats);
+  BFloat16* gx_data = grad_x.data_ptr<BFloat16>();
+  float *gw1_data = grad_w1.data_ptr<float>(), *gb1_data = grad_b1.data_ptr<float>(),
+        *gw2_data = grad_w2.data_ptr<float>();
+  at::parallel_for(0, groups, 1, [&](int64_t group, int64_t last) {
+    for (; group < last; ++group) {
+      const int64_t first = group * size * width;
+      in_scratch(amx::ffn_backward, width, hidden, weights, 0, hidden,
+                 std::min(size, count - group * size), x_data + first, g_data + first,
+                 gx_data + first, gw1_data + group * hidden * width,
+                 gb1_data + group * hidden, gw2_data + group * hidden * width);
+    }
+  });
+  const auto sum = [](const Tensor& terms) {
+    return (terms.size(0) == 1 ? terms[0] : terms.sum(0)).to(at::kBFloat16);
+  };
+  return {grad_x, sum(grad_w1), sum(grad_b1), sum(grad_w2).t().contiguous()};
+}
+#endif
+
+// Gradients of tokens x, W1, b1 and W2. A task is a group of pixels and a slice of the
+// hidden channels. Its gradients of weights are one
 // term of a sum over the groups, its gradients of x one term of a sum over the slices.
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1,
-    const Tensor& w2, const std::optional<Tensor>& saved) {
-  TORCH_CHECK(
-      x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
-          x.size(1) == w1.size(1) && b1.sizes() == w1.sizes().slice(0, 1) &&
-          w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
-          w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0 &&
-          (!saved || saved->sizes() == at::IntArrayRef({x.size(0), w1.size(0)})),
-      "ffn_backward takes gradients and inputs (P, C), weights (C_hidden, C), "
-      "(C_hidden,) and (C, C_hidden) with multiples of 32, and, or not, a hidden "
-      "layer (P, C_hidden), got ",
-      grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
-      w2.sizes());
-  check_type(at::kFloat);
+std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
+                                                        const Tensor& x,
+                                                        const Tensor& w1,
+                                                        const Tensor& b1,
+                                                        const Tensor& w2) {
+  TORCH_CHECK(x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
+                  x.size(1) == w1.size(1) && b1.sizes() == w1.sizes().slice(0, 1) &&
+                  w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
+                  w1.size(0) % kPanel == 0 && w1.size(1) % kPanel == 0,
+              "ffn_backward takes gradients and inputs (P, C), weights (C_hidden, C), "
+              "(C_hidden,) and (C, C_hidden) with multiples of 32, got ",
+              grad.sizes(), ", ", x.sizes(), ", ", w1.sizes(), ", ", b1.sizes(), ", ",
+              w2.sizes());
+  check_type(x.scalar_type());
+#ifdef DSNET_AMX
+  if (x.scalar_type() == at::kBFloat16) return ffn_backward_amx(grad, x, w1, b1, w2);
+#endif
   const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
   const float *x_data = checked_data<float>(x), *g_data = checked_data<float>(grad),
               *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
-              *w2_data = checked_data<float>(w2),
-              *saved_data = saved ? checked_data<float>(*saved) : nullptr;
+              *w2_data = checked_data<float>(w2);
   // The numbers of groups and slices that make all terms together smallest.
   const int64_t threads = at::get_num_threads();
   const int64_t ranges = std::clamp<int64_t>(
@@ -341,8 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
       const int64_t first = group * size, n = std::min(size, count - first);
       const int64_t channel = slice * length, last = std::min(channel + length, hidden);
       in_scratch(DSNET_BEST(ffn_backward), width, hidden, w1_data, b1_data, w2_data,
-                 channel, last, n, x_data + first * width,
-                 saved ? saved_data + first * hidden : nullptr, g_data + first * width,
+                 channel, last, n, x_data + first * width, g_data + first * width,
                  gx_data + (slice * count + first) * width,
                  gw1_data + group * hidden * width, gb1_data + group * hidden,
                  gw2_data + group * hidden * width);
@@ -365,11 +395,8 @@ TORCH_LIBRARY_FRAGMENT(dsnet_mm, m) {
       "merge_(Tensor(a!) x, Tensor(b!) f_l, Tensor? h_l, Tensor? w, Tensor? b, "
       "Tensor w_out, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
   m.def(
-      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, "
-      "Tensor? hidden) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "ffn_hidden(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> "
-      "(Tensor, Tensor)");
+      "ffn_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
@@ -377,7 +404,6 @@ TORCH_LIBRARY_IMPL(dsnet_mm, CPU, m) {
   m.impl("linear_", linear_add);
   m.impl("ffn", ffn_op);
   m.impl("ffn_backward", ffn_backward);
-  m.impl("ffn_hidden", ffn_hidden);
   m.impl("merge_", merge);
 }
 

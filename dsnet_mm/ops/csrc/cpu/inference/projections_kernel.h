@@ -84,14 +84,13 @@ inline void linear(const Layer<float>& fc, bool add, int64_t rows, const float* 
   }
 }
 
-// out = W2 GELU(h) + b2 with h = W1 x + b1, added to out if ``add``. h is stored in
-// ``hidden`` if that is not null.
+// out = W2 GELU(h) + b2 with h = W1 x + b1, added to out if ``add``.
 //
 // Loop order: chunks of kHiddenChunk hidden channels. GELU of a chunk lies in L2 and is
 // multiplied by W2 at once; the sums over the chunks lie in L2 as well. ``out`` may be
 // ``x``: it is read and written after x was read for the last time.
 inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
-                int64_t rows, const float* x, float* out, float* hidden, Arena& arena) {
+                int64_t rows, const float* x, float* out, Arena& arena) {
   float* h = arena.allocate<float>(rows * kHiddenChunk);
   float* sums = arena.allocate<float>(rows * fc2.out);
   if (arena.counts()) return;
@@ -102,12 +101,9 @@ inline void ffn(const Layer<float>& fc1, const Layer<float>& fc2, bool add,
     for (int64_t c = 0; c < n; c += kPanel) {
       float* dst = h + c;
       const float* b = fc1.b + begin + c;
-      float* saved = hidden ? hidden + begin + c : nullptr;
       multiply_panel(rows, fc1.in, x, fc1.in, fc1.w + (begin + c) / kPanel * fc1.stride,
-                     [=, stride = fc1.out](int64_t r, int64_t i, Vec<float> y) {
-                       y += loadu(b + i);
-                       if (saved) storeu(saved + r * stride + i, y);
-                       storeu(dst + r * kHiddenChunk + i, gelu(y));
+                     [=](int64_t r, int64_t i, Vec<float> y) {
+                       storeu(dst + r * kHiddenChunk + i, gelu(y + loadu(b + i)));
                      });
     }
     const bool last = begin + n == fc1.out;
@@ -166,16 +162,16 @@ inline void multiply_transposed(int64_t m, int64_t n, int64_t rows, const float*
 //   grad_w1 = sum over pixels of grad_h x^T,   grad_b1 = sum over pixels of grad_h
 //   grad_w2 = sum over pixels of grad GELU(h)^T
 //
-// h is read from ``saved`` if that is not null, otherwise computed again.
+// h is computed again.
 //
 // Loop order: chunks of kHiddenChunk hidden channels, then at most kBackwardPixels
 // pixels. The weights of a chunk are packed once. They, GELU(h), grad_h and the packed
 // pixels and gradients lie in L2.
 inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
                          const float* b1, const float* w2, int64_t first, int64_t last,
-                         int64_t pixels, const float* x, const float* saved,
-                         const float* grad, float* grad_x, float* grad_w1,
-                         float* grad_b1, float* grad_w2, Arena& arena) {
+                         int64_t pixels, const float* x, const float* grad,
+                         float* grad_x, float* grad_w1, float* grad_b1, float* grad_w2,
+                         Arena& arena) {
   // Rows of another length than a power of two: otherwise all would share a few sets of
   // the cache.
   const int64_t h_stride = kHiddenChunk + 16;
@@ -193,7 +189,7 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
   std::fill(grad_b1 + first, grad_b1 + last, 0.f);
   for (int64_t begin = first; begin < last; begin += kHiddenChunk) {
     const int64_t n = std::min(kHiddenChunk, last - begin);
-    for (int64_t c = 0; !saved && c < n; c += kPanel)
+    for (int64_t c = 0; c < n; c += kPanel)
       transpose(kPanel, width, w1 + (begin + c) * width, width, w1_panels + c * width,
                 kPanel);
     pack_panels(n, width, w1 + begin * width, width, w1_t_panels);
@@ -210,15 +206,10 @@ inline void ffn_backward(int64_t width, int64_t hidden, const float* w1,
           storeu(grad_h_panel + r * h_stride + j, gelu_derivative(h, cdf));
         };
         const float* b = b1 + begin + c;
-        if (saved)
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t j = 0; j < kPanel; j += Vector<float>::lanes)
-              activate(r, j, loadu(saved + (i + r) * hidden + begin + c + j));
-        else
-          multiply_panel(rows, width, xs, width, w1_panels + c * width,
-                         [=](int64_t r, int64_t j, Vec<float> y) {
-                           activate(r, j, y + loadu(b + j));
-                         });
+        multiply_panel(rows, width, xs, width, w1_panels + c * width,
+                       [=](int64_t r, int64_t j, Vec<float> y) {
+                         activate(r, j, y + loadu(b + j));
+                       });
         multiply_panel(rows, width, grads, width, w2_t_panels + c * width,
                        [=](int64_t r, int64_t j, Vec<float> y) {
                          float* at = grad_h_panel + r * h_stride + j;
