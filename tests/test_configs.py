@@ -39,7 +39,7 @@ SMALL_DETECTION = [
     'mask_rcnn_dsnet_demo_scenes',
     'mask_rcnn_dsnet_demo_coco8',
     'mask_rcnn_dsnet_nuclei',
-    'mask_rcnn_dsnet_nuclei_long',
+    'mask_rcnn_dsnet_long_nuclei',
 ]
 SMALL_CLASSIFICATION = ['dsnet-demo_scenes', 'dsnet_cifar10']
 TINY = [n for n in DETECTION if 'dsnet_t_' in n and '_3x' not in n]

@@ -11,7 +11,7 @@ from tests.conftest import REPO
 CONFIGS = REPO / 'configs' / 'dsnet'
 RULE = re.compile(
     r'dsnet(-(tiny|small|base|demo))?(_\d+xb\d+)?_[a-z0-9]+'
-    r'|(mask_rcnn|retinanet)_dsnet(_(t|s|b|demo))?(_fpn)?(_3x)?_[a-z0-9]+'
+    r'|(mask_rcnn|retinanet)_dsnet(_(t|s|b|demo))?(_fpn)?(_3x|_long)?_[a-z0-9]+'
     r'|mask_rcnn_(r50|timm)_dsfpn_[a-z0-9]+'
 )
 

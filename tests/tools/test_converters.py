@@ -237,7 +237,7 @@ def test_nuclei_by_stain(
 
     init_default_scope('mmdet')
     data_root = {'data_root': str(out)}
-    cfg = load_config('mask_rcnn_dsnet_nuclei_long', data_root)
+    cfg = load_config('mask_rcnn_dsnet_long_nuclei', data_root)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert len(dataset) == 3, 'stained images come twice'
     assert dataset[0]['inputs'].shape == (3, 320, 320)
