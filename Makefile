@@ -7,7 +7,7 @@
 # make page       starts the interactive demo in a browser, on this machine only
 # make test       runs the tests
 # make test-asan  runs the tests of the compiled ops under AddressSanitizer and UBSan
-# make test-gpu   runs the tests on the GPU and writes a table of times
+# make test-gpu   runs the tests on the GPU and times the network there
 # make soak       kills trainings and other runs again and again, for 25 minutes
 # make docs       writes the documentation into build/site
 # make lint       checks style and formatting
@@ -37,7 +37,6 @@ ASAN_LIBRARIES = $(shell for name in asan stdc++; do \
 # Processes that run tests, and the threads of each. A file of tests stays in one process.
 TEST_PROCESSES ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
-GPU_TIMES := work_dirs/benchmark_ops_cuda.csv
 SOAK := work_dirs/soak
 
 # Waiting OpenMP threads spin by default. If other processes need the cores, this makes
@@ -93,8 +92,7 @@ test-asan: setup
 test-gpu: setup
 	$(BIN)/python -c 'from dsnet_mm.ops import native; exit(native.why_not_cuda())'
 	$(BIN)/python -m pytest tests/ops/test_gpu.py
-	$(BIN)/python tools/analysis_tools/benchmark_ops.py --device cuda \
-		--out $(GPU_TIMES) --overwrite
+	$(BIN)/python tools/analysis_tools/benchmark.py --device cuda
 
 soak: setup
 	rm -rf $(SOAK)

@@ -51,6 +51,7 @@ train_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
+    num_workers=1,
     dataset=dict(
         _delete_=True,
         type='ConcatDataset',
@@ -74,7 +75,7 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-max_iters = 6000
+max_iters = 5000
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [

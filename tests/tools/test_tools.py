@@ -1,7 +1,6 @@
 """The command-line tools, on data sets of a few small images."""
 
 import argparse
-import csv
 import json
 import os
 import pickle
@@ -32,7 +31,6 @@ from dsnet_mm.engine.launch import (
     set_run,
 )
 from dsnet_mm.models import DSNet
-from dsnet_mm.ops import native
 from tests.conftest import COCO, FOLDERS, TOOLS, tool
 
 
@@ -313,8 +311,7 @@ test.py classifier.py damaged.pth --out a.json -> .pkl.*a.json
 test.py classifier.py a.pth --out taken.pkl -> taken.pkl
 test.py classifier.py a.pth --tta --show-dir a -> --show-dir.*--tta
 test.py classifier.py damaged.pth --fuse --cfg-options {FOLDERS} {NO_BLOCKS} -> DS-block
-analysis_tools/benchmark_ops.py --out taken.csv -> taken.csv.*--overwrite
-analysis_tools/benchmark_ops.py --device cuda -> GPU
+analysis_tools/benchmark.py --device cuda -> GPU
 analysis_tools/get_flops.py nothing.py -> nothing.py
 analysis_tools/plot_predictions.py classifier.py a.pth a.png -> no detector
 analysis_tools/plot_predictions.py retinanet.py a.pth taken.png -> taken.png
@@ -327,7 +324,7 @@ def test_errors_are_a_sentence(
 ) -> None:
     monkeypatch.setattr('dsnet_mm.engine.launch.get_device', lambda: 'cpu')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    for name in ('taken.pkl', 'taken.png', 'taken.csv'):
+    for name in ('taken.pkl', 'taken.png'):
         Path(name).touch()
     command, facts = line.split(' -> ')
     assert re.search(facts, refused(*command.split(), capsys=capsys))
@@ -468,25 +465,6 @@ def test_amp_scaled_rate_and_ema(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- Analysis -----------------------------------------------------------------------
-
-
-@pytest.mark.skipif(native.WHY_NOT is not None, reason=f'{native.WHY_NOT}')
-def test_times_of_the_op_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    benchmark = tool('analysis_tools/benchmark_ops.py')
-    monkeypatch.setattr(benchmark, 'INPUTS', ((2, (64, 96)),))
-    out = tmp_path / 'new' / 'times.csv'
-    args = [f'--out={out}', '--seconds=0', '--dtype', 'float32', 'bfloat16']
-    for _ in range(2):
-        benchmark.main(args)
-        with out.open() as file:
-            rows = list(csv.DictReader(file))
-        assert [row['dtype'] for row in rows] == ['float32'] * 4 + ['bfloat16'] * 4
-        assert rows[0]['tokens'] == '384, 6'
-        assert all(float(row['forward native, ms']) > 0 for row in rows)
-        assert torch.__version__ in rows[0]['on']
-        args.append('--overwrite')
 
 
 def test_masks_are_drawn_and_not_merged(
