@@ -1,0 +1,469 @@
+"""CLIP-Adapter (arXiv 2110.04544) inside a frozen detector of mmdet."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import is_norm
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dsnet_mm.checkpoint import load_checkpoint, read_checkpoint
+from dsnet_mm.clip.adapter import ratio
+from dsnet_mm.registry import MODELS
+
+
+class MapAdapter(nn.Module):
+    r"""A bottleneck for each pixel of a map.
+
+    ::
+
+        A(f) = f + ReLU(f W1) W2
+        f* = alpha A(f) + (1 - alpha) f = f + alpha ReLU(f W1) W2
+
+    W2 starts at 0, so that f* is f. CLIP-Adapter has no f in A(f): its features are
+    normalised afterwards, and maps of a detector are not.
+
+    Args:
+        channels: Channels of the map.
+        reduction: Ratio of the channels to the width of the bottleneck.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        width = max(channels // reduction, 1)
+        self.down = nn.Conv2d(channels, width, 1, bias=False)
+        self.up = nn.Conv2d(width, channels, 1, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), in the same memory order."""
+        adapted = x + alpha * self.up(F.relu(self.down(x)))
+        # MMCV's RoIAlign ignores strides.
+        return adapted.contiguous() if x.is_contiguous() else adapted
+
+
+class WeightChange(nn.Module):
+    """What is added to a weight of the detector, ``alpha`` times. It starts at 0.
+
+    Args:
+        weight: The weight.
+        rank: None for a change of each number, or the rank of a product of two
+            matrices, as in LoRA (arXiv 2106.09685).
+    """
+
+    def __init__(self, weight: Tensor, rank: int | None) -> None:
+        super().__init__()
+        rows = len(weight) if rank else weight.numel()
+        self.up = nn.Parameter(weight.new_zeros(rows, rank or 1))
+        if rank:
+            down = weight.new_empty(rank, weight[0].numel())
+            self.down = nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5)))
+
+    def forward(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """Returns the changed weight."""
+        change = self.up @ self.down if hasattr(self, 'down') else self.up
+        return weight + alpha * change.view_as(weight)
+
+
+class Adapter(nn.Module):
+    """The adapters of one domain, beside a detector that stays as it is.
+
+    Args:
+        detector: The detector.
+        places: Where it is adapted, any of these:
+
+            - the name of a module, or a regular expression for names: a
+              :class:`MapAdapter` for each map (N, C, H, W) that they give. ``'neck'``
+              is the pyramid.
+            - a regular expression for names of weights: these are learnt.
+            - ``'norms'``: weights and biases of all norms are learnt.
+            - ``'lora'``: all linear layers and ungrouped convolutions get a change of
+              low rank.
+        reduction: See :class:`MapAdapter`.
+        rank: Rank of ``'lora'``.
+        alpha: Weight of all adapters, from 0, the frozen detector, to 1. None is that
+            of :meth:`AdaptedDetector.start`, and 1 until then.
+
+    Attributes:
+        options: The arguments after the first, for :meth:`load`.
+        class_names: Names of the classes, of an adapter that was loaded.
+
+    Raises:
+        ValueError: If an argument is out of range, or nothing has the name of a place.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        places: Sequence[str] = ('neck',),
+        reduction: int = 4,
+        rank: int = 4,
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        places = [places] if isinstance(places, str) else list(places)
+        if not places or not all(isinstance(place, str) for place in places):
+            raise ValueError(f'places are names of one place or more, got {places}')
+        if reduction < 1 or rank < 1:
+            raise ValueError(
+                f'reduction and rank are at least 1, got {reduction} and {rank}'
+            )
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f'alpha is from 0 to 1, got {alpha}')
+        self.options = dict(places=places, reduction=reduction, rank=rank, alpha=alpha)
+        self.class_names: list[str] | None = None
+        modules, weights = {}, {}
+        for place in places:
+            found = _find(detector, place)
+            modules |= dict.fromkeys(found[0])
+            ranks = dict.fromkeys(found[1], rank if place == 'lora' else None)
+            weights = ranks | weights
+        # Names of modules in PyTorch have no points.
+        self.maps = nn.ModuleDict(
+            {
+                name.replace('.', '/'): nn.ModuleList(
+                    MapAdapter(width, reduction) for width in widths
+                )
+                for name, widths in _widths(detector, modules).items()
+            }
+        )
+        parameters = dict(detector.named_parameters())
+        self.weights = nn.ModuleDict(
+            {
+                name.replace('.', '/'): WeightChange(parameters[name], rank)
+                for name, rank in weights.items()
+            }
+        )
+        self.register_buffer('alpha', torch.tensor(1.0 if alpha is None else alpha))
+        # Colours of the images of the domain and of the detector, 0 if not known.
+        self.register_buffer('domain', torch.zeros(6))
+        self.register_buffer('detector_domain', torch.zeros(6))
+        self.register_buffer('detector', identity(detector))
+
+    @classmethod
+    def load(cls, detector: nn.Module, path: str | Path) -> 'Adapter':
+        """Reads an adapter that :class:`dsnet_mm.AdapterHook` has written.
+
+        Args:
+            detector: The detector with the weights that it was trained with.
+            path: The file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no adapter, or one for another detector.
+        """
+        text = read_checkpoint(str(path))['meta'].get('adapter')
+        if text is None:
+            raise ValueError(
+                f'{path} is no adapter; trainings with an AdapterHook write '
+                f'adapter.safetensors'
+            )
+        about = json.loads(text)
+        try:
+            adapter = cls(detector, **about['options'])
+            load_checkpoint(adapter, str(path))
+        except ValueError as error:
+            raise ValueError(f'{path} does not fit: {error}') from error
+        adapter.class_names = about['class_names']
+        return adapter
+
+    @contextmanager
+    def inside(self, detector: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Adapts the maps of a detector in the context.
+
+        Yields:
+            The weights that differ from those of the detector, by name.
+        """
+        handles = [
+            detector.get_submodule(name.replace('/', '.')).register_forward_hook(
+                partial(self._adapt, layers)
+            )
+            for name, layers in self.maps.items()
+        ]
+        try:
+            yield {
+                (key := name.replace('/', '.')): change(
+                    detector.get_parameter(key), self.alpha
+                )
+                for name, change in self.weights.items()
+            }
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adapt(
+        self, layers: nn.ModuleList, module: nn.Module, inputs: Any, output: Any
+    ) -> Any:
+        maps = [output] if isinstance(output, Tensor) else output
+        adapted = [layer(x, self.alpha) for layer, x in zip(layers, maps, strict=True)]
+        return adapted[0] if isinstance(output, Tensor) else tuple(adapted)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        other = state_dict.get(f'{prefix}detector')
+        if other is not None and not torch.equal(other.cpu(), self.detector.cpu()):
+            given, own = (bytes(x.tolist()).hex()[:12] for x in (other, self.detector))
+            raise ValueError(
+                f'the adapter was made for a detector with the weights {given} '
+                f'(SHA-256), and this one has {own}; use the checkpoint beside which '
+                f'it was trained'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@MODELS.register_module()
+class AdaptedDetector(BaseModel):
+    """A frozen detector of mmdet with adapters, which alone are trained and saved.
+
+    The state dict holds the adapters. Norms and dropout of the detector stay in
+    evaluation mode.
+
+    Args:
+        detector: Configuration of the detector, or the detector with its weights.
+        checkpoint: Checkpoint of the detector. None takes the weights as they are,
+            which are random if ``detector`` is a configuration.
+        auto: Whether an image in a test is adapted only if its colours, the mean and
+            the deviation of each channel, are nearer to those of the images of the
+            adapter than to those of the detector.
+        data_preprocessor: Not used; the detector has its own.
+        **options: Arguments of :class:`Adapter`.
+
+    Attributes:
+        adapters: The adapters. Training has one.
+        used: Number of the adapter that is used, None for the frozen detector.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it does not fit, or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        detector: dict | nn.Module,
+        checkpoint: str | None = None,
+        auto: bool = False,
+        data_preprocessor: dict | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(detector, nn.Module):
+            detector = MODELS.build(detector)
+        if checkpoint is not None:
+            load_checkpoint(detector, checkpoint)
+        if any(getattr(module, 'with_cp', False) for module in detector.modules()):
+            raise ValueError(
+                'gradient checkpointing computes maps again without adapters; set '
+                'with_cp=False in the detector'
+            )
+        super().__init__(detector.data_preprocessor)
+        # No part of this module: not in its state dict, its parameters or its mode.
+        self.__dict__['detector'] = detector.requires_grad_(False).eval()
+        self.with_mask = getattr(detector, 'with_mask', False)
+        self.auto, self.used = auto, 0
+        self.adapters = nn.ModuleList([Adapter(detector, **options)])
+
+    @classmethod
+    def from_files(
+        cls,
+        detector: nn.Module,
+        files: Sequence[str | Path],
+        auto: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> 'AdaptedDetector':
+        """Puts adapters beside a detector.
+
+        Args:
+            detector: The detector with its weights.
+            files: Files of adapters.
+            auto: See the class. With several files it must be True.
+            class_names: Names of the classes of the detector, None for any.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If one is of another detector or other classes, or cannot be
+                chosen by image.
+        """
+        adapters = [Adapter.load(detector, path) for path in files]
+        if len(adapters) != 1 and not auto:
+            raise ValueError(
+                f'{len(adapters)} adapters without a choice between them; give one, '
+                f'or auto for the nearest of each image'
+            )
+        for path, adapter in zip(files, adapters, strict=True):
+            if class_names and adapter.class_names != [*class_names]:
+                raise ValueError(
+                    f'{path} has the classes {adapter.class_names}, and the detector '
+                    f'has {[*class_names]}; use the checkpoint beside which it was '
+                    f'trained'
+                )
+            if auto and not adapter.detector_domain.any():
+                raise ValueError(
+                    f'{path} does not tell which images are of the detector, and '
+                    f'cannot be chosen by image; train it with AdapterHook(base=...)'
+                )
+        model = cls(detector, auto=auto, **adapters[0].options)
+        model.adapters = nn.ModuleList(adapters)
+        return model
+
+    def forward(
+        self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'
+    ) -> Any:
+        """Runs the detector with the adapter that is used; arguments are mmdet's."""
+        arguments = (inputs, data_samples, mode)
+        if self.used is None:
+            return self.detector(*arguments)
+        with self.adapters[self.used].inside(self.detector) as weights:
+            return functional_call(self.detector, weights, arguments)
+
+    def test_step(self, data: dict[str, Any]) -> list:
+        """Predicts a batch, see ``BaseModel.test_step``."""
+        if not self.auto:
+            return super().test_step(data)
+        found = []
+        try:
+            for i, image in enumerate(data['inputs']):
+                self.used = self.choose(image)
+                found += super().test_step({k: [v[i]] for k, v in data.items()})
+        finally:
+            self.used = 0
+        return found
+
+    val_step = test_step
+
+    def choose(self, image: Tensor) -> int | None:
+        """Returns the adapter of an image (C, H, W), None for the frozen detector."""
+        own = colours(image).to(self.adapters[0].domain)
+        domains = [adapter.domain for adapter in self.adapters]
+        domains += [adapter.detector_domain for adapter in self.adapters]
+        nearest = int(torch.stack([(own - x).norm() for x in domains]).argmin())
+        return nearest if nearest < len(self.adapters) else None
+
+    @torch.no_grad()
+    def start(self, data: dict[str, Any]) -> float:
+        """Sets alpha from images of the domain, by the rule of CLIP-Adapter.
+
+        It is 0.7 min(1, L / log K)^2, where L is the cross-entropy of the frozen
+        detector for the K classes of regions, with the background. An alpha of the
+        configuration stays.
+
+        Args:
+            data: A batch of training images with annotations.
+
+        Returns:
+            alpha.
+
+        Raises:
+            ValueError: If the detector classifies no regions.
+        """
+        adapter = self.adapters[0]
+        if adapter.options['alpha'] is None:
+            head = getattr(getattr(self.detector, 'roi_head', None), 'bbox_head', None)
+            data = self.data_preprocessor(data, True)
+            losses = self.detector(**data, mode='loss')
+            if head is None or 'loss_cls' not in losses:
+                raise ValueError(
+                    f'{type(self.detector).__name__} has no cross-entropy of regions, '
+                    f'from which alpha is chosen; set alpha, from 0 to 1'
+                )
+            loss = float(losses['loss_cls'])
+            adapter.alpha.fill_(ratio(loss, head.num_classes + 1))
+        return float(adapter.alpha)
+
+    def train(self, mode: bool = True) -> 'AdaptedDetector':
+        """Sets the mode of the adapters, and of what computes losses."""
+        super().train(mode)
+        # Some detectors and heads of mmdet ask for it. Their layers stay as they are.
+        for module in (self.detector, *self.detector.children()):
+            module.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'AdaptedDetector':
+        self.detector._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def colours(image: Tensor) -> Tensor:
+    """Returns the mean and the deviation of each channel of an image of bytes.
+
+    Args:
+        image: Image (C, H, W), of values from 0 to 255.
+
+    Returns:
+        2 C numbers from 0 to 1.
+    """
+    pixels = image.flatten(1).float() / 255
+    return torch.cat([pixels.mean(1), pixels.std(1, correction=0)])
+
+
+def identity(detector: nn.Module) -> Tensor:
+    """Returns the SHA-256 of the weights of a detector, 32 bytes."""
+    sha = hashlib.sha256()
+    for name, value in sorted(detector.state_dict().items()):
+        if not name.endswith('num_batches_tracked'):
+            sha.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+            sha.update(value.detach().cpu().contiguous().flatten().numpy().tobytes())
+    return torch.tensor(list(sha.digest()), dtype=torch.uint8)
+
+
+def _find(detector: nn.Module, place: str) -> tuple[list[str], list[str]]:
+    """Returns the names of the modules and of the weights at a place."""
+    if place == 'norms':
+        layers = [name for name, m in detector.named_modules() if is_norm(m)]
+        place = rf'({"|".join(map(re.escape, layers))})\.(weight|bias)'
+    elif place == 'lora':
+        layers = [
+            name
+            for name, m in detector.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d) and getattr(m, 'groups', 1) == 1
+        ]
+        place = rf'({"|".join(map(re.escape, layers))})\.weight'
+    try:
+        fits = re.compile(place).fullmatch
+    except re.error as error:
+        raise ValueError(
+            f'the place {place!r} is no name or regular expression: {error}'
+        ) from error
+    modules = [name for name, _ in detector.named_modules() if name and fits(name)]
+    weights = [name for name, _ in detector.named_parameters() if fits(name)]
+    if not modules and not weights:
+        parts = ', '.join(name for name, _ in detector.named_children())
+        raise ValueError(
+            f'{type(detector).__name__} has nothing of the name {place!r}; it has '
+            f'{parts}, and what is in these, such as backbone.stages.0'
+        )
+    return modules, weights
+
+
+@torch.no_grad()
+def _widths(detector: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the channels of each map that modules give."""
+    found: dict[str, list[int]] = {}
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        maps = [output] if isinstance(output, Tensor) else output
+        if all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
+            found[name] = [x.shape[1] for x in maps]
+
+    handles = [
+        detector.get_submodule(name).register_forward_hook(partial(note, name))
+        for name in names
+    ]
+    if handles:
+        parameter = next(detector.parameters())
+        detector.eval().extract_feat(parameter.new_zeros(1, 3, 128, 128))
+    for handle in handles:
+        handle.remove()
+    if absent := [name for name in names if name not in found]:
+        raise ValueError(
+            f'{absent[0]} gives no maps (N, C, H, W) between image and pyramid; take '
+            f'a block, or the neck'
+        )
+    return found
