@@ -116,12 +116,11 @@ class AdapterHook(Hook):
         """Writes the adapter."""
         if not is_main_process():
             return
-        adapter = unwrap(runner.model).adapters[0]
+        model = unwrap(runner.model)
         classes = runner.train_dataloader.dataset.metainfo['classes']
-        about = dict(options=adapter.options, class_names=list(classes))
+        about = dict(options=model.adapters[0].options, class_names=list(classes))
         path = Path(runner.work_dir, 'adapter.safetensors')
-        state = adapter.state_dict()
-        write_safetensors(path, state, dict(adapter=json.dumps(about)))
+        write_safetensors(path, model.state_dict(), dict(adapter=json.dumps(about)))
         runner.logger.info(f'the adapter is {path}')
 
 

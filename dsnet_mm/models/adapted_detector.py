@@ -95,8 +95,7 @@ class Adapter(nn.Module):
             of :meth:`AdaptedDetector.start`, and 1 until then.
 
     Attributes:
-        options: The arguments after the first, for :meth:`load`.
-        class_names: Names of the classes, of an adapter that was loaded.
+        options: The arguments after the first.
 
     Raises:
         ValueError: If an argument is out of range, or nothing has the name of a place.
@@ -121,7 +120,6 @@ class Adapter(nn.Module):
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f'alpha is from 0 to 1, got {alpha}')
         self.options = dict(places=places, reduction=reduction, rank=rank, alpha=alpha)
-        self.class_names: list[str] | None = None
         modules, weights = {}, {}
         for place in places:
             found = _find(detector, place)
@@ -149,33 +147,6 @@ class Adapter(nn.Module):
         self.register_buffer('domain', torch.zeros(6))
         self.register_buffer('detector_domain', torch.zeros(6))
         self.register_buffer('detector', identity(detector))
-
-    @classmethod
-    def load(cls, detector: nn.Module, path: str | Path) -> 'Adapter':
-        """Reads an adapter that :class:`dsnet_mm.AdapterHook` has written.
-
-        Args:
-            detector: The detector with the weights that it was trained with.
-            path: The file.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is no adapter, or one for another detector.
-        """
-        text = read_checkpoint(str(path))['meta'].get('adapter')
-        if text is None:
-            raise ValueError(
-                f'{path} is no adapter; trainings with an AdapterHook write '
-                f'adapter.safetensors'
-            )
-        about = json.loads(text)
-        try:
-            adapter = cls(detector, **about['options'])
-            load_checkpoint(adapter, str(path))
-        except ValueError as error:
-            raise ValueError(f'{path} does not fit: {error}') from error
-        adapter.class_names = about['class_names']
-        return adapter
 
     @contextmanager
     def inside(self, detector: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -291,25 +262,33 @@ class AdaptedDetector(BaseModel):
             ValueError: If one is of another detector or other classes, or cannot be
                 chosen by image.
         """
-        adapters = [Adapter.load(detector, path) for path in files]
-        if len(adapters) != 1 and not auto:
+        if len(files) != 1 and not auto:
             raise ValueError(
-                f'{len(adapters)} adapters without a choice between them; give one, '
-                f'or auto for the nearest of each image'
+                f'{len(files)} adapters without a choice between them; give one, or '
+                f'auto for the nearest of each image'
             )
-        for path, adapter in zip(files, adapters, strict=True):
-            if class_names and adapter.class_names != [*class_names]:
+        adapters = []
+        for path in files:
+            about = json.loads(read_checkpoint(str(path))['meta'].get('adapter', '{}'))
+            if not about:
                 raise ValueError(
-                    f'{path} has the classes {adapter.class_names}, and the detector '
+                    f'{path} is no adapter; trainings with an AdapterHook write '
+                    f'adapter.safetensors'
+                )
+            if class_names and about['class_names'] != [*class_names]:
+                raise ValueError(
+                    f'{path} has the classes {about["class_names"]}, and the detector '
                     f'has {[*class_names]}; use the checkpoint beside which it was '
                     f'trained'
                 )
-            if auto and not adapter.detector_domain.any():
+            model = cls(detector, auto=auto, **about['options'])
+            load_checkpoint(model, str(path))
+            adapters += model.adapters
+            if auto and not adapters[-1].detector_domain.any():
                 raise ValueError(
                     f'{path} does not tell which images are of the detector, and '
                     f'cannot be chosen by image; train it with AdapterHook(base=...)'
                 )
-        model = cls(detector, auto=auto, **adapters[0].options)
         model.adapters = nn.ModuleList(adapters)
         return model
 
@@ -366,14 +345,13 @@ class AdaptedDetector(BaseModel):
         adapter = self.adapters[0]
         if adapter.options['alpha'] is None:
             head = getattr(getattr(self.detector, 'roi_head', None), 'bbox_head', None)
-            data = self.data_preprocessor(data, True)
-            losses = self.detector(**data, mode='loss')
-            if head is None or 'loss_cls' not in losses:
+            if not hasattr(head, 'num_classes'):
                 raise ValueError(
                     f'{type(self.detector).__name__} has no cross-entropy of regions, '
                     f'from which alpha is chosen; set alpha, from 0 to 1'
                 )
-            loss = float(losses['loss_cls'])
+            data = self.data_preprocessor(data, True)
+            loss = float(self.detector(**data, mode='loss')['loss_cls'])
             adapter.alpha.fill_(ratio(loss, head.num_classes + 1))
         return float(adapter.alpha)
 
