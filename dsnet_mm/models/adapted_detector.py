@@ -142,7 +142,7 @@ class Adapter(nn.Module):
                 for name, rank in weights.items()
             }
         )
-        self.register_buffer('alpha', torch.tensor(1.0 if alpha is None else alpha))
+        self.register_buffer('alpha', torch.tensor(1.0 if alpha is None else float(alpha)))
         # Colours of the images of the domain and of the detector, 0 if not known.
         self.register_buffer('domain', torch.zeros(6))
         self.register_buffer('detector_domain', torch.zeros(6))
