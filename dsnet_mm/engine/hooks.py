@@ -87,7 +87,8 @@ class AdapterHook(Hook):
     """Starts the training of an :class:`AdaptedDetector`, and writes its adapter.
 
     Before the first iteration it sets alpha (:meth:`AdaptedDetector.start`), from eight
-    training images, and notes the colours of the training images. After the last one
+    training images, sets new classes of a :class:`CLIPAdapterBBoxHead` to prototypes of
+    all training boxes, and notes the colours of the training images. After the last one
     it writes ``adapter.safetensors`` into the working directory, in half precision.
 
     Args:
@@ -111,6 +112,9 @@ class AdapterHook(Hook):
             adapter.detector_domain.copy_(_mean_colours(DATASETS.build(own)))
         data = pseudo_collate([dataset[i % len(dataset)] for i in range(8)])
         runner.logger.info(f'the adapter has alpha {model.start(data):.3f}')
+        images = (pseudo_collate([dataset[i]]) for i in range(len(dataset)))
+        if labels := model.start_classes(images):
+            runner.logger.info(f'the classes {labels} start as prototypes')
 
     def after_train(self, runner: Runner) -> None:
         """Writes the adapter."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,9 @@ class Adapter(nn.Module):
                 for name, rank in weights.items()
             }
         )
-        self.register_buffer('alpha', torch.tensor(1.0 if alpha is None else float(alpha)))
+        self.register_buffer(
+            'alpha', torch.tensor(1.0 if alpha is None else float(alpha))
+        )
         # Colours of the images of the domain and of the detector, 0 if not known.
         self.register_buffer('domain', torch.zeros(6))
         self.register_buffer('detector_domain', torch.zeros(6))
@@ -354,6 +356,28 @@ class AdaptedDetector(BaseModel):
             loss = float(self.detector(**data, mode='loss')['loss_cls'])
             adapter.alpha.fill_(ratio(loss, head.num_classes + 1))
         return float(adapter.alpha)
+
+    @torch.no_grad()
+    def start_classes(self, batches: Iterable[dict[str, Any]]) -> list[int]:
+        """Sets the classes of a :class:`CLIPAdapterBBoxHead` that the detector lacks.
+
+        Args:
+            batches: Training images with annotations.
+
+        Returns:
+            The labels of those that are now :func:`class_prototypes`.
+        """
+        adapter, name = self.adapters[0], 'roi_head.bbox_head.fc_cls.text_features'
+        if (key := name.replace('.', '/')) not in adapter.weights or not adapter.alpha:
+            return []
+        from .heads.clip_adapter_bbox_head import class_prototypes
+
+        matrix = self.detector.get_parameter(name)
+        absent = ~matrix.any(1)
+        if absent.any():
+            rows = class_prototypes(self.detector, batches) / adapter.alpha
+            adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
+        return absent.nonzero().flatten().tolist()
 
     def train(self, mode: bool = True) -> 'AdaptedDetector':
         """Sets the mode of the adapters, and of what computes losses."""
