@@ -264,7 +264,7 @@ class AdaptedDetector(BaseModel):
             ValueError: If one is of another detector or other classes, or cannot be
                 chosen by image.
         """
-        if len(files) != 1 and not auto:
+        if not files or (len(files) > 1 and not auto):
             raise ValueError(
                 f'{len(files)} adapters without a choice between them; give one, or '
                 f'auto for the nearest of each image'
