@@ -6,17 +6,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mmdet.registry import MODELS
 from safetensors import safe_open
 
 from dsnet_mm.inference import Predictor
 from tests.conftest import COCO, draw, tool
-from tests.inference.conftest import SIZE
+from tests.inference.conftest import SIZE, random_checkpoint
 
 ADAPTED = """
 _base_ = 'mask_rcnn.py'
 model = dict(
     _delete_=True, type='dsnet_mm.AdaptedDetector', detector={{_base_.model}},
-    checkpoint='mask_rcnn_random.pth', places=['neck', 'norms'],
+    checkpoint='base.pth', places=['neck', 'norms'],
 )
 train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_epochs=1)
@@ -30,8 +31,9 @@ custom_hooks = [
 
 
 @pytest.fixture(scope='module')
-def trained(folder: Path, checkpoints: dict[str, str]) -> Path:
+def trained(folder: Path) -> Path:
     """The folder after a training of an adapter in ``out``, and with images."""
+    random_checkpoint(folder / 'mask_rcnn.py', MODELS, folder / 'base.pth')
     (folder / 'adapted.py').write_text(ADAPTED)
     rng = np.random.default_rng(0)
     coco = folder / 'sets' / 'coco'
@@ -52,9 +54,7 @@ def trained(folder: Path, checkpoints: dict[str, str]) -> Path:
     return folder
 
 
-def test_adapter_file(
-    trained: Path, checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     with safe_open('out/adapter.safetensors', 'pt') as file:
         about = json.loads(file.metadata()['adapter'])
@@ -72,7 +72,7 @@ def test_adapter_file(
     options = {k: v if k == 'data_root' else int(v) for k, v in options.items()}
     adapted = {k.replace('model.', 'model.detector.'): v for k, v in options.items()}
     adapter = 'out/adapter.safetensors'
-    detector = 'mask_rcnn.py', checkpoints['mask_rcnn']
+    detector = 'mask_rcnn.py', 'base.pth'
     scores = {}
     for name, predictor in dict(
         frozen=Predictor(*detector, cfg_options=options, score_thr=0),
@@ -90,14 +90,11 @@ def test_adapter_file(
 
 
 def test_command_line(
-    trained: Path,
-    checkpoints: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(trained)
 
-    given = ['mask_rcnn.py', checkpoints['mask_rcnn'], 'images', '--out=found']
+    given = ['mask_rcnn.py', 'base.pth', 'images', '--out=found']
     options = ['--cfg-options', COCO, *SIZE]
     with pytest.raises(SystemExit, match='2'):
         tool('infer.py').main([*given, *options, '--adapter', 'auto'])

@@ -1,6 +1,7 @@
 """A box head with a class matrix: cosines, files, prototypes, new classes."""
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.structures.bbox import bbox2roi
 from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -38,12 +40,11 @@ def build(
     if not linear:
         kind = dict(type='dsnet_mm.CLIPAdapterBBoxHead', num_shared_fcs=2, **head)
         options |= {f'model.roi_head.bbox_head.{k}': v for k, v in kind.items()}
-    cfg = load_config(str(folder / 'mask_rcnn.py'), options)
+    cfg = deepcopy(config(folder))
+    cfg.merge_from_dict(options)
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    return model.eval()
+    return MODELS.build(cfg.model).eval()
 
 
 def batch(classes: int = 2) -> dict:
@@ -77,6 +78,9 @@ def test_logits_are_cosines(folder: Path) -> None:
 
 def test_it_learns(folder: Path) -> None:
     model = build(folder, 2).train()
+    model.init_weights()
+    up = model.roi_head.bbox_head.fc_cls.visual_adapter[2]
+    assert not up.weight.any(), 'the adapter starts as it was built'
     before = deepcopy(model.roi_head.bbox_head.fc_cls.state_dict())
     optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(2):
