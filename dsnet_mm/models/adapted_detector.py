@@ -111,40 +111,25 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         places = [places] if isinstance(places, str) else list(places)
-        if not places or not all(isinstance(place, str) for place in places):
-            raise ValueError(f'places are names of one place or more, got {places}')
-        if reduction < 1 or rank < 1:
-            raise ValueError(
-                f'reduction and rank are at least 1, got {reduction} and {rank}'
-            )
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f'alpha is from 0 to 1, got {alpha}')
         self.options = dict(places=places, reduction=reduction, rank=rank, alpha=alpha)
-        modules, weights = {}, {}
+        if not places or min(reduction, rank) < 1 or not 0 <= (alpha or 0) <= 1:
+            raise ValueError(
+                f'an adapter has one place or more, reduction and rank of at least 1, '
+                f'and alpha from 0 to 1, got {self.options}'
+            )
+        self.maps, self.weights = nn.ModuleDict(), nn.ModuleDict()
         for place in places:
-            found = _find(detector, place)
-            modules |= dict.fromkeys(found[0])
-            ranks = dict.fromkeys(found[1], rank if place == 'lora' else None)
-            weights = ranks | weights
-        # Names of modules in PyTorch have no points.
-        self.maps = nn.ModuleDict(
-            {
-                name.replace('.', '/'): nn.ModuleList(
-                    MapAdapter(width, reduction) for width in widths
-                )
-                for name, widths in _widths(detector, modules).items()
-            }
-        )
-        parameters = dict(detector.named_parameters())
-        self.weights = nn.ModuleDict(
-            {
-                name.replace('.', '/'): WeightChange(parameters[name], rank)
-                for name, rank in weights.items()
-            }
-        )
-        self.register_buffer(
-            'alpha', torch.tensor(1.0 if alpha is None else float(alpha))
-        )
+            modules, weights = _find(detector, place)
+            # Names of modules in PyTorch have no points.
+            for name, widths in _widths(detector, modules).items():
+                layers = [MapAdapter(width, reduction) for width in widths]
+                self.maps[name.replace('.', '/')] = nn.ModuleList(layers)
+            for name in weights:
+                weight = detector.get_parameter(name)
+                change = WeightChange(weight, rank if place == 'lora' else None)
+                self.weights[name.replace('.', '/')] = change
+        alpha = 1.0 if alpha is None else float(alpha)
+        self.register_buffer('alpha', torch.tensor(alpha))
         # Colours of the images of the domain and of the detector, 0 if not known.
         self.register_buffer('domain', torch.zeros(6))
         self.register_buffer('detector_domain', torch.zeros(6))
@@ -157,19 +142,15 @@ class Adapter(nn.Module):
         Yields:
             The weights that differ from those of the detector, by name.
         """
-        handles = [
-            detector.get_submodule(name.replace('/', '.')).register_forward_hook(
-                partial(self._adapt, layers)
-            )
-            for name, layers in self.maps.items()
-        ]
+        handles, weights = [], {}
+        for key, layers in self.maps.items():
+            module = detector.get_submodule(key.replace('/', '.'))
+            handles.append(module.register_forward_hook(partial(self._adapt, layers)))
+        for key, change in self.weights.items():
+            name = key.replace('/', '.')
+            weights[name] = change(detector.get_parameter(name), self.alpha)
         try:
-            yield {
-                (key := name.replace('/', '.')): change(
-                    detector.get_parameter(key), self.alpha
-                )
-                for name, change in self.weights.items()
-            }
+            yield weights
         finally:
             for handle in handles:
                 handle.remove()
@@ -269,7 +250,7 @@ class AdaptedDetector(BaseModel):
                 f'{len(files)} adapters without a choice between them; give one, or '
                 f'auto for the nearest of each image'
             )
-        adapters = []
+        adapters = nn.ModuleList()
         for path in files:
             about = json.loads(read_checkpoint(str(path))['meta'].get('adapter', '{}'))
             if not about:
@@ -280,18 +261,17 @@ class AdaptedDetector(BaseModel):
             if class_names and about['class_names'] != [*class_names]:
                 raise ValueError(
                     f'{path} has the classes {about["class_names"]}, and the detector '
-                    f'has {[*class_names]}; use the checkpoint beside which it was '
-                    f'trained'
+                    f'has {[*class_names]}; use that beside which it was trained'
                 )
             model = cls(detector, auto=auto, **about['options'])
             load_checkpoint(model, str(path))
-            adapters += model.adapters
-            if auto and not adapters[-1].detector_domain.any():
+            if auto and not model.adapters[0].detector_domain.any():
                 raise ValueError(
-                    f'{path} does not tell which images are of the detector, and '
-                    f'cannot be chosen by image; train it with AdapterHook(base=...)'
+                    f'{path} cannot be chosen by image: it knows no images of the '
+                    f'detector; train it with AdapterHook(base=...)'
                 )
-        model.adapters = nn.ModuleList(adapters)
+            adapters += model.adapters
+        model.adapters = adapters
         return model
 
     def forward(
@@ -415,26 +395,27 @@ def identity(detector: nn.Module) -> Tensor:
     return torch.tensor(list(sha.digest()), dtype=torch.uint8)
 
 
+def _is_dense(layer: nn.Module) -> bool:
+    """Tells whether a weight is a matrix, for each pixel of a kernel."""
+    is_layer = isinstance(layer, nn.Linear | nn.Conv2d)
+    return is_layer and getattr(layer, 'groups', 1) == 1
+
+
 def _find(detector: nn.Module, place: str) -> tuple[list[str], list[str]]:
     """Returns the names of the modules and of the weights at a place."""
-    if place == 'norms':
-        layers = [name for name, m in detector.named_modules() if is_norm(m)]
-        place = rf'({"|".join(map(re.escape, layers))})\.(weight|bias)'
-    elif place == 'lora':
-        layers = [
-            name
-            for name, m in detector.named_modules()
-            if isinstance(m, nn.Linear | nn.Conv2d) and getattr(m, 'groups', 1) == 1
-        ]
-        place = rf'({"|".join(map(re.escape, layers))})\.weight'
+    modules, pattern = dict(detector.named_modules()), place
+    if place in ('norms', 'lora'):
+        fits = is_norm if place == 'norms' else _is_dense
+        names = '|'.join(re.escape(name) for name, m in modules.items() if fits(m))
+        pattern = rf'({names})\.(weight{"|bias" if place == "norms" else ""})'
     try:
-        fits = re.compile(place).fullmatch
+        fits = re.compile(pattern).fullmatch
     except re.error as error:
         raise ValueError(
             f'the place {place!r} is no name or regular expression: {error}'
         ) from error
-    modules = [name for name, _ in detector.named_modules() if name and fits(name)]
     weights = [name for name, _ in detector.named_parameters() if fits(name)]
+    modules = [name for name in modules if name and fits(name)]
     if not modules and not weights:
         parts = ', '.join(name for name, _ in detector.named_children())
         raise ValueError(
@@ -458,9 +439,9 @@ def _widths(detector: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
         detector.get_submodule(name).register_forward_hook(partial(note, name))
         for name in names
     ]
-    if handles:
-        parameter = next(detector.parameters())
-        detector.eval().extract_feat(parameter.new_zeros(1, 3, 128, 128))
+    if names:
+        image = next(detector.parameters()).new_zeros(1, 3, 128, 128)
+        detector.eval().extract_feat(image)
     for handle in handles:
         handle.remove()
     if absent := [name for name in names if name not in found]:

@@ -24,6 +24,11 @@ from dsnet_mm.models.heads.clip_adapter_bbox_head import class_prototypes
 CLASSES = r'.*fc_cls\.(text_features|.*weight)'
 
 
+@cache
+def config(folder: Path) -> Config:
+    return load_config(str(folder / 'mask_rcnn.py'), {})
+
+
 def build(
     folder: Path, classes: int, linear: bool = False, **head: object
 ) -> nn.Module:

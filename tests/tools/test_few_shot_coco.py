@@ -117,11 +117,18 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert fact in ' '.join(capsys.readouterr().err.split())
         assert not (tmp_path / 'out').exists()
 
-    refused("'a' has no boxes", '--source', empty, 'train', '--images', 1)
-    refused('no 5 images', *given, '--images', 5)
-    refused('no 50 boxes', *given, '--boxes', 50)
+    refused(
+        "'a' has no 1 images: draw 0 found 0, in 0",
+        '--source',
+        empty,
+        'train',
+        '--images',
+        1,
+    )
+    refused("'a' has no 5 images", *given, '--images', 5)
+    refused("'a' has no 50 boxes", *given, '--boxes', 50)
     refused("['x']", *given, '--images', 1, '--novel', 'x')
-    refused('all classes', *given, '--images', 1, '--novel', 'a', 'b')
+    refused('not all', *given, '--images', 1, '--novel', 'a', 'b')
     refused('same name', '--source', twice, 'train', '--images', 1)
     refused('b.json', *given, '--source', other, 'val', '--images', 1)
     refused('none.json', '--source', 'none.json', 'train', '--images', 1)

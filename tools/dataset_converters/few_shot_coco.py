@@ -5,7 +5,7 @@ python tools/dataset_converters/few_shot_coco.py data/nuclei/annotations/few_sho
     --source data/nuclei/annotations/instances_val_stained.json val \
     --images 1 2 5 10 --draws 5
 
-It writes into the first folder, for 5 images and draw 0:
+It writes into the first folder:
 
     5images_draw0.json   5 images of each class, with all their objects
     5boxes_draw0.json    with --boxes instead: images with 5 objects of each class, and
@@ -14,16 +14,15 @@ It writes into the first folder, for 5 images and draw 0:
     rest.json            all others, for tests
     base.json            with --novel: all images, with objects of the other classes
 
-A draw contains those with fewer images of the same number. Draws are made from the
-first source. File names begin with the folder of their source. The classes of --novel
+Draws are made from the first source. A draw contains those of the same number with
+fewer images. File names begin with the folder of their source. The classes of --novel
 come last, so labels of the others stay.
 """
 
 import argparse
 import json
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from dsnet_mm.files import check_file, check_new, write_atomic
 Content = dict[str, list[dict[str, Any]]]
 
 
-def merge(sources: Sequence[tuple[str, str]], novel: Sequence[str]) -> Content:
+def merge(sources: Sequence[tuple[str, str]], novel: Collection[str]) -> Content:
     """Merges annotation files, with new numbers.
 
     Args:
@@ -62,28 +61,25 @@ def merge(sources: Sequence[tuple[str, str]], novel: Sequence[str]) -> Content:
         for image in content['images']:
             numbers[image['id']] = number = len(merged['images']) + 1
             name = f'{folder.rstrip("/")}/{image["file_name"]}'
-            merged['images'].append(
-                {**image, 'id': number, 'file_name': name, 'source': source}
-            )
+            image |= dict(id=number, file_name=name, source=source)
+            merged['images'].append(image)
         for annotation in content['annotations']:
-            number, image = len(merged['annotations']) + 1, annotation['image_id']
-            if image not in numbers:
-                raise ValueError(f'{path} has no image {image}, which has an object')
-            merged['annotations'].append(
-                {**annotation, 'id': number, 'image_id': numbers[image]}
-            )
+            # Those of other images are left out, as mmdet does.
+            if (number := numbers.get(annotation['image_id'])) is not None:
+                annotation |= dict(id=len(merged['annotations']) + 1, image_id=number)
+                merged['annotations'].append(annotation)
     names = [category['name'] for category in merged['categories']]
     if len({*names}) < len(names):
         raise ValueError(f'two of the classes have the same name: {names}')
-    if unknown := {*novel} - {*names}:
-        raise ValueError(f'there is no class {sorted(unknown)}; there are {names}')
-    if novel and {*novel} == {*names}:
-        raise ValueError(f'all classes are novel: {names}; leave base classes')
+    if not {*novel} < {*names}:
+        raise ValueError(f'novel classes are some of {names}, not all, got {novel}')
     merged['categories'].sort(key=lambda category: category['name'] in novel)
     return merged
 
 
-def draw(content: Content, shots: Sequence[int], seed: int, boxes: bool) -> list[set]:
+def draw(
+    content: Content, shots: Sequence[int], seed: int, boxes: bool
+) -> dict[int, set[int]]:
     """Draws images, or boxes of images, of each class.
 
     Args:
@@ -94,40 +90,34 @@ def draw(content: Content, shots: Sequence[int], seed: int, boxes: bool) -> list
             are not too many.
 
     Returns:
-        The numbers of the annotations for each of ``shots``.
+        The numbers of the annotations by number of images or boxes.
 
     Raises:
         ValueError: If a class has too few.
     """
     drawable = {image['id'] for image in content['images'] if image['source'] == 0}
-    drawn: list[set] = [set() for _ in shots]
+    drawn: dict[int, set[int]] = {number: set() for number in sorted(shots)}
     for category in content['categories']:
-        found: dict[int, list[int]] = defaultdict(list)
+        found: dict[int, list[int]] = {}
         for a in content['annotations']:
-            crowd = a.get('iscrowd') or a['image_id'] not in drawable
-            if a['category_id'] == category['id'] and not crowd:
-                found[a['image_id']].append(a['id'])
-        what, name = ('boxes' if boxes else 'images'), category['name']
-        if not found:
-            raise ValueError(f'the class {name!r} has no boxes; leave it out')
-        images = sorted(found)
-        random.Random(f'{seed} {name}').shuffle(images)
-        kept: list[int] = []
-        for number in sorted({*shots}):
-            for image in [i for i in images if i not in kept]:
-                have = sum(len(found[i]) for i in kept) if boxes else len(kept)
-                if have + (len(found[image]) if boxes else 1) <= number:
+            if a['category_id'] == category['id'] and not a.get('iscrowd'):
+                found.setdefault(a['image_id'], []).append(a['id'])
+        images = sorted(found.keys() & drawable)
+        random.Random(f'{seed} {category["name"]}').shuffle(images)
+        kept, have = [], 0
+        for number in drawn:
+            for image in images:
+                more = len(found[image]) if boxes else 1
+                if image not in kept and have + more <= number:
                     kept.append(image)
-            have = sum(len(found[i]) for i in kept) if boxes else len(kept)
+                    have += more
             if have < number:
+                what = 'boxes in whole images' if boxes else 'images'
                 raise ValueError(
-                    f'the class {name!r} has no {number} {what} in whole images (draw '
-                    f'{seed} has {have} of {sum(map(len, found.values()))} boxes in '
-                    f'{len(found)} images); ask for fewer'
+                    f'the class {category["name"]!r} has no {number} {what}: draw '
+                    f'{seed} found {have}, in {len(images)} images; ask for fewer'
                 )
-            for i, wanted in enumerate(shots):
-                if wanted == number:
-                    drawn[i] |= {a for image in kept for a in found[image]}
+            drawn[number] |= {a for image in kept for a in found[image]}
     return drawn
 
 
@@ -136,7 +126,7 @@ def convert(
     shots: Sequence[int],
     draws: int,
     boxes: bool,
-    novel: Sequence[str],
+    novel: Collection[str],
 ) -> dict[str, Content]:
     """Makes all files.
 
@@ -157,30 +147,27 @@ def convert(
     if draws < 1 or min(shots) < 1:
         raise ValueError(f'numbers are at least 1, got {[*shots]} and {draws} draws')
     content = merge(sources, novel)
-    annotations, files, every = content['annotations'], {}, set()
+    annotations = content['annotations']
+    last = {c['id'] for c in content['categories'] if c['name'] in novel}
+    every, drawn, files = {image['id'] for image in content['images']}, set(), {}
 
-    def part(images: set[int], kept: Sequence[dict]) -> Content:
-        return {
-            'images': [image for image in content['images'] if image['id'] in images],
-            'annotations': [a for a in kept if a['image_id'] in images],
-            'categories': content['categories'],
-        }
+    def part(images: set[int], kept: Sequence[dict] = annotations) -> Content:
+        return content | dict(
+            images=[image for image in content['images'] if image['id'] in images],
+            annotations=[a for a in kept if a['image_id'] in images],
+        )
 
     for seed in range(draws):
-        for number, chosen in zip(
-            shots, draw(content, shots, seed, boxes), strict=True
-        ):
-            drawn = [a for a in annotations if a['id'] in chosen]
-            images = {a['image_id'] for a in drawn}
-            every |= images
+        for number, chosen in draw(content, shots, seed, boxes).items():
+            kept = [a for a in annotations if a['id'] in chosen]
+            images = {a['image_id'] for a in kept}
+            drawn |= images
             name = f'{number}{"boxes" if boxes else "images"}_draw{seed}'
-            files[name] = part(images, drawn if boxes else annotations)
-    files['drawn'] = part(every, annotations)
-    files['rest'] = part({i['id'] for i in content['images']} - every, annotations)
+            files[name] = part(images, kept if boxes else annotations)
+    files |= dict(drawn=part(drawn), rest=part(every - drawn))
     if novel:
-        last = {c['id'] for c in content['categories'] if c['name'] in novel}
         base = [a for a in annotations if a['category_id'] not in last]
-        files['base'] = part({image['id'] for image in content['images']}, base)
+        files['base'] = part(every, base)
     return files
 
 
@@ -210,21 +197,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--overwrite', action='store_true', help='replace files')
     args = parser.parse_args(argv)
     with user_errors(parser):
-        files = convert(
-            args.source,
-            args.images or args.boxes,
-            args.draws,
-            args.boxes is not None,
-            args.novel,
-        )
-        paths = {args.out / f'{name}.json': content for name, content in files.items()}
-        for path in paths if not args.overwrite else ():
-            check_new(path)
-        for path, content in paths.items():
-            write_atomic(path, json.dumps(content))
-    for path, content in paths.items():
-        images, objects = len(content['images']), len(content['annotations'])
-        print(f'{path.name}: {images} images, {objects} objects')
+        boxes, shots = args.boxes is not None, args.images or args.boxes
+        files = convert(args.source, shots, args.draws, boxes, args.novel)
+        for name in files if not args.overwrite else ():
+            check_new(args.out / f'{name}.json')
+        for name, content in files.items():
+            write_atomic(args.out / f'{name}.json', json.dumps(content))
+            images, objects = len(content['images']), len(content['annotations'])
+            print(f'{name}.json: {images} images, {objects} objects')
 
 
 if __name__ == '__main__':
