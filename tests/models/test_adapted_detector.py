@@ -16,6 +16,7 @@ from dsnet_mm.checkpoint import write_safetensors
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.models import AdaptedDetector
 from dsnet_mm.models.adapted_detector import colours, identity
+from evidence.tables import PLACES as PLACES_OF_TABLE
 from tests.conftest import trained
 
 BLOCKS = r'backbone\.stages\.\d\.\d'
@@ -228,3 +229,18 @@ def test_alpha_is_that_of_clip_adapter(
     copied.roi_head = None
     with pytest.raises(ValueError, match='alpha'):
         model.start(batch())
+
+
+def test_places_of_the_table() -> None:
+    """Those of docs/few_shot_detection.md fit the detector of the nuclei."""
+    options = load_config('mask_rcnn_dsnet_stained', {}).model
+    init_default_scope('mmdet')
+    detector = MODELS.build(options.detector)
+    sizes = {}
+    for name, (_, places) in PLACES_OF_TABLE.items():
+        model = AdaptedDetector(detector, places=places)
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    assert sizes['full'] == sum(p.numel() for p in detector.parameters())
+    assert sizes['blocks'] + sizes['neck'] == sizes['blocks_neck'] < sizes['full'] / 20
+    assert len({*sizes.values()}) == len(sizes)
+    assert options.places in [places for _, places in PLACES_OF_TABLE.values()]
