@@ -86,10 +86,10 @@ class AdapterStartHook(Hook):
 class AdapterHook(Hook):
     """Starts the training of an :class:`AdaptedDetector`, and writes its adapter.
 
-    Before the first iteration it sets alpha (:meth:`AdaptedDetector.start`), from eight
-    training images, sets new classes of a :class:`CLIPAdapterBBoxHead` to prototypes of
-    all training boxes, and notes the colours of the training images. After the last one
-    it writes ``adapter.safetensors`` into the working directory, in half precision.
+    Before the first iteration it reads the training images, eight or more, some of them
+    again if there are fewer, for :meth:`AdaptedDetector.start`, and notes their
+    colours. After the last one it writes ``adapter.safetensors`` into the working
+    directory, in half precision.
 
     Args:
         base: What differs in the data set of the detector's own images from that of the
@@ -110,11 +110,9 @@ class AdapterHook(Hook):
         if self.base:
             own = {**runner.cfg.train_dataloader.dataset, **self.base}
             adapter.detector_domain.copy_(_mean_colours(DATASETS.build(own)))
-        data = pseudo_collate([dataset[i % len(dataset)] for i in range(8)])
-        runner.logger.info(f'the adapter has alpha {model.start(data):.3f}')
-        images = (pseudo_collate([dataset[i]]) for i in range(len(dataset)))
-        if labels := model.start_classes(images):
-            runner.logger.info(f'the classes {labels} start as prototypes')
+        numbers = [i % len(dataset) for i in range(max(len(dataset), 8))]
+        alpha, labels = model.start([pseudo_collate([dataset[i]]) for i in numbers])
+        runner.logger.info(f'the adapter has alpha {alpha:.3f}; prototypes: {labels}')
 
     def after_train(self, runner: Runner) -> None:
         """Writes the adapter."""

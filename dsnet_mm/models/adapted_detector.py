@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -308,56 +308,47 @@ class AdaptedDetector(BaseModel):
         return nearest if nearest < len(self.adapters) else None
 
     @torch.no_grad()
-    def start(self, data: dict[str, Any]) -> float:
-        """Sets alpha from images of the domain, by the rule of CLIP-Adapter.
+    def start(self, batches: Sequence[dict[str, Any]]) -> tuple[float, list[int]]:
+        """Sets alpha, and the classes of a head that the detector lacks.
 
-        It is 0.7 min(1, L / log K)^2, where L is the cross-entropy of the frozen
-        detector for the K classes of regions, with the background. An alpha of the
-        configuration stays.
-
-        Args:
-            data: A batch of training images with annotations.
-
-        Returns:
-            alpha.
-
-        Raises:
-            ValueError: If the detector classifies no regions.
-        """
-        adapter = self.adapters[0]
-        if adapter.options['alpha'] is None:
-            head = getattr(getattr(self.detector, 'roi_head', None), 'bbox_head', None)
-            if not hasattr(head, 'num_classes'):
-                raise ValueError(
-                    f'{type(self.detector).__name__} has no cross-entropy of regions, '
-                    f'from which alpha is chosen; set alpha, from 0 to 1'
-                )
-            data = self.data_preprocessor(data, True)
-            loss = float(self.detector(**data, mode='loss')['loss_cls'])
-            adapter.alpha.fill_(ratio(loss, head.num_classes + 1))
-        return float(adapter.alpha)
-
-    @torch.no_grad()
-    def start_classes(self, batches: Iterable[dict[str, Any]]) -> list[int]:
-        """Sets the classes of a :class:`CLIPAdapterBBoxHead` that the detector lacks.
+        alpha is 0.7 min(1, L / log K)^2, as CLIP-Adapter's. L is the cross-entropy of
+        the frozen detector for regions (:func:`.classify_regions`), in which all
+        classes count the same, and K their number with the background. An alpha of
+        the configuration stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
+        become :func:`.class_prototypes`.
 
         Args:
             batches: Training images with annotations.
 
         Returns:
-            The labels of those that are now :func:`class_prototypes`.
-        """
-        adapter, name = self.adapters[0], 'roi_head.bbox_head.fc_cls.text_features'
-        if (key := name.replace('.', '/')) not in adapter.weights or not adapter.alpha:
-            return []
-        from .heads.clip_adapter_bbox_head import class_prototypes
+            alpha, and the labels of the classes that were set.
 
-        matrix = self.detector.get_parameter(name)
-        absent = ~matrix.any(1)
-        if absent.any():
-            rows = class_prototypes(self.detector, batches) / adapter.alpha
-            adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
-        return absent.nonzero().flatten().tolist()
+        Raises:
+            ValueError: If the detector classifies no regions.
+        """
+        from .heads.clip_adapter_bbox_head import class_prototypes, classify_regions
+
+        adapter, detector = self.adapters[0], self.detector
+        if adapter.options['alpha'] is None:
+            head = getattr(getattr(detector, 'roi_head', None), 'bbox_head', None)
+            if not hasattr(head, 'fc_cls'):
+                raise ValueError(
+                    f'{type(detector).__name__} has no classifier of regions, whose '
+                    f'cross-entropy gives alpha; set alpha, from 0 to 1'
+                )
+            found = [classify_regions(detector, batch)[1:] for batch in batches]
+            logits, labels = (torch.cat(x) for x in zip(*found, strict=True))
+            losses = F.cross_entropy(logits, labels, reduction='none')
+            by_class = [losses[labels == label].mean() for label in labels.unique()]
+            loss = float(torch.stack(by_class).mean())
+            adapter.alpha.fill_(ratio(loss, logits.shape[1]))
+        name, absent = 'roi_head.bbox_head.fc_cls.text_features', []
+        if (key := name.replace('.', '/')) in adapter.weights and adapter.alpha:
+            matrix = detector.get_parameter(name)
+            if absent := (~matrix.any(1)).nonzero().flatten().tolist():
+                rows = class_prototypes(detector, batches) / adapter.alpha
+                adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
+        return float(adapter.alpha), absent
 
     def train(self, mode: bool = True) -> 'AdaptedDetector':
         """Sets the mode of the adapters, and of what computes losses."""

@@ -16,6 +16,7 @@ from dsnet_mm.checkpoint import write_safetensors
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.models import AdaptedDetector
 from dsnet_mm.models.adapted_detector import colours, identity
+from dsnet_mm.models.heads import clip_adapter_bbox_head
 from evidence.tables import PLACES as PLACES_OF_TABLE
 from tests.conftest import trained
 
@@ -219,16 +220,28 @@ def test_alpha_is_that_of_clip_adapter(
 ) -> None:
     """It is larger the worse the frozen detector is, and 0.7 at most."""
     model = AdaptedDetector(copied)
-    nn.init.zeros_(copied.roi_head.bbox_head.fc_cls.weight)
-    nn.init.zeros_(copied.roi_head.bbox_head.fc_cls.bias)
-    assert model.start(batch()) == pytest.approx(0.7)  # no better than chance
-    losses = dict(loss_cls=torch.tensor(0.5 * math.log(3)))
-    monkeypatch.setattr(copied, 'forward', lambda *_, **__: losses)
-    assert model.start(batch()) == pytest.approx(0.7 * 0.5**2)
-    assert AdaptedDetector(copied, alpha=0.125).start(batch()) == 0.125
+    fc_cls = copied.roi_head.bbox_head.fc_cls
+    nn.init.zeros_(fc_cls.weight)
+    for bias, alpha in (
+        ([0.0, 0.0, 0.0], 0.7),  # no better than chance
+        ([0.0, 0.0, 30.0], 0.7),  # all regions are background, and most of them are
+        ([30.0, 30.0, 0.0], 0.7),
+    ):
+        fc_cls.bias.data = torch.tensor(bias)
+        assert model.start([batch()]) == (pytest.approx(alpha), [])
+
+    def classify(net: nn.Module, data: dict) -> tuple[Tensor, ...]:
+        logits = torch.tensor([[0.0, 0, 0], [2, 1, 3], [2, 1, 3]])
+        return logits, logits, torch.tensor([0, 2, 2])
+
+    monkeypatch.setattr(clip_adapter_bbox_head, 'classify_regions', classify)
+    loss = (math.log(3) + math.log(1 + math.exp(-1) + math.exp(-2))) / 2
+    expected = 0.7 * (loss / math.log(3)) ** 2
+    assert model.start([{}, {}])[0] == pytest.approx(expected)
+    assert AdaptedDetector(copied, alpha=0.125).start([{}]) == (0.125, [])
     copied.roi_head = None
     with pytest.raises(ValueError, match='alpha'):
-        model.start(batch())
+        model.start([batch()])
 
 
 def test_places_of_the_table() -> None:
