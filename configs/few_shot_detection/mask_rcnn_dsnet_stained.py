@@ -23,7 +23,7 @@ test_evaluator = val_evaluator
 
 max_iters = 150
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+optim_wrapper = dict(optimizer=dict(lr=1e-2))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=10),
     dict(type='CosineAnnealingLR', by_epoch=False, T_max=max_iters, eta_min=1e-5),

@@ -17,7 +17,7 @@ from dsnet_mm.engine.config import load_config
 from dsnet_mm.models import AdaptedDetector
 from dsnet_mm.models.adapted_detector import colours, identity
 from dsnet_mm.models.heads import clip_adapter_bbox_head
-from evidence.tables import PLACES as PLACES_OF_TABLE
+from evidence.tables import ADAPTED
 from tests.conftest import trained
 
 BLOCKS = r'backbone\.stages\.\d\.\d'
@@ -250,10 +250,10 @@ def test_places_of_the_table() -> None:
     init_default_scope('mmdet')
     detector = MODELS.build(options.detector)
     sizes = {}
-    for name, (_, places) in PLACES_OF_TABLE.items():
-        model = AdaptedDetector(detector, places=places)
+    for name, (_, values) in ADAPTED.items():
+        model = AdaptedDetector(detector, places=values['model.places'])
         sizes[name] = sum(p.numel() for p in model.parameters())
     assert sizes['full'] == sum(p.numel() for p in detector.parameters())
     assert sizes['blocks'] + sizes['neck'] == sizes['blocks_neck'] < sizes['full'] / 20
     assert len({*sizes.values()}) == len(sizes)
-    assert options.places in [places for _, places in PLACES_OF_TABLE.values()]
+    assert options.places == ADAPTED['blocks_neck'][1]['model.places']

@@ -270,43 +270,42 @@ def sweep_rows(
     )
 
 
-# Places of AdaptedDetector, all with the same learning rate.
-PLACES = {
+FLUORESCENCE = 'annotations/instances_val_fluorescence.json'
+BLOCKS = 'backbone.stages.[0-9].[0-9]'
+LAST = [f'.*[.]{name}[.].*' for name in ('fc_cls', 'fc_reg', 'conv_logits')]
+# What is trained of an AdaptedDetector. Baselines have no alpha.
+ADAPTED = {
     'blocks_neck': (
         'adapters after blocks and neck',
-        ['backbone.stages.[0-9].[0-9]', 'neck'],
+        {'model.places': [BLOCKS, 'neck']},
     ),
-    'blocks': ('adapters after blocks', ['backbone.stages.[0-9].[0-9]']),
-    'neck': ('adapters after the neck', ['neck']),
-    'norms': ('norms', ['norms']),
-    'lora': ('LoRA', ['lora']),
-    'last': (
-        'last layers',
-        [f'.*[.]{x}[.].*' for x in ('fc_cls', 'fc_reg', 'conv_logits')],
+    'blocks': ('adapters after blocks', {'model.places': [BLOCKS]}),
+    'neck': ('adapters after the neck', {'model.places': ['neck']}),
+    'norms': ('norms', {'model.places': ['norms'], 'model.alpha': 1}),
+    'lora': ('LoRA', {'model.places': ['lora'], 'model.alpha': 1}),
+    'last': ('last layers', {'model.places': LAST, 'model.alpha': 1}),
+    'full': (
+        'all weights',
+        {
+            'model.places': ['.*[.]weight', '.*[.]bias'],
+            'model.alpha': 1,
+            'optim_wrapper.optimizer.lr': 1e-3,
+        },
     ),
-    'full': ('all weights', ['.*[.]weight', '.*[.]bias']),
 }
 
 
 def stained_rows(shots: tuple[int, ...]) -> tuple[Row, ...]:
-    """Returns a row for each place and number of stained images. A seed is a draw."""
-    config, draws = 'nuclei_stained', 'annotations/few_shot/{}images_draw{{seed}}.json'
+    """Returns a row for each way and number of stained images. A seed is a draw."""
+    config, file = 'nuclei_stained', 'train_dataloader.dataset.ann_file'
     frozen = {'model.alpha': 0, 'train_cfg.max_iters': 1}
     return (
         Row('frozen', 'frozen, 0', config, 1, frozen),
         *(
-            Row(
-                f'{name}_{k}',
-                f'{label}, {k}',
-                config,
-                5,
-                {
-                    'model.places': places,
-                    'train_dataloader.dataset.ann_file': draws.format(k),
-                },
-            )
+            Row(f'{name}_{k}', f'{label}, {k}', config, 5, {**options, file: draw})
             for k in shots
-            for name, (label, places) in PLACES.items()
+            for draw in [f'annotations/few_shot/{k}images_draw{{seed}}.json']
+            for name, (label, options) in ADAPTED.items()
         ),
         Row('both', 'trained on both, 39', 'nuclei_both_stains', 3),
     )
@@ -401,11 +400,9 @@ TABLES = {
         by='stained images',
         others={
             'fluorescence': {
-                'test_dataloader.dataset.ann_file': (
-                    file := 'annotations/instances_val_fluorescence.json'
-                ),
+                'test_dataloader.dataset.ann_file': FLUORESCENCE,
                 'test_dataloader.dataset.data_prefix.img': 'val/',
-                'test_evaluator.ann_file': '{data_root}' + file,
+                'test_evaluator.ann_file': f'{{data_root}}{FLUORESCENCE}',
             }
         },
     ),

@@ -114,8 +114,8 @@ def classify_regions(detector: nn.Module, batch: dict) -> tuple[Tensor, ...]:
     found = detector.rpn_head.predict(maps, samples, rescale=False)
     for sample, proposals in zip(samples, found, strict=True):
         boxes = get_box_tensor(sample.gt_instances.bboxes)
-        overlap = bbox_overlaps(proposals.bboxes, boxes).amax(1)
-        others = proposals.bboxes[overlap < 0.3]
+        apart = (bbox_overlaps(proposals.bboxes, boxes) < 0.3).all(1)
+        others = proposals.bboxes[apart]
         regions.append(torch.cat([boxes, others]))
         own = sample.gt_instances.labels
         labels += [own, own.new_full((len(others),), head.num_classes)]
