@@ -254,10 +254,7 @@ class AdaptedDetector(BaseModel):
         for path in files:
             about = json.loads(read_checkpoint(str(path))['meta'].get('adapter', '{}'))
             if not about:
-                raise ValueError(
-                    f'{path} is no adapter; trainings with an AdapterHook write '
-                    f'adapter.safetensors'
-                )
+                raise ValueError(f'{path} is no adapter, as an AdapterHook writes it')
             if class_names and about['class_names'] != [*class_names]:
                 raise ValueError(
                     f'{path} has the classes {about["class_names"]}, and the detector '
@@ -267,8 +264,8 @@ class AdaptedDetector(BaseModel):
             load_checkpoint(model, str(path))
             if auto and not model.adapters[0].detector_domain.any():
                 raise ValueError(
-                    f'{path} cannot be chosen by image: it knows no images of the '
-                    f'detector; train it with AdapterHook(base=...)'
+                    f'{path} knows no images of the detector, and cannot be chosen by '
+                    f'image; train it with AdapterHook(base=...)'
                 )
             adapters += model.adapters
         model.adapters = adapters
@@ -401,10 +398,8 @@ def _find(detector: nn.Module, place: str) -> tuple[list[str], list[str]]:
         pattern = rf'({names})\.(weight{"|bias" if place == "norms" else ""})'
     try:
         fits = re.compile(pattern).fullmatch
-    except re.error as error:
-        raise ValueError(
-            f'the place {place!r} is no name or regular expression: {error}'
-        ) from error
+    except re.error:  # no expression: no name either
+        fits = place.__eq__
     weights = [name for name, _ in detector.named_parameters() if fits(name)]
     modules = [name for name in modules if name and fits(name)]
     if not modules and not weights:

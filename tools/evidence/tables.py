@@ -273,26 +273,19 @@ def sweep_rows(
 FLUORESCENCE = 'annotations/instances_val_fluorescence.json'
 BLOCKS = 'backbone.stages.[0-9].[0-9]'
 LAST = [f'.*[.]{name}[.].*' for name in ('fc_cls', 'fc_reg', 'conv_logits')]
-# What is trained of an AdaptedDetector. Baselines have no alpha.
+# What is trained of an AdaptedDetector.
 ADAPTED = {
-    'blocks_neck': (
-        'adapters after blocks and neck',
-        {'model.places': [BLOCKS, 'neck']},
-    ),
-    'blocks': ('adapters after blocks', {'model.places': [BLOCKS]}),
-    'neck': ('adapters after the neck', {'model.places': ['neck']}),
-    'norms': ('norms', {'model.places': ['norms'], 'model.alpha': 1}),
-    'lora': ('LoRA', {'model.places': ['lora'], 'model.alpha': 1}),
-    'last': ('last layers', {'model.places': LAST, 'model.alpha': 1}),
-    'full': (
-        'all weights',
-        {
-            'model.places': ['.*[.]weight', '.*[.]bias'],
-            'model.alpha': 1,
-            'optim_wrapper.optimizer.lr': 1e-3,
-        },
-    ),
+    'blocks_neck': ('adapters after blocks and neck', [BLOCKS, 'neck']),
+    'blocks': ('adapters after blocks', [BLOCKS]),
+    'neck': ('adapters after the neck', ['neck']),
+    'norms': ('norms', ['norms']),
+    'lora': ('LoRA', ['lora']),
+    'last': ('last layers', LAST),
+    'full': ('all weights', ['.*[.]weight', '.*[.]bias']),
 }
+# Baselines have no alpha. All weights are learnt at a lower rate.
+BASELINES = {name: {'model.alpha': 1} for name in ('norms', 'lora', 'last', 'full')}
+BASELINES['full']['optim_wrapper.optimizer.lr'] = 1e-3
 
 
 def stained_rows(shots: tuple[int, ...]) -> tuple[Row, ...]:
@@ -302,10 +295,13 @@ def stained_rows(shots: tuple[int, ...]) -> tuple[Row, ...]:
     return (
         Row('frozen', 'frozen, 0', config, 1, frozen),
         *(
-            Row(f'{name}_{k}', f'{label}, {k}', config, 5, {**options, file: draw})
+            Row(
+                *(f'{name}_{k}', f'{label}, {k}', config, 5),
+                {'model.places': places, file: draw, **BASELINES.get(name, {})},
+            )
             for k in shots
             for draw in [f'annotations/few_shot/{k}images_draw{{seed}}.json']
-            for name, (label, options) in ADAPTED.items()
+            for name, (label, places) in ADAPTED.items()
         ),
         Row('both', 'trained on both, 39', 'nuclei_both_stains', 3),
     )
