@@ -42,6 +42,7 @@ NAVIGATION = {
         'docs/analysis',
         'docs/inference',
         'Few-shot classification <docs/clip_adapter>',
+        'Few-shot detection <docs/few_shot_detection>',
         'docs/export',
         'docs/ops',
     ],

@@ -211,7 +211,7 @@ class CLIPAdapter(nn.Module):
         weight = (weight / weight.sum())[:, None]
         logits = zero_shot_logits(f, w, self.logit_scale)
         loss = F.cross_entropy(logits, labels, reduction='none') @ weight
-        beta = 0.7 * min(1.0, loss.item() / math.log(len(w))) ** 2
+        beta = ratio(loss.item(), len(w))
         centred = f - (weight * f).sum(0)
         means = torch.zeros_like(w).index_add(0, labels, weight * centred)[seen]
         covariance = (weight * centred).t() @ centred
@@ -326,6 +326,16 @@ class CLIPAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={value!r}' for name, value in self.options.items())
+
+
+def ratio(loss: float, classes: int) -> float:
+    """Returns the weight of what is learnt, 0.7 min(1, L / log K)^2.
+
+    Args:
+        loss: Cross-entropy L of the frozen model on the training images.
+        classes: Number K of its classes, at least 2.
+    """
+    return 0.7 * min(1.0, loss / math.log(classes)) ** 2
 
 
 def zero_shot_logits(

@@ -1,5 +1,6 @@
 """Hooks of training and testing."""
 
+import json
 import os
 import random
 import time
@@ -7,19 +8,24 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import mmcv
 import numpy as np
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, get_worker_info
 
+from dsnet_mm.checkpoint import unwrap, write_safetensors
 from dsnet_mm.engine.resume import STOPPED, examine
 from dsnet_mm.files import replacing_file
 from dsnet_mm.models import fuse_for_inference
+from dsnet_mm.models.adapted_detector import colours
 from dsnet_mm.registry import HOOKS
 from dsnet_mm.weights import DamagedCheckpointError, check_finite
 
@@ -74,6 +80,58 @@ class AdapterStartHook(Hook):
         runner.logger.info(
             f'the class weights of CLIP-Adapter start with beta {beta:.3f}'
         )
+
+
+@HOOKS.register_module()
+class AdapterHook(Hook):
+    """Starts the training of an :class:`AdaptedDetector`, and writes its adapter.
+
+    Before the first iteration it reads the training images, eight or more, some of them
+    again if there are fewer, for :meth:`AdaptedDetector.start`, and notes their
+    colours. After the last one it writes ``adapter.safetensors`` into the working
+    directory, in half precision.
+
+    Args:
+        base: What differs in the data set of the detector's own images from that of the
+            training, such as ``dict(ann_file=...)``. Up to 100 of them are read, so
+            that the adapter can be chosen by image. None leaves that out.
+    """
+
+    def __init__(self, base: dict | None = None) -> None:
+        self.base = base
+
+    def before_train(self, runner: Runner) -> None:
+        """Starts the adapter, unless the training is resumed."""
+        if runner.iter:
+            return
+        model, dataset = unwrap(runner.model), runner.train_dataloader.dataset
+        adapter = model.adapters[0]
+        adapter.domain.copy_(_mean_colours(dataset))
+        if self.base:
+            own = {**runner.cfg.train_dataloader.dataset, **self.base}
+            adapter.detector_domain.copy_(_mean_colours(DATASETS.build(own)))
+        numbers = [i % len(dataset) for i in range(max(len(dataset), 8))]
+        alpha, labels = model.start([pseudo_collate([dataset[i]]) for i in numbers])
+        runner.logger.info(f'the adapter has alpha {alpha:.3f}; prototypes: {labels}')
+
+    def after_train(self, runner: Runner) -> None:
+        """Writes the adapter."""
+        if not is_main_process():
+            return
+        model = unwrap(runner.model)
+        classes = runner.train_dataloader.dataset.metainfo['classes']
+        about = dict(options=model.adapters[0].options, class_names=list(classes))
+        path = Path(runner.work_dir, 'adapter.safetensors')
+        write_safetensors(path, model.state_dict(), dict(adapter=json.dumps(about)))
+        runner.logger.info(f'the adapter is {path}')
+
+
+def _mean_colours(dataset: Any) -> torch.Tensor:
+    """Returns the mean of :func:`colours` over up to 100 images of a data set."""
+    numbers = range(0, len(dataset), max(len(dataset) // 100, 1))
+    paths = (dataset.get_data_info(i)['img_path'] for i in numbers)
+    images = (torch.from_numpy(mmcv.imread(path)).permute(2, 0, 1) for path in paths)
+    return torch.stack([colours(image) for image in images]).mean(0)
 
 
 class NonFiniteLossError(ValueError):

@@ -76,6 +76,14 @@ def main(argv: list[str] | None = None) -> None:
         help='overlap of tiles, larger than a common object',
     )
     parser.add_argument(
+        '--adapter',
+        nargs='+',
+        default=[],
+        metavar='FILE',
+        help='use an adapter of the detector; "auto FILE ..." uses the nearest one, or '
+        'none, for each image',
+    )
+    parser.add_argument(
         '--no-images', action='store_true', help='do not draw the images'
     )
     parser.add_argument('--no-pictures', action=OldFlag, new='--no-images')
@@ -104,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             tile=args.tile,
             overlap=args.overlap,
             cfg_options=args.cfg_options,
+            adapters=args.adapter,
         )
         results = Results(lines, describe(args))
     root = args.image if args.image.is_dir() else args.image.parent
@@ -166,6 +175,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     weights = Path(args.checkpoint)  # or an address
     content = weights.read_bytes() if weights.is_file() else args.checkpoint.encode()
     keys = ('batch_size', 'score_thr', 'fuse', 'tile', 'overlap', 'no_images')
+    if args.adapter:
+        files = [Path(name).read_bytes() for name in args.adapter if name != 'auto']
+        content += b''.join([args.adapter[0].encode(), *files])
     return dict(
         config=sha256(repr(cfg.to_dict()).encode()).hexdigest(),
         checkpoint=sha256(content).hexdigest(),

@@ -26,7 +26,7 @@ from dsnet_mm.checkpoint import load_checkpoint
 from dsnet_mm.datasets.images import find_images
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.environment import existing_device, require
-from dsnet_mm.models import fuse_for_inference
+from dsnet_mm.models import AdaptedDetector, fuse_for_inference
 
 from .prediction import DetectedObject, Mask, Prediction
 from .tiling import Tile, make_tiles, merge_tiles
@@ -109,6 +109,9 @@ class Predictor:
         overlap: Overlap of tiles in pixels, larger than a common object. See
             :func:`.tiling.merge_tiles`.
         cfg_options: Values of the configuration to set, by dotted name.
+        adapters: Files of adapters of the detector, see
+            :meth:`dsnet_mm.models.AdaptedDetector.from_files`. ``'auto'`` before them
+            chooses one, or the detector alone, by the colours of each image.
 
     Attributes:
         model: The network, in evaluation mode.
@@ -135,6 +138,7 @@ class Predictor:
         tile: int | None = None,
         overlap: int = 128,
         cfg_options: dict[str, Any] | None = None,
+        adapters: Sequence[str | Path] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f'the batch size is at least 1, got {batch_size}')
@@ -172,6 +176,10 @@ class Predictor:
                 f'trained with'
             )
         self.palette = meta.get('palette')
+        if adapters:
+            auto = str(adapters[0]) == 'auto'
+            files = adapters[auto:]
+            model = AdaptedDetector.from_files(model, files, auto, self.class_names)
         model = model.to(device).eval()
         self.model = fuse_for_inference(model) if fuse else model
 

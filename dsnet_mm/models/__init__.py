@@ -2,6 +2,7 @@ from dsnet_mm.environment import require
 
 require('mmengine', 'mmcv', user='dsnet_mm.models')
 
+from .adapted_detector import AdaptedDetector
 from .backbones import DSNet, OpenCLIPEncoder
 from .fuse import fuse_for_inference
 from .heads import CLIPAdapter
@@ -10,6 +11,7 @@ from .necks import DSFPN
 
 __all__ = [
     'DSFPN',
+    'AdaptedDetector',
     'CLIPAdapter',
     'DSBlock',
     'DSNet',

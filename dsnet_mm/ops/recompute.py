@@ -54,10 +54,11 @@ def _without_effects(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
         or torch.compiler.is_compiling()
     ):
         return None
+    # Those of now: torch.func.functional_call gives others until its end.
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
     if isinstance(norm, nn.GroupNorm):
-        return norm.forward
+        return lambda x: F.group_norm(x, norm.num_groups, weight, bias, eps)
     if not norm.training:  # its running statistics may change until the backward
         return None
     # Without them: they were updated already.
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
     return lambda x: F.batch_norm(x, None, None, weight, bias, True, eps=eps)

@@ -135,6 +135,17 @@ def test_keys_are_those_of_our_files(tmp_path: Path):
     assert runs.differing(one, other, keys) == ['a.b.1']
 
 
+def test_options_of_a_draw_and_of_another_test(tmp_path: Path):
+    table = TABLES['nuclei_stained']
+    run = runs.Run('nuclei_stained', table.row('neck_5'), 3, tmp_path, 'sets')
+    draw = 'train_dataloader.dataset.ann_file=annotations/few_shot/5images_draw3.json'
+    assert draw in run.arguments('train.py')
+    options = runs._filled(table.others['fluorescence'], data_root='sets/')
+    file = 'test_evaluator.ann_file=sets/annotations/instances_val_fluorescence.json'
+    assert file in run.arguments('test.py', options=options)
+    assert file not in run.arguments('test.py')
+
+
 def test_page_is_made_from_the_results():
     """No number of a table is typed wrong, and every plot is there."""
     page = report.PAGE.read_text()

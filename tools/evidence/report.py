@@ -90,16 +90,16 @@ def main_table(name: str, results: Results) -> str:
     return '\n'.join(lines)
 
 
-def sweep_table(name: str, results: Results) -> str:
-    """Returns a learning-rate sweep in Markdown: a row a network, a column a rate."""
-    metric, title = next(iter(TABLES[name].metrics.items()))
+def sweep_table(name: str, results: Results, metric: str) -> str:
+    """Returns a metric in Markdown: a column for each number at the end of labels."""
+    title = f'{TABLES[name].metrics[metric]} by {TABLES[name].by}'
     cells: dict[str, dict[float, str]] = {}
     for row in TABLES[name].rows:
         label, rate = row.label.rsplit(', ', 1)
         numbers = list(values(results, row.name, metric).values())
         cells.setdefault(label, {})[float(rate)] = summary(numbers)
     rates = sorted({rate for found in cells.values() for rate in found})
-    titles = [f'{title} by learning rate', *(f'{rate:g}' for rate in rates)]
+    titles = [title, *(f'{rate:g}' for rate in rates)]
     lines = [line(titles), line(['---'] + ['--:'] * len(rates))]
     for label, found in cells.items():
         lines.append(line([label, *(found.get(rate, '-') for rate in rates)]))
@@ -123,10 +123,14 @@ def section(name: str, results: Results) -> str:
     if not results:
         return f'Not measured yet: `python tools/reproduce.py {name}`.'
     runs = [run for row in results.values() for run in row.values()]
-    make = sweep_table if is_sweep(name) else main_table
+    if table.by:
+        shown = [key for key in table.metrics if key.endswith(('/segm_mAP', '/top1'))]
+        text = '\n\n'.join(sweep_table(name, results, key) for key in shown)
+    else:
+        text = main_table(name, results)
     wanted = sum(row.seeds for row in table.rows)
     machines = sorted({run['machine']['processor'] for run in runs})
-    return make(name, results) + (
+    return text + (
         f'\n\n{len(runs)} of {wanted} runs; `python tools/reproduce.py {name}`; '
         f'torch {runs[0]["versions"]["torch"]}; {", ".join(machines)}.'
     )

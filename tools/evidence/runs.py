@@ -23,7 +23,7 @@ from dsnet_mm.files import write_atomic
 from dsnet_mm.version import __version__
 from measure.complexity import count_complexity
 
-from .tables import TABLES, Row
+from .tables import TABLES, Options, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / 'results'
@@ -48,7 +48,7 @@ class Run:
         self.table, self.row, self.seed = table, row, seed
         self.work_dir = folder / table / f'{row.name}-seed{seed}'
         self.config = CONFIGS / f'{row.config}.py'
-        self.options = {**row.options, 'randomness.seed': seed}
+        self.options = {**_filled(row.options, seed=seed), 'randomness.seed': seed}
         self.data_root = {'data_root': data_root} if data_root else {}
 
     @property
@@ -91,9 +91,9 @@ class Run:
             ) from error
         return cfg
 
-    def arguments(self, tool: str, *others: str) -> list[str]:
+    def arguments(self, tool: str, *others: str, options: Options = {}) -> list[str]:
         """Returns the arguments of a tool, relative to the root of the repository."""
-        options = self.options | self.data_root
+        options = self.options | self.data_root | options
         return [
             f'tools/{tool}',
             str(self.config),
@@ -122,6 +122,11 @@ class Run:
             _call(training, self.threads)
             checkpoint = find_checkpoint_to_resume(str(self.work_dir))
         metrics, seconds = self.test(checkpoint, self.work_dir / 'test')
+        for name, options in TABLES[self.table].others.items():
+            folder = self.work_dir / f'test_{name}'
+            options = _filled(options, data_root=cfg.data_root)
+            found, _ = self.test(checkpoint, folder, options)
+            metrics |= {f'{name}/{key}': value for key, value in found.items()}
         history = read_checkpoint(checkpoint)['message_hub']['log_scalars']
         plain = load_config(str(ROOT / self.config), self.options)
         command = ['python', 'tools/reproduce.py', self.table, self.row.name]
@@ -141,22 +146,33 @@ class Run:
             machine=machine(),
         )
 
-    def test(self, checkpoint: str, folder: Path) -> tuple[dict[str, float], float]:
+    def test(
+        self, checkpoint: str, folder: Path, options: Options = {}
+    ) -> tuple[dict[str, float], float]:
         """Evaluates a checkpoint with ``tools/test.py``.
 
         Args:
             checkpoint: Checkpoint or weights.
             folder: Working directory of the test.
+            options: Values of the configuration for this test.
 
         Returns:
             The metrics and the processor seconds.
         """
         work_dir = ['--work-dir', str(folder)]
-        testing = self.arguments('test.py', checkpoint, *work_dir)
+        testing = self.arguments('test.py', checkpoint, *work_dir, options=options)
         seconds = _call(testing, self.threads)
         files = folder.glob('*/metrics.json')
         latest = max(files, key=lambda path: path.stat().st_mtime)
         return json.loads(latest.read_text()), seconds
+
+
+def _filled(options: Options, **values: Any) -> dict[str, Any]:
+    """Returns options with the values of ``{name}`` in their texts."""
+    return {
+        key: value.format(**values) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
 
 
 def runs_of(
@@ -261,7 +277,7 @@ def as_json(cfg: Config) -> dict[str, Any]:
 
 
 def count(cfg: Config, size: int) -> dict[str, int]:
-    """Counts the backbone and the neck of a configuration.
+    """Counts the backbone and the neck of a configuration, without adapters.
 
     Args:
         cfg: Configuration.
@@ -272,7 +288,7 @@ def count(cfg: Config, size: int) -> dict[str, int]:
         model is a detector, and the parameters of the whole model.
     """
     init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(cfg.model.get('detector', cfg.model))
     model.eval()
     image = torch.zeros(1, 3, size, size)
     backbone = count_complexity(model.backbone, image)

@@ -16,6 +16,7 @@ class Row(NamedTuple):
         config: File in ``configs/evidence``, without suffix.
         seeds: Number of trainings, with the seeds 0, 1 and so on.
         options: Values of the configuration that the row sets, by dotted name.
+            ``{seed}`` in a text is the seed.
     """
 
     name: str
@@ -40,6 +41,9 @@ class Table(NamedTuple):
         limits: What weights of this table are not good for.
         size: Side of the square image for which multiply-adds are counted.
         comparable: Rows whose backbones need the same multiply-adds within 5 %.
+        by: What the number at the end of a label is, if it makes a column.
+        others: Other test sets: values of the configuration, by the name before their
+            metrics. ``{data_root}`` in a text is the folder of the data.
     """
 
     title: str
@@ -51,6 +55,8 @@ class Table(NamedTuple):
     limits: str
     size: int
     comparable: bool = True
+    by: str = ''
+    others: Mapping[str, Options] = {}
 
     def row(self, name: str) -> Row:
         """Returns a row by its name."""
@@ -59,7 +65,7 @@ class Table(NamedTuple):
 
 def is_sweep(table: str) -> bool:
     """Tells whether a table is a learning-rate sweep."""
-    return table.endswith('_rates')
+    return TABLES[table].by == 'learning rate'
 
 
 def percent(metric: str, value: float) -> float:
@@ -264,6 +270,43 @@ def sweep_rows(
     )
 
 
+FLUORESCENCE = 'annotations/instances_val_fluorescence.json'
+BLOCKS = 'backbone.stages.[0-9].[0-9]'
+LAST = [f'.*[.]{name}[.].*' for name in ('fc_cls', 'fc_reg', 'conv_logits')]
+# What is trained of an AdaptedDetector.
+ADAPTED = {
+    'blocks_neck': ('adapters after blocks and neck', [BLOCKS, 'neck']),
+    'blocks': ('adapters after blocks', [BLOCKS]),
+    'neck': ('adapters after the neck', ['neck']),
+    'norms': ('norms', ['norms']),
+    'lora': ('LoRA', ['lora']),
+    'last': ('last layers', LAST),
+    'full': ('all weights', ['.*[.]weight', '.*[.]bias']),
+}
+# Baselines have no alpha. All weights are learnt at a lower rate.
+BASELINES = {name: {'model.alpha': 1} for name in ('norms', 'lora', 'last', 'full')}
+BASELINES['full']['optim_wrapper.optimizer.lr'] = 1e-3
+
+
+def stained_rows(shots: tuple[int, ...]) -> tuple[Row, ...]:
+    """Returns a row for each way and number of stained images. A seed is a draw."""
+    config, file = 'nuclei_stained', 'train_dataloader.dataset.ann_file'
+    frozen = {'model.alpha': 0, 'train_cfg.max_iters': 1}
+    return (
+        Row('frozen', 'frozen, 0', config, 1, frozen),
+        *(
+            Row(
+                *(f'{name}_{k}', f'{label}, {k}', config, 5),
+                {'model.places': places, file: draw, **BASELINES.get(name, {})},
+            )
+            for k in shots
+            for draw in [f'annotations/few_shot/{k}images_draw{{seed}}.json']
+            for name, (label, places) in ADAPTED.items()
+        ),
+        Row('both', 'trained on both, 39', 'nuclei_both_stains', 3),
+    )
+
+
 # In the order of `reproduce.py all`: learning rates are chosen before they are used.
 TABLES = {
     'nuclei': NUCLEI,
@@ -315,6 +358,7 @@ TABLES = {
     'cifar10_rates': CIFAR10._replace(
         title='CIFAR-10, learning-rate sweep',
         rows=sweep_rows('cifar10', RATES, CLASSIFIERS, SHORT),
+        by='learning rate',
         tolerance=1.5,
     ),
     'cifar10': CIFAR10,
@@ -340,6 +384,23 @@ TABLES = {
         rows=sweep_rows(
             'nuclei', dict.fromkeys(DETECTORS, (1e-3, 4e-3)), DETECTORS, {}
         ),
+        by='learning rate',
+    ),
+    'nuclei_stained': NUCLEI._replace(
+        title='Nuclei, a detector for fluorescence adapted to stained tissue',
+        rows=stained_rows((1, 2, 5, 10)),
+        metrics=COCO | {'fluorescence/coco/segm_mAP': 'mask AP on fluorescence'},
+        data=f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and '
+        'the training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md',
+        comparable=False,
+        by='stained images',
+        others={
+            'fluorescence': {
+                'test_dataloader.dataset.ann_file': FLUORESCENCE,
+                'test_dataloader.dataset.data_prefix.img': 'val/',
+                'test_evaluator.ann_file': f'{{data_root}}{FLUORESCENCE}',
+            }
+        },
     ),
     'cifar10_long': CIFAR10._replace(
         title='CIFAR-10, a longer training',

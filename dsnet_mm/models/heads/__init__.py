@@ -1,4 +1,4 @@
-"""Heads of classifiers. mmpretrain is imported when CLIPAdapterHead is built."""
+"""Heads. mmpretrain and mmdet are imported when one of their heads is built."""
 
 from dsnet_mm.clip import CLIPAdapter
 from dsnet_mm.registry import MODELS
@@ -11,6 +11,10 @@ def __getattr__(name: str) -> type:
         from .clip_adapter_head import CLIPAdapterHead
 
         return CLIPAdapterHead
+    if name == 'CLIPAdapterBBoxHead':
+        from .clip_adapter_bbox_head import CLIPAdapterBBoxHead
+
+        return CLIPAdapterBBoxHead
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
@@ -19,3 +23,10 @@ def _build_clip_adapter_head(**kwargs):
     from .clip_adapter_head import CLIPAdapterHead
 
     return CLIPAdapterHead(**kwargs)
+
+
+@MODELS.register_module(name='CLIPAdapterBBoxHead')
+def _build_clip_adapter_bbox_head(**kwargs):
+    from .clip_adapter_bbox_head import CLIPAdapterBBoxHead
+
+    return CLIPAdapterBBoxHead(**kwargs)

@@ -1,0 +1,438 @@
+"""CLIP-Adapter (arXiv 2110.04544) inside a frozen detector of mmdet."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import is_norm
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dsnet_mm.checkpoint import load_checkpoint, read_checkpoint
+from dsnet_mm.clip.adapter import ratio
+from dsnet_mm.registry import MODELS
+
+
+class MapAdapter(nn.Module):
+    r"""A bottleneck for each pixel of a map.
+
+    ::
+
+        A(f) = f + ReLU(f W1) W2
+        f* = alpha A(f) + (1 - alpha) f = f + alpha ReLU(f W1) W2
+
+    W2 starts at 0, so that f* is f. CLIP-Adapter has no f in A(f): its features are
+    normalised afterwards, and maps of a detector are not.
+
+    Args:
+        channels: Channels of the map.
+        reduction: Ratio of the channels to the width of the bottleneck.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        width = max(channels // reduction, 1)
+        self.down = nn.Conv2d(channels, width, 1, bias=False)
+        self.up = nn.Conv2d(width, channels, 1, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), in the same memory order."""
+        adapted = x + alpha * self.up(F.relu(self.down(x)))
+        # MMCV's RoIAlign ignores strides.
+        return adapted.contiguous() if x.is_contiguous() else adapted
+
+
+class WeightChange(nn.Module):
+    """What is added to a weight of the detector, ``alpha`` times. It starts at 0.
+
+    Args:
+        weight: The weight.
+        rank: None for a change of each number, or the rank of a product of two
+            matrices, as in LoRA (arXiv 2106.09685).
+    """
+
+    def __init__(self, weight: Tensor, rank: int | None) -> None:
+        super().__init__()
+        rows = len(weight) if rank else weight.numel()
+        self.up = nn.Parameter(weight.new_zeros(rows, rank or 1))
+        if rank:
+            down = weight.new_empty(rank, weight[0].numel())
+            self.down = nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5)))
+
+    def forward(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        """Returns the changed weight."""
+        change = self.up @ self.down if hasattr(self, 'down') else self.up
+        return weight + alpha * change.view_as(weight)
+
+
+class Adapter(nn.Module):
+    """The adapters of one domain, beside a detector that stays as it is.
+
+    Args:
+        detector: The detector.
+        places: Where it is adapted, any of these:
+
+            - the name of a module, or a regular expression for names: a
+              :class:`MapAdapter` for each map (N, C, H, W) that they give. ``'neck'``
+              is the pyramid.
+            - a regular expression for names of weights: these are learnt.
+            - ``'norms'``: weights and biases of all norms are learnt.
+            - ``'lora'``: all linear layers and ungrouped convolutions get a change of
+              low rank.
+        reduction: See :class:`MapAdapter`.
+        rank: Rank of ``'lora'``.
+        alpha: Weight of all adapters, from 0, the frozen detector, to 1. None is that
+            of :meth:`AdaptedDetector.start`, and 1 until then.
+
+    Attributes:
+        options: The arguments after the first.
+
+    Raises:
+        ValueError: If an argument is out of range, or nothing has the name of a place.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        places: Sequence[str] = ('neck',),
+        reduction: int = 4,
+        rank: int = 4,
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        places = [places] if isinstance(places, str) else list(places)
+        self.options = dict(places=places, reduction=reduction, rank=rank, alpha=alpha)
+        if not places or min(reduction, rank) < 1 or not 0 <= (alpha or 0) <= 1:
+            raise ValueError(
+                f'an adapter has one place or more, reduction and rank of at least 1, '
+                f'and alpha from 0 to 1, got {self.options}'
+            )
+        self.maps, self.weights = nn.ModuleDict(), nn.ModuleDict()
+        for place in places:
+            modules, weights = _find(detector, place)
+            # Names of modules in PyTorch have no points.
+            for name, widths in _widths(detector, modules).items():
+                layers = [MapAdapter(width, reduction) for width in widths]
+                self.maps[name.replace('.', '/')] = nn.ModuleList(layers)
+            for name in weights:
+                weight = detector.get_parameter(name)
+                change = WeightChange(weight, rank if place == 'lora' else None)
+                self.weights[name.replace('.', '/')] = change
+        alpha = 1.0 if alpha is None else float(alpha)
+        self.register_buffer('alpha', torch.tensor(alpha))
+        # Colours of the images of the domain and of the detector, 0 if not known.
+        self.register_buffer('domain', torch.zeros(6))
+        self.register_buffer('detector_domain', torch.zeros(6))
+        self.register_buffer('detector', identity(detector))
+
+    @contextmanager
+    def inside(self, detector: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Adapts the maps of a detector in the context.
+
+        Yields:
+            The weights that differ from those of the detector, by name.
+        """
+        handles, weights = [], {}
+        for key, layers in self.maps.items():
+            module = detector.get_submodule(key.replace('/', '.'))
+            handles.append(module.register_forward_hook(partial(self._adapt, layers)))
+        for key, change in self.weights.items():
+            name = key.replace('/', '.')
+            weights[name] = change(detector.get_parameter(name), self.alpha)
+        try:
+            yield weights
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adapt(
+        self, layers: nn.ModuleList, module: nn.Module, inputs: Any, output: Any
+    ) -> Any:
+        maps = [output] if isinstance(output, Tensor) else output
+        adapted = [layer(x, self.alpha) for layer, x in zip(layers, maps, strict=True)]
+        return adapted[0] if isinstance(output, Tensor) else tuple(adapted)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        other = state_dict.get(f'{prefix}detector')
+        if other is not None and not torch.equal(other.cpu(), self.detector.cpu()):
+            given, own = (bytes(x.tolist()).hex()[:12] for x in (other, self.detector))
+            raise ValueError(
+                f'the adapter was made for a detector with the weights {given} '
+                f'(SHA-256), and this one has {own}; use the checkpoint beside which '
+                f'it was trained'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@MODELS.register_module()
+class AdaptedDetector(BaseModel):
+    """A frozen detector of mmdet with adapters, which alone are trained and saved.
+
+    The state dict holds the adapters. Norms and dropout of the detector stay in
+    evaluation mode.
+
+    Args:
+        detector: Configuration of the detector, or the detector with its weights.
+        checkpoint: Checkpoint of the detector. None takes the weights as they are,
+            which are random if ``detector`` is a configuration.
+        auto: Whether an image in a test is adapted only if its colours, the mean and
+            the deviation of each channel, are nearer to those of the images of the
+            adapter than to those of the detector.
+        data_preprocessor: Not used; the detector has its own.
+        **options: Arguments of :class:`Adapter`.
+
+    Attributes:
+        adapters: The adapters. Training has one.
+        used: Number of the adapter that is used, None for the frozen detector.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it does not fit, or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        detector: dict | nn.Module,
+        checkpoint: str | None = None,
+        auto: bool = False,
+        data_preprocessor: dict | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(detector, nn.Module):
+            detector = MODELS.build(detector)
+        if checkpoint is not None:
+            load_checkpoint(detector, checkpoint)
+        if any(getattr(module, 'with_cp', False) for module in detector.modules()):
+            raise ValueError(
+                'gradient checkpointing computes maps again without adapters; set '
+                'with_cp=False in the detector'
+            )
+        super().__init__(detector.data_preprocessor)
+        # No part of this module: not in its state dict, its parameters or its mode.
+        self.__dict__['detector'] = detector.requires_grad_(False).eval()
+        self.with_mask = getattr(detector, 'with_mask', False)
+        self.auto, self.used = auto, 0
+        self.adapters = nn.ModuleList([Adapter(detector, **options)])
+
+    @classmethod
+    def from_files(
+        cls,
+        detector: nn.Module,
+        files: Sequence[str | Path],
+        auto: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> 'AdaptedDetector':
+        """Puts adapters beside a detector.
+
+        Args:
+            detector: The detector with its weights.
+            files: Files of adapters.
+            auto: See the class. With several files it must be True.
+            class_names: Names of the classes of the detector, None for any.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If one is of another detector or other classes, or cannot be
+                chosen by image.
+        """
+        if not files or (len(files) > 1 and not auto):
+            raise ValueError(
+                f'{len(files)} adapters without a choice between them; give one, or '
+                f'auto for the nearest of each image'
+            )
+        adapters = nn.ModuleList()
+        for path in files:
+            about = json.loads(read_checkpoint(str(path))['meta'].get('adapter', '{}'))
+            if not about:
+                raise ValueError(f'{path} is no adapter, as an AdapterHook writes it')
+            if class_names and about['class_names'] != [*class_names]:
+                raise ValueError(
+                    f'{path} has the classes {about["class_names"]}, and the detector '
+                    f'has {[*class_names]}; use that beside which it was trained'
+                )
+            model = cls(detector, auto=auto, **about['options'])
+            load_checkpoint(model, str(path))
+            if auto and not model.adapters[0].detector_domain.any():
+                raise ValueError(
+                    f'{path} knows no images of the detector, and cannot be chosen by '
+                    f'image; train it with AdapterHook(base=...)'
+                )
+            adapters += model.adapters
+        model.adapters = adapters
+        return model
+
+    def forward(
+        self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'
+    ) -> Any:
+        """Runs the detector with the adapter that is used; arguments are mmdet's."""
+        arguments = (inputs, data_samples, mode)
+        if self.used is None:
+            return self.detector(*arguments)
+        with self.adapters[self.used].inside(self.detector) as weights:
+            return functional_call(self.detector, weights, arguments)
+
+    def test_step(self, data: dict[str, Any]) -> list:
+        """Predicts a batch, see ``BaseModel.test_step``."""
+        if not self.auto:
+            return super().test_step(data)
+        found = []
+        try:
+            for i, image in enumerate(data['inputs']):
+                self.used = self.choose(image)
+                found += super().test_step({k: [v[i]] for k, v in data.items()})
+        finally:
+            self.used = 0
+        return found
+
+    val_step = test_step
+
+    def choose(self, image: Tensor) -> int | None:
+        """Returns the adapter of an image (C, H, W), None for the frozen detector."""
+        own = colours(image).to(self.adapters[0].domain)
+        domains = [adapter.domain for adapter in self.adapters]
+        domains += [adapter.detector_domain for adapter in self.adapters]
+        nearest = int(torch.stack([(own - x).norm() for x in domains]).argmin())
+        return nearest if nearest < len(self.adapters) else None
+
+    @torch.no_grad()
+    def start(self, batches: Sequence[dict[str, Any]]) -> tuple[float, list[int]]:
+        """Sets alpha, and the classes of a head that the detector lacks.
+
+        alpha is 0.7 min(1, L / log K)^2, as CLIP-Adapter's. L is the cross-entropy of
+        the frozen detector for regions (:func:`.classify_regions`), in which all
+        classes count the same, and K their number with the background. An alpha of
+        the configuration stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
+        become :func:`.class_prototypes`.
+
+        Args:
+            batches: Training images with annotations.
+
+        Returns:
+            alpha, and the labels of the classes that were set.
+
+        Raises:
+            ValueError: If the detector classifies no regions.
+        """
+        from .heads.clip_adapter_bbox_head import class_prototypes, classify_regions
+
+        adapter, detector = self.adapters[0], self.detector
+        if adapter.options['alpha'] is None:
+            head = getattr(getattr(detector, 'roi_head', None), 'bbox_head', None)
+            if not hasattr(head, 'fc_cls'):
+                raise ValueError(
+                    f'{type(detector).__name__} has no classifier of regions, whose '
+                    f'cross-entropy gives alpha; set alpha, from 0 to 1'
+                )
+            found = [classify_regions(detector, batch)[1:] for batch in batches]
+            logits, labels = (torch.cat(x) for x in zip(*found, strict=True))
+            losses = F.cross_entropy(logits, labels, reduction='none')
+            by_class = [losses[labels == label].mean() for label in labels.unique()]
+            loss = float(torch.stack(by_class).mean())
+            adapter.alpha.fill_(ratio(loss, logits.shape[1]))
+        name, absent = 'roi_head.bbox_head.fc_cls.text_features', []
+        if (key := name.replace('.', '/')) in adapter.weights and adapter.alpha:
+            matrix = detector.get_parameter(name)
+            if absent := (~matrix.any(1)).nonzero().flatten().tolist():
+                rows = class_prototypes(detector, batches) / adapter.alpha
+                adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
+        return float(adapter.alpha), absent
+
+    def train(self, mode: bool = True) -> 'AdaptedDetector':
+        """Sets the mode of the adapters, and of what computes losses."""
+        super().train(mode)
+        # Some detectors and heads of mmdet ask for it. Their layers stay as they are.
+        for module in (self.detector, *self.detector.children()):
+            module.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'AdaptedDetector':
+        self.detector._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def colours(image: Tensor) -> Tensor:
+    """Returns the mean and the deviation of each channel of an image of bytes.
+
+    Args:
+        image: Image (C, H, W), of values from 0 to 255.
+
+    Returns:
+        2 C numbers from 0 to 1.
+    """
+    pixels = image.flatten(1).float() / 255
+    return torch.cat([pixels.mean(1), pixels.std(1, correction=0)])
+
+
+def identity(detector: nn.Module) -> Tensor:
+    """Returns the SHA-256 of the weights of a detector, 32 bytes."""
+    sha = hashlib.sha256()
+    for name, value in sorted(detector.state_dict().items()):
+        if not name.endswith('num_batches_tracked'):
+            sha.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+            sha.update(value.detach().cpu().contiguous().flatten().numpy().tobytes())
+    return torch.tensor(list(sha.digest()), dtype=torch.uint8)
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    """Tells whether a weight is a matrix, for each pixel of a kernel."""
+    is_layer = isinstance(layer, nn.Linear | nn.Conv2d)
+    return is_layer and getattr(layer, 'groups', 1) == 1
+
+
+def _find(detector: nn.Module, place: str) -> tuple[list[str], list[str]]:
+    """Returns the names of the modules and of the weights at a place."""
+    modules, pattern = dict(detector.named_modules()), place
+    if place in ('norms', 'lora'):
+        fits = is_norm if place == 'norms' else _is_dense
+        names = '|'.join(re.escape(name) for name, m in modules.items() if fits(m))
+        pattern = rf'({names})\.(weight{"|bias" if place == "norms" else ""})'
+    try:
+        fits = re.compile(pattern).fullmatch
+    except re.error:  # no expression: no name either
+        fits = place.__eq__
+    weights = [name for name, _ in detector.named_parameters() if fits(name)]
+    modules = [name for name in modules if name and fits(name)]
+    if not modules and not weights:
+        parts = ', '.join(name for name, _ in detector.named_children())
+        raise ValueError(
+            f'{type(detector).__name__} has nothing of the name {place!r}; it has '
+            f'{parts}, and what is in these, such as backbone.stages.0'
+        )
+    return modules, weights
+
+
+@torch.no_grad()
+def _widths(detector: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the channels of each map that modules give."""
+    found: dict[str, list[int]] = {}
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        maps = [output] if isinstance(output, Tensor) else output
+        if all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
+            found[name] = [x.shape[1] for x in maps]
+
+    handles = [
+        detector.get_submodule(name).register_forward_hook(partial(note, name))
+        for name in names
+    ]
+    if names:
+        image = next(detector.parameters()).new_zeros(1, 3, 128, 128)
+        detector.eval().extract_feat(image)
+    for handle in handles:
+        handle.remove()
+    if absent := [name for name in names if name not in found]:
+        raise ValueError(
+            f'{absent[0]} gives no maps (N, C, H, W) between image and pyramid; take '
+            f'a block, or the neck'
+        )
+    return found

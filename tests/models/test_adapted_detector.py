@@ -1,0 +1,259 @@
+"""Adapters of a frozen detector: what they change, and what they leave alone."""
+
+import json
+import math
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.testing import demo_mm_inputs
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from dsnet_mm.checkpoint import write_safetensors
+from dsnet_mm.engine.config import load_config
+from dsnet_mm.models import AdaptedDetector
+from dsnet_mm.models.adapted_detector import colours, identity
+from dsnet_mm.models.heads import clip_adapter_bbox_head
+from evidence.tables import ADAPTED
+from tests.conftest import trained
+
+BLOCKS = r'backbone\.stages\.\d\.\d'
+ALL = r'.*\.(weight|bias)'
+LAST = r'.*\.(fc_cls|fc_reg|conv_logits)\.(weight|bias)'
+
+
+@pytest.fixture(scope='module')
+def detector(folder: Path) -> nn.Module:
+    """A small Mask R-CNN with group norms in the backbone and batch norms behind it."""
+    options = {
+        'model.backbone.norm_cfg': dict(type='GN', num_groups=4),
+        'model.train_cfg.rpn_proposal.max_per_img': 50,
+        'model.train_cfg.rcnn.sampler.num': 16,
+        'model.test_cfg.rpn.max_per_img': 20,
+        'model.test_cfg.rcnn.score_thr': 0.0,
+    }
+    cfg = load_config(str(folder / 'mask_rcnn.py'), options)
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return trained(model).eval()
+
+
+@pytest.fixture
+def copied(detector: nn.Module) -> nn.Module:
+    return deepcopy(detector)
+
+
+def batch() -> dict:
+    torch.manual_seed(3)
+    return demo_mm_inputs(2, [[3, 64, 64]] * 2, num_classes=2, with_mask=True)
+
+
+def found(model: nn.Module) -> list[Tensor]:
+    """Returns what a detector finds in the images of a batch."""
+    with torch.no_grad():
+        samples = model.test_step(batch())
+    objects = [sample.pred_instances for sample in samples]
+    assert len(objects[0]) > 0
+    return [x for o in objects for x in (o.bboxes, o.scores, o.labels, o.masks)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def disturb(model: AdaptedDetector) -> AdaptedDetector:
+    """Gives the adapters weights as after a training."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+PLACES = {
+    'neck': ['neck'],
+    'backbone': ['backbone'],
+    'blocks': [BLOCKS],
+    'norms': ['norms'],
+    'lora': ['lora'],
+    'last': [LAST],
+    'many': [BLOCKS, 'neck', 'norms', 'lora'],
+}
+
+
+@pytest.mark.parametrize('places', PLACES.values(), ids=PLACES)
+def test_identity_at_first_and_when_off(copied: nn.Module, places: list[str]) -> None:
+    frozen = found(copied)
+    state = deepcopy(copied.state_dict())
+    model = AdaptedDetector(copied, places=places).eval()
+    assert same(found(model), frozen)
+    disturb(model)
+    assert not same(found(model), frozen)
+    model.adapters[0].alpha.fill_(0)
+    assert same(found(model), frozen)
+    model.used = None
+    assert same(found(model), frozen)
+    assert all(torch.equal(state[k], v) for k, v in copied.state_dict().items())
+    assert not any(m._forward_hooks for m in copied.modules()), 'nothing stays inside'
+
+
+def test_training_changes_adapters_only(copied: nn.Module) -> None:
+    state = deepcopy(copied.state_dict())
+    model = AdaptedDetector(copied, places=['neck', BLOCKS, 'norms', 'lora']).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    own = [*model.parameters()]
+    optimizer = OptimWrapper(torch.optim.AdamW(own, lr=1e-2))
+    for _ in range(2):  # factors of what is 0 have no gradient in the first step
+        model.train_step(batch(), optimizer)
+    assert all(torch.equal(state[k], v) for k, v in copied.state_dict().items())
+    assert all(p.grad is None for p in copied.parameters())
+    after = model.state_dict()
+    assert {k for k in after if torch.equal(before[k], after[k])} == {
+        f'adapters.0.{name}'
+        for name in ('alpha', 'detector', 'domain', 'detector_domain')
+    }
+    assert copied.training and not copied.backbone.stages[0].training
+    assert 'detector' not in dict(model.named_children())
+
+
+def test_gradients_are_those_of_the_weights(copied: nn.Module) -> None:
+    """Also where norms are computed again in the backward, after the forward's end."""
+    model = disturb(AdaptedDetector(deepcopy(copied), places=[ALL], alpha=1.0))
+    weights = model.adapters[0].weights
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            change = weights[name.replace('.', '/')].up
+            parameter.add_(change.view_as(parameter))
+    copied.eval()
+    for net in (copied, model.train()):
+        torch.manual_seed(5)
+        data = net.data_preprocessor(batch(), True)
+        sum(net.parse_losses(net(**data, mode='loss'))[:1]).backward()
+    for name, parameter in copied.named_parameters():
+        got = weights[name.replace('.', '/')].up.grad.view_as(parameter)
+        torch.testing.assert_close(got, parameter.grad, msg=name)
+
+
+def write(model: AdaptedDetector, path: Path) -> Path:
+    """Writes an adapter as the hook does."""
+    options = model.adapters[0].options
+    about = dict(options=options, class_names=['square', 'disc'])
+    write_safetensors(path, model.state_dict(), dict(adapter=json.dumps(about)))
+    return path
+
+
+def test_files(copied: nn.Module, tmp_path: Path) -> None:
+    frozen = found(copied)
+    model = disturb(AdaptedDetector(copied, places=['neck', 'norms']))
+    adapter = model.adapters[0].half().float()  # as the file has it
+    adapter.alpha.fill_(0.25)
+    path = write(model, tmp_path / 'adapter.safetensors')
+    assert path.stat().st_size < 50_000
+    again = AdaptedDetector.from_files(copied, [path], False, ['square', 'disc'])
+    assert same(found(again), found(model.eval()))
+
+    def refused(fact: str, detector: nn.Module, files: list, *args: object) -> None:
+        with pytest.raises(ValueError, match=fact) as error:
+            AdaptedDetector.from_files(detector, files, *args)
+        assert '\n' not in str(error.value)
+
+    refused('adapter.safetensors', copied, [path], False, ['nucleus'])
+    refused('nucleus', copied, [path], False, ['nucleus'])
+    refused('2 adapters', copied, [path, path])
+    refused('base', copied, [path], True)
+    other = deepcopy(copied)
+    other.backbone.norm0.weight.data[0] += 1e-6
+    refused(bytes(identity(other).tolist()).hex()[:12], other, [path])
+    plain = tmp_path / 'plain.safetensors'
+    write_safetensors(plain, copied.state_dict(), {})
+    refused('plain.safetensors', copied, [plain])
+    with pytest.raises(FileNotFoundError, match='none'):
+        AdaptedDetector.from_files(copied, [tmp_path / 'none.safetensors'], False)
+
+    # By image: the frozen detector for dark images, the adapter for bright ones.
+    data = batch()
+    data['inputs'] = [torch.full_like(x, i * 200) for i, x in enumerate(data['inputs'])]
+    adapter.domain.copy_(colours(data['inputs'][1]))
+    adapter.detector_domain.fill_(0.01)
+    write(model, path)
+    auto = AdaptedDetector.from_files(copied, [path], True)
+    assert [auto.choose(x) for x in data['inputs']] == [None, 0]
+    auto.test_step(data)
+    assert auto.used == 0, 'as in training'
+    dark = {k: v[:1] for k, v in data.items()}
+    (ours,), (theirs,) = auto.test_step(dark), copied.test_step(dark)
+    assert torch.equal(ours.pred_instances.scores, theirs.pred_instances.scores)
+    assert len(frozen)
+
+
+@pytest.mark.parametrize(
+    ('options', 'fact'),
+    [
+        (dict(places=[]), r'\[\]'),
+        (dict(places=['nothing']), 'nothing'),
+        (dict(places=['(']), r"'\('"),
+        (dict(places=['rpn_head']), 'rpn_head'),
+        (dict(reduction=0), '0'),
+        (dict(rank=0), '0'),
+        (dict(alpha=1.5), '1.5'),
+        (dict(checkpoint='none.pth'), 'none.pth'),
+    ],
+    ids=lambda value: ''.join(value) if isinstance(value, dict) else '',
+)
+def test_bad_options(copied: nn.Module, options: dict, fact: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=fact):
+        AdaptedDetector(copied, **options)
+    for block in copied.backbone.modules():
+        if hasattr(block, 'with_cp'):
+            block.with_cp = True
+    with pytest.raises(ValueError, match='with_cp'):
+        AdaptedDetector(copied)
+
+
+def test_alpha_is_that_of_clip_adapter(
+    copied: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is larger the worse the frozen detector is, and 0.7 at most."""
+    model = AdaptedDetector(copied)
+    fc_cls = copied.roi_head.bbox_head.fc_cls
+    nn.init.zeros_(fc_cls.weight)
+    for bias, alpha in (
+        ([0.0, 0.0, 0.0], 0.7),  # no better than chance
+        ([0.0, 0.0, 30.0], 0.7),  # all regions are background, and most of them are
+        ([30.0, 30.0, 0.0], 0.7),
+    ):
+        fc_cls.bias.data = torch.tensor(bias)
+        assert model.start([batch()]) == (pytest.approx(alpha), [])
+
+    def classify(net: nn.Module, data: dict) -> tuple[Tensor, ...]:
+        logits = torch.tensor([[0.0, 0, 0], [2, 1, 3], [2, 1, 3]])
+        return logits, logits, torch.tensor([0, 2, 2])
+
+    monkeypatch.setattr(clip_adapter_bbox_head, 'classify_regions', classify)
+    loss = (math.log(3) + math.log(1 + math.exp(-1) + math.exp(-2))) / 2
+    expected = 0.7 * (loss / math.log(3)) ** 2
+    assert model.start([{}, {}])[0] == pytest.approx(expected)
+    assert AdaptedDetector(copied, alpha=0.125).start([{}]) == (0.125, [])
+    copied.roi_head = None
+    with pytest.raises(ValueError, match='alpha'):
+        model.start([batch()])
+
+
+def test_places_of_the_table() -> None:
+    """Those of docs/few_shot_detection.md fit the detector of the nuclei."""
+    options = load_config('mask_rcnn_dsnet_stained', {}).model
+    init_default_scope('mmdet')
+    detector = MODELS.build(options.detector)
+    sizes = {}
+    for name, (_, places) in ADAPTED.items():
+        model = AdaptedDetector(detector, places=places)
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    assert sizes['full'] == sum(p.numel() for p in detector.parameters())
+    assert sizes['blocks'] + sizes['neck'] == sizes['blocks_neck'] < sizes['full'] / 20
+    assert len({*sizes.values()}) == len(sizes)
+    assert options.places == ADAPTED['blocks_neck'][1]
