@@ -62,8 +62,8 @@ demo: setup $(NUCLEI)/predictions.json
 # A result within seconds, from weights that were trained on real images.
 $(NUCLEI)/predictions.json: | setup
 	rm -rf $(NUCLEI)
-	$(BIN)/python tools/infer.py mask_rcnn_dsnet_nuclei \
-		weights/mask_rcnn_dsnet_nuclei.safetensors docs/images/nuclei.jpg \
+	$(BIN)/python tools/infer.py mask_rcnn_dsnet_long_nuclei \
+		weights/mask_rcnn_dsnet_long_nuclei.safetensors docs/images/nuclei.jpg \
 		--out $(NUCLEI) --score-thr 0.5
 	@echo 'The nuclei are drawn in $(NUCLEI)/images/nuclei.jpg. Now the training starts.'
 

@@ -56,7 +56,8 @@ NAVIGATION = {
     'Results': [
         'docs/results',
         'Few-shot results <docs/few_shot_results>',
-        'Weights for nuclei <weights/mask_rcnn_dsnet_nuclei>',
+        'Weights for nuclei <weights/mask_rcnn_dsnet_long_nuclei>',
+        'Weights for nuclei, small <weights/mask_rcnn_dsnet_nuclei>',
         'Weights for CIFAR-10 <weights/dsnet_cifar10>',
     ],
     'Reference': [

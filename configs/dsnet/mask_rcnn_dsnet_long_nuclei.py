@@ -1,6 +1,6 @@
 # A wider network, more augmentation and a longer training than those of
-# mask_rcnn_dsnet_nuclei.py. Not trained yet. The annotation files of the two stains are
-# written by tools/dataset_converters/nuclei_by_stain.py.
+# mask_rcnn_dsnet_nuclei.py. The annotation files of the two stains are written by
+# tools/dataset_converters/nuclei_by_stain.py.
 _base_ = 'mask_rcnn_dsnet_nuclei.py'
 
 dims = (48, 96, 192, 256)
