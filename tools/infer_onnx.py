@@ -155,8 +155,12 @@ def prepare(
         long, short = max(width, height), min(width, height)
         factor = min(max(size) / long, min(size) / short)
         new = width * factor + 0.5, height * factor + 0.5
-    else:  # factors
+    elif kind == 'factor':
         new = width * a + 0.5, height * b + 0.5
+    else:
+        raise ValueError(
+            f'the model takes images after the step {kind!r}, unknown here'
+        )
     width, height = (max(int(side), 1) for side in new)
     if filter == 'opencv':
         rows = _linear(np.swapaxes(image, 0, 1), width)
