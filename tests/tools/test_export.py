@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -13,10 +14,12 @@ from mmpretrain.registry import MODELS as CLASSIFIERS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from dsnet_mm import infer
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import resize
 from export import SIZES, ExportedPart, decode, differences
+from infer_onnx import Model, read
 from tests.conftest import error, tool, trained
 from tests.inference.conftest import random_checkpoint
 
@@ -40,20 +43,24 @@ def test_onnx_of_a_classifier(folder: Path, tmp_path: Path, capsys) -> None:
 
     program = []
     export = module.export
-    module.export = lambda net: program.append(export(net)) or program[0]
+    module.export = lambda net, batch: program.append(export(net)) or program[0]
     module.main(args)
     assert '97 x 97' in capsys.readouterr().out
     run = decode(out.read_bytes(), '.onnx')
     assert max(differences(net, run, [(1, 97, 300), (4, 301, 99)])) < 1e-4
     images = torch.randn(1, 3, 111, 222)
     assert run(images)[0].std() > 1e-3 * run(images)[0].abs().max()
+    image = next((folder / 'sets/folders/val/disc').iterdir())
+    (expected,) = infer(config, checkpoint, image)
+    found = Model(out)(read(image))['scores']
+    np.testing.assert_allclose(found, expected.scores, rtol=1e-4)
 
     with pytest.raises(SystemExit, match='2'):
         module.main(args)
     assert '--overwrite' in capsys.readouterr().err
 
     # With other weights than those of the program, the comparison fails.
-    module.export = lambda net: program[0]
+    module.export = lambda net, batch: program[0]
     weights = torch.load(checkpoint)
     weights['state_dict']['head.fc.weight'] *= 1.01
     torch.save(weights, checkpoint)

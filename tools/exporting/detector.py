@@ -153,7 +153,7 @@ def _check(detector: nn.Module) -> None:
                 f'backbone and neck of any detector'
             )
     one_stage = getattr(detector, 'rpn_head', None) or detector.bbox_head
-    for head in [one_stage] + [detector.roi_head] * hasattr(detector, 'roi_head'):
+    for head in (one_stage, getattr(detector, 'roi_head', one_stage)):
         cfg = head.test_cfg
         if cfg.nms.keys() - {'iou_threshold'} != {'type'} or cfg.nms.type != 'nms':
             raise ValueError(
