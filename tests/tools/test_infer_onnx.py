@@ -66,7 +66,8 @@ class TwoLayers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 16, 2, 2)
+        self.first = nn.Conv2d(3, 16, 8, 8, bias=False)
+        self.second = nn.Conv2d(16, 16, 2, 2, bias=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         first = self.first(x).relu()
@@ -76,7 +77,7 @@ class TwoLayers(nn.Module):
 class Exported:
     """A detector with random weights and its file.
 
-    Its least score is a little above what it finds in a black image.
+    Its least score is a little above what it finds in an image without contrast.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
@@ -85,14 +86,16 @@ class Exported:
         text = SMALL.format(base=kind, options=OPTIONS[kind], resize=RESIZE[kind])
         self.config.write_text(text.replace('THRESHOLD', '0.0'))
         init_default_scope('mmdet')
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         self.model = trained(MODELS.build(Config.fromfile(self.config).model)).eval()
         for name, values in self.model.named_parameters():
             if 'cls.weight' in name or 'logits.weight' in name:
-                values.data *= 4  # scores that are far apart
+                values.data *= 16 if 'roi_head' in name else 4  # far apart
+            if name == 'bbox_head.retina_cls.bias':
+                values.data.zero_()
         torch.save(dict(state_dict=self.model.state_dict()), self.weights)
-        black = OnnxDetector(self.model).predict(self.black)
-        threshold = black[1].max().item() + 0.01
+        found = OnnxDetector(self.model).predict(self.blank)
+        threshold = found[1].max().item() + 0.01
         self.config.write_text(text.replace('THRESHOLD', f'{threshold}'))
         head = getattr(self.model, 'roi_head', None) or self.model.bbox_head
         head.test_cfg.score_thr = threshold
@@ -103,7 +106,7 @@ class Exported:
         self.tool.main([*self.args, '--turns', '1'])
         self.run = self.tool.decode(self.out.read_bytes(), '.onnx')
 
-    black = torch.full((1, 3, 64, 64), -2.0)
+    blank = torch.zeros(1, 3, 64, 64)
 
 
 @pytest.fixture(scope='module', params=['mask_rcnn', 'retinanet'])
@@ -122,8 +125,8 @@ def test_objects_are_those_of_mmdet_at_any_size(exported: Exported) -> None:
         # mmdet's order, apart from equal scores
         torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
         total += len(found[0])
-    assert total > 20
-    for outs in (exported.run(exported.black), net.predict(exported.black)):
+    assert total > 10
+    for outs in (exported.run(exported.blank), net.predict(exported.blank)):
         assert [len(out) for out in outs] == [0] * len(net.names)
 
 
@@ -198,11 +201,14 @@ def test_the_same_results_as_tools_infer(
         (prediction,) = infer(exported.config, exported.weights, path, score_thr=0.0)
         expected = prediction.to_coco(i)
         assert (prediction.height, prediction.width) == sizes[about['file_name']]
-        assert abs(len(expected) - len(found[i])) <= 1
+        scores = [[x['score'] for x in some] for some in (found[i], expected)]
+        np.testing.assert_allclose(*scores, atol=0.02)
+        if about['file_name'] in ('black.png', 'pixel.png', 'wide.png'):
+            continue  # without contrast, most boxes have the same score
         for entry in expected:
             total += 1
             matched += any(agree(entry, other) for other in found[i])
-    assert total > 20
+    assert total > 10
     assert matched >= 0.95 * total
 
 
@@ -235,7 +241,7 @@ def test_runs_without_the_libraries_of_the_training(
     )
     script = tmp_path / 'infer_onnx.py'  # alone in its folder
     script.write_text((TOOLS / 'infer_onnx.py').read_text())
-    args = [script, exported.out, images / 'a.png', '--out', tmp_path / 'out']
+    args = [script, exported.out, images / 'alpha.png', '--out', tmp_path / 'out']
     environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     done = subprocess.run(
         [sys.executable, '-c', code, *map(str, args)],
