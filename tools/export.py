@@ -305,16 +305,16 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'--turns is at least 1, got {args.turns}')
         options = dict(device='cpu', cfg_options=args.cfg_options)
         predictor = Predictor(args.config, args.checkpoint, **options)
-        model, about = predictor.model, None
-        if suffix == '.onnx':
-            cfg = load_config(args.config, args.cfg_options)
-            about = describe(cfg, model, predictor.class_names)
-        if suffix == '.onnx' and predictor.detects:
+        is_onnx, about = suffix == '.onnx', None
+        if is_onnx and predictor.detects:
             from exporting.detector import OnnxDetector  # imports mmdet
 
-            net = OnnxDetector(model)
+            net = OnnxDetector(predictor.model)
         else:
-            net = ExportedPart(model)
+            net = ExportedPart(predictor.model)
+        if is_onnx:
+            cfg = load_config(args.config, args.cfg_options)
+            about = describe(cfg, predictor.model, predictor.class_names)
 
     console = Console()
     with (
@@ -355,10 +355,10 @@ def main(argv: list[str] | None = None) -> None:
     console.print(table)
     print(
         f'{args.out} holds {net.what} of any size from {least} x {least}.\n'
-        f'Its input is what the data preprocessor of the configuration gives. Its '
-        f'outputs are {", ".join(names)}.'
+        f'Its input is what the data preprocessor of the configuration gives'
+        f'{", without padding" * bool(net.batch)}. Its outputs are {", ".join(names)}.'
     )
-    if suffix == '.onnx':
+    if is_onnx:
         print('tools/infer_onnx.py runs it on images.')
     elif predictor.detects:
         print('docs/export.md says how to run the heads of the detector on these maps.')

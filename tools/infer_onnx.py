@@ -60,6 +60,12 @@ class Model:
                 f'version of tools/export.py, or of tools/few_shot.py export'
             )
         self.about = json.loads(metadata[KEY])
+        kinds = {step['kind'] for step in self.about['steps']}
+        if unknown := kinds - {'factor', 'fit', 'stretch', 'edge', 'crop'}:
+            raise ValueError(
+                f'{path} takes images after the step {", ".join(unknown)} of a test '
+                f'pipeline, which this tool does not have; it resizes and crops'
+            )
         self.detects = self.about['kind'] == 'detector'
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -155,12 +161,8 @@ def prepare(
         long, short = max(width, height), min(width, height)
         factor = min(max(size) / long, min(size) / short)
         new = width * factor + 0.5, height * factor + 0.5
-    elif kind == 'factor':
+    else:  # factors
         new = width * a + 0.5, height * b + 0.5
-    else:
-        raise ValueError(
-            f'the model takes images after the step {kind!r}, unknown here'
-        )
     width, height = (max(int(side), 1) for side in new)
     if filter == 'opencv':
         rows = _linear(np.swapaxes(image, 0, 1), width)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from torch import Tensor, nn
 
 from dsnet_mm import infer
 from exporting.detector import OnnxDetector
-from exporting.metadata import describe
+from exporting.metadata import KEY, describe
 from tests.conftest import TOOLS, tool, trained
 
 for library in ('onnx', 'onnxscript', 'onnxruntime'):
     pytest.importorskip(library, reason='an optional library')
 
-from infer_onnx import main, paste, prepare, to_rle  # noqa: E402
+import onnxruntime  # noqa: E402
+
+from infer_onnx import Model, main, paste, prepare, to_rle  # noqa: E402
 
 # A block of DS-Net takes a second to export, so the backbone has two layers.
 SMALL = """
@@ -330,12 +333,23 @@ def test_detectors_that_are_not_exported(
         OnnxDetector(MODELS.build(cfg.model))
 
 
-def test_a_test_pipeline_that_is_not_exported(folder: Path) -> None:
+def test_a_test_pipeline_that_the_tool_does_not_have(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = Config.fromfile(folder / 'retinanet.py')
     cfg.test_dataloader.dataset.pipeline.insert(1, dict(type='RandomFlip', prob=0.5))
     init_default_scope('mmdet')
-    with pytest.raises(ValueError, match=r'RandomFlip.*Resize'):
-        describe(cfg, MODELS.build(cfg.model), [])
+    about = describe(cfg, MODELS.build(cfg.model), [])
+    session = MagicMock()
+    session.get_modelmeta().custom_metadata_map = {KEY: json.dumps(about)}
+    monkeypatch.setattr(
+        onnxruntime, 'InferenceSession', lambda *args, **kwargs: session
+    )
+    with pytest.raises(ValueError, match=r'it\.onnx.*RandomFlip'):
+        Model(tmp_path / 'it.onnx')
+    session.get_modelmeta().custom_metadata_map = {}
+    with pytest.raises(ValueError, match=r'it\.onnx.*tools/export\.py'):
+        Model(tmp_path / 'it.onnx')
 
 
 def test_wrong_arguments(tmp_path: Path, capsys) -> None:

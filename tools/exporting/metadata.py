@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 from torch import nn
@@ -11,10 +12,6 @@ KEY = 'dsnet_mm'
 """Key of the metadata of an ONNX file. The value is JSON."""
 
 LEFT_OUT = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackInputs')
-ACCEPTED = (
-    'Resize by OpenCV with bilinear interpolation, Resize and ResizeEdge of the short '
-    'edge by Pillow with bilinear or bicubic interpolation, and CenterCrop'
-)
 
 
 def describe(cfg: Config, model: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
@@ -30,15 +27,9 @@ def describe(cfg: Config, model: nn.Module, classes: Sequence[str]) -> dict[str,
         ``steps`` (:func:`_step`), ``channels`` (``'RGB'`` or ``'BGR'``), and ``mean``
         and ``std`` of pixels from 0 to 255 in this order. Of a detector also
         ``score_thr``, and ``mask_thr`` if it has masks.
-
-    Raises:
-        ValueError: If the test pipeline has a step that is not accepted.
     """
-    steps = [
-        _step(step)
-        for step in cfg.test_dataloader.dataset.pipeline
-        if _name(step) not in LEFT_OUT
-    ]
+    built = map(TRANSFORMS.build, cfg.test_dataloader.dataset.pipeline)
+    steps = [_step(x) for x in built if type(x).__name__ not in LEFT_OUT]
     pixels = model.data_preprocessor
     to_rgb = getattr(pixels, '_channel_conversion', getattr(pixels, 'to_rgb', False))
     about = dict(
@@ -54,43 +45,33 @@ def describe(cfg: Config, model: nn.Module, classes: Sequence[str]) -> dict[str,
             mean=pixels.mean.flatten().tolist(), std=pixels.std.flatten().tolist()
         )
     if cfg.default_scope == 'mmdet':
-        head = getattr(model, 'roi_head', None) or model.bbox_head
-        test_cfg = head.test_cfg
+        test_cfg = (getattr(model, 'roi_head', None) or model.bbox_head).test_cfg
         about |= dict(kind='detector', score_thr=test_cfg.get('score_thr', 0))
         if model.with_mask:
             about['mask_thr'] = test_cfg.mask_thr_binary
     return about
 
 
-def _name(step: dict[str, Any]) -> str:
-    return str(step['type']).split('.')[-1]
-
-
-def _step(step: dict[str, Any]) -> dict[str, Any]:
+def _step(step: BaseTransform) -> dict[str, Any]:
     """Returns a step of the test pipeline as ``kind``, ``size`` and ``filter``.
 
     The kind is ``'factor'`` (factors of width and height), ``'fit'`` (largest size
     within the larger and the smaller side), ``'stretch'`` (width and height),
     ``'edge'`` (length of the short side, twice) or ``'crop'`` (width and height of the
-    centre).
+    centre). A step that tools/infer_onnx.py does not have is named alone.
     """
-    kind, built = None, TRANSFORMS.build(step)
-    if _name(step) == 'CenterCrop' and not built.auto_pad:
-        return dict(kind='crop', size=built.crop_size)
-    if _name(step) == 'ResizeEdge' and built.edge == 'short':
-        kind, size = 'edge', (built.scale, built.scale)
-    elif _name(step) == 'Resize' and built.scale:
-        kind, size = 'fit' if built.keep_ratio else 'stretch', built.scale
-    elif _name(step) == 'Resize' and not built.keep_ratio:
-        kind, size = 'factor', built.scale_factor
-    how = kind and (built.backend, built.interpolation)
-    if how not in (('cv2', 'bilinear'), ('pillow', 'bilinear'), ('pillow', 'bicubic')):
-        raise ValueError(
-            f'the test pipeline has the step {dict(step)}; what is accepted is '
-            f'{ACCEPTED}'
-        )
-    return dict(
-        kind=kind,
-        size=size,
-        filter='opencv' if how[0] == 'cv2' else built.interpolation,
-    )
+    name = type(step).__name__
+    if name == 'CenterCrop' and not step.auto_pad:
+        return dict(kind='crop', size=step.crop_size)
+    filters = {('cv2', 'bilinear'): 'opencv'}
+    filters |= {('pillow', x): x for x in ('bilinear', 'bicubic')}
+    how = [getattr(step, key, None) for key in ('backend', 'interpolation')]
+    if how := filters.get(tuple(how)):
+        if name == 'ResizeEdge' and step.edge == 'short':
+            return dict(kind='edge', size=(step.scale, step.scale), filter=how)
+        if name == 'Resize' and step.scale:
+            kind = 'fit' if step.keep_ratio else 'stretch'
+            return dict(kind=kind, size=step.scale, filter=how)
+        if name == 'Resize' and not step.keep_ratio:
+            return dict(kind='factor', size=step.scale_factor, filter=how)
+    return dict(kind=name)
