@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def read(path: Path) -> np.ndarray:
     """Reads an image as RGB, shape (H, W, 3), the way up that EXIF says, in 8 bits."""
     with Image.open(path) as image:
         is_16_bit = image.mode == 'I' and image.format in ('PNG', 'PPM')
-        image = ImageOps.exif_transpose(image)
+        with suppress(Exception):  # a damaged EXIF entry is not a damaged image
+            image = ImageOps.exif_transpose(image)
         if is_16_bit or image.mode.startswith('I;16'):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ('I', 'F'):
@@ -305,6 +307,54 @@ def write(path: Path, content: str) -> None:
     os.replace(part, path)
 
 
+def run(args: argparse.Namespace) -> bool:
+    """Runs a model on images, and writes the results. Returns whether all were read."""
+    out, root = args.out, args.image if args.image.is_dir() else args.image.parent
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f'{out} exists and is left alone; choose another folder')
+    if not 0 <= args.score_thr <= 1:
+        raise ValueError(f'--score-thr is from 0 to 1, got {args.score_thr}')
+    if args.threads < 0:
+        raise ValueError(f'--threads is 0 or more, got {args.threads}')
+    paths = {str(x.relative_to(root)): x for x in list_images(args.image)}
+    model = Model(args.model, args.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    images, results, failed, counts = [], [], [], Counter()
+    for name, path in paths.items():
+        try:
+            image = read(path)
+            entries = find(model, image, args.score_thr)
+        except Exception as error:  # of any type: of decoders, or memory that is short
+            failed.append(dict(file_name=name, error=str(error)))
+            print(f'{path} was skipped: {error}')
+            continue
+        if not args.no_images:
+            drawn = name
+            if path.suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+                drawn = f'{name}.drawn.jpg' if f'{name}.jpg' in paths else f'{name}.jpg'
+            (out / 'images' / drawn).parent.mkdir(parents=True, exist_ok=True)
+            draw(model, image, entries).save(out / 'images' / drawn)
+        height, width = image.shape[:2]
+        number = len(images) + 1
+        images.append(dict(id=number, file_name=name, width=width, height=height))
+        for rank, entry in enumerate(entries):
+            counts[entry['category_id'] - 1] += rank == 0 or model.detects
+            entry.pop('part', None)
+            results.append(entry | dict(image_id=number))
+    last = max((x['category_id'] for x in results), default=0)
+    classes = model.about['classes'] or map(str, range(last))
+    categories = [dict(id=i, name=x) for i, x in enumerate(classes, 1)]
+    content = dict(images=images, annotations=[], categories=categories, failed=failed)
+    write(out / 'predictions.json', json.dumps(results))
+    write(out / 'images.json', json.dumps(content))
+    print(f'{"objects" if model.detects else "images":>8}  class')
+    for label, count in counts.most_common():
+        if count:
+            print(f'{count:8}  {model.name(label)}')
+    print(f'{len(images)} of {len(paths)} images were read. Results are in {out}.')
+    return not failed
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -328,54 +378,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # names that are not UTF-8
-    out, root = args.out, args.image if args.image.is_dir() else args.image.parent
     try:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise ValueError(f'{out} exists and is left alone; choose another folder')
-        if not 0 <= args.score_thr <= 1:
-            raise ValueError(f'--score-thr is from 0 to 1, got {args.score_thr}')
-        if args.threads < 0:
-            raise ValueError(f'--threads is 0 or more, got {args.threads}')
-        paths = {str(x.relative_to(root)): x for x in list_images(args.image)}
-        model = Model(args.model, args.threads)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-    images, results, failed, counts = [], [], [], Counter()
-    for name, path in paths.items():
-        try:
-            image = read(path)
-            entries = find(model, image, args.score_thr)
-        except Exception as error:  # of any type: of decoders, or memory that is short
-            failed.append(dict(file_name=name, error=f'{error}'))
-            print(f'{path} was skipped: {error}')
-            continue
-        if not args.no_images:
-            same = path.suffix.lower() in ('.jpg', '.jpeg', '.png')
-            file = out / 'images' / (name if same else f'{name}.jpg')
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draw(model, image, entries).save(file)
-        height, width = image.shape[:2]
-        images.append(
-            dict(id=len(images) + 1, file_name=name, width=width, height=height)
-        )
-        counts.update(
-            x['category_id'] - 1 for x in entries[: None if model.detects else 1]
-        )
-        for entry in entries:
-            entry.pop('part', None)
-            results.append(entry | dict(image_id=len(images)))
-    classes = model.about['classes'] or map(str, range(max(counts, default=-1) + 1))
-    categories = [dict(id=i, name=x) for i, x in enumerate(classes, 1)]
-    content = dict(images=images, annotations=[], categories=categories, failed=failed)
-    write(out / 'predictions.json', json.dumps(results))
-    write(out / 'images.json', json.dumps(content))
-    print(f'{"objects" if model.detects else "images":>8}  class')
-    for label, count in counts.most_common():
-        print(f'{count:8}  {model.name(label)}')
-    print(f'{len(images)} of {len(paths)} images were read. Results are in {out}.')
-    if failed:
+        done = run(args)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        parser.error(str(error) or 'stopped')
+    if not done:
         sys.exit(1)
 
 
