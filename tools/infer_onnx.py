@@ -167,19 +167,25 @@ def prepare(
         new = width * a + 0.5, height * b + 0.5
     width, height = (max(int(side), 1) for side in new)
     if filter == 'opencv':
-        rows = _linear(np.swapaxes(image, 0, 1), width)
-        return np.rint(_linear(np.swapaxes(rows, 0, 1), height)).astype(np.uint8)
+        return _linear(image, width, height)
     how = Image.Resampling[filter.upper()]
     return np.asarray(Image.fromarray(image).resize((width, height), how))
 
 
-def _linear(lines: np.ndarray, count: int) -> np.ndarray:
-    """Resizes the first axis as OpenCV: linear, between centres, not smoothed."""
-    last = len(lines) - 1
-    at = ((np.arange(count) + 0.5) * (len(lines) / count) - 0.5).clip(0, last)
+def _linear(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resizes as OpenCV: linear between centres, with weights of 1 / 2048."""
+    columns, rows = _neighbours(image.shape[1], width), _neighbours(len(image), height)
+    lines = sum(image[:, at] * weight[:, None] for at, weight in columns) >> 4
+    sums = sum(lines[at] * weight[:, None, None] >> 16 for at, weight in rows)
+    return ((sums + 2) >> 2).astype(np.uint8)
+
+
+def _neighbours(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns indices and weights of the two pixels on either side of a new one."""
+    at = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
     low = at.astype(int)
-    part = np.float32(at - low)[:, None, None]
-    return lines[low] * (1 - part) + lines[np.minimum(low + 1, last)] * part
+    part = np.rint((at - low) * 2048).astype(np.int32)
+    return [(low, 2048 - part), (np.minimum(low + 1, old - 1), part)]
 
 
 # ----------------------------------------------------------------------- results
