@@ -274,7 +274,8 @@ def to_rle(
 
 def draw(model: Model, image: np.ndarray, entries: list[dict[str, Any]]) -> Image.Image:
     """Draws masks, boxes, names and scores, or the three best classes."""
-    factor = min(max(max(image.shape), LEAST), MOST) / max(image.shape)
+    longest = max(image.shape[:2])
+    factor = min(max(longest, LEAST), MOST) / longest
     size = [max(round(side * factor), 1) for side in image.shape[1::-1]]
     drawn = Image.fromarray(image).resize(size, Image.BOX if factor < 1 else None)
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(14)
@@ -299,10 +300,9 @@ def draw(model: Model, image: np.ndarray, entries: list[dict[str, Any]]) -> Imag
             pen.rectangle(pen.textbbox(at, labels[-1], font), fill=color)
             pen.text(at, labels[-1], 'white', font)
     if not model.detects:
-        pen.rectangle(
-            pen.multiline_textbbox((4, 4), '\n'.join(labels[:3]), font), 'black'
-        )
-        pen.multiline_text((4, 4), '\n'.join(labels[:3]), 'white', font)
+        best = '\n'.join(labels[:3])
+        pen.rectangle(pen.textbbox((4, 4), best, font), 'black')
+        pen.text((4, 4), best, 'white', font)
     return drawn
 
 
