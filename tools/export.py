@@ -1,33 +1,39 @@
-"""Export a classifier, or backbone and neck of a detector, for any size of images.
+"""Export a detector or a classifier, for any size of images.
 
+python tools/export.py CONFIG CHECKPOINT detector.onnx    # from image to objects
 python tools/export.py CONFIG CHECKPOINT classifier.onnx
-python tools/export.py CONFIG CHECKPOINT maps.pt2    # torch.export
+python tools/export.py CONFIG CHECKPOINT maps.pt2    # torch.export: backbone and neck
 
-The result is compared with PyTorch at five sizes and written if it agrees. The heads of
-a detector are not exported (docs/export.md).
+The result is compared with PyTorch at five sizes and written if it agrees.
+tools/infer_onnx.py runs the ONNX files without PyTorch.
 """
 
 import argparse
 import io
+import json
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dsnet_mm.checkpoint import load_checkpoint, restricted_loading
+from dsnet_mm.checkpoint import restricted_loading
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.engine.launch import add_config_arguments, add_trust_argument, user_errors
 from dsnet_mm.files import write_atomic
+from dsnet_mm.inference.predictor import Predictor
 from dsnet_mm.models import DSBlock, fuse_for_inference
+from exporting.metadata import KEY, describe
 from measure.turns import time_in_turns
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -35,24 +41,31 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 FORMATS = ('.onnx', '.pt2')
 # Batch size, height and width of the images on which an export is checked.
 SIZES = ((1, 224, 224), (2, 225, 250), (1, 333, 127), (3, 129, 160), (1, 256, 511))
-_EXAMPLE = (2, 3, 225, 250)
+_EXAMPLE = (225, 250)
 
 
 class ExportedPart(nn.Module):
-    """The part of a model that is exported.
-
-    It is a classifier as a whole, and backbone and neck of a detector: the heads of
-    mmdet choose boxes by Python code that depends on their values.
+    """A classifier as a whole, or backbone and neck of a detector.
 
     Args:
         model: A classifier of mmpretrain or a detector of mmdet.
+
+    Attributes:
+        batch: The batch size that it is exported for, None for any.
+        names: Names of the outputs, empty if they are numbered.
+        what: What it is and takes, for the user.
     """
+
+    batch = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.backbone = model.backbone
         self.neck = getattr(model, 'neck', None)
         self.head = getattr(model, 'head', None)
+        self.names = [] if self.head is None else ['scores']
+        what = 'backbone and neck' if self.head is None else 'the classifier'
+        self.what = f'{what}, for batches and images'
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -72,16 +85,34 @@ class ExportedPart(nn.Module):
             outs = (self.head(outs),)
         return outs
 
+    predict = forward
 
-def export(net: nn.Module) -> tuple[ExportedProgram, int]:
-    """Exports a network for batches and images of any size.
+    @staticmethod
+    def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        """Returns the largest difference of all outputs.
+
+        It is relative to the largest value of the output. NaN and another shape count
+        as infinite.
+        """
+        gaps = []
+        for measured, map_ in zip(found, expected, strict=True):
+            if measured.shape != map_.shape:
+                return float('inf')
+            gaps.append(((measured - map_).abs().max() / map_.abs().max()).item())
+        return max(gap if gap == gap else float('inf') for gap in gaps)
+
+
+def export(net: nn.Module, batch: int | None = None) -> tuple[ExportedProgram, int]:
+    """Exports a network for images of any size.
 
     Args:
         net: The network, in evaluation mode. Its input has shape (N, 3, H, W).
+        batch: N, None for any.
 
     Returns:
         The program, and the least height and width that it takes. Below that, a global
-        stream has a single row or column, which PyTorch treats as another program.
+        stream has a single row or column, which PyTorch treats as another program. A
+        program of one batch size is for ONNX, which has no least size.
 
     Raises:
         ValueError: If ``max_global_tokens`` leaves single rows on usual images.
@@ -94,10 +125,13 @@ def export(net: nn.Module) -> tuple[ExportedProgram, int]:
                 f'images, and one program cannot have one row and several; take at '
                 f'least 16.'
             )
-    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    sizes = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} | ({} if batch else {0: Dim.DYNAMIC})
+    example = torch.randn(batch or 2, 3, *_EXAMPLE)
     program = torch.export.export(
-        net, (torch.randn(_EXAMPLE),), dynamic_shapes=(sizes,), strict=False
+        net, (example,), dynamic_shapes=(sizes,), strict=False
     )
+    if batch:
+        return program, 1
     (name,) = program.graph_signature.user_inputs
     (node,) = (node for node in program.graph.nodes if node.name == name)
     sides = (side.node.expr for side in node.meta['val'].shape[-2:])
@@ -116,13 +150,19 @@ def _takes(run: Run, side: int) -> bool:
     return True
 
 
-def encode(program: ExportedProgram, suffix: str, names: list[str]) -> bytes:
+def encode(
+    program: ExportedProgram,
+    suffix: str,
+    names: list[str],
+    about: dict[str, Any] | None = None,
+) -> bytes:
     """Returns the content of the file of a program.
 
     Args:
         program: The program.
         suffix: One of ``FORMATS``. ``'.pt2'`` is the format of ``torch.export``.
         names: Names of the outputs in ONNX.
+        about: Metadata of an ONNX file, see ``exporting.metadata.describe``.
 
     Raises:
         ValueError: If packages that write ONNX are missing.
@@ -143,6 +183,9 @@ def encode(program: ExportedProgram, suffix: str, names: list[str]) -> bytes:
             output_names=names,
             verbose=False,
         )
+        exported.model.metadata_props[KEY] = json.dumps(about)
+        for node in exported.model.graph.all_nodes():
+            node.metadata_props.clear()  # lines of code, and paths of this machine
         return exported.model_proto.SerializeToString()
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -170,32 +213,28 @@ def decode(content: bytes, suffix: str) -> Run:
 
 @torch.no_grad()
 def differences(
-    net: nn.Module, run: Run, sizes: Sequence[tuple[int, int, int]]
+    net: Run,
+    run: Run,
+    sizes: Sequence[tuple[int, int, int]],
+    difference: Callable[..., float] = ExportedPart.difference,
 ) -> list[float]:
-    """Compares an exported network with the network, on random images.
+    """Compares an exported network with the network, on images of random blobs.
 
     Args:
         net: The network.
         run: Runs the exported network.
         sizes: Batch size, height and width of each comparison.
+        difference: Compares what was found with what was expected.
 
     Returns:
-        For each size, the largest difference of all outputs, relative to the largest
-        value of the output. NaN and another shape count as infinite.
+        The difference for each size.
     """
     results = []
     for batch, height, width in sizes:
-        images = torch.randn(batch, 3, height, width)
-        pairs = zip(run(images), net(images), strict=True)
-        results.append(max(_difference(*pair) for pair in pairs))
+        grid = torch.randn(batch, 3, height // 16 + 1, width // 16 + 1)
+        images = F.interpolate(grid, (height, width), mode='bilinear')
+        results.append(difference(run(images), net(images)))
     return results
-
-
-def _difference(measured: Tensor, expected: Tensor) -> float:
-    if measured.shape != expected.shape:
-        return float('inf')
-    difference = ((measured - expected).abs().max() / expected.abs().max()).item()
-    return difference if difference == difference else float('inf')
 
 
 def latencies(
@@ -238,8 +277,8 @@ def main(argv: list[str] | None = None) -> None:
         '--tolerance',
         type=float,
         default=1e-4,
-        help='largest difference, relative to the largest value of an output '
-        '(default: %(default)s)',
+        help='largest difference of an output, relative to its largest value, or of an '
+        'object (default: %(default)s)',
     )
     parser.add_argument(
         '--shape',
@@ -264,30 +303,42 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'{args.out} exists; replace it by --overwrite')
         if args.turns < 1:
             raise ValueError(f'--turns is at least 1, got {args.turns}')
-        cfg = load_config(args.config, args.cfg_options)
-        init_default_scope(cfg.default_scope)
-        model = MODELS.build(cfg.model)
-        load_checkpoint(model, args.checkpoint)
+        options = dict(device='cpu', cfg_options=args.cfg_options)
+        predictor = Predictor(args.config, args.checkpoint, **options)
+        is_onnx, about = suffix == '.onnx', None
+        if is_onnx and predictor.detects:
+            from exporting.detector import OnnxDetector  # imports mmdet
+
+            net = OnnxDetector(predictor.model)
+        else:
+            net = ExportedPart(predictor.model)
+        if is_onnx:
+            cfg = load_config(args.config, args.cfg_options)
+            about = describe(cfg, predictor.model, predictor.class_names)
 
     console = Console()
-    net = ExportedPart(model)
-    with user_errors(parser), console.status('Exporting, which can take minutes'):
-        program, least = export(net)
-        names = ['scores']
-        if net.head is None:
-            outputs = len(program.graph_signature.user_outputs)
-            names = [f'map{i}' for i in range(outputs)]
-        content = encode(program, suffix, names)
+    with (
+        user_errors(parser),
+        console.status('Exporting, which can take minutes'),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter('ignore', FutureWarning)  # of torch about itself
+        program, least = export(net, net.batch)
+        outputs = len(program.graph_signature.user_outputs)
+        names = net.names or [f'map{i}' for i in range(outputs)]
+        content = encode(program, suffix, names, about)
         run = decode(content, suffix)
 
     if min(args.shape) < least:
         parser.error(f'--shape is at least {least} {least}, got {args.shape}')
-    sizes = [(n, max(h, least), max(w, least)) for n, h, w in SIZES]
-    found = differences(net, run, sizes)
+    sizes = [(net.batch or n, max(h, least), max(w, least)) for n, h, w in SIZES]
+    found = differences(net.predict, run, sizes, net.difference)
     table = Table('batch, height, width', 'difference, relative')
     for size, difference in zip(sizes, found, strict=True):
         table.add_row(' x '.join(map(str, size)), f'{difference:.1e}')
     console.print(table)
+    if net.batch:
+        print(f'{sum(net.compared)} objects were compared.')
     if max(found) > args.tolerance:
         raise SystemExit(
             f'Nothing is written: the largest difference, {max(found):.1e}, is above '
@@ -302,17 +353,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, milliseconds in latencies(net, run, args.shape, args.turns).items():
         table.add_row(name, f'{milliseconds:.1f}')
     console.print(table)
-    what = 'the classifier' if net.head is not None else 'backbone and neck'
     print(
-        f'{args.out} holds {what}, for batches and images of any size from '
-        f'{least} x {least}.\nIts input is what the data preprocessor of the '
-        f'configuration gives. Its outputs are {", ".join(names)}.'
+        f'{args.out} holds {net.what} of any size from {least} x {least}.\n'
+        f'Its input is what the data preprocessor of the configuration gives'
+        f'{", without padding" * bool(net.batch)}. Its outputs are {", ".join(names)}.'
     )
-    if net.head is None:
-        print(
-            'The heads of the detector are not in it; docs/export.md says how to '
-            'run them on these maps.'
-        )
+    if is_onnx:
+        print('tools/infer_onnx.py runs it on images.')
+    elif predictor.detects:
+        print('docs/export.md says how to run the heads of the detector on these maps.')
 
 
 if __name__ == '__main__':

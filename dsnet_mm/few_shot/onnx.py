@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,26 @@ class ImageClassifier(nn.Module):
         """Probabilities (N, K) of RGB images (N, 3, H, W) with values 0 to 1."""
         features = self.clip.encode_image((images - self.mean) / self.std)
         return self.calibration.probabilities(self.classifier(features.float()))
+
+
+def describe(deployed: DeployedClassifier) -> dict[str, Any]:
+    """Describes classes and images for tools/infer_onnx.py (docs/export.md)."""
+    encoder, size = deployed.encoder, [deployed.encoder.image_size] * 2
+    resized = dict(size=size, filter=encoder.preprocess['interpolation'])
+    mode = encoder.preprocess['resize_mode']
+    if deployed.preprocessing == 'warp' or mode == 'squash':
+        steps = [dict(kind='stretch', **resized)]
+    else:
+        kind = 'edge' if mode == 'shortest' else mode  # which the tool refuses
+        steps = [dict(kind=kind, **resized), dict(kind='crop', size=size)]
+    return dict(
+        kind='classifier',
+        classes=list(deployed.class_names),
+        steps=steps,
+        channels='RGB',
+        mean=[0] * 3,
+        std=[255] * 3,  # mean and standard deviation are in the graph
+    )
 
 
 def export_onnx(
@@ -108,6 +129,7 @@ def export_onnx(
                 preprocessing=json.dumps(
                     {'resize': deployed.preprocessing, **deployed.encoder.preprocess}
                 ),
+                dsnet_mm=json.dumps(describe(deployed)),
             )
             program.save(str(file), external_data=weights > MOST_IN_ONE_FILE)
             session = onnxruntime.InferenceSession(

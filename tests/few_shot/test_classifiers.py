@@ -385,6 +385,7 @@ def test_onnx(
 
     from dsnet_mm.few_shot import onnx as own_onnx
     from dsnet_mm.few_shot.onnx import export_onnx
+    from infer_onnx import Model, read
 
     programs = []
 
@@ -410,6 +411,9 @@ def test_onnx(
     feed = {'images': (prepared * std + mean).numpy()}
     (found,) = session.run(None, feed)
     assert torch.allclose(torch.from_numpy(found), deployed(images), atol=1e-5)
+    for path, expected in zip(images, found, strict=True):
+        scores = Model(out)(read(path))['scores']
+        assert abs(scores - expected).max() < 1e-5
     about = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert json.loads(about['class_names']) == list(NAMES)
     with pytest.raises(SystemExit, match=r'it\.onnx'):

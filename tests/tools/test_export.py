@@ -1,5 +1,6 @@
 """Export to torch.export and ONNX, and torch.compile of training steps."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mmpretrain.registry import MODELS as CLASSIFIERS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from dsnet_mm import infer
 from dsnet_mm.models import DSFPN, DSNet
 from dsnet_mm.models.layers import DSBlock
 from dsnet_mm.ops import resize
@@ -34,26 +36,37 @@ def test_onnx_of_a_classifier(folder: Path, tmp_path: Path, capsys) -> None:
     config, checkpoint = folder / 'classifier.py', tmp_path / 'weights.pth'
     net = ExportedPart(random_checkpoint(config, CLASSIFIERS, checkpoint))
     out = tmp_path / 'classifier.onnx'
+    import infer_onnx  # imports onnxruntime
+
     module = tool('export.py')
     module.SIZES = SIZES[:2]
     args = [str(config), str(checkpoint), str(out), '--turns', '1']
 
     program = []
     export = module.export
-    module.export = lambda net: program.append(export(net)) or program[0]
+    module.export = lambda net, batch: program.append(export(net)) or program[0]
     module.main(args)
     assert '97 x 97' in capsys.readouterr().out
     run = decode(out.read_bytes(), '.onnx')
     assert max(differences(net, run, [(1, 97, 300), (4, 301, 99)])) < 1e-4
     images = torch.randn(1, 3, 111, 222)
     assert run(images)[0].std() > 1e-3 * run(images)[0].abs().max()
+    images, results = folder / 'sets/folders/val', tmp_path / 'results'
+    infer_onnx.main([str(out), str(images), '--out', str(results)])
+    found = json.loads((results / 'predictions.json').read_text())
+    predictions = infer(config, checkpoint, images)
+    expected = [x for i, one in enumerate(predictions, 1) for x in one.to_coco(i)]
+    for entry, other in zip(found, expected, strict=True):
+        assert abs(entry.pop('score') - other.pop('score')) < 2e-5
+        assert entry == other
+    assert len(list(results.glob('images/*/*.png'))) == len(predictions) == 4
 
     with pytest.raises(SystemExit, match='2'):
         module.main(args)
     assert '--overwrite' in capsys.readouterr().err
 
     # With other weights than those of the program, the comparison fails.
-    module.export = lambda net: program[0]
+    module.export = lambda net, batch: program[0]
     weights = torch.load(checkpoint)
     weights['state_dict']['head.fc.weight'] *= 1.01
     torch.save(weights, checkpoint)
