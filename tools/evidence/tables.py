@@ -328,7 +328,8 @@ TABLES = {
             'instances/duplicates': 'duplicates',
         },
         data=f'{NUCLEI.data}, and tools/dataset_converters/nuclei_by_stain.py',
-        limits=f'{NUCLEI.limits}. Beside it, not run by us: the demo model of StarDist '
+        limits=f'{NUCLEI.limits}. Fluorescence and stained images apart: '
+        'docs/results.md. Beside it, not run by us: the demo model of StarDist '
         'has a TP / (TP + FP + FN) of 83.9 on 67 fluorescence images of this set, with '
         'thresholds chosen on them (its examples/2D/2_training.ipynb at 05fbaf3)',
         size=320,
