@@ -338,7 +338,9 @@ def main(argv: list[str] | None = None) -> None:
         table.add_row(' x '.join(map(str, size)), f'{difference:.1e}')
     console.print(table)
     if net.batch:
-        print(f'{sum(net.compared)} objects were compared.')
+        count = sum(net.compared)
+        what = f'{count} objects were compared.'
+        print(what if count else 'WARNING: no object was found, so none was compared.')
     if max(found) > args.tolerance:
         raise SystemExit(
             f'Nothing is written: the largest difference, {max(found):.1e}, is above '
