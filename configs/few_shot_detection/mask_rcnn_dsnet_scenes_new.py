@@ -33,4 +33,4 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=False, T_max=max_iters, eta_min=1e-5),
 ]
 default_hooks = dict(checkpoint=dict(interval=max_iters))
-custom_hooks = [dict(type='dsnet_mm.AdapterHook')]
+custom_hooks = [dict(type='dsnet_mm.AdaptedDetectorHook')]

@@ -31,7 +31,7 @@ param_scheduler = [
 default_hooks = dict(checkpoint=dict(interval=max_iters))
 custom_hooks = [
     dict(
-        type='dsnet_mm.AdapterHook',
+        type='dsnet_mm.AdaptedDetectorHook',
         base=dict(
             ann_file='annotations/instances_train_fluorescence.json',
             data_prefix=dict(img='train/'),

@@ -25,7 +25,7 @@ from dsnet_mm.checkpoint import unwrap, write_safetensors
 from dsnet_mm.engine.resume import STOPPED, examine
 from dsnet_mm.files import replacing_file
 from dsnet_mm.models import fuse_for_inference
-from dsnet_mm.models.adapted_detector import colours
+from dsnet_mm.models.adapted_detector import AdaptedDetector, colours
 from dsnet_mm.registry import HOOKS
 from dsnet_mm.weights import DamagedCheckpointError, check_finite
 
@@ -83,7 +83,7 @@ class AdapterStartHook(Hook):
 
 
 @HOOKS.register_module()
-class AdapterHook(Hook):
+class AdaptedDetectorHook(Hook):
     """Starts the training of an :class:`AdaptedDetector`, and writes its adapter.
 
     Before the first iteration it reads the training images, eight or more, some of them
@@ -105,6 +105,11 @@ class AdapterHook(Hook):
         if runner.iter:
             return
         model, dataset = unwrap(runner.model), runner.train_dataloader.dataset
+        if not isinstance(model, AdaptedDetector):
+            raise ValueError(
+                f'AdaptedDetectorHook starts an AdaptedDetector, and the model is a '
+                f'{type(model).__name__}; set model.type, or leave the hook out'
+            )
         adapter = model.adapters[0]
         adapter.domain.copy_(_mean_colours(dataset))
         if self.base:

@@ -188,7 +188,7 @@ class AdaptedDetector(BaseModel):
         auto: Whether an image in a test is adapted only if its colours, the mean and
             the deviation of each channel, are nearer to those of the images of the
             adapter than to those of the detector.
-        data_preprocessor: Not used; the detector has its own.
+        data_preprocessor: That of the detector, if its configuration has none.
         **options: Arguments of :class:`Adapter`.
 
     Attributes:
@@ -209,7 +209,10 @@ class AdaptedDetector(BaseModel):
         **options: Any,
     ) -> None:
         if not isinstance(detector, nn.Module):
-            detector = MODELS.build(detector)
+            # MMEngine gives the model what stands beside it in a configuration.
+            detector = MODELS.build(
+                {'data_preprocessor': data_preprocessor, **detector}
+            )
         if checkpoint is not None:
             load_checkpoint(detector, checkpoint)
         if any(getattr(module, 'with_cp', False) for module in detector.modules()):
@@ -254,7 +257,9 @@ class AdaptedDetector(BaseModel):
         for path in files:
             about = json.loads(read_checkpoint(str(path))['meta'].get('adapter', '{}'))
             if not about:
-                raise ValueError(f'{path} is no adapter, as an AdapterHook writes it')
+                raise ValueError(
+                    f'{path} is no adapter, as an AdaptedDetectorHook writes it'
+                )
             if class_names and about['class_names'] != [*class_names]:
                 raise ValueError(
                     f'{path} has the classes {about["class_names"]}, and the detector '
@@ -265,7 +270,7 @@ class AdaptedDetector(BaseModel):
             if auto and not model.adapters[0].detector_domain.any():
                 raise ValueError(
                     f'{path} knows no images of the detector, and cannot be chosen by '
-                    f'image; train it with AdapterHook(base=...)'
+                    f'image; train it with AdaptedDetectorHook(base=...)'
                 )
             adapters += model.adapters
         model.adapters = adapters

@@ -23,7 +23,7 @@ train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_epochs=1)
 custom_hooks = [
     dict(
-        type='dsnet_mm.AdapterHook',
+        type='dsnet_mm.AdaptedDetectorHook',
         base=dict(ann_file='annotations/base.json', data_prefix=dict(img='base/')),
     )
 ]

@@ -4,6 +4,8 @@ import json
 import math
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from dsnet_mm.checkpoint import write_safetensors
 from dsnet_mm.engine.config import load_config
+from dsnet_mm.engine.hooks import AdaptedDetectorHook
 from dsnet_mm.models import AdaptedDetector
 from dsnet_mm.models.adapted_detector import colours, identity
 from dsnet_mm.models.heads import clip_adapter_bbox_head
@@ -242,6 +245,26 @@ def test_alpha_is_that_of_clip_adapter(
     copied.roi_head = None
     with pytest.raises(ValueError, match='alpha'):
         model.start([batch()])
+
+
+def test_images_are_prepared_as_the_configuration_says(folder: Path) -> None:
+    """The preprocessor may stand beside the model, from where MMEngine passes it."""
+    cfg = load_config(str(folder / 'mask_rcnn.py'), {}).model
+    beside = cfg.pop('data_preprocessor')
+    init_default_scope('mmdet')
+    model = AdaptedDetector(cfg, data_preprocessor=beside)
+    mean = model.detector.data_preprocessor.mean.flatten().tolist()
+    assert mean == pytest.approx(beside['mean'])
+    own = dict(beside, mean=[1.0, 2.0, 3.0])
+    model = AdaptedDetector(dict(cfg, data_preprocessor=own), data_preprocessor=beside)
+    mean = model.detector.data_preprocessor.mean.flatten().tolist()
+    assert mean == own['mean']
+
+
+def test_hook_takes_an_adapted_detector(copied: nn.Module) -> None:
+    runner = SimpleNamespace(iter=0, model=copied, train_dataloader=MagicMock())
+    with pytest.raises(ValueError, match='MaskRCNN'):
+        AdaptedDetectorHook().before_train(runner)
 
 
 def test_places_of_the_table() -> None:

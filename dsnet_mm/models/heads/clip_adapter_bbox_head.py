@@ -36,7 +36,7 @@ class CLIPAdapterBBoxHead(ConvFCBBoxHead):
 
     A checkpoint with fewer classes, or of a head with a linear classifier, gives the
     rows that it has: those of its classes are the first ones. The others are 0 until
-    :class:`dsnet_mm.AdapterHook` sets them to :func:`class_prototypes`.
+    :class:`dsnet_mm.AdaptedDetectorHook` sets them to :func:`class_prototypes`.
 
     Args:
         text_features: A safetensors file with ``text_features`` (K, D), the rows of the
