@@ -7,7 +7,7 @@ model = dict(
     type='dsnet_mm.AdaptedDetector',
     detector={{_base_.model}},
     checkpoint='work_dirs/mask_rcnn_dsnet_fluorescence/last.pth',
-    places=['backbone.stages.[0-9].[0-9]', 'neck'],
+    places=['lora'],
 )
 train_dataloader = dict(
     dataset=dict(

@@ -273,10 +273,10 @@ def test_places_of_the_table() -> None:
     init_default_scope('mmdet')
     detector = MODELS.build(options.detector)
     sizes = {}
-    for name, (_, places) in ADAPTED.items():
-        model = AdaptedDetector(detector, places=places)
+    for name, (_, _, choices) in ADAPTED.items():
+        model = AdaptedDetector(detector, places=choices['places'])
         sizes[name] = sum(p.numel() for p in model.parameters())
     assert sizes['full'] == sum(p.numel() for p in detector.parameters())
-    assert sizes['blocks'] + sizes['neck'] == sizes['blocks_neck'] < sizes['full'] / 20
     assert len({*sizes.values()}) == len(sizes)
-    assert options.places == ADAPTED['blocks_neck'][1]
+    assert sizes['lora'] < sizes['full'] / 10
+    assert options.places == ADAPTED['lora'][2]['places']

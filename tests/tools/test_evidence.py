@@ -137,7 +137,7 @@ def test_keys_are_those_of_our_files(tmp_path: Path):
 
 def test_options_of_a_draw_and_of_another_test(tmp_path: Path):
     table = TABLES['nuclei_stained']
-    run = runs.Run('nuclei_stained', table.row('neck_5'), 3, tmp_path, 'sets')
+    run = runs.Run('nuclei_stained', table.row('lora_5'), 3, tmp_path, 'sets')
     draw = 'train_dataloader.dataset.ann_file=annotations/few_shot/5images_draw3.json'
     assert draw in run.arguments('train.py')
     options = runs._filled(table.others['fluorescence'], data_root='sets/')
