@@ -304,7 +304,9 @@ def stained_rows() -> Iterator[Row]:
         }
         for k in shots:
             draw = f'annotations/few_shot/{k}images_draw{{seed}}.json'
-            yield Row(f'{name}_{k}', f'{label}, {k}', config, 5, {**options, file: draw})
+            yield Row(
+                f'{name}_{k}', f'{label}, {k}', config, 5, {**options, file: draw}
+            )
     yield Row('both', 'trained on both, 39', 'nuclei_both_stains', 3)
 
 
