@@ -1,5 +1,5 @@
 # The detector of mask_rcnn_dsnet_scenes_base.py with the last class added, from 5 boxes
-# of each class. AP of each class: the metrics coco/NAME_precision.
+# of each class. AP of the classes before, and of the new one: base and novel.
 _base_ = 'mask_rcnn_dsnet_scenes_base.py'
 
 detector = _base_.model
@@ -17,12 +17,25 @@ metainfo = dict(
     classes=('striped disc', 'dotted disc', 'striped star', 'dotted star'),
     palette=[(230, 160, 0), (30, 130, 220), (200, 40, 120), (20, 150, 90)],
 )
+folder = 'annotations/few_shot/'
 train_dataloader = dict(
-    dataset=dict(metainfo=metainfo, ann_file='annotations/few_shot/5boxes_draw0.json')
+    dataset=dict(metainfo=metainfo, ann_file=folder + '5boxes_draw0.json')
 )
-val_dataloader = dict(dataset=dict(metainfo=metainfo))
+val_dataloader = dict(
+    dataset=dict(
+        metainfo=metainfo, ann_file=folder + 'rest.json', data_prefix=dict(img='')
+    )
+)
 test_dataloader = val_dataloader
-val_evaluator = dict(metric='bbox', classwise=True)
+val_evaluator = [
+    dict(
+        type='CocoMetric',
+        ann_file=f'{_base_.data_root}{folder}rest_{part}.json',
+        metric='bbox',
+        prefix=part,
+    )
+    for part in ('base', 'novel')
+]
 test_evaluator = val_evaluator
 
 max_iters = 150

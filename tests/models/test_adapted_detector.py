@@ -20,7 +20,7 @@ from dsnet_mm.engine.hooks import AdaptedDetectorHook
 from dsnet_mm.models import AdaptedDetector
 from dsnet_mm.models.adapted_detector import colours, identity
 from dsnet_mm.models.heads import clip_adapter_bbox_head
-from evidence.tables import ADAPTED
+from evidence.tables import STAINED
 from tests.conftest import trained
 
 BLOCKS = r'backbone\.stages\.\d\.\d'
@@ -273,10 +273,10 @@ def test_places_of_the_table() -> None:
     init_default_scope('mmdet')
     detector = MODELS.build(options.detector)
     sizes = {}
-    for name, (_, _, choices) in ADAPTED.items():
-        model = AdaptedDetector(detector, places=choices['places'])
+    for name, (_, _, choices) in STAINED.items():
+        places = choices.get('model.places', options.places)
+        model = AdaptedDetector(detector, places=places)
         sizes[name] = sum(p.numel() for p in model.parameters())
     assert sizes['full'] == sum(p.numel() for p in detector.parameters())
     assert len({*sizes.values()}) == len(sizes)
     assert sizes['lora'] < sizes['full'] / 10
-    assert options.places == ADAPTED['lora'][2]['places']

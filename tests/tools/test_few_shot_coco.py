@@ -56,7 +56,7 @@ def test_images(tmp_path: Path) -> None:
     for path in (train, val):
         path.write_text(json.dumps(content))
     files = draw(tmp_path / 'out', *options)
-    assert len(files) == 9
+    assert len(files) == 11
     drawn = set()
     for seed in range(3):
         one, two = (names(files[f'{k}images_draw{seed}']) for k in (1, 2))
@@ -66,8 +66,13 @@ def test_images(tmp_path: Path) -> None:
     assert names(files['1images_draw0']) != names(files['1images_draw1'])
     assert names(files['drawn']) == drawn
     assert all(name.startswith('train/') for name in drawn)
-    every = {f'{folder}/{i}.png' for folder in ('train', 'val') for i in range(20)}
-    assert names(files['rest']) == every - drawn
+    first, second = ({f'{x}/{i}.png' for i in range(20)} for x in ('train', 'val'))
+    assert names(files['base']) == first, 'the detector has seen them'
+    assert names(files['rest']) == second
+    without = draw(tmp_path / 'without', *options[:-2])
+    assert names(without['rest']) == (first | second) - names(without['drawn'])
+    assert len(without) == 8
+    parts = [files[name] for name in ('base', 'rest_base', 'rest_novel')]
     for content in files.values():
         assert [c['name'] for c in content['categories']] == ['b', 'a']
         numbers = [image['id'] for image in content['images']]
@@ -77,9 +82,10 @@ def test_images(tmp_path: Path) -> None:
             objects[a['image_id']] += 1
         for image in content['images']:
             wanted = int(Path(image['file_name']).stem) % 3 + 1
-            share = 1 if content is files['base'] else 2
+            share = 1 if content in parts else 2
             assert objects[image['id']] == share * wanted, 'all objects of an image'
-    assert {a['category_id'] for a in files['base']['annotations']} == {6}
+    classes = [{a['category_id'] for a in x['annotations']} for x in parts]
+    assert classes == [{6}, {6}, {7}]
     again = draw(tmp_path / 'again', *options)
     assert again == files
     more = (*sources, '--images', 1, 2, 5, '--draws', 3, '--novel', 'a')

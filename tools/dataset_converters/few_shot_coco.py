@@ -12,9 +12,12 @@ It writes into the first folder:
                          only these objects, as in TFA (arXiv 2003.06957)
     drawn.json           all images of all draws
     rest.json            all others, for tests
-    base.json            with --novel: all images, with objects of the other classes
+    base.json            with --novel: the first source without objects of new classes
+    rest_base.json       with --novel: rest.json with objects of the other classes,
+    rest_novel.json      and of the new ones, for base and novel AP
 
-Draws are made from the first source. A draw contains those of the same number with
+Draws are made from the first source. With --novel the tests are the other sources: the
+detector has seen all of the first one. A draw contains those of the same number with
 fewer images. File names begin with the folder of their source. The classes of --novel
 come last, so labels of the others stay.
 """
@@ -164,10 +167,14 @@ def convert(
             drawn |= images
             name = f'{number}{"boxes" if boxes else "images"}_draw{seed}'
             files[name] = part(images, kept if boxes else annotations)
-    files |= dict(drawn=part(drawn), rest=part(every - drawn))
+    first = {image['id'] for image in content['images'] if image['source'] == 0}
+    rest = every - (first if novel else drawn)
+    files |= dict(drawn=part(drawn), rest=part(rest))
     if novel:
-        base = [a for a in annotations if a['category_id'] not in last]
-        files['base'] = part(every, base)
+        new = [a for a in annotations if a['category_id'] in last]
+        others = [a for a in annotations if a['category_id'] not in last]
+        files |= dict(base=part(first, others))
+        files |= dict(rest_base=part(rest, others), rest_novel=part(rest, new))
     return files
 
 

@@ -124,7 +124,7 @@ def section(name: str, results: Results) -> str:
         return f'Not measured yet: `python tools/reproduce.py {name}`.'
     runs = [run for row in results.values() for run in row.values()]
     if table.by:
-        shown = [key for key in table.metrics if key.endswith(('/segm_mAP', '/top1'))]
+        shown = list(table.metrics)[: 1 if is_sweep(name) else None]
         text = '\n\n'.join(sweep_table(name, results, key) for key in shown)
     else:
         text = main_table(name, results)
