@@ -1,11 +1,11 @@
-"""Run the rows of a measured table, and write the tables of docs/results.md.
+"""Run the rows of a measured table, and write the tables of the documentation.
 
 python tools/reproduce.py nuclei                  # what is missing of a table
 python tools/reproduce.py nuclei dsnet_dsfpn      # what is missing of a row
 python tools/reproduce.py nuclei dsnet_dsfpn --seed 0 --check
 python tools/reproduce.py all                     # what is missing of all tables
 python tools/reproduce.py nuclei --time           # on an idle machine
-python tools/reproduce.py --report                # tables and plots of the page, no run
+python tools/reproduce.py --report                # tables and plots of pages, no run
 python tools/reproduce.py scenes --report         # prints a table, no run
 
 A run that is killed goes on where it was when the command is given again. Each finished
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         '--turns', type=int, default=10, help='turns of --time (default: 10)'
     )
     parser.add_argument(
-        '--report', action='store_true', help='only write the page, or print a table'
+        '--report', action='store_true', help='only write the pages, or print a table'
     )
     parser.add_argument('--data-root', help='folder of the data')
     parser.add_argument(
@@ -154,13 +154,13 @@ def run_rows(
 
 
 def report(table: str | None = None) -> None:
-    """Writes the tables and plots of docs/results.md, or prints one table."""
-    from evidence.report import read_results, section, write_page
+    """Writes the tables and plots of the documentation, or prints one table."""
+    from evidence.report import read_results, section, write_pages
 
     if table in TABLES:
         print(section(table, read_results(table)))
     else:
-        print('Written:', *write_page())
+        print('Written:', *write_pages())
 
 
 if __name__ == '__main__':

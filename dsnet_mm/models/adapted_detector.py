@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +18,6 @@ from torch.func import functional_call
 from dsnet_mm.checkpoint import load_checkpoint, read_checkpoint
 from dsnet_mm.clip.adapter import ratio
 from dsnet_mm.registry import MODELS
-
-
-class MapAdapter(nn.Module):
-    r"""A bottleneck for each pixel of a map.
-
-    ::
-
-        A(f) = f + ReLU(f W1) W2
-        f* = alpha A(f) + (1 - alpha) f = f + alpha ReLU(f W1) W2
-
-    W2 starts at 0, so that f* is f. CLIP-Adapter has no f in A(f): its features are
-    normalised afterwards, and maps of a detector are not.
-
-    Args:
-        channels: Channels of the map.
-        reduction: Ratio of the channels to the width of the bottleneck.
-    """
-
-    def __init__(self, channels: int, reduction: int) -> None:
-        super().__init__()
-        width = max(channels // reduction, 1)
-        self.down = nn.Conv2d(channels, width, 1, bias=False)
-        self.up = nn.Conv2d(width, channels, 1, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), in the same memory order."""
-        adapted = x + alpha * self.up(F.relu(self.down(x)))
-        # MMCV's RoIAlign ignores strides.
-        return adapted.contiguous() if x.is_contiguous() else adapted
 
 
 class WeightChange(nn.Module):
@@ -80,16 +48,12 @@ class Adapter(nn.Module):
 
     Args:
         detector: The detector.
-        places: Where it is adapted, any of these:
+        places: Which of its weights are changed, any of these:
 
-            - the name of a module, or a regular expression for names: a
-              :class:`MapAdapter` for each map (N, C, H, W) that they give. ``'neck'``
-              is the pyramid.
-            - a regular expression for names of weights: these are learnt.
-            - ``'norms'``: weights and biases of all norms are learnt.
-            - ``'lora'``: all linear layers and ungrouped convolutions get a change of
-              low rank.
-        reduction: See :class:`MapAdapter`.
+            - ``'lora'``: those of all linear layers and ungrouped convolutions, by a
+              change of low rank.
+            - ``'norms'``: weights and biases of all norms.
+            - a regular expression for names of weights.
         rank: Rank of ``'lora'``.
         alpha: Weight of all adapters, from 0, the frozen detector, to 1. None is that
             of :meth:`AdaptedDetector.start`, and 1 until then.
@@ -98,35 +62,31 @@ class Adapter(nn.Module):
         options: The arguments after the first.
 
     Raises:
-        ValueError: If an argument is out of range, or nothing has the name of a place.
+        ValueError: If an argument is out of range, or no weight has the name of a
+            place.
     """
 
     def __init__(
         self,
         detector: nn.Module,
-        places: Sequence[str] = ('neck',),
-        reduction: int = 4,
+        places: Sequence[str] = ('lora',),
         rank: int = 4,
         alpha: float | None = None,
     ) -> None:
         super().__init__()
         places = [places] if isinstance(places, str) else list(places)
-        self.options = dict(places=places, reduction=reduction, rank=rank, alpha=alpha)
-        if not places or min(reduction, rank) < 1 or not 0 <= (alpha or 0) <= 1:
+        self.options = dict(places=places, rank=rank, alpha=alpha)
+        if not places or rank < 1 or not 0 <= (alpha or 0) <= 1:
             raise ValueError(
-                f'an adapter has one place or more, reduction and rank of at least 1, '
-                f'and alpha from 0 to 1, got {self.options}'
+                f'an adapter has one place or more, a rank of at least 1, and alpha '
+                f'from 0 to 1, got {self.options}'
             )
-        self.maps, self.weights = nn.ModuleDict(), nn.ModuleDict()
+        self.weights = nn.ModuleDict()
         for place in places:
-            modules, weights = _find(detector, place)
-            # Names of modules in PyTorch have no points.
-            for name, widths in _widths(detector, modules).items():
-                layers = [MapAdapter(width, reduction) for width in widths]
-                self.maps[name.replace('.', '/')] = nn.ModuleList(layers)
-            for name in weights:
+            for name in _find(detector, place):
                 weight = detector.get_parameter(name)
                 change = WeightChange(weight, rank if place == 'lora' else None)
+                # Names of modules in PyTorch have no points.
                 self.weights[name.replace('.', '/')] = change
         alpha = 1.0 if alpha is None else float(alpha)
         self.register_buffer('alpha', torch.tensor(alpha))
@@ -135,32 +95,14 @@ class Adapter(nn.Module):
         self.register_buffer('detector_domain', torch.zeros(6))
         self.register_buffer('detector', identity(detector))
 
-    @contextmanager
-    def inside(self, detector: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Adapts the maps of a detector in the context.
-
-        Yields:
-            The weights that differ from those of the detector, by name.
-        """
-        handles, weights = [], {}
-        for key, layers in self.maps.items():
-            module = detector.get_submodule(key.replace('/', '.'))
-            handles.append(module.register_forward_hook(partial(self._adapt, layers)))
-        for key, change in self.weights.items():
-            name = key.replace('/', '.')
-            weights[name] = change(detector.get_parameter(name), self.alpha)
-        try:
-            yield weights
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _adapt(
-        self, layers: nn.ModuleList, module: nn.Module, inputs: Any, output: Any
-    ) -> Any:
-        maps = [output] if isinstance(output, Tensor) else output
-        adapted = [layer(x, self.alpha) for layer, x in zip(layers, maps, strict=True)]
-        return adapted[0] if isinstance(output, Tensor) else tuple(adapted)
+    def forward(self, detector: nn.Module) -> dict[str, Tensor]:
+        """Returns the weights that differ from those of the detector, by name."""
+        return {
+            (name := key.replace('/', '.')): change(
+                detector.get_parameter(name), self.alpha
+            )
+            for key, change in self.weights.items()
+        }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         other = state_dict.get(f'{prefix}detector')
@@ -283,8 +225,8 @@ class AdaptedDetector(BaseModel):
         arguments = (inputs, data_samples, mode)
         if self.used is None:
             return self.detector(*arguments)
-        with self.adapters[self.used].inside(self.detector) as weights:
-            return functional_call(self.detector, weights, arguments)
+        weights = self.adapters[self.used](self.detector)
+        return functional_call(self.detector, weights, arguments)
 
     def test_step(self, data: dict[str, Any]) -> list:
         """Predicts a batch, see ``BaseModel.test_step``."""
@@ -394,50 +336,22 @@ def _is_dense(layer: nn.Module) -> bool:
     return is_layer and getattr(layer, 'groups', 1) == 1
 
 
-def _find(detector: nn.Module, place: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the modules and of the weights at a place."""
-    modules, pattern = dict(detector.named_modules()), place
+def _find(detector: nn.Module, place: str) -> list[str]:
+    """Returns the names of the weights at a place."""
+    pattern = place
     if place in ('norms', 'lora'):
         fits = is_norm if place == 'norms' else _is_dense
-        names = '|'.join(re.escape(name) for name, m in modules.items() if fits(m))
-        pattern = rf'({names})\.(weight{"|bias" if place == "norms" else ""})'
+        layers = (re.escape(name) for name, x in detector.named_modules() if fits(x))
+        ends = 'weight|bias' if place == 'norms' else 'weight'
+        pattern = rf'({"|".join(layers)})\.({ends})'
+    names = [name for name, _ in detector.named_parameters()]
     try:
-        fits = re.compile(pattern).fullmatch
-    except re.error:  # no expression: no name either
-        fits = place.__eq__
-    weights = [name for name, _ in detector.named_parameters() if fits(name)]
-    modules = [name for name in modules if name and fits(name)]
-    if not modules and not weights:
-        parts = ', '.join(name for name, _ in detector.named_children())
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f'{place!r} is no regular expression: {error}') from None
+    if not found:
         raise ValueError(
-            f'{type(detector).__name__} has nothing of the name {place!r}; it has '
-            f'{parts}, and what is in these, such as backbone.stages.0'
-        )
-    return modules, weights
-
-
-@torch.no_grad()
-def _widths(detector: nn.Module, names: Sequence[str]) -> dict[str, list[int]]:
-    """Returns the channels of each map that modules give."""
-    found: dict[str, list[int]] = {}
-
-    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        maps = [output] if isinstance(output, Tensor) else output
-        if all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
-            found[name] = [x.shape[1] for x in maps]
-
-    handles = [
-        detector.get_submodule(name).register_forward_hook(partial(note, name))
-        for name in names
-    ]
-    if names:
-        image = next(detector.parameters()).new_zeros(1, 3, 128, 128)
-        detector.eval().extract_feat(image)
-    for handle in handles:
-        handle.remove()
-    if absent := [name for name in names if name not in found]:
-        raise ValueError(
-            f'{absent[0]} gives no maps (N, C, H, W) between image and pyramid; take '
-            f'a block, or the neck'
+            f'{type(detector).__name__} has no weight at {place!r}; a place is lora, '
+            f'norms, or a regular expression for names such as {names[0]}'
         )
     return found

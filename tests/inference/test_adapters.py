@@ -17,7 +17,7 @@ ADAPTED = """
 _base_ = 'mask_rcnn.py'
 model = dict(
     _delete_=True, type='dsnet_mm.AdaptedDetector', detector={{_base_.model}},
-    checkpoint='base.pth', places=['neck', 'norms'],
+    checkpoint='base.pth', places=['lora', 'norms'],
 )
 train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_epochs=1)
@@ -59,7 +59,7 @@ def test_adapter_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with safe_open('out/adapter.safetensors', 'pt') as file:
         about = json.loads(file.metadata()['adapter'])
         assert about['class_names'] == ['square', 'disc']
-        assert about['options']['places'] == ['neck', 'norms']
+        assert about['options']['places'] == ['lora', 'norms']
         alpha = float(file.get_tensor('adapters.0.alpha'))
         assert alpha == pytest.approx(0.7, abs=1e-3), 'it knows nothing yet'
         assert file.get_tensor('adapters.0.domain')[:3].max() < 0.4

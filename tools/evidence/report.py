@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/results.md from the recorded results."""
+"""Writes the tables and plots of the documentation from the recorded results."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from dsnet_mm.files import write_atomic
 from .runs import RESULTS, ROOT
 from .tables import TABLES, Row, is_sweep, percent
 
-PAGE = ROOT / 'docs' / 'results.md'
+PAGES = tuple(ROOT / 'docs' / f'{x}.md' for x in ('results', 'few_shot_detection'))
 PLOTS = ROOT / 'docs' / 'images'
 
 SHOWN = ('coco/segm_mAP', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'accuracy/top1')
@@ -231,21 +231,23 @@ def fill(page: str, sections: Mapping[str, str]) -> str:
     return PLACE.sub(lambda m: f'{m[1]}{sections[m[2]]}\n{m[3]}', page)
 
 
-def write_page() -> list[Path]:
-    """Writes the tables that docs/results.md has, and their plots beside it.
+def write_pages() -> list[Path]:
+    """Writes the tables that the pages have, and plots beside them.
 
     Returns:
         The files that were written.
     """
-    page = PAGE.read_text()
     results = {name: read_results(name) for name in TABLES}
     sections = {name: section(name, found) for name, found in results.items()}
-    write_atomic(PAGE, fill(page, sections))
-    files = [PAGE]
-    for name in (found[2] for found in PLACE.finditer(page)):
-        if results[name] and not is_sweep(name):
-            files.append(PLOTS / f'results_{name}.png')
-            write_atomic(files[-1], plot(name, results[name]))
+    files = []
+    for path in PAGES:
+        page = path.read_text()
+        files.append(path)
+        write_atomic(path, fill(page, sections))
+        for name in (found[2] for found in PLACE.finditer(page)):
+            if results[name] and not TABLES[name].by:
+                files.append(PLOTS / f'results_{name}.png')
+                write_atomic(files[-1], plot(name, results[name]))
     return files
 
 

@@ -271,7 +271,6 @@ def sweep_rows(
 
 
 FLUORESCENCE = 'annotations/instances_val_fluorescence.json'
-BLOCKS = 'backbone.stages.[0-9].[0-9]'
 LAST = [f'.*[.]{name}[.].*' for name in ('fc_cls', 'fc_reg', 'conv_logits')]
 LR = 'optim_wrapper.optimizer.lr'
 Ways = Mapping[str, tuple[str, tuple[int, ...], Options]]
@@ -283,11 +282,6 @@ STAINED: Ways = {
         'all weights',
         (1, 2, 5, 10),
         {'model.places': ['.*[.]weight', '.*[.]bias'], 'model.alpha': 1, LR: 1e-3},
-    ),
-    'maps': (
-        'bottlenecks after blocks and neck',
-        (1, 2, 5, 10),
-        {'model.places': [BLOCKS, 'neck'], 'model.reduction': 1, LR: 2e-2},
     ),
     'last': ('last layers', (10,), {'model.places': LAST, 'model.alpha': 1}),
     'norms': ('norms', (10,), {'model.places': ['norms'], 'model.alpha': 1}),
@@ -409,7 +403,7 @@ TABLES = {
                 {'model.alpha': 0, 'train_cfg.max_iters': 1},
             ),
             *few_shot_rows('nuclei_stained', STAINED, 'images'),
-            Row('both', 'trained on both, 39', 'nuclei_both_stains', 3),
+            Row('both', 'trained on both, 39', 'nuclei_both_stains', 1),
         ),
         metrics={
             'coco/segm_mAP': 'mask AP',
