@@ -180,6 +180,8 @@ class Predictor:
             auto = str(adapters[0]) == 'auto'
             files = adapters[auto:]
             model = AdaptedDetector.from_files(model, files, auto, self.class_names)
+        if isinstance(model, AdaptedDetector) and not model.auto:
+            model = model.merge()
         model = model.to(device).eval()
         self.model = fuse_for_inference(model) if fuse else model
 

@@ -1,4 +1,4 @@
-"""CLIP-Adapter (arXiv 2110.04544) inside a frozen detector of mmdet."""
+"""Adapters of the weights of a frozen detector of mmdet."""
 
 import hashlib
 import json
@@ -227,6 +227,13 @@ class AdaptedDetector(BaseModel):
             return self.detector(*arguments)
         weights = self.adapters[self.used](self.detector)
         return functional_call(self.detector, weights, arguments)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Writes the weights with adapters into the detector, and returns it."""
+        for name, weight in self.adapters[0](self.detector).items():
+            self.detector.get_parameter(name).copy_(weight)
+        return self.detector
 
     def test_step(self, data: dict[str, Any]) -> list:
         """Predicts a batch, see ``BaseModel.test_step``."""

@@ -77,6 +77,9 @@ def test_adapter_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, predictor in dict(
         frozen=Predictor(*detector, cfg_options=options, score_thr=0),
         on=Predictor(*detector, cfg_options=options, score_thr=0, adapters=[adapter]),
+        fused=Predictor(
+            *detector, cfg_options=options, score_thr=0, adapters=[adapter], fuse=True
+        ),
         auto=Predictor(
             *detector, cfg_options=options, score_thr=0, adapters=['auto', adapter]
         ),
@@ -85,6 +88,10 @@ def test_adapter_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = predictor('images')
         scores[name] = {Path(p.image).stem: p.to_coco(0) for p in found}
     assert scores['on'] == scores['config'] != scores['frozen']
+    for ours, theirs in zip(
+        *(scores[x]['like_new'] for x in ('fused', 'on')), strict=True
+    ):
+        assert ours['score'] == pytest.approx(theirs['score'], abs=1e-4)
     assert scores['auto']['like_base'] == scores['frozen']['like_base']
     assert scores['auto']['like_new'] == scores['on']['like_new']
 

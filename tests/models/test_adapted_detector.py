@@ -92,12 +92,15 @@ def test_identity_at_first_and_when_off(copied: nn.Module, places: list[str]) ->
     model = AdaptedDetector(copied, places=places).eval()
     assert same(found(model), frozen)
     disturb(model)
-    assert not same(found(model), frozen)
+    adapted = found(model)
+    assert not same(adapted, frozen)
     model.adapters[0].alpha.fill_(0)
     assert same(found(model), frozen)
     model.used = None
     assert same(found(model), frozen)
     assert all(torch.equal(state[k], v) for k, v in copied.state_dict().items())
+    model.adapters[0].alpha.fill_(1)
+    assert same(found(model.merge()), adapted)
 
 
 def test_training_changes_adapters_only(copied: nn.Module) -> None:
