@@ -207,7 +207,10 @@ class AdaptedDetector(BaseModel):
                     f'{path} has the classes {about["class_names"]}, and the detector '
                     f'has {[*class_names]}; use that beside which it was trained'
                 )
-            model = cls(detector, auto=auto, **about['options'])
+            try:
+                model = cls(detector, auto=auto, **about['options'])
+            except TypeError as error:
+                raise ValueError(f'{path} is of another version: {error}') from None
             load_checkpoint(model, str(path))
             if auto and not model.adapters[0].detector_domain.any():
                 raise ValueError(

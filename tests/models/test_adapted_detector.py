@@ -167,6 +167,9 @@ def test_files(copied: nn.Module, tmp_path: Path) -> None:
     refused('nucleus', copied, [path], False, ['nucleus'])
     refused('2 adapters', copied, [path, path])
     refused('base', copied, [path], True)
+    model.adapters[0].options |= dict(option=1)
+    refused('another version', copied, [write(model, tmp_path / 'new.safetensors')])
+    del model.adapters[0].options['option']
     other = deepcopy(copied)
     other.backbone.norm0.weight.data[0] += 1e-6
     refused(bytes(identity(other).tolist()).hex()[:12], other, [path])
