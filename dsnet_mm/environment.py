@@ -127,8 +127,8 @@ def commit() -> str:
 
     if not git('ls-files', Path(__file__).name):
         return 'unknown'  # installed into an environment in the repository of others
-    # Stored results do not count as a change.
-    others = (':(top)', ':(top,exclude)results')
+    # Stored results, and pages that are made of them, do not count as a change.
+    others = (':(top)', ':(top,exclude)results', ':(top,exclude)docs')
     changed = git('status', '--porcelain', '--untracked-files=no', '--', *others)
     return git('rev-parse', '--short=10', 'HEAD') + '+' * bool(changed)
 
