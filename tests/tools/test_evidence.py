@@ -84,15 +84,13 @@ def test_recorded_results_are_of_the_rows_as_they_are_now(
     counts, recorded = {}, 0
     for name, table in TABLES.items():
         for row in table.rows:
-            run = runs.Run(name, row, 0, Path('runs'), None)
-            cfg = deepcopy(load(run.config))
-            cfg.merge_from_dict(run.options)
-            now = runs.as_json(cfg)
             for seed in range(row.seeds):
                 run = runs.Run(name, row, seed, Path('runs'), None)
                 if not run.file.is_file():
                     continue
-                now['randomness']['seed'] = seed
+                cfg = deepcopy(load(run.config))
+                cfg.merge_from_dict(run.options)
+                now = runs.as_json(cfg)
                 result = json.loads(run.file.read_text().replace(*MOVED))
                 tops = (*publish.TRAINING, 'test_dataloader', 'custom_imports')
                 keys = {key for key in run.keys if key[0] in (*tops, 'randomness')}
