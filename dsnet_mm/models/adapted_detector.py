@@ -97,12 +97,11 @@ class Adapter(nn.Module):
 
     def forward(self, detector: nn.Module) -> dict[str, Tensor]:
         """Returns the weights that differ from those of the detector, by name."""
-        return {
-            (name := key.replace('/', '.')): change(
-                detector.get_parameter(name), self.alpha
-            )
-            for key, change in self.weights.items()
-        }
+        changed = {}
+        for key, change in self.weights.items():
+            name = key.replace('/', '.')
+            changed[name] = change(detector.get_parameter(name), self.alpha)
+        return changed
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         other = state_dict.get(f'{prefix}detector')

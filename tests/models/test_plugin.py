@@ -158,6 +158,12 @@ def test_commit_is_not_that_of_another_repository(monkeypatch, tmp_path):
     assert environment.commit() == 'unknown'
     subprocess.run(['git', 'add', '.'], cwd=tmp_path, check=True)
     assert re.fullmatch(r'[0-9a-f]{10}\+', environment.commit())
+    subprocess.run(['git', *author, 'commit', '-qm', 'x'], cwd=tmp_path, check=True)
+    for name in ('docs', 'results'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'page.md').touch()
+    subprocess.run(['git', 'add', '.'], cwd=tmp_path, check=True)
+    assert re.fullmatch(r'[0-9a-f]{10}', environment.commit())
 
 
 def test_machine_has_the_threads_of_torch(monkeypatch):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 Options = Mapping[str, Any]
 """Values of a configuration, by dotted name."""
+LR = 'optim_wrapper.optimizer.lr'
 
 
 class Row(NamedTuple):
@@ -256,14 +257,13 @@ def sweep_rows(
     data: str, rates: Mapping[str, tuple], labels: Mapping[str, str], options: Options
 ) -> tuple[Row, ...]:
     """Returns a row for each network and learning rate."""
-    lr = 'optim_wrapper.optimizer.lr'
     return tuple(
         Row(
             f'{name}_{rate:g}',
             f'{labels[name]}, {rate:g}',
             f'{data}_{name}',
             1,
-            {**options, lr: rate},
+            {**options, LR: rate},
         )
         for name in rates
         for rate in rates[name]
@@ -272,7 +272,6 @@ def sweep_rows(
 
 FLUORESCENCE = 'annotations/instances_val_fluorescence.json'
 LAST = [f'.*[.]{name}[.].*' for name in ('fc_cls', 'fc_reg', 'conv_logits')]
-LR = 'optim_wrapper.optimizer.lr'
 Ways = Mapping[str, tuple[str, tuple[int, ...], Options]]
 """What is trained of an AdaptedDetector: label, numbers of images or boxes, options."""
 # Baselines have no alpha. Rates were chosen with draw 0, on 29 images of other draws.
