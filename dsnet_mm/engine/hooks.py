@@ -86,8 +86,8 @@ class AdapterStartHook(Hook):
 class AdaptedDetectorHook(Hook):
     """Starts the training of an :class:`AdaptedDetector`, and writes its adapter.
 
-    Before the first iteration it reads the training images, eight or more, some of them
-    again if there are fewer, for :meth:`AdaptedDetector.start`, and notes their
+    Before the first iteration it reads the training images, sixteen or more, some of
+    them again if there are fewer, for :meth:`AdaptedDetector.start`, and notes their
     colours. After the last one it writes ``adapter.safetensors`` into the working
     directory, in half precision.
 
@@ -115,7 +115,7 @@ class AdaptedDetectorHook(Hook):
         if self.base:
             own = {**runner.cfg.train_dataloader.dataset, **self.base}
             adapter.detector_domain.copy_(_mean_colours(DATASETS.build(own)))
-        numbers = [i % len(dataset) for i in range(max(len(dataset), 8))]
+        numbers = [i % len(dataset) for i in range(max(len(dataset), 16))]
         alpha, labels = model.start([pseudo_collate([dataset[i]]) for i in numbers])
         runner.logger.info(f'the adapter has alpha {alpha:.3f}; prototypes: {labels}')
 

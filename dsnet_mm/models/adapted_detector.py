@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import is_norm
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dsnet_mm.checkpoint import load_checkpoint, read_checkpoint
-from dsnet_mm.clip.adapter import ratio
 from dsnet_mm.registry import MODELS
 
 
@@ -37,7 +36,7 @@ class WeightChange(nn.Module):
             down = weight.new_empty(rank, weight[0].numel())
             self.down = nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5)))
 
-    def forward(self, weight: Tensor, alpha: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, alpha: Tensor | float) -> Tensor:
         """Returns the changed weight."""
         change = self.up @ self.down if hasattr(self, 'down') else self.up
         return weight + alpha * change.view_as(weight)
@@ -55,8 +54,9 @@ class Adapter(nn.Module):
             - ``'norms'``: weights and biases of all norms.
             - a regular expression for names of weights.
         rank: Rank of ``'lora'``.
-        alpha: Weight of all adapters, from 0, the frozen detector, to 1. None is that
-            of :meth:`AdaptedDetector.start`, and 1 until then.
+        alpha: Weight of the changes, from 0, the frozen detector, to 1. It replaces
+            that of a checkpoint. None is that of :meth:`AdaptedDetector.start`, and 1
+            until then.
 
     Attributes:
         options: The arguments after the first.
@@ -95,12 +95,19 @@ class Adapter(nn.Module):
         self.register_buffer('detector_domain', torch.zeros(6))
         self.register_buffer('detector', identity(detector))
 
-    def forward(self, detector: nn.Module) -> dict[str, Tensor]:
-        """Returns the weights that differ from those of the detector, by name."""
-        changed = {}
+    def forward(
+        self, detector: nn.Module, alpha: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        """Returns the weights that differ from those of the detector, by name.
+
+        Args:
+            detector: The detector.
+            alpha: Weight of the changes, None for that of the adapter.
+        """
+        alpha, changed = self.alpha if alpha is None else alpha, {}
         for key, change in self.weights.items():
             name = key.replace('/', '.')
-            changed[name] = change(detector.get_parameter(name), self.alpha)
+            changed[name] = change(detector.get_parameter(name), alpha)
         return changed
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -112,6 +119,8 @@ class Adapter(nn.Module):
                 f'(SHA-256), and this one has {own}; use the checkpoint beside which '
                 f'it was trained'
             )
+        if self.options['alpha'] is not None:
+            state_dict[f'{prefix}alpha'] = self.alpha
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -119,8 +128,9 @@ class Adapter(nn.Module):
 class AdaptedDetector(BaseModel):
     """A frozen detector of mmdet with adapters, which alone are trained and saved.
 
-    The state dict holds the adapters. Norms and dropout of the detector stay in
-    evaluation mode.
+    In training the changes count whole. In tests they are blended by alpha, as weights
+    in WiSE-FT (arXiv 2109.01903). The state dict holds the adapters. Norms and dropout
+    of the detector stay in evaluation mode.
 
     Args:
         detector: Configuration of the detector, or the detector with its weights.
@@ -227,7 +237,7 @@ class AdaptedDetector(BaseModel):
         arguments = (inputs, data_samples, mode)
         if self.used is None:
             return self.detector(*arguments)
-        weights = self.adapters[self.used](self.detector)
+        weights = self.adapters[self.used](self.detector, 1 if mode == 'loss' else None)
         return functional_call(self.detector, weights, arguments)
 
     @torch.no_grad()
@@ -264,9 +274,8 @@ class AdaptedDetector(BaseModel):
     def start(self, batches: Sequence[dict[str, Any]]) -> tuple[float, list[int]]:
         """Sets alpha, and the classes of a head that the detector lacks.
 
-        alpha is 0.7 min(1, L / log K)^2, as CLIP-Adapter's. L is the cross-entropy of
-        the frozen detector for regions (:func:`.classify_regions`), in which all
-        classes count the same, and K their number with the background. An alpha of
+        alpha is 1 minus the box AP50 of the frozen detector on these images, the mean
+        over their classes: where the detector is right already, it is held. An alpha of
         the configuration stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
         become :func:`.class_prototypes`.
 
@@ -275,31 +284,17 @@ class AdaptedDetector(BaseModel):
 
         Returns:
             alpha, and the labels of the classes that were set.
-
-        Raises:
-            ValueError: If the detector classifies no regions.
         """
-        from .heads.clip_adapter_bbox_head import class_prototypes, classify_regions
+        from .heads.clip_adapter_bbox_head import class_prototypes
 
         adapter, detector = self.adapters[0], self.detector
         if adapter.options['alpha'] is None:
-            head = getattr(getattr(detector, 'roi_head', None), 'bbox_head', None)
-            if not hasattr(head, 'fc_cls'):
-                raise ValueError(
-                    f'{type(detector).__name__} has no classifier of regions, whose '
-                    f'cross-entropy gives alpha; set alpha, from 0 to 1'
-                )
-            found = [classify_regions(detector, batch)[1:] for batch in batches]
-            logits, labels = (torch.cat(x) for x in zip(*found, strict=True))
-            losses = F.cross_entropy(logits, labels, reduction='none')
-            by_class = [losses[labels == label].mean() for label in labels.unique()]
-            loss = float(torch.stack(by_class).mean())
-            adapter.alpha.fill_(ratio(loss, logits.shape[1]))
+            adapter.alpha.fill_(1 - box_ap50(detector, batches))
         name, absent = 'roi_head.bbox_head.fc_cls.text_features', []
-        if (key := name.replace('.', '/')) in adapter.weights and adapter.alpha:
+        if (key := name.replace('.', '/')) in adapter.weights:
             matrix = detector.get_parameter(name)
             if absent := (~matrix.any(1)).nonzero().flatten().tolist():
-                rows = class_prototypes(detector, batches) / adapter.alpha
+                rows = class_prototypes(detector, batches)
                 adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
         return float(adapter.alpha), absent
 
@@ -327,6 +322,44 @@ def colours(image: Tensor) -> Tensor:
     """
     pixels = image.flatten(1).float() / 255
     return torch.cat([pixels.mean(1), pixels.std(1, correction=0)])
+
+
+@torch.no_grad()
+def box_ap50(detector: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Computes the box AP at an IoU of 0.5, the mean over the classes of the images.
+
+    Args:
+        detector: A detector.
+        batches: Images with boxes, as a data loader gives them.
+
+    Returns:
+        The AP, from 0 to 1. 0 without a box.
+    """
+    from mmdet.evaluation.functional.mean_ap import average_precision, tpfp_default
+    from mmdet.structures.bbox import get_box_tensor
+
+    images = []
+    for batch in batches:
+        data = detector.data_preprocessor(batch, False)
+        inputs, samples = data['inputs'], data['data_samples']
+        for sample in detector.predict(inputs, samples, rescale=False):
+            objects, true = sample.pred_instances, sample.gt_instances
+            rows = torch.cat([objects.bboxes, objects.scores[:, None]], 1)
+            numbers = rows, objects.labels, get_box_tensor(true.bboxes), true.labels
+            images.append([x.cpu().numpy() for x in numbers])
+    values = []
+    for label in {int(x) for *_, labels in images for x in labels}:
+        scores, right, total = [], [], 0
+        for rows, found, boxes, labels in images:
+            rows, boxes = rows[found == label], boxes[labels == label]
+            scores.append(rows[:, 4])
+            right.append(tpfp_default(rows, boxes, np.empty((0, 4)))[0][0])
+            total += len(boxes)
+        order = np.argsort(-np.concatenate(scores), kind='stable')
+        count = np.concatenate(right)[order].cumsum()
+        precision = count / np.arange(1, len(count) + 1)
+        values.append(average_precision(count / total, precision))
+    return float(np.mean(values or [0]))
 
 
 def identity(detector: nn.Module) -> Tensor:

@@ -1,25 +1,28 @@
 """Adapters of a frozen detector: what they change, and what they leave alone."""
 
 import json
-import math
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from mmdet.models import DetDataPreprocessor
 from mmdet.testing import demo_mm_inputs
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from dsnet_mm.checkpoint import write_safetensors
+from dsnet_mm.checkpoint import load_checkpoint, write_safetensors
 from dsnet_mm.engine.config import load_config
 from dsnet_mm.engine.hooks import AdaptedDetectorHook
 from dsnet_mm.models import AdaptedDetector
-from dsnet_mm.models.adapted_detector import colours, identity
-from dsnet_mm.models.heads import clip_adapter_bbox_head
+from dsnet_mm.models.adapted_detector import box_ap50, colours, identity
 from evidence.tables import STAINED
 from tests.conftest import trained
 
@@ -157,6 +160,9 @@ def test_files(copied: nn.Module, tmp_path: Path) -> None:
     assert path.stat().st_size < 50_000
     again = AdaptedDetector.from_files(copied, [path], False, ['square', 'disc'])
     assert same(found(again), found(model.eval()))
+    given = AdaptedDetector(copied, places=['norms'], alpha=0.0).eval()
+    load_checkpoint(given, str(path))
+    assert same(found(given), frozen), 'a given alpha replaces that of the file'
 
     def refused(fact: str, detector: nn.Module, files: list, *args: object) -> None:
         with pytest.raises(ValueError, match=fact) as error:
@@ -192,7 +198,6 @@ def test_files(copied: nn.Module, tmp_path: Path) -> None:
     dark = {k: v[:1] for k, v in data.items()}
     (ours,), (theirs,) = auto.test_step(dark), copied.test_step(dark)
     assert torch.equal(ours.pred_instances.scores, theirs.pred_instances.scores)
-    assert len(frozen)
 
 
 @pytest.mark.parametrize(
@@ -218,33 +223,89 @@ def test_bad_options(copied: nn.Module, options: dict, fact: str) -> None:
         AdaptedDetector(copied)
 
 
-def test_alpha_is_that_of_clip_adapter(
-    copied: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is larger the worse the frozen detector is, and 0.7 at most."""
+class Found(nn.Module):
+    """A detector that finds given objects."""
+
+    def __init__(self, objects: list[InstanceData]) -> None:
+        super().__init__()
+        self.objects = objects
+        self.data_preprocessor = DetDataPreprocessor()
+
+    def predict(self, inputs: Tensor, data_samples: list, rescale: bool) -> list:
+        assert not rescale
+        for sample, objects in zip(data_samples, self.objects, strict=True):
+            sample.pred_instances = objects
+        return data_samples
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_ap50_is_that_of_coco(seed: int) -> None:
+    """If no two boxes overlap, and up to the 101 points at which COCO reads recall."""
+    data, rng = batch(), np.random.default_rng(seed)
+    objects, known, found = [], [], []
+    for image, sample in enumerate(data['data_samples']):
+        n = 40
+        corners = 40.0 * np.stack(np.divmod(np.arange(n), 8), 1)
+        true = np.hstack([corners, corners + rng.uniform(12, 24, (n, 2))])
+        boxes = true + rng.uniform(-5, 5, (n, 4))
+        labels, scores = rng.integers(0, 2, n), rng.uniform(0, 1, n)
+        guess = np.where(rng.uniform(0, 1, n) < 0.2, 2, labels)
+        for k in range(n):
+            for out, x, label in ((known, true, labels), (found, boxes, guess)):
+                box = [*x[k, :2], *(x[k, 2:] - x[k, :2])]
+                out.append(dict(image_id=image, category_id=label[k], bbox=box))
+            found[-1]['score'] = scores[k]
+            known[-1] |= dict(id=len(known), iscrowd=0, area=1)
+        truth = dict(bboxes=torch.tensor(true), labels=torch.tensor(labels))
+        sample.gt_instances = InstanceData(**truth)
+        numbers = dict(bboxes=boxes, scores=scores, labels=guess)
+        tensors = {name: torch.tensor(x) for name, x in numbers.items()}
+        objects.append(InstanceData(**tensors))
+    coco, kinds = COCO(), [dict(id=i) for i in range(3)]
+    coco.dataset = dict(images=[dict(id=0), dict(id=1)], annotations=known)
+    coco.dataset['categories'] = kinds
+    coco.createIndex()
+    judge = COCOeval(coco, coco.loadRes(found), 'bbox')
+    judge.params.iouThrs = np.array([0.5])
+    judge.evaluate()
+    judge.accumulate()
+    expected = judge.eval['precision'][0, :, :2, 0, -1].mean()
+    assert box_ap50(Found(objects), [data]) == pytest.approx(expected, abs=0.01)
+    assert 0.2 < expected < 0.8
+
+
+def test_alpha_is_what_the_detector_does_not_find(copied: nn.Module) -> None:
+    data = batch()
+    true = [sample.gt_instances for sample in data['data_samples']]
+    right = [InstanceData(**dict(x.items()), scores=torch.ones(len(x))) for x in true]
+    nothing = [x[:0] for x in right]
     model = AdaptedDetector(copied)
-    fc_cls = copied.roi_head.bbox_head.fc_cls
-    nn.init.zeros_(fc_cls.weight)
-    for bias, alpha in (
-        ([0.0, 0.0, 0.0], 0.7),  # no better than chance
-        ([0.0, 0.0, 30.0], 0.7),  # all regions are background, and most of them are
-        ([30.0, 30.0, 0.0], 0.7),
-    ):
-        fc_cls.bias.data = torch.tensor(bias)
-        assert model.start([batch()]) == (pytest.approx(alpha), [])
+    for objects, alpha in ((right, 0.0), (nothing, 1.0)):
+        model.__dict__['detector'] = Found(objects)
+        assert model.start([data]) == (pytest.approx(alpha), [])
+    model = AdaptedDetector(copied, alpha=0.125)
+    assert model.start([data]) == (0.125, [])
+    alpha, _ = AdaptedDetector(copied).start([data])
+    assert alpha == pytest.approx(1 - box_ap50(copied, [data]))
 
-    def classify(net: nn.Module, data: dict) -> tuple[Tensor, ...]:
-        logits = torch.tensor([[0.0, 0, 0], [2, 1, 3], [2, 1, 3]])
-        return logits, logits, torch.tensor([0, 2, 2])
 
-    monkeypatch.setattr(clip_adapter_bbox_head, 'classify_regions', classify)
-    loss = (math.log(3) + math.log(1 + math.exp(-1) + math.exp(-2))) / 2
-    expected = 0.7 * (loss / math.log(3)) ** 2
-    assert model.start([{}, {}])[0] == pytest.approx(expected)
-    assert AdaptedDetector(copied, alpha=0.125).start([{}]) == (0.125, [])
-    copied.roi_head = None
-    with pytest.raises(ValueError, match='alpha'):
-        model.start([batch()])
+def test_changes_count_whole_in_training(copied: nn.Module) -> None:
+    """Otherwise the optimizer would make up for a small alpha."""
+
+    def loss(model: nn.Module) -> float:
+        torch.manual_seed(5)
+        data = model.data_preprocessor(batch(), True)
+        return float(model.parse_losses(model(**data, mode='loss'))[0])
+
+    model = disturb(AdaptedDetector(copied, alpha=0.25)).train()
+    with torch.no_grad():
+        model.adapters[0].alpha.fill_(0.25)
+    whole = loss(model)
+    frozen = loss(copied.train(False))
+    model.adapters[0].alpha.fill_(1)
+    copied = model.merge()
+    assert whole == pytest.approx(loss(copied), rel=1e-5)
+    assert abs(whole - frozen) > 1e-3
 
 
 def test_images_are_prepared_as_the_configuration_says(folder: Path) -> None:

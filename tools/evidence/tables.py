@@ -182,10 +182,30 @@ LARGE_CROPS = {
     'train_dataloader.batch_size': 2,
     'train_dataloader.dataset.pipeline.2.crop_size': (256, 256),
 }
-MAX_GLOBAL_TOKENS = {
-    'model.backbone.max_global_tokens': 64,
-    'model.neck.max_global_tokens': 64,
+# Images of 256: 8 x 8 global tokens without a maximum.
+LARGE_SCENES = {
+    'data_root': 'data/scenes_256/',
+    'train_cfg.max_iters': 700,
+    'train_cfg.val_interval': 700,
+    'param_scheduler.1.T_max': 700,
+    'train_dataloader.batch_size': 4,
+    'val_dataloader.dataset.pipeline.1.scale': (256, 256),
+    'test_dataloader.dataset.pipeline.1.scale': (256, 256),
 }
+DRAWN_SCENES = Table(
+    'Drawn scenes, Mask R-CNN',
+    (
+        Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
+        Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
+    ),
+    COCO,
+    tolerance=3.0,
+    data='the first two commands of `make demo`: the images and the warm-up of the '
+    'backbone',
+    licence='the images are drawn by this repository',
+    limits='drawn images only',
+    size=128,
+)
 CIFAR10 = Table(
     'CIFAR-10 at 64 pixels',
     tuple(
@@ -253,6 +273,17 @@ STEMS = {
 }
 
 
+def cap_rows(config: str, cap: int, options: Options) -> tuple[Row, ...]:
+    """Returns the rows without and with a maximum number of global tokens."""
+    parts = ('backbone', 'neck')
+    capped = {f'model.{part}.max_global_tokens': cap for part in parts}
+    labels = ('DS-Net + DS-FPN, no maximum', f'at most {cap} global tokens')
+    return (
+        Row('uncapped', labels[0], config, 3, options),
+        Row(f'cap{cap}', labels[1], config, 3, {**options, **capped}),
+    )
+
+
 def sweep_rows(
     data: str, rates: Mapping[str, tuple], labels: Mapping[str, str], options: Options
 ) -> tuple[Row, ...]:
@@ -299,11 +330,19 @@ SCENES: Ways = {
 }
 
 
-def few_shot_rows(config: str, ways: Ways, what: str) -> Iterator[Row]:
+KNOWN = 'weights/mask_rcnn_dsnet_nuclei.safetensors'
+"""A detector that knows both stains."""
+FLUORESCENCE_AGAIN: Ways = {'fluorescence': ('fluorescence', (1, 5), {})}
+STAINED_AGAIN: Ways = {'both': ('both stains', (1, 5), {'model.checkpoint': KNOWN})}
+
+
+def few_shot_rows(
+    config: str, ways: Ways, what: str, folder: str = 'few_shot'
+) -> Iterator[Row]:
     """Yields a row for each way and number of images or boxes. A seed is a draw."""
     for name, (label, shots, options) in ways.items():
         for k in shots:
-            draw = f'annotations/few_shot/{k}{what}_draw{{seed}}.json'
+            draw = f'annotations/{folder}/{k}{what}_draw{{seed}}.json'
             drawn = {'train_dataloader.dataset.ann_file': draw}
             yield Row(f'{name}_{k}', f'{label}, {k}', config, 5, {**options, **drawn})
 
@@ -337,28 +376,16 @@ TABLES = {
     ),
     'nuclei_cap': NUCLEI._replace(
         title='Nuclei, maximum number of global tokens',
-        rows=tuple(
-            Row(name, label, 'nuclei_dsnet_dsfpn', 3, {**LARGE_CROPS, **options})
-            for name, label, options in (
-                ('uncapped', 'DS-Net + DS-FPN, no maximum', {}),
-                ('cap64', 'at most 64 global tokens', MAX_GLOBAL_TOKENS),
-            )
-        ),
+        rows=cap_rows('nuclei_dsnet_dsfpn', 64, LARGE_CROPS),
         size=512,
     ),
-    'scenes': Table(
-        'Drawn scenes, Mask R-CNN',
-        (
-            Row('dsfpn', 'DS-Net + DS-FPN', 'scenes_dsfpn'),
-            Row('fpn', 'DS-Net + FPN', 'scenes_fpn'),
-        ),
-        COCO,
-        tolerance=3.0,
-        data='the first two commands of `make demo`: the images and the warm-up of '
-        'the backbone',
-        licence='the images are drawn by this repository',
-        limits='drawn images only',
-        size=128,
+    'scenes': DRAWN_SCENES,
+    'scenes_cap': DRAWN_SCENES._replace(
+        title='Drawn scenes of 256 pixels, maximum number of global tokens',
+        rows=cap_rows('scenes_dsfpn', 16, LARGE_SCENES),
+        data='make_scenes.py data/scenes_256 --size 256, and the warm-up of the '
+        'backbone of `make demo`',
+        size=256,
     ),
     'cifar10_rates': CIFAR10._replace(
         title='CIFAR-10, learning-rate sweep',
@@ -419,6 +446,28 @@ TABLES = {
                 'test_dataloader.dataset.data_prefix.img': 'val/',
                 'test_evaluator.ann_file': f'{{data_root}}{FLUORESCENCE}',
             }
+        },
+    ),
+    'nuclei_known': NUCLEI._replace(
+        title='Nuclei, a detector adapted to images as it knows',
+        rows=(
+            *few_shot_rows(
+                'nuclei_known', FLUORESCENCE_AGAIN, 'images', 'few_fluorescence'
+            ),
+            *few_shot_rows('nuclei_stained', STAINED_AGAIN, 'images'),
+        ),
+        metrics={
+            'coco/segm_mAP': 'mask AP',
+            'frozen/coco/segm_mAP': 'mask AP, frozen',
+            'whole/coco/segm_mAP': 'mask AP, alpha 1',
+        },
+        data=f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and '
+        'the training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md',
+        comparable=False,
+        by='images',
+        others={
+            'frozen': {'model.alpha': 0},
+            'whole': {'model.alpha': 1},
         },
     ),
     'scenes_new': Table(

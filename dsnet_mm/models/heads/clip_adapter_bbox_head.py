@@ -96,50 +96,36 @@ class CLIPAdapterBBoxHead(ConvFCBBoxHead):
 
 
 @torch.no_grad()
-def classify_regions(detector: nn.Module, batch: dict) -> tuple[Tensor, ...]:
-    """Classifies the true boxes of images, and of the background.
-
-    The background are the proposals whose IoU with all boxes is below 0.3.
-
-    Args:
-        detector: A two-stage detector.
-        batch: Images with boxes, as a data loader gives them.
-
-    Returns:
-        Features (N, D), logits (N, K + 1) and labels (N,) of all regions.
-    """
-    head, seen, regions, labels = detector.roi_head.bbox_head, [], [], []
-    data = detector.data_preprocessor(batch, True)
-    maps, samples = detector.extract_feat(data['inputs']), data['data_samples']
-    found = detector.rpn_head.predict(maps, samples, rescale=False)
-    for sample, proposals in zip(samples, found, strict=True):
-        boxes = get_box_tensor(sample.gt_instances.bboxes)
-        apart = (bbox_overlaps(proposals.bboxes, boxes) < 0.3).all(1)
-        others = proposals.bboxes[apart]
-        regions.append(torch.cat([boxes, others]))
-        own = sample.gt_instances.labels
-        labels += [own, own.new_full((len(others),), head.num_classes)]
-    handle = head.fc_cls.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    try:
-        logits = detector.roi_head._bbox_forward(maps, bbox2roi(regions))['cls_score']
-    finally:
-        handle.remove()
-    return seen[0], logits, torch.cat(labels)
-
-
-@torch.no_grad()
 def class_prototypes(detector: nn.Module, batches: Iterable[dict]) -> Tensor:
     """Computes the rows of W: means of the features of regions, each of unit norm.
 
+    Regions are the true boxes, and for the background the proposals whose IoU with all
+    of these is below 0.3.
+
     Args:
         detector: A two-stage detector with a :class:`CLIPAdapterBBoxHead`.
-        batches: See :func:`classify_regions`.
+        batches: Images with boxes, as a data loader gives them.
 
     Returns:
         Rows (K + 1, D) of unit norm, and of 0 for classes without a box.
     """
-    rows = torch.zeros_like(detector.roi_head.bbox_head.fc_cls.text_features)
-    for batch in batches:
-        features, _, labels = classify_regions(detector, batch)
-        rows.index_add_(0, labels, F.normalize(features, dim=-1))
+    head, seen = detector.roi_head.bbox_head, []
+    rows = torch.zeros_like(head.fc_cls.text_features)
+    handle = head.fc_cls.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    try:
+        for batch in batches:
+            data = detector.data_preprocessor(batch, True)
+            maps, samples = detector.extract_feat(data['inputs']), data['data_samples']
+            found = detector.rpn_head.predict(maps, samples, rescale=False)
+            regions, labels = [], []
+            for sample, proposals in zip(samples, found, strict=True):
+                boxes = get_box_tensor(sample.gt_instances.bboxes)
+                apart = (bbox_overlaps(proposals.bboxes, boxes) < 0.3).all(1)
+                others, own = proposals.bboxes[apart], sample.gt_instances.labels
+                regions.append(torch.cat([boxes, others]))
+                labels += [own, own.new_full((len(others),), head.num_classes)]
+            detector.roi_head._bbox_forward(maps, bbox2roi(regions))
+            rows.index_add_(0, torch.cat(labels), F.normalize(seen.pop(), dim=-1))
+    finally:
+        handle.remove()
     return F.normalize(rows, dim=-1)
