@@ -274,9 +274,9 @@ class AdaptedDetector(BaseModel):
     def start(self, batches: Sequence[dict[str, Any]]) -> tuple[float, list[int]]:
         """Sets alpha, and the classes of a head that the detector lacks.
 
-        alpha is 1 minus the box AP50 of the frozen detector on these images, the mean
-        over their classes: where the detector is right already, it is held. An alpha of
-        the configuration stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
+        alpha is (1 - AP50)^2, with the box AP50 of the frozen detector on these images:
+        where the detector is right already, it is held. An alpha of the configuration
+        stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
         become :func:`.class_prototypes`.
 
         Args:
@@ -289,7 +289,7 @@ class AdaptedDetector(BaseModel):
 
         adapter, detector = self.adapters[0], self.detector
         if adapter.options['alpha'] is None:
-            adapter.alpha.fill_(1 - box_ap50(detector, batches))
+            adapter.alpha.fill_((1 - box_ap50(detector, batches)) ** 2)
         name, absent = 'roi_head.bbox_head.fc_cls.text_features', []
         if (key := name.replace('.', '/')) in adapter.weights:
             matrix = detector.get_parameter(name)
