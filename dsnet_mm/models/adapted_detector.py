@@ -274,10 +274,12 @@ class AdaptedDetector(BaseModel):
     def start(self, batches: Sequence[dict[str, Any]]) -> tuple[float, list[int]]:
         """Sets alpha, and the classes of a head that the detector lacks.
 
-        alpha is (1 - AP50)^2, with the box AP50 of the frozen detector on these images:
-        where the detector is right already, it is held. An alpha of the configuration
-        stays. Rows of a :class:`.CLIPAdapterBBoxHead` that are 0
-        become :func:`.class_prototypes`.
+        alpha is (1 - AP50)^2, with the box AP50 of the frozen detector on these images
+        (:func:`box_ap50`): where the detector is right already, it is held. The square
+        is that of CLIP-Adapter's ratio. An alpha of the configuration stays.
+
+        Rows of a :class:`.CLIPAdapterBBoxHead` that are 0 become
+        :func:`.class_prototypes`.
 
         Args:
             batches: Training images with annotations.

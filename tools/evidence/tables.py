@@ -458,8 +458,8 @@ TABLES = {
         ),
         metrics={
             'coco/segm_mAP': 'mask AP',
-            'frozen/coco/segm_mAP': 'mask AP, frozen',
-            'whole/coco/segm_mAP': 'mask AP, alpha 1',
+            'frozen/coco/segm_mAP': 'mask AP of the frozen detector',
+            'whole/coco/segm_mAP': 'mask AP with alpha 1',
         },
         data=f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and '
         'the training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md',
