@@ -61,7 +61,7 @@ def test_adapter_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert about['class_names'] == ['square', 'disc']
         assert about['options']['places'] == ['lora', 'norms']
         alpha = float(file.get_tensor('adapters.0.alpha'))
-        assert alpha == pytest.approx(1.0, abs=0.05), 'it knows nothing yet'
+        assert 0.8 < alpha <= 1, 'random weights find nothing, or little'
         assert file.get_tensor('adapters.0.domain')[:3].max() < 0.4
         base = file.get_tensor('adapters.0.detector_domain')
         assert base[:3].float().sub(230 / 255).abs().max() < 1e-3

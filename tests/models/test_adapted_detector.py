@@ -295,7 +295,7 @@ def test_changes_count_whole_in_training(copied: nn.Module) -> None:
     def loss(model: nn.Module) -> float:
         torch.manual_seed(5)
         data = model.data_preprocessor(batch(), True)
-        return float(model.parse_losses(model(**data, mode='loss'))[0])
+        return model.parse_losses(model(**data, mode='loss'))[0].item()
 
     model = disturb(AdaptedDetector(copied, alpha=0.25)).train()
     with torch.no_grad():
