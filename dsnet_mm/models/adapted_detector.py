@@ -344,6 +344,8 @@ def box_ap50(detector: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
     for batch in batches:
         data = detector.data_preprocessor(batch, False)
         inputs, samples = data['inputs'], data['data_samples']
+        for sample in samples:  # mmdet reads it, though nothing is rescaled
+            sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
         for sample in detector.predict(inputs, samples, rescale=False):
             objects, true = sample.pred_instances, sample.gt_instances
             rows = torch.cat([objects.bboxes, objects.scores[:, None]], 1)
