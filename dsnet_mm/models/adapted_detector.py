@@ -276,7 +276,8 @@ class AdaptedDetector(BaseModel):
 
         alpha is (1 - AP50)^2, with the box AP50 of the frozen detector on these images
         (:func:`box_ap50`): where the detector is right already, it is held. The square
-        is that of CLIP-Adapter's ratio. An alpha of the configuration stays.
+        is that of CLIP-Adapter's ratio. Beside new classes alpha is 1. An alpha of the
+        configuration stays.
 
         Rows of a :class:`.CLIPAdapterBBoxHead` that are 0 become
         :func:`.class_prototypes`.
@@ -290,14 +291,15 @@ class AdaptedDetector(BaseModel):
         from .heads.clip_adapter_bbox_head import class_prototypes
 
         adapter, detector = self.adapters[0], self.detector
-        if adapter.options['alpha'] is None:
-            adapter.alpha.fill_((1 - box_ap50(detector, batches)) ** 2)
         name, absent = 'roi_head.bbox_head.fc_cls.text_features', []
         if (key := name.replace('.', '/')) in adapter.weights:
             matrix = detector.get_parameter(name)
             if absent := (~matrix.any(1)).nonzero().flatten().tolist():
                 rows = class_prototypes(detector, batches)
                 adapter.weights[key].up.view_as(matrix)[absent] = rows[absent]
+        if adapter.options['alpha'] is None:
+            known = 0.0 if absent else box_ap50(detector, batches)
+            adapter.alpha.fill_((1 - known) ** 2)
         return float(adapter.alpha), absent
 
     def train(self, mode: bool = True) -> 'AdaptedDetector':

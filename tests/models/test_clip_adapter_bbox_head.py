@@ -112,7 +112,7 @@ def test_new_classes(folder: Path, tmp_path: Path, linear: bool) -> None:
     assert not matrix[new].any()
 
     state = deepcopy(detector.state_dict())
-    model = AdaptedDetector(detector, places=[CLASSES], alpha=1.0)
+    model = AdaptedDetector(detector, places=[CLASSES])
     assert model.start([batch(3)]) == (1.0, new)
     rows = class_prototypes(detector, [batch(3)])
     change = model.adapters[0].weights
