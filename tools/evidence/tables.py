@@ -185,10 +185,6 @@ LARGE_CROPS = {
 # Images of 256: 8 x 8 global tokens without a maximum.
 LARGE_SCENES = {
     'data_root': 'data/scenes_256/',
-    'train_cfg.max_iters': 700,
-    'train_cfg.val_interval': 700,
-    'param_scheduler.1.T_max': 700,
-    'train_dataloader.batch_size': 4,
     'val_dataloader.dataset.pipeline.1.scale': (256, 256),
     'test_dataloader.dataset.pipeline.1.scale': (256, 256),
 }
