@@ -14,7 +14,7 @@ from mmengine.config import Config
 from safetensors import safe_open
 
 from dsnet_mm.checkpoint import read_checkpoint
-from dsnet_mm.engine.config import load_config
+from dsnet_mm.engine.config import load_config, set_data_root
 from dsnet_mm.files import sha256, write_atomic
 from evidence import publish, report, runs, timing
 from evidence.tables import TABLES, Row
@@ -89,7 +89,10 @@ def test_recorded_results_are_of_the_rows_as_they_are_now(
                 if not run.file.is_file():
                     continue
                 cfg = deepcopy(load(run.config))
-                cfg.merge_from_dict(run.options)
+                options = dict(run.options)
+                if root := options.pop('data_root', None):
+                    set_data_root(cfg, root)
+                cfg.merge_from_dict(options)
                 now = runs.as_json(cfg)
                 result = json.loads(run.file.read_text().replace(*MOVED))
                 tops = (*publish.TRAINING, 'test_dataloader', 'custom_imports')
