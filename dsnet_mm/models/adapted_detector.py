@@ -276,8 +276,8 @@ class AdaptedDetector(BaseModel):
 
         alpha is (1 - AP50)^2, with the box AP50 of the frozen detector on these images
         (:func:`box_ap50`): where the detector is right already, it is held. The square
-        is that of CLIP-Adapter's ratio. Beside new classes alpha is 1. An alpha of the
-        configuration stays.
+        is as in :func:`dsnet_mm.clip.adapter.ratio`. Beside new classes alpha is 1. An
+        alpha of the configuration stays.
 
         Rows of a :class:`.CLIPAdapterBBoxHead` that are 0 become
         :func:`.class_prototypes`.
@@ -353,7 +353,7 @@ def box_ap50(detector: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
             rows = torch.cat([objects.bboxes, objects.scores[:, None]], 1)
             numbers = rows, objects.labels, get_box_tensor(true.bboxes), true.labels
             images.append([x.cpu().numpy() for x in numbers])
-    values = []
+    values = []  # as mmdet's eval_map, which starts processes
     for label in {int(x) for *_, labels in images for x in labels}:
         scores, right, total = [], [], 0
         for rows, found, boxes, labels in images:

@@ -326,6 +326,10 @@ SCENES: Ways = {
 }
 
 
+FEW_IMAGES = (
+    f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and the '
+    'training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md'
+)
 KNOWN = 'weights/mask_rcnn_dsnet_nuclei.safetensors'
 """A detector that knows both stains."""
 FLUORESCENCE_AGAIN: Ways = {'fluorescence': ('fluorescence', (1, 5), {})}
@@ -432,8 +436,7 @@ TABLES = {
             'coco/segm_mAP_50': 'AP50',
             'fluorescence/coco/segm_mAP': 'mask AP on fluorescence',
         },
-        data=f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and '
-        'the training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md',
+        data=FEW_IMAGES,
         comparable=False,
         by='stained images',
         others={
@@ -457,8 +460,7 @@ TABLES = {
             'frozen/coco/segm_mAP': 'mask AP of the frozen detector',
             'whole/coco/segm_mAP': 'mask AP with alpha 1',
         },
-        data=f'{NUCLEI.data}, nuclei_by_stain.py and few_shot_coco.py beside it, and '
-        'the training of mask_rcnn_dsnet_fluorescence: see docs/few_shot_detection.md',
+        data=FEW_IMAGES,
         comparable=False,
         by='images',
         others={
