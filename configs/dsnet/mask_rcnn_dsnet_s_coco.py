@@ -10,6 +10,6 @@ model = dict(
     neck=dict(
         type='dsnet_mm.DSFPN',
         in_channels=[64, 128, 320, 512],
-        max_global_tokens=256,
+        max_global_tokens=128,
     ),
 )

@@ -5,4 +5,4 @@ _base_ = [
     '_base_/adamw_1x_coco.py',
 ]
 
-model = dict(neck=dict(type='dsnet_mm.DSFPN', max_global_tokens=256))
+model = dict(neck=dict(type='dsnet_mm.DSFPN', max_global_tokens=128))

@@ -15,7 +15,7 @@ model = dict(
         in_channels=[128, 320, 512],
         start_level=0,
         num_outs=4,
-        max_global_tokens=256,
+        max_global_tokens=128,
     ),
     bbox_head=dict(anchor_generator=dict(strides=[8, 16, 32, 64])),
 )

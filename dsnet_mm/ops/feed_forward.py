@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .packing import can_pack, pack
+from .packing import PACKED_DTYPES, can_pack, pack
 from .paths import select_path
 
 
@@ -27,13 +27,13 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     Returns:
         Map of shape (N, C_out, H, W), channels-last if ``x`` is.
     """
-    tensors = [x, w1, b1, w2, b2]
-    if x.is_cpu and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype('cpu')
-        tensors = [tensor.to(dtype) for tensor in tensors]
-    if not _runs_compiled(*tensors):
+    cast = x.is_cpu and x.dtype != torch.float64 and torch.is_autocast_enabled('cpu')
+    if cast:
+        x = x.to(torch.get_autocast_dtype('cpu'))
+    if not _runs_compiled(x, w1, w2) or not (
+        cast or all(tensor.dtype == x.dtype for tensor in (w1, b1, w2, b2))
+    ):
         return F.conv2d(F.gelu(F.conv2d(x, w1, b1)), w2, b2)
-    x, w1, b1, w2, b2 = tensors
     n, channels, height, width = x.shape
     # Of one channels-first image the reshape is a strided view.
     pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
@@ -41,11 +41,11 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     return out.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _runs_compiled(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> bool:
+def _runs_compiled(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
     # A compiler fuses the plain form itself.
     return (
         x.is_cpu
-        and all(tensor.dtype == x.dtype for tensor in (w1, b1, w2, b2))
+        and x.dtype in PACKED_DTYPES
         and x.numel() * w1.numel() > 0
         and can_pack(w1.flatten(1))
         and w2.shape[:2] == (w1.shape[1], w1.shape[0])
@@ -56,12 +56,17 @@ def _runs_compiled(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
 
 
 class _FeedForward(torch.autograd.Function):
-    """:func:`feed_forward` of pixels (P, C) and weights (C_out, C_in)."""
+    """:func:`feed_forward` of pixels (P, C) and weights (C_out, C_in).
+
+    It takes weights of another type, those of autocast, and returns their gradients in
+    float32. So these are not rounded to bfloat16.
+    """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
     ) -> Tensor:
+        w1, b1, w2, b2 = (tensor.to(x.dtype) for tensor in (w1, b1, w2, b2))
         ctx.save_for_backward(x, w1, b1, w2)
         return torch.ops.dsnet_mm.ffn(x, pack(w1), b1, pack(w2), b2)
 
@@ -70,4 +75,5 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
         grad = grad.contiguous()
         grads = torch.ops.dsnet_mm.ffn_backward(grad, *ctx.saved_tensors)
-        return *grads, grad.sum(0)
+        # PyTorch converts gradients to the types of the inputs.
+        return *grads, grad.sum(0, dtype=torch.float32)

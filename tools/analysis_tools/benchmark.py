@@ -17,7 +17,7 @@ autocast; inference has bfloat16 weights. For inference the batch norms of DS-Ne
 ResNet-50 are folded. Peers with spatial convolutions run in the faster of two memory
 formats. measure/detectors.py says how all detectors get the same work.
 
-"Ours" has at most 256 global tokens (--max-global-tokens), "uncapped" has no maximum.
+"Ours" has at most 128 global tokens (--max-global-tokens), "uncapped" has no maximum.
 The backbones come from timm, FPN and the other detectors from mmdet.
 
 Memory is the most that one call holds besides weights and input, measured in a process

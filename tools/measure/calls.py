@@ -15,7 +15,7 @@ from dsnet_mm.models import DSNet, fuse_for_inference
 
 from .turns import time_call
 
-MAX_GLOBAL_TOKENS = 256
+MAX_GLOBAL_TOKENS = 128
 """Of DS-Net and DS-FPN in the tables. Rows "uncapped" are without it."""
 
 

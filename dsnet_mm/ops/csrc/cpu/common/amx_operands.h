@@ -6,6 +6,15 @@ namespace amx {
 using avx512::Vec;
 using avx512::vec;
 
+// Transposes tiles of 16 by 16 words, pairs of numbers. A tile of A becomes one of B,
+// and one of B one of A.
+inline void transpose_tiles(int64_t size, const BFloat16* src, BFloat16* dst) {
+  for (int64_t i = 0; i < size; i += kTileSize)
+    avx512::transpose<float>(kTileRows, kTileRows,
+                             reinterpret_cast<const float*>(src + i), kTileRows,
+                             reinterpret_cast<float*>(dst + i), kTileRows);
+}
+
 // Packs the transpose of ``count`` rows of ``width`` channels as tiles of B, 32
 // channels by 16 rows: dst[block of 32 channels][block of 16 rows][16 pairs of
 // channels] [16 rows][2]. A pair of channels is a word of 32 bits, and words are
@@ -13,10 +22,7 @@ using avx512::vec;
 inline void pack_columns(int64_t count, int64_t all, int64_t width, const BFloat16* src,
                          int64_t src_stride, BFloat16* dst, BFloat16* rows) {
   pack_rows(count, all, width, src, src_stride, rows);
-  for (int64_t i = 0; i < round_up(width, kTileDepth) * all; i += kTileSize)
-    avx512::transpose<float>(kTileRows, kTileRows,
-                             reinterpret_cast<const float*>(rows + i), kTileRows,
-                             reinterpret_cast<float*>(dst + i), kTileRows);
+  transpose_tiles(round_up(width, kTileDepth) * all, rows, dst);
 }
 
 // Packs rows as tiles of B, 32 rows by 16 channels: dst[block of 32 rows]
@@ -45,6 +51,15 @@ inline void pack_pairs(int64_t count, int64_t all, int64_t width, const BFloat16
       _mm512_store_si512(row + kTileSize, _mm512_permutex2var_epi16(a, high, b));
     }
   }
+}
+
+// Packs the transpose of rows as tiles of A, as pack_rows would: dst[block of 32 rows]
+// [channel][32 rows]. ``pairs`` is a buffer of the size of dst.
+inline void pack_transposed(int64_t count, int64_t all, int64_t width,
+                            const BFloat16* src, int64_t src_stride, BFloat16* dst,
+                            BFloat16* pairs) {
+  pack_pairs(count, all, width, src, src_stride, pairs);
+  transpose_tiles(round_up(width, kTileDepth) * all, pairs, dst);
 }
 
 // 2^x for x <= 0 to 13 bits. That is enough for weights, which are rounded to 8.

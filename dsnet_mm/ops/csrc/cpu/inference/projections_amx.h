@@ -130,28 +130,53 @@ inline void ffn(const Layer<BFloat16>& fc1, const Layer<BFloat16>& fc2, bool add
 
 // The weights of ffn_backward, for all tasks.
 struct BackwardWeights {
-  const BFloat16 *w1, *w2_t;  // W1 and W2 transposed, as pack_rows packs them
-  const BFloat16* w1_pairs;   // W1 as pack_pairs packs it
+  BFloat16 *w1, *w2_t;  // W1 and W2 transposed, as pack_rows packs them
+  BFloat16* w1_pairs;   // W1 as pack_pairs packs it
   const BFloat16* b1;
+
+  BackwardWeights(BFloat16* data, int64_t size, const BFloat16* b1)
+      : w1(data), w2_t(data + size), w1_pairs(data + 2 * size), b1(b1) {}
 };
 
-// As avx512::ffn_backward, with the gradient of W2 transposed.
+// Packs w1 and w2_t for the channels [first, last) of the input and the output.
+inline void pack_for_hidden(int64_t width, int64_t hidden, const BFloat16* w1,
+                            const BFloat16* w2, int64_t first, int64_t last,
+                            const BackwardWeights& weights, Arena& arena) {
+  BFloat16* pairs = arena.allocate<BFloat16>((last - first) * hidden);
+  if (arena.counts()) return;
+
+  const int64_t count = last - first;
+  for (int64_t c = first; c < last; c += kTileDepth)
+    pack_rows(hidden, hidden, kTileDepth, w1 + c, width, weights.w1 + c * hidden);
+  pack_transposed(count, count, hidden, w2 + first * hidden, hidden,
+                  weights.w2_t + first * hidden, pairs);
+}
+
+// Packs w1_pairs for the hidden channels [first, last).
+inline void pack_for_input(int64_t width, const BFloat16* w1, int64_t first,
+                           int64_t last, const BackwardWeights& weights) {
+  pack_pairs(last - first, last - first, width, w1 + first * width, width,
+             weights.w1_pairs + first * width);
+}
+
+// As avx512::ffn_backward.
 //
-// Loop order: kBackwardRows pixels, then kHiddenRows hidden channels. The hidden layer
-// is [channel][pixel]. So GELU(h) and grad_h are left factors, as they are, of the
-// gradients of weights. For that of x, grad_h is transposed. It is interleaved by pairs
-// of channels first, since a pair is a word.
+// Loop order: kRows pixels, then kChannels hidden channels. The hidden layer is
+// [channel][pixel]. So grad_h is, as it is, the left factor of the gradient of W1. For
+// that of W2, the tiles of GELU(h) are transposed, for that of x those of grad_h. It is
+// interleaved by pairs of channels first, since a pair is a word.
 inline void ffn_backward(int64_t width, int64_t hidden, const BackwardWeights& weights,
                          int64_t first, int64_t last, int64_t pixels, const BFloat16* x,
                          const BFloat16* grad, BFloat16* grad_x, float* grad_w1,
-                         float* grad_b1, float* grad_w2_t, Arena& arena) {
+                         float* grad_b1, float* grad_w2, Arena& arena) {
   constexpr int64_t kRows = 128, kChannels = 64, kCells = kRows * kChannels;
   const auto operand = [&] { return arena.allocate<BFloat16>(kRows * width); };
   BFloat16 *x_columns = operand(), *g_columns = operand(), *rows = operand();
-  BFloat16 *x_pairs = operand(), *g_pairs = operand();
+  BFloat16 *x_pairs = operand(), *g_transposed = operand();
   float* h = arena.allocate<float>(kCells);  // [channel][pixel]
   float* d = arena.allocate<float>(kCells);  // its gradient
   BFloat16* gelu_h = arena.allocate<BFloat16>(kCells);
+  BFloat16* gelu_h_columns = arena.allocate<BFloat16>(kCells);
   BFloat16* grad_h = arena.allocate<BFloat16>(kCells);
   BFloat16* grad_h_t = arena.allocate<BFloat16>(kCells);
   float* grad_h_pairs = arena.allocate<float>(kCells / 2);
@@ -166,7 +191,7 @@ inline void ffn_backward(int64_t width, int64_t hidden, const BackwardWeights& w
     pack_columns(m, all, width, x + i * width, width, x_columns, rows);
     pack_columns(m, all, width, grad + i * width, width, g_columns, rows);
     pack_pairs(m, all, width, x + i * width, width, x_pairs);
-    pack_pairs(m, all, width, grad + i * width, width, g_pairs);
+    pack_transposed(m, all, width, grad + i * width, width, g_transposed, rows);
     for (int64_t c = first; c < last; c += kChannels) {
       const int64_t n = std::min(kChannels, last - c);
       multiply_packed(n, all, width, weights.w1 + c * kTileDepth, hidden, x_columns, h,
@@ -209,8 +234,9 @@ inline void ffn_backward(int64_t width, int64_t hidden, const BackwardWeights& w
                                  kTileRows);
       multiply_packed(n, width, all, grad_h, n, x_pairs, grad_w1 + c * width, width,
                       i > 0);
-      multiply_packed(n, width, all, gelu_h, n, g_pairs, grad_w2_t + c * width, width,
-                      i > 0);
+      transpose_tiles(n * all, gelu_h, gelu_h_columns);
+      multiply_packed(width, n, all, g_transposed, width, gelu_h_columns, grad_w2 + c,
+                      hidden, i > 0);
       multiply_packed(all, width, n, grad_h_t, all, weights.w1_pairs + c * width, sums,
                       width, c > first);
     }

@@ -281,61 +281,75 @@ void merge(const Tensor& x, const Tensor& f_l, const std::optional<Tensor>& h_l,
   });
 }
 
-#ifdef DSNET_AMX
-// ffn_backward in bfloat16. A task is a group of pixels.
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward_amx(const Tensor& grad,
-                                                            const Tensor& x,
-                                                            const Tensor& w1,
-                                                            const Tensor& b1,
-                                                            const Tensor& w2) {
-  const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
-  const BFloat16 *x_data = checked_data<BFloat16>(x),
-                 *g_data = checked_data<BFloat16>(grad),
-                 *w1_data = checked_data<BFloat16>(w1);
-  const Tensor w2_t = w2.t().contiguous();
-  const Tensor packed = at::empty({3, hidden * width}, w1.options());
-  BFloat16* data = packed.data_ptr<BFloat16>();
-  amx::pack_rows(hidden, hidden, width, w1_data, width, data);
-  amx::pack_rows(hidden, hidden, width, checked_data<BFloat16>(w2_t), width,
-                 data + hidden * width);
-  amx::pack_pairs(hidden, hidden, width, w1_data, width, data + 2 * hidden * width);
-  const amx::BackwardWeights weights{data, data + hidden * width,
-                                     data + 2 * hidden * width,
-                                     checked_data<BFloat16>(b1)};
-  const int64_t size = round_up(ceil_div(count, at::get_num_threads()), 32);
+using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Divides the work of ffn_backward among threads. A task is a group of pixels and a
+// slice of the hidden channels. Its gradients of weights, in float, are one term of a
+// sum over the groups, its gradients of x one term of a sum over the slices. ``rows``
+// are those of pixels that are multiplied together.
+template <typename T, typename Kernel>
+FfnGradients divide_backward(const Tensor& grad, const Tensor& x, int64_t hidden,
+                             int64_t rows, const Kernel& kernel) {
+  const int64_t count = x.size(0), width = x.size(1);
+  const T *x_data = checked_data<T>(x), *g_data = checked_data<T>(grad);
+  // The numbers of groups and slices that make all terms together smallest.
+  const int64_t threads = at::get_num_threads();
+  const int64_t ranges = std::clamp<int64_t>(
+      std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
+  const int64_t size = round_up(ceil_div(count, ranges), rows);
   const int64_t groups = ceil_div(count, size);
-  const Tensor grad_x = at::empty(x.sizes(), x.options());
+  const int64_t length = round_up(ceil_div(hidden, threads / ranges), kPanel);
+  const int64_t slices = ceil_div(hidden, length);
   const auto floats = x.options().dtype(at::kFloat);
-  const Tensor grad_w1 = at::empty({groups, hidden, width}, floats);
-  const Tensor grad_b1 = at::empty({groups, hidden}, floats);
-  const Tensor grad_w2 = at::empty({groups, hidden, width}, floats);
-  BFloat16* gx_data = grad_x.data_ptr<BFloat16>();
+  Tensor grad_x = at::empty({slices, count, width}, x.options());
+  Tensor grad_w1 = at::empty({groups, hidden, width}, floats);
+  Tensor grad_b1 = at::empty({groups, hidden}, floats);
+  Tensor grad_w2 = at::empty({groups, width, hidden}, floats);
+  T* gx_data = grad_x.data_ptr<T>();
   float *gw1_data = grad_w1.data_ptr<float>(), *gb1_data = grad_b1.data_ptr<float>(),
         *gw2_data = grad_w2.data_ptr<float>();
-  at::parallel_for(0, groups, 1, [&](int64_t group, int64_t last) {
-    for (; group < last; ++group) {
-      const int64_t first = group * size * width;
-      in_scratch(amx::ffn_backward, width, hidden, weights, 0, hidden,
-                 std::min(size, count - group * size), x_data + first, g_data + first,
-                 gx_data + first, gw1_data + group * hidden * width,
-                 gb1_data + group * hidden, gw2_data + group * hidden * width);
+  at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
+    for (; task < last_task; ++task) {
+      const int64_t group = task / slices, slice = task % slices;
+      const int64_t first = group * size, n = std::min(size, count - first);
+      const int64_t channel = slice * length, last = std::min(channel + length, hidden);
+      kernel(channel, last, n, x_data + first * width, g_data + first * width,
+             gx_data + (slice * count + first) * width,
+             gw1_data + group * hidden * width, gb1_data + group * hidden,
+             gw2_data + group * hidden * width);
     }
   });
   const auto sum = [](const Tensor& terms) {
-    return (terms.size(0) == 1 ? terms[0] : terms.sum(0)).to(at::kBFloat16);
+    return terms.size(0) == 1 ? terms[0] : terms.sum(0);
   };
-  return {grad_x, sum(grad_w1), sum(grad_b1), sum(grad_w2).t().contiguous()};
+  return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2)};
+}
+
+#ifdef DSNET_AMX
+FfnGradients ffn_backward_amx(const Tensor& grad, const Tensor& x, const Tensor& w1,
+                              const Tensor& b1, const Tensor& w2) {
+  const int64_t width = x.size(1), hidden = w1.size(0);
+  const BFloat16 *w1_data = checked_data<BFloat16>(w1),
+                 *w2_data = checked_data<BFloat16>(w2);
+  const Tensor packed = at::empty({3, hidden * width}, w1.options());
+  const amx::BackwardWeights weights(packed.data_ptr<BFloat16>(), hidden * width,
+                                     checked_data<BFloat16>(b1));
+  at::parallel_for(0, width / kPanel, 1, [&](int64_t first, int64_t last) {
+    in_scratch(amx::pack_for_hidden, width, hidden, w1_data, w2_data, first * kPanel,
+               last * kPanel, weights);
+  });
+  at::parallel_for(0, hidden / kPanel, 1, [&](int64_t first, int64_t last) {
+    amx::pack_for_input(width, w1_data, first * kPanel, last * kPanel, weights);
+  });
+  return divide_backward<BFloat16>(grad, x, hidden, kPanel, [&](auto... task) {
+    in_scratch(amx::ffn_backward, width, hidden, weights, task...);
+  });
 }
 #endif
 
-// Gradients of tokens x, W1, b1 and W2. A task is a group of pixels and a slice of the
-// hidden channels. Its gradients of weights are one
-// term of a sum over the groups, its gradients of x one term of a sum over the slices.
-std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
-                                                        const Tensor& x,
-                                                        const Tensor& w1,
-                                                        const Tensor& b1,
-                                                        const Tensor& w2) {
+// Gradients of tokens x, W1, b1 and W2. Those of weights are float in bfloat16 too.
+FfnGradients ffn_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
+                          const Tensor& b1, const Tensor& w2) {
   TORCH_CHECK(x.dim() == 2 && w1.dim() == 2 && x.sizes() == grad.sizes() &&
                   x.size(1) == w1.size(1) && b1.sizes() == w1.sizes().slice(0, 1) &&
                   w2.sizes() == w1.t().sizes() && x.numel() > 0 && w1.numel() > 0 &&
@@ -348,40 +362,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(const Tensor& grad,
 #ifdef DSNET_AMX
   if (x.scalar_type() == at::kBFloat16) return ffn_backward_amx(grad, x, w1, b1, w2);
 #endif
-  const int64_t count = x.size(0), width = x.size(1), hidden = w1.size(0);
-  const float *x_data = checked_data<float>(x), *g_data = checked_data<float>(grad),
-              *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
+  const int64_t width = x.size(1), hidden = w1.size(0);
+  const float *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
               *w2_data = checked_data<float>(w2);
-  // The numbers of groups and slices that make all terms together smallest.
-  const int64_t threads = at::get_num_threads();
-  const int64_t ranges = std::clamp<int64_t>(
-      std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
-  const int64_t size = round_up(ceil_div(count, ranges), kPixelGroup);
-  const int64_t groups = ceil_div(count, size);
-  const int64_t length = round_up(ceil_div(hidden, threads / ranges), kPanel);
-  const int64_t slices = ceil_div(hidden, length);
-  Tensor grad_x = at::empty({slices, count, width}, x.options());
-  Tensor grad_w1 = at::empty({groups, hidden, width}, x.options());
-  Tensor grad_b1 = at::empty({groups, hidden}, x.options());
-  Tensor grad_w2 = at::empty({groups, width, hidden}, x.options());
-  float *gx_data = grad_x.data_ptr<float>(), *gw1_data = grad_w1.data_ptr<float>(),
-        *gb1_data = grad_b1.data_ptr<float>(), *gw2_data = grad_w2.data_ptr<float>();
-  at::parallel_for(0, groups * slices, 1, [&](int64_t task, int64_t last_task) {
-    for (; task < last_task; ++task) {
-      const int64_t group = task / slices, slice = task % slices;
-      const int64_t first = group * size, n = std::min(size, count - first);
-      const int64_t channel = slice * length, last = std::min(channel + length, hidden);
-      in_scratch(DSNET_BEST(ffn_backward), width, hidden, w1_data, b1_data, w2_data,
-                 channel, last, n, x_data + first * width, g_data + first * width,
-                 gx_data + (slice * count + first) * width,
-                 gw1_data + group * hidden * width, gb1_data + group * hidden,
-                 gw2_data + group * hidden * width);
-    }
+  return divide_backward<float>(grad, x, hidden, kPixelGroup, [&](auto... task) {
+    in_scratch(DSNET_BEST(ffn_backward), width, hidden, w1_data, b1_data, w2_data,
+               task...);
   });
-  const auto sum = [](const Tensor& terms) {
-    return terms.size(0) == 1 ? terms[0] : terms.sum(0);
-  };
-  return {sum(grad_x), sum(grad_w1), sum(grad_b1), sum(grad_w2)};
 }
 
 }  // namespace
