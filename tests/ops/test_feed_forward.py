@@ -108,6 +108,20 @@ def test_under_autocast(
     for m, p, e in zip(measured, of_pytorch, exact(ffn, x), strict=True):
         assert m.dtype == p.dtype
         assert (m - e).abs().max() <= 2 * (p - e).abs().max()
+    # PyTorch's gradients of the weights were bfloat16 once, those of the operator not.
+    rounded = [torch.equal(g, g.bfloat16().float()) for g in measured[2:]]
+    assert rounded == [not runs] * 4
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_weights_of_another_type_only_under_autocast(autocast: bool) -> None:
+    ffn, x = inputs(width=32)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        if autocast:
+            assert ffn(x.bfloat16()).dtype == torch.bfloat16
+        else:
+            with pytest.raises(RuntimeError, match='type'):
+                ffn(x.bfloat16())
 
 
 @pytest.mark.parametrize(

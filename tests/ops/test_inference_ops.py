@@ -259,6 +259,7 @@ def test_ffn_backward(pixels, width, hidden, dtype):
         return torch.autograd.grad(out, inputs, grad.to(dtype))
 
     measured = ops.ffn_backward(grad, x, w1, b1, w2)
+    assert {m.dtype for m in measured[1:]} == {torch.float32}
     for m, p, e in zip(measured, plain(x.dtype), plain(torch.float64), strict=True):
         assert_as_exact(m, p, e)
 
