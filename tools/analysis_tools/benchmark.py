@@ -23,7 +23,7 @@ The backbones come from timm, FPN and the other detectors from mmdet.
 Memory is the most that one call holds besides weights and input, measured in a process
 of its own, after a first call. Gradients of the weights belong to it.
 
---record needs an idle machine for 50 minutes. It writes results/speed.csv panel by
+--record needs an idle machine for an hour. It writes results/speed.csv panel by
 panel, so a run that was killed goes on when the command is given again at the same
 commit. Then it writes the tables and the plot of docs/speed.md.
 
