@@ -30,9 +30,8 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
     cast = x.is_cpu and x.dtype != torch.float64 and torch.is_autocast_enabled('cpu')
     if cast:
         x = x.to(torch.get_autocast_dtype('cpu'))
-    if not _runs_compiled(x, w1, w2) or not (
-        cast or all(tensor.dtype == x.dtype for tensor in (w1, b1, w2, b2))
-    ):
+    fits = cast or all(tensor.dtype == x.dtype for tensor in (w1, b1, w2, b2))
+    if not (fits and _runs_compiled(x, w1, w2)):
         return F.conv2d(F.gelu(F.conv2d(x, w1, b1)), w2, b2)
     n, channels, height, width = x.shape
     # Of one channels-first image the reshape is a strided view.

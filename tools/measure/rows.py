@@ -76,7 +76,7 @@ class Panel(NamedTuple):
 
     def formats(self, key: str) -> list[str]:
         """Returns the memory formats of which the faster one of a row is timed."""
-        if self.network == 'neck' and key != 'fpn':  # without conversions
+        if self.network == 'neck' and key != 'fpn':  # as its blocks take them
             return ['channels_last']
         both = self.network != 'detector' and key in SPATIAL
         return ['preserve_format', 'channels_last'][: 1 + both]

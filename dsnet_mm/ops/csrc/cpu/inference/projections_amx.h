@@ -133,12 +133,9 @@ struct BackwardWeights {
   BFloat16 *w1, *w2_t;  // W1 and W2 transposed, as pack_rows packs them
   BFloat16* w1_pairs;   // W1 as pack_pairs packs it
   const BFloat16* b1;
-
-  BackwardWeights(BFloat16* data, int64_t size, const BFloat16* b1)
-      : w1(data), w2_t(data + size), w1_pairs(data + 2 * size), b1(b1) {}
 };
 
-// Packs w1 and w2_t for the channels [first, last) of the input and the output.
+// Packs w1 and w2_t, for the channels [first, last) of the input and the output.
 inline void pack_for_hidden(int64_t width, int64_t hidden, const BFloat16* w1,
                             const BFloat16* w2, int64_t first, int64_t last,
                             const BackwardWeights& weights, Arena& arena) {
@@ -150,13 +147,6 @@ inline void pack_for_hidden(int64_t width, int64_t hidden, const BFloat16* w1,
     pack_rows(hidden, hidden, kTileDepth, w1 + c, width, weights.w1 + c * hidden);
   pack_transposed(count, count, hidden, w2 + first * hidden, hidden,
                   weights.w2_t + first * hidden, pairs);
-}
-
-// Packs w1_pairs for the hidden channels [first, last).
-inline void pack_for_input(int64_t width, const BFloat16* w1, int64_t first,
-                           int64_t last, const BackwardWeights& weights) {
-  pack_pairs(last - first, last - first, width, w1 + first * width, width,
-             weights.w1_pairs + first * width);
 }
 
 // As avx512::ffn_backward.

@@ -137,11 +137,14 @@ Tensor empty_for(const Tensor& x, int64_t width) {
   return at::empty(shape, x.options(), layout(x));
 }
 
+// Pixels that are multiplied together: only the last thread may get fewer.
+template <typename T>
+constexpr int64_t kPixelRows = std::is_same_v<T, float> ? kPixelGroup : 32;
+
 // Calls task(first, count) for chunks of all pixels.
 template <typename T, typename Task>
 void for_each_chunk(int64_t pixels, const Task& task) {
-  // Rows of pixels that are multiplied together: only the last thread may get fewer.
-  constexpr int64_t rows = std::is_same_v<T, float> ? kPixelGroup : 32;
+  constexpr int64_t rows = kPixelRows<T>;
   at::parallel_for(0, ceil_div(pixels, rows), 1, [&](int64_t begin, int64_t end) {
     begin *= rows;
     end = std::min(end * rows, pixels);
@@ -285,18 +288,17 @@ using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Divides the work of ffn_backward among threads. A task is a group of pixels and a
 // slice of the hidden channels. Its gradients of weights, in float, are one term of a
-// sum over the groups, its gradients of x one term of a sum over the slices. ``rows``
-// are those of pixels that are multiplied together.
+// sum over the groups, its gradients of x one term of a sum over the slices.
 template <typename T, typename Kernel>
 FfnGradients divide_backward(const Tensor& grad, const Tensor& x, int64_t hidden,
-                             int64_t rows, const Kernel& kernel) {
+                             const Kernel& kernel) {
   const int64_t count = x.size(0), width = x.size(1);
   const T *x_data = checked_data<T>(x), *g_data = checked_data<T>(grad);
   // The numbers of groups and slices that make all terms together smallest.
   const int64_t threads = at::get_num_threads();
   const int64_t ranges = std::clamp<int64_t>(
       std::lround(std::sqrt(threads * count / (2. * hidden))), 1, threads);
-  const int64_t size = round_up(ceil_div(count, ranges), rows);
+  const int64_t size = round_up(ceil_div(count, ranges), kPixelRows<T>);
   const int64_t groups = ceil_div(count, size);
   const int64_t length = round_up(ceil_div(hidden, threads / ranges), kPanel);
   const int64_t slices = ceil_div(hidden, length);
@@ -332,16 +334,20 @@ FfnGradients ffn_backward_amx(const Tensor& grad, const Tensor& x, const Tensor&
   const BFloat16 *w1_data = checked_data<BFloat16>(w1),
                  *w2_data = checked_data<BFloat16>(w2);
   const Tensor packed = at::empty({3, hidden * width}, w1.options());
-  const amx::BackwardWeights weights(packed.data_ptr<BFloat16>(), hidden * width,
-                                     checked_data<BFloat16>(b1));
+  const auto data = [&](int i) { return packed[i].data_ptr<BFloat16>(); };
+  const amx::BackwardWeights weights{data(0), data(1), data(2),
+                                     checked_data<BFloat16>(b1)};
   at::parallel_for(0, width / kPanel, 1, [&](int64_t first, int64_t last) {
     in_scratch(amx::pack_for_hidden, width, hidden, w1_data, w2_data, first * kPanel,
                last * kPanel, weights);
   });
   at::parallel_for(0, hidden / kPanel, 1, [&](int64_t first, int64_t last) {
-    amx::pack_for_input(width, w1_data, first * kPanel, last * kPanel, weights);
+    first *= kPanel;
+    const int64_t rows = last * kPanel - first;
+    amx::pack_pairs(rows, rows, width, w1_data + first * width, width,
+                    weights.w1_pairs + first * width);
   });
-  return divide_backward<BFloat16>(grad, x, hidden, kPanel, [&](auto... task) {
+  return divide_backward<BFloat16>(grad, x, hidden, [&](auto... task) {
     in_scratch(amx::ffn_backward, width, hidden, weights, task...);
   });
 }
@@ -365,7 +371,7 @@ FfnGradients ffn_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
   const int64_t width = x.size(1), hidden = w1.size(0);
   const float *w1_data = checked_data<float>(w1), *b1_data = checked_data<float>(b1),
               *w2_data = checked_data<float>(w2);
-  return divide_backward<float>(grad, x, hidden, kPixelGroup, [&](auto... task) {
+  return divide_backward<float>(grad, x, hidden, [&](auto... task) {
     in_scratch(DSNET_BEST(ffn_backward), width, hidden, w1_data, b1_data, w2_data,
                task...);
   });
